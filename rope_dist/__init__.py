@@ -1,0 +1,42 @@
+"""Longer contexts for LLaMA-like models, and rotary embeddings that cost next to nothing.
+
+>>> import rope_dist
+>>> plan = rope_dist.plan("llama2-7b", target_length=16384)
+>>> rope_dist.enable(model, plan=plan)  # doctest: +SKIP
+
+The public face: everything here is defined elsewhere and imported on first use, so that planning
+does not wait for transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .ops import rotary
+    from .planning import RopePlan, plan
+    from .transformers import disable, enable, supported
+
+_HOME = {
+    "RopePlan": "planning",
+    "plan": "planning",
+    "rotary": "ops",
+    "disable": "transformers",
+    "enable": "transformers",
+    "supported": "transformers",
+}
+
+__all__ = ["RopePlan", "__version__", "disable", "enable", "plan", "rotary", "supported"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

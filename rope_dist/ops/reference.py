@@ -1,0 +1,83 @@
+"""The definition of the rotation, in plain PyTorch. Every backend is tested against this file.
+
+Half-split pairs (``interleaved=False``, Hugging Face) join dimension ``i`` with ``i + R/2`` of the
+``R`` rotated dimensions; interleaved pairs (GPT-J) join ``2i`` with ``2i + 1``. Dimensions past ``R``
+pass through.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def cos_sin(
+    inv_freq: torch.Tensor, position_ids: torch.Tensor, attention_scaling: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables of ``cos`` and ``sin``, with the float32 product and order of stock Hugging Face.
+
+    Args:
+        inv_freq: ``[R/2]`` float32, radians a token.
+        position_ids: ``[B, S]`` or ``[1, S]``, integers.
+        attention_scaling: factor on both tables (YaRN's temperature).
+
+    Returns:
+        Two ``[B, S, R/2]`` float32 tensors.
+    """
+    angles = position_ids[..., None].to(torch.float32) * inv_freq
+    return angles.cos() * attention_scaling, angles.sin() * attention_scaling
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False, inverse: bool = False
+) -> torch.Tensor:
+    """Rotate the pairs of ``x`` by the angles of the tables.
+
+    16-bit inputs are rotated in float32 and rounded once; float32 and float64 in their own type.
+
+    Args:
+        x: ``[B, S, H, D]``, any strides.
+        cos, sin: ``[B or 1, S, R/2]``, ``R <= D``.
+        interleaved: which dimensions make a pair.
+        inverse: rotate by the negative angles (the transpose, which is the gradient of the rotation).
+
+    Returns:
+        ``[B, S, H, D]`` contiguous, in the dtype of ``x``.
+    """
+    compute = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    cos = cos[:, :, None, :].to(compute)
+    sin = sin[:, :, None, :].to(compute)
+    half = cos.shape[-1]
+    rotated = x[..., : 2 * half].to(compute)
+    if interleaved:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+    else:
+        first, second = rotated[..., :half], rotated[..., half:]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if interleaved:
+        out_first, out_second = out[..., 0 : 2 * half : 2], out[..., 1 : 2 * half : 2]
+    else:
+        out_first, out_second = out[..., :half], out[..., half : 2 * half]
+    # Subtraction of a product, as in q * cos + rotate_half(q) * sin: equal to stock to the last bit.
+    if inverse:
+        out_first.copy_(first * cos + second * sin)
+        out_second.copy_(second * cos - first * sin)
+    else:
+        out_first.copy_(first * cos - second * sin)
+        out_second.copy_(second * cos + first * sin)
+    out[..., 2 * half :] = x[..., 2 * half :]
+    return out
+
+
+def rotary(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool = False,
+    inverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`rotate` of queries ``[B, S, Hq, D]`` and keys ``[B, S, Hk, D]`` by one pair of tables."""
+    return (
+        rotate(q, cos, sin, interleaved=interleaved, inverse=inverse),
+        rotate(k, cos, sin, interleaved=interleaved, inverse=inverse),
+    )

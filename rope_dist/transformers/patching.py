@@ -1,0 +1,336 @@
+"""``enable`` and ``disable``: swap a Hugging Face model's attention and rotary embedding, and back.
+
+A model is swapped per instance, by giving each module the enabled subclass of its own class; nothing
+of transformers is changed for other models. Without a model, ``from_pretrained`` and ``from_config``
+are wrapped so that they swap what they return. Everything is checked before the first change.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..planning import RopePlan, pretrained_rope
+from ..planning import plan as make_plan
+from .families import ENABLED_CLASS, FAMILIES
+from .modules import RotaryTables, RotatedAttention
+
+_LOCK = threading.RLock()
+
+
+@dataclass
+class _Swap:
+    """Kept on an enabled rotary embedding: what to restore. Plain values, so that it copies and pickles."""
+
+    dtype_before: torch.dtype
+    plan: RopePlan | None = None
+    config_before: PretrainedConfig | None = None
+
+
+@dataclass(repr=False)
+class Enabled:
+    """What :func:`enable` did; a context manager that undoes it on leaving.
+
+    Attributes:
+        model: the enabled model, or None where models yet to be built are meant.
+        plan: the plan in force, or None for the model's own frequencies.
+        layers: number of attention layers that were swapped.
+    """
+
+    model: nn.Module | None
+    plan: RopePlan | None
+    layers: int = 0
+    _previous: _Swap | None = None
+    _global: _GlobalMode | None = None
+
+    def __repr__(self) -> str:
+        what = "models yet to be built" if self.model is None else type(self.model).__name__
+        return f"Enabled({what}, {self.layers} attention layers, plan={self.plan!r})"
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.model is None:
+            _leave_global(self._global)
+            return
+        with _LOCK:
+            disable(self.model)
+            if self._previous is not None:
+                enable(self.model, plan=self._previous.plan)
+
+
+def enable(
+    model: nn.Module | None = None,
+    *,
+    target_length: int | None = None,
+    factor: float | None = None,
+    strategy: str = "dprope",
+    plan: RopePlan | None = None,
+    **settings: Any,
+) -> Enabled:
+    """Run a model's rotary embedding through this package, with new frequencies if asked for.
+
+    With neither a target nor a plan the model keeps its own frequencies, recomputed in float32 from its
+    config, and only the computation is swapped. With one, the frequencies become the plan's and
+    ``config.max_position_embeddings`` is raised; ``save_pretrained`` then writes a config from which stock
+    transformers computes the same frequencies. Enabling twice is the same as enabling once; a new plan
+    replaces the old one.
+
+    Args:
+        model: a ``transformers`` model of a supported family, or a module that holds one (a PEFT model).
+            None: every such model that ``from_pretrained`` or ``from_config`` builds from now on, until
+            :func:`disable`.
+        target_length: tokens to read; the plan is made from the model's config.
+        factor: instead, its multiple of the trained length.
+        strategy, **settings: as in :func:`rope_dist.plan`.
+        plan: a ready plan, instead of a target.
+
+    Returns:
+        What was done; leaving it as a context manager undoes it.
+
+    Raises:
+        ValueError: the family is not supported, the plan is not for this model, or the target is bad.
+            The model is then as it was.
+        TypeError: ``model`` is not a module or ``plan`` not a :class:`RopePlan`.
+    """
+    if plan is not None and not isinstance(plan, RopePlan):
+        raise TypeError(f"plan must be a RopePlan, got {type(plan).__name__}")
+    targets = [target_length is not None, factor is not None, plan is not None]
+    if sum(targets) > 1:
+        raise ValueError("give one of target_length, factor and plan")
+    if settings and not any(targets[:2]):
+        raise ValueError(f"{', '.join(settings)} are of a strategy: give target_length or factor too")
+    options = {
+        "target_length": target_length,
+        "factor": factor,
+        "strategy": strategy,
+        "plan": plan,
+        **settings,
+    }
+    with _LOCK:
+        if model is None:
+            return _enter_global(options)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        rotaries, attentions = _find(model)
+        previous = copy.copy(_swap_of(rotaries[0]))
+        plans = [_plan_for(rotary, options) for rotary in rotaries]
+        for rotary, new in zip(rotaries, plans, strict=True):
+            _swap_rotary(model, rotary, new)
+        for attention in attentions:
+            _set_class(attention, ENABLED_CLASS.get(type(attention), type(attention)))
+        _ENABLED_MODELS.add(model)
+        return Enabled(model, plans[0], len(attentions), _previous=previous)
+
+
+def disable(model: nn.Module | None = None) -> None:
+    """Put the stock classes, frequencies and config back.
+
+    Args:
+        model: an enabled model; one that is not enabled is left alone. None: stop swapping new models and
+            restore every model that is enabled.
+    """
+    with _LOCK:
+        if model is None:
+            _leave_global(_GLOBAL)
+            for enabled in list(_ENABLED_MODELS):
+                disable(enabled)
+            return
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        for module in model.modules():
+            if isinstance(module, RotaryTables):
+                _restore_rotary(module)
+            elif isinstance(module, RotatedAttention):
+                _set_class(module, type(module).stock)
+        _ENABLED_MODELS.discard(model)
+
+
+def supported() -> list[str]:
+    """Names of the model families that :func:`enable` takes."""
+    return [family.name for family in FAMILIES]
+
+
+# --- one model ---------------------------------------------------------------------------------
+
+_ENABLED_MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The rotary embeddings and attentions to swap; ``ValueError`` unless all of them can be."""
+    rotaries, attentions = [], []
+    for name, module in model.named_modules():
+        if not isinstance(module, tuple(ENABLED_CLASS)):
+            continue
+        kind = type(module)
+        if kind not in ENABLED_CLASS and not isinstance(module, (RotaryTables, RotatedAttention)):
+            raise ValueError(
+                f"{name} is a {kind.__name__}, a changed {kind.__mro__[1].__name__}: only the stock class is supported"
+            )
+        if "forward" in module.__dict__ and not hasattr(module, "_old_forward"):
+            raise ValueError(
+                f"the forward of {name} has been replaced on the instance: undo that before enable()"
+            )
+        is_rotary = isinstance(module, tuple(family.rotary_embedding.stock for family in FAMILIES))
+        (rotaries if is_rotary else attentions).append(module)
+    if not rotaries or not attentions:
+        config = getattr(model, "config", None)
+        kind = getattr(config, "model_type", None)
+        raise ValueError(
+            f"{type(model).__name__}{f' (model_type {kind})' if kind else ''} is not a supported family; "
+            f"supported: {', '.join(supported())}"
+        )
+    return rotaries, attentions
+
+
+def _swap_of(rotary: nn.Module) -> _Swap | None:
+    return rotary.__dict__.get("_rope_dist_swap")
+
+
+def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
+    """The plan for one rotary embedding, made from or checked against its stock config, before any change."""
+    swap = _swap_of(rotary)
+    plan = options["plan"]
+    if plan is None and options["target_length"] is None and options["factor"] is None:
+        return swap.plan if swap else None
+    config = swap.config_before if swap and swap.plan else rotary.config
+    if plan is None:
+        return make_plan(config, **{k: v for k, v in options.items() if k != "plan"})
+    rope, head_dim = pretrained_rope(config)
+    for what, planned, own in (
+        ("head_dim", plan.head_dim, head_dim),
+        ("rotary_dim", plan.rotary_dim, rope.rotary_dim),
+        ("theta", plan.theta, rope.theta),
+    ):
+        if planned != own:
+            raise ValueError(f"the plan is for {what} {planned}, the model has {own}")
+    if plan.base_factors != rope.factors:
+        raise ValueError(
+            "the plan and the model start from different frequencies (one of them is scaled already; the "
+            f"model's rope_type is {config.rope_parameters['rope_type']!r}): make the plan from this model"
+        )
+    if plan.original_length != rope.length:
+        warnings.warn(
+            f"the plan takes {plan.original_length} tokens as trained, the model's config says {rope.length}",
+            stacklevel=4,
+        )
+    return plan
+
+
+def _swap_rotary(model: nn.Module, rotary: nn.Module, plan: RopePlan | None) -> None:
+    swap = _swap_of(rotary)
+    if swap is None:
+        swap = rotary._rope_dist_swap = _Swap(dtype_before=rotary.inv_freq.dtype)
+        _set_class(rotary, ENABLED_CLASS[type(rotary)])
+    if plan is not None and plan is not swap.plan:
+        if swap.plan is None:
+            swap.config_before = rotary.config
+            _give_own_config(model, rotary.config)
+        swap.plan = plan
+        rotary.config.__dict__.update(plan.config_overrides())
+    rotary.reset_frequencies()
+
+
+def _give_own_config(model: nn.Module, config: PretrainedConfig) -> None:
+    """Let the modules of ``model`` hold a copy of ``config``: another model may hold the same object."""
+    own = copy.deepcopy(config)
+    for module in model.modules():
+        if module.__dict__.get("config") is config:
+            module.config = own
+
+
+def _restore_rotary(rotary: nn.Module) -> None:
+    swap = _swap_of(rotary)
+    if swap.plan is not None:
+        # Only what the plan set: other changes to the config since then are the user's.
+        for key in swap.plan.config_overrides():
+            if key in swap.config_before.__dict__:
+                setattr(rotary.config, key, copy.deepcopy(getattr(swap.config_before, key)))
+            else:
+                delattr(rotary.config, key)
+    rotary.reset_frequencies()
+    for name in ("inv_freq", "original_inv_freq"):
+        setattr(rotary, name, getattr(rotary, name).to(swap.dtype_before))
+    del rotary._rope_dist_swap
+    _set_class(rotary, type(rotary).stock)
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:
+        # accelerate's hook calls the forward it found when it was attached: give it the new class's.
+        module._old_forward = types.MethodType(cls.forward, module)
+
+
+# --- models yet to be built --------------------------------------------------------------------
+
+
+@dataclass
+class _GlobalMode:
+    options: dict[str, Any]
+    stock: dict[str, Any]
+    models: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet)
+
+
+_GLOBAL: _GlobalMode | None = None
+_BUILDERS = ("from_pretrained", "_from_config")
+
+
+def _enter_global(options: dict[str, Any]) -> Enabled:
+    global _GLOBAL
+    if _GLOBAL is not None:
+        _GLOBAL.options = options
+    else:
+        stock = {name: PreTrainedModel.__dict__[name] for name in _BUILDERS}
+        _GLOBAL = _GlobalMode(options, stock)
+        for name, builder in stock.items():
+            setattr(PreTrainedModel, name, classmethod(_enabling(builder.__func__)))
+    return Enabled(None, options["plan"], _global=_GLOBAL)
+
+
+def _leave_global(mode: _GlobalMode | None) -> None:
+    global _GLOBAL
+    with _LOCK:
+        if mode is None or mode is not _GLOBAL:
+            return
+        for name, builder in mode.stock.items():
+            setattr(PreTrainedModel, name, builder)
+        _GLOBAL = None
+        for model in list(mode.models):
+            disable(model)
+
+
+def _enabling(builder: Any) -> Any:
+    """``builder`` (the function under a classmethod of ``PreTrainedModel``), then :func:`enable`."""
+
+    @functools.wraps(builder)
+    def build(cls: type, *args: Any, **kwargs: Any) -> Any:
+        result = builder(cls, *args, **kwargs)
+        mode = _GLOBAL
+        if mode is None:
+            return result
+        # from_pretrained(output_loading_info=True) returns a pair.
+        model = result[0] if isinstance(result, tuple) else result
+        if any(type(module) in ENABLED_CLASS for module in model.modules()):
+            enable(model, **mode.options)
+            mode.models.add(model)
+        return result
+
+    return build
+
+
+def enabled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of ``model`` that run this package's code."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, (RotaryTables, RotatedAttention)))
