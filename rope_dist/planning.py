@@ -6,18 +6,21 @@ model's config or from plain numbers, kept as JSON, applied by :func:`rope_dist.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tabulate import tabulate
 
 from .distribution import DEFAULT_INTERVALS, Divergence, check_divergence, check_intervals, disturbances
+from .files import write_text
 from .presets import PRESETS
 from .strategies import (
     PretrainedRope,
@@ -139,6 +142,27 @@ class RopePlan:
         parts.append(f"attention_scaling={self.attention_scaling:.6g}")
         parts.append(f"disturbance={self.disturbance * 1e3:.2f}e-3")
         return f"RopePlan({', '.join(parts)})"
+
+    def summary(self) -> str:
+        """The plan as text: its ``repr``, then a row for each run of pairs that share a factor."""
+        base = self.base_factors or (1.0,) * len(self.factors)
+        factors = [f / b for f, b in zip(self.factors, base, strict=True)]
+        wavelengths = (2 * math.pi / self.pretrained.inv_freq.double()).tolist()
+        rows = []
+        for factor, run in itertools.groupby(range(len(factors)), key=lambda i: factors[i]):
+            pairs = list(run)
+            first, last = pairs[0], pairs[-1]
+            rows.append(
+                (
+                    f"{first}-{last}" if last > first else str(first),
+                    f"{factor:.6g}",
+                    f"{wavelengths[first]:.4g}" + (f" - {wavelengths[last]:.4g}" if last > first else ""),
+                    f"{math.fsum(self.disturbance_per_pair[i] for i in pairs) / len(pairs) * 1e3:.2f}",
+                )
+            )
+        headers = ("pairs", "factor", "trained wavelength, tokens", "mean disturbance x 1e-3")
+        table = tabulate(rows, headers, disable_numparse=True, colalign=("right",) * 4)
+        return f"{self!r}\n\n{table}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; :meth:`from_dict` gives an equal plan back."""
@@ -268,23 +292,6 @@ class RopePlan:
         }
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a whole file or none: to a temporary name beside it, then renamed over it."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes the file private; give it the mode that open() would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def pretrained_rope(config: PretrainedConfig) -> tuple[PretrainedRope, int]:
     """Read a model's rotary embedding from its ``transformers`` config.
 
@@ -345,13 +352,19 @@ def load_config(source: str | os.PathLike[str]) -> PretrainedConfig:
     """The ``transformers`` config of a directory, a ``config.json`` or a hub id; ``ValueError`` if there is none."""
     from transformers import AutoConfig
 
+    name = str(source)
+    if "/" not in name and not Path(name).exists():
+        # A mistyped preset should not wait for the hub to say no.
+        raise ValueError(
+            f"unknown model {name!r}: give a preset ({', '.join(PRESETS)}), a directory with a config.json, "
+            "or a hub id (owner/name)"
+        )
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{source!s} is no preset ({', '.join(PRESETS)}), no directory with a config.json and no model "
-            f"that could be fetched: {reason}"
+            f"no config of a model at {name}, neither a directory nor on the hub: {reason}"
         ) from None
 
 
@@ -430,10 +443,15 @@ def plan(
         **settings: of the strategy, e.g. ``threshold=0`` for ``dprope`` or ``beta_fast=16`` for ``yarn``.
 
     Raises:
-        ValueError: anything out of range, with what would be right.
-        TypeError: ``source`` is of another kind, or the strategy has no such setting.
+        ValueError: anything out of range or unknown, with what would be right.
+        TypeError: ``source`` is of another kind.
     """
     function = get_strategy(strategy)
+    known = [name for name in inspect.signature(function).parameters if name not in ("rope", "target_length")]
+    for name in settings:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"the strategy {strategy} has no setting {name!r}; {has}")
     rope, head_dim, name = _resolve(source, theta, head_dim, rotary_dim, original_length)
     if (target_length is None) == (factor is None):
         raise ValueError("give either target_length (tokens) or factor (times the original length)")

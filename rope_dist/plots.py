@@ -1,0 +1,100 @@
+"""Pictures of plans and readings (needs the extra ``plot``)."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .files import write_bytes
+from .optional import require
+
+if TYPE_CHECKING:
+    from .evaluation.perplexity import Reading
+    from .planning import RopePlan
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+    figure_module = require("matplotlib.figure", "plot", "a plot")
+    figure = figure_module.Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    suffix = Path(path).suffix.lstrip(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise ValueError(f"cannot plot to {path}: the ending must be one of {', '.join(sorted(known))}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix, dpi=150)
+    write_bytes(path, buffer.getvalue())
+
+
+def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str]) -> None:
+    """Disturbance and factor of every pair (the paper's Figures 7 and 8), a column a target length.
+
+    Args:
+        plans: of one model.
+        path: the picture to write; its ending chooses the format.
+
+    Raises:
+        ValueError: an ending that matplotlib does not know.
+        MissingPackageError: matplotlib is not installed.
+    """
+    lengths = list(dict.fromkeys(p.target_length for p in plans))
+    figure, axes = _figure(2, len(lengths), 6.4 * len(lengths), 7.2)
+    for column, length in enumerate(lengths):
+        above, below = axes[0, column], axes[1, column]
+        for p in (p for p in plans if p.target_length == length):
+            pairs = range(len(p.factors))
+            style = {"linewidth": 2.2, "zorder": 3} if p.strategy == "dprope" else {"linewidth": 1.2}
+            label = f"{p.strategy} ({p.disturbance * 1e3:.2f}e-3)"
+            above.plot(pairs, p.disturbance_per_pair, label=label, **style)
+            base = p.base_factors or (1.0,) * len(p.factors)
+            below.plot(
+                pairs, [f / b for f, b in zip(p.factors, base, strict=True)], label=p.strategy, **style
+            )
+        # Disturbances span six decades and can be 0 (a pair left alone at no extension).
+        above.set_yscale("symlog", linthresh=1e-4)
+        above.set_ylim(bottom=0)
+        above.set_title(f"{plans[0].source or 'model'}: {plans[0].original_length} → {length} tokens")
+        above.set_ylabel("disturbance of the pair, nats")
+        below.set_ylabel("factor (frequency divided by)")
+        below.set_xlabel("rotary pair (0 turns fastest)")
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+        above.legend(fontsize=8, loc="lower left")
+    _save(figure, path)
+
+
+def plot_readings(
+    readings: Sequence[Reading], width: int, trained_length: int, title: str, path: str | os.PathLike[str]
+) -> None:
+    """Perplexity by position of several readings of one text.
+
+    Args:
+        readings: from :func:`rope_dist.evaluation.read_with_strategies`.
+        width: tokens a bucket.
+        trained_length: where the model's own context ends, marked in the picture.
+        title: above the picture.
+        path: the picture to write.
+    """
+    figure, axes = _figure(1, 1, 8.0, 4.8)
+    axis = axes[0, 0]
+    for reading in readings:
+        buckets = reading.buckets(width)
+        middles = [(b.start + b.end) / 2 for b in buckets]
+        axis.plot(middles, [b.perplexity for b in buckets], marker="o", markersize=4, label=reading.label)
+    axis.axvline(trained_length, color="black", linestyle="--", linewidth=1, label="trained length")
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="y", which="minor", labelsize=7)
+    axis.set_xlabel("position, tokens")
+    axis.set_ylabel(f"perplexity of {width} tokens")
+    axis.set_title(title)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    _save(figure, path)
