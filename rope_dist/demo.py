@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,7 @@ def run(
     if tokens < 2:
         raise ValueError(f"tokens must be at least 2, got {tokens}")
     started = time.perf_counter()
+    title, content = load_text(text)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     here = machine()
@@ -66,13 +68,13 @@ def run(
     say("\n1. Disturbance of LLaMA2's rotary angles, beside Table 3 of Wu et al. (EMNLP 2024)\n")
     say(table_3())
 
-    title, content = load_text(text)
     packaged = PACKAGED_MODELS.get(model_name)
     say(f"\n2. {packaged.title if packaged else model_name}")
     transformers_logging.set_verbosity_error()  # its loading notes would stand between the tables
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     model, tokenizer = load_model(model_name)
-    # One sequence on purpose: the tokenizer would warn that it is longer than the trained length.
-    ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids
+    ids = tokenizer(content, return_tensors="pt").input_ids
     if ids.shape[1] < tokens:
         raise ValueError(
             f"{title} has {ids.shape[1]} tokens, fewer than the {tokens} to be read: lower --tokens"

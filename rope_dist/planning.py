@@ -415,6 +415,19 @@ def _resolve(
     return *pretrained_rope(config), getattr(config, "_name_or_path", None) or None
 
 
+def check_options(strategy: str, settings: Mapping[str, Any], factor: float | None) -> None:
+    """``ValueError`` for what is wrong with an extension whatever the model: its strategy, settings or factor."""
+    known = [
+        n for n in inspect.signature(get_strategy(strategy)).parameters if n not in ("rope", "target_length")
+    ]
+    for name in settings:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"the strategy {strategy} has no setting {name!r}; {has}")
+    if factor is not None and not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"factor must be a positive number, got {factor!r}")
+
+
 def plan(
     source: str | os.PathLike[str] | PretrainedConfig | PreTrainedModel | None = None,
     *,
@@ -446,23 +459,16 @@ def plan(
         ValueError: anything out of range or unknown, with what would be right.
         TypeError: ``source`` is of another kind.
     """
-    function = get_strategy(strategy)
-    known = [name for name in inspect.signature(function).parameters if name not in ("rope", "target_length")]
-    for name in settings:
-        if name not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"the strategy {strategy} has no setting {name!r}; {has}")
+    check_options(strategy, settings, factor)
     rope, head_dim, name = _resolve(source, theta, head_dim, rotary_dim, original_length)
     if (target_length is None) == (factor is None):
         raise ValueError("give either target_length (tokens) or factor (times the original length)")
     if target_length is None:
-        if not (math.isfinite(factor) and factor > 0):
-            raise ValueError(f"factor must be a positive number, got {factor!r}")
         target_length = round(rope.length * factor)
     intervals = check_intervals(intervals)
     if strategy == "dprope":
         settings = {"intervals": intervals, "divergence": divergence, **settings}
-    scaling = function(rope, target_length, **settings)
+    scaling = get_strategy(strategy)(rope, target_length, **settings)
     per_pair = scaling.disturbance
     if per_pair is None:
         per_pair = disturbances(

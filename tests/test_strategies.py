@@ -1,0 +1,260 @@
+"""Strategies against Hugging Face's own formulas, the authors' procedure and the paper's figures."""
+
+import math
+
+import authors
+import pytest
+import torch
+from conftest import llama_config
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from rope_dist.presets import PRESETS
+from rope_dist.strategies import (
+    STRATEGIES,
+    PretrainedRope,
+    Scaling,
+    default_inv_freq,
+    default_threshold,
+    dprope,
+    get_strategy,
+)
+
+LLAMA2 = PRESETS["llama2-7b"].rope
+
+
+def dims(scaling: Scaling) -> int:
+    return 2 * int((scaling.factors != 1).sum())
+
+
+def hugging_face(rope: PretrainedRope, target: int, parameters: dict) -> tuple[torch.Tensor, float]:
+    config = llama_config(
+        hidden_size=4 * rope.rotary_dim,
+        max_position_embeddings=rope.length,
+        rope_parameters={"rope_theta": rope.theta, **parameters},
+    )
+    return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, seq_len=target)
+
+
+ROPES = [
+    LLAMA2,
+    PretrainedRope(theta=500000.0, rotary_dim=128, length=8192),
+    PretrainedRope(theta=100000.0, rotary_dim=64, length=2048),
+    PretrainedRope(theta=10000.0, rotary_dim=80, length=4096),
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: f"{rope.theta:g}-{rope.rotary_dim}-{rope.length}")
+@pytest.mark.parametrize("scale", [2, 3, 8])
+@pytest.mark.parametrize("name", ["pi", "dynamic-ntk", "yarn", "llama3", "longrope"])
+def test_equals_hugging_face(rope, scale, name):
+    target = scale * rope.length
+    settings, parameters = {
+        "pi": ({}, {"rope_type": "linear", "factor": float(scale)}),
+        "dynamic-ntk": ({}, {"rope_type": "dynamic", "factor": float(scale)}),
+        "yarn": (
+            {},
+            {"rope_type": "yarn", "factor": float(scale), "original_max_position_embeddings": rope.length},
+        ),
+        "llama3": (
+            {},
+            {
+                "rope_type": "llama3",
+                "factor": float(scale),
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": rope.length,
+            },
+        ),
+        "longrope": (
+            {"factors": [1 + 0.1 * i for i in range(rope.pairs)]},
+            {
+                "rope_type": "longrope",
+                "factor": float(scale),
+                "short_factor": [1.0] * rope.pairs,
+                "long_factor": [1 + 0.1 * i for i in range(rope.pairs)],
+                "original_max_position_embeddings": rope.length,
+            },
+        ),
+    }[name]
+    expected, attention = hugging_face(rope, target, parameters)
+    ours = STRATEGIES[name](rope, target, **settings)
+    inv_freq = default_inv_freq(rope.theta, rope.rotary_dim, ours.factors)
+    torch.testing.assert_close(inv_freq, expected, rtol=1e-6, atol=0.0)
+    assert ours.attention_scaling == pytest.approx(attention, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"beta_fast": 16, "beta_slow": 2}, {"truncate": False}, {"attention_factor": 1.0}]
+)
+def test_yarn_settings_equal_hugging_face(settings):
+    parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096, **settings}
+    expected, attention = hugging_face(LLAMA2, 16384, parameters)
+    ours = STRATEGIES["yarn"](LLAMA2, 16384, **settings)
+    torch.testing.assert_close(default_inv_freq(10000.0, 128, ours.factors), expected, rtol=1e-6, atol=0.0)
+    assert ours.attention_scaling == pytest.approx(attention)
+
+
+def test_ntk_is_a_change_of_base():
+    scaled = default_inv_freq(10000.0 * 4 ** (128 / 126), 128).double()
+    ours = LLAMA2.inv_freq.double() / STRATEGIES["ntk"](LLAMA2, 16384).factors
+    torch.testing.assert_close(ours, scaled, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(
+        STRATEGIES["dynamic-ntk"](LLAMA2, 16384, factor=1.0).factors, STRATEGIES["ntk"](LLAMA2, 16384).factors
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "longrope"])
+def test_no_extension_changes_nothing(name):
+    scaling = STRATEGIES[name](LLAMA2, LLAMA2.length)
+    assert torch.equal(scaling.factors, torch.ones(64, dtype=torch.float64))
+    assert scaling.attention_scaling == 1.0
+
+
+class TestDprope:
+    @pytest.mark.parametrize(
+        ("target", "settings", "expected"),
+        [
+            (8192, {"threshold": 0}, 94),
+            (16384, {"threshold": 0}, 84),
+            (8192, {}, 80),
+            (16384, {}, 64),
+            (8192, {"threshold": "paper-2x"}, 80),
+            (16384, {"threshold": "paper-4x"}, 64),
+            (8192, {"interpolated_dims": 80}, 80),
+            (8192, {"interpolated_dims": 0}, 0),
+            (8192, {"interpolated_dims": 128}, 128),
+        ],
+    )
+    def test_the_papers_numbers_of_interpolated_dimensions(self, target, settings, expected):
+        scaling = dprope(LLAMA2, target, **settings)
+        assert dims(scaling) == expected
+        assert set(scaling.factors.tolist()) <= {1.0, target / 4096}
+
+    @pytest.mark.parametrize(("target", "n", "t"), [(8192, 80, 5e-4), (16384, 64, 2e-3)])
+    def test_n_and_the_threshold_that_gives_it_choose_the_same(self, target, n, t):
+        by_n, by_t = dprope(LLAMA2, target, interpolated_dims=n), dprope(LLAMA2, target, threshold=t)
+        assert torch.equal(by_n.factors, by_t.factors)
+
+    @given(
+        theta=st.one_of(st.integers(2, 1_000_000), st.sampled_from([10_000, 500_000])),
+        length=st.integers(2, 48),
+        pairs=st.integers(1, 6),
+        scale=st.integers(1, 5),
+        intervals=st.sampled_from([2, 3, 7, 90, 180, 360, 720]),
+    )
+    def test_threshold_0_equals_the_authors_code(self, theta, length, pairs, scale, intervals):
+        try:
+            expected = authors.factors(theta, length, 2 * pairs, scale, intervals)
+        except IndexError:
+            return
+        rope = PretrainedRope(float(theta), 2 * pairs, length)
+        ours = dprope(rope, length * scale, threshold=0, intervals=intervals).factors
+        assert torch.equal(ours.float(), expected)
+
+    @given(scale=st.floats(1, 64))
+    def test_default_threshold_runs_between_the_papers_two(self, scale):
+        t = default_threshold(scale)
+        assert 5e-4 <= t <= 2e-3
+        assert default_threshold(scale * 1.5) >= t
+
+    def test_default_threshold_at_the_papers_scales(self):
+        assert [default_threshold(s) for s in (1, 1.5, 2, 4, 8)] == [5e-4, 5e-4, 5e-4, 2e-3, 2e-3]
+        assert default_threshold(2 * math.sqrt(2)) == pytest.approx((5e-4 + 2e-3) / 2)
+
+    def test_disturbance_is_that_of_the_chosen_factors(self):
+        from rope_dist.distribution import disturbances
+
+        scaling = dprope(LLAMA2, 8192)
+        torch.testing.assert_close(
+            scaling.disturbance, disturbances(LLAMA2.inv_freq, 4096, [scaling.factors], 8192)[0]
+        )
+
+    def test_more_candidates_disturb_no_more(self):
+        def off_resonance(rope, target_length):
+            # A ten-thousandth moves nearly resonant pairs by whole intervals over the length.
+            return Scaling(torch.full((rope.pairs,), 1.0002, dtype=torch.float64))
+
+        two = dprope(LLAMA2, 8192, threshold=0)
+        many = dprope(LLAMA2, 8192, threshold=0, candidates=["extrapolation", "pi", "yarn", off_resonance])
+        assert bool((many.disturbance <= two.disturbance).all())
+        assert many.disturbance.mean() < 0.99 * two.disturbance.mean()
+
+    def test_a_candidate_may_be_a_function(self):
+        def three_quarters(rope, target_length):
+            return Scaling(torch.full((rope.pairs,), 0.75 * target_length / rope.length, dtype=torch.float64))
+
+        scaling = dprope(LLAMA2, 8192, threshold=0, candidates=["extrapolation", "pi", three_quarters])
+        assert 1.5 in scaling.factors.tolist()
+        assert scaling.settings["candidates"] == ["extrapolation", "pi", "three_quarters"]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"threshold": 0, "interpolated_dims": 2}, "not both"),
+            ({"threshold": -1e-3}, "at least 0"),
+            ({"threshold": math.nan}, "at least 0"),
+            ({"threshold": "paper-3x"}, "paper-2x, paper-4x"),
+            ({"interpolated_dims": 3}, "even"),
+            ({"interpolated_dims": 130}, "0 to 128"),
+            ({"interpolated_dims": -2}, "0 to 128"),
+            ({"intervals": 1}, "intervals"),
+            ({"candidates": ["pi"]}, "at least two"),
+            ({"candidates": ["pi", "magic"]}, "unknown strategy 'magic'"),
+            ({"divergence": "kl"}, "divergence must be one of"),
+            ({"dtype": "float16"}, "dtype must be one of"),
+        ],
+    )
+    def test_bad_settings_are_refused(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            dprope(LLAMA2, 8192, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("longrope", {}, "needs factors=64"),
+        ("longrope", {"factors": [1.0] * 63}, "64 numbers"),
+        ("longrope", {"factors": [1.0] * 63 + [math.nan]}, "finite and positive, got nan for pair 63"),
+        ("longrope", {"factors": [0.0] + [1.0] * 63}, "got 0.0 for pair 0"),
+        ("longrope", {"factors": [1.0] * 64, "attention_factor": 0}, "attention_factor"),
+        ("yarn", {"beta_fast": 1, "beta_slow": 1}, "beta_fast > beta_slow"),
+        ("llama3", {"low_freq_factor": 4}, "high_freq_factor > low_freq_factor"),
+        ("llama3", {"factor": 0.5}, "at least 1"),
+        ("dynamic-ntk", {"factor": 0.5}, "at least 1"),
+    ],
+)
+def test_bad_settings_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=message):
+        STRATEGIES[name](LLAMA2, 8192, **settings)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_a_target_below_the_original_is_refused(name):
+    settings = {"factors": [1.0] * 64} if name == "longrope" else {}
+    with pytest.raises(ValueError, match="below the original length 4096"):
+        STRATEGIES[name](LLAMA2, 4095, **settings)
+
+
+def test_an_unknown_strategy_names_the_known_ones():
+    with pytest.raises(
+        ValueError, match="extrapolation, pi, ntk, dynamic-ntk, yarn, llama3, longrope, dprope"
+    ):
+        get_strategy("YaRN")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ((1.0, 128, 4096), "above 1"),
+        ((math.inf, 128, 4096), "above 1"),
+        ((1e4, 127, 4096), "even"),
+        ((1e4, 0, 4096), "even"),
+        ((1e4, 128, 1), "at least 2 tokens"),
+        ((1e4, 128, 4096, (1.0,)), "64 numbers"),
+    ],
+)
+def test_a_bad_embedding_is_refused(numbers, message):
+    with pytest.raises(ValueError, match=message):
+        PretrainedRope(*numbers)
