@@ -83,6 +83,12 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         help="direction of the Kullback-Leibler divergence: the first reproduces the paper's Table 3, "
         "the second is eq. 8 as printed (default: %(default)s)",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float64"),
+        default="float32",
+        help="of the angles: float32 as in the authors' code, float64 exact (default: %(default)s)",
+    )
 
 
 def _numbers(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -93,6 +99,7 @@ def _numbers(parsed: argparse.Namespace) -> dict[str, Any]:
         "original_length": parsed.original,
         "intervals": parsed.intervals,
         "divergence": parsed.divergence,
+        "dtype": parsed.dtype,
     }
 
 
@@ -247,6 +254,9 @@ def _add_demo(verbs: Any) -> None:
     parser.add_argument(
         "--text", default="python", help="a corpus or a text file (default: the Python language reference)"
     )
+    parser.add_argument(
+        "--device", help="where the model reads, e.g. cuda:0 (default: a GPU if there is one)"
+    )
     parser.add_argument("--tokens", type=int, default=12288, help="tokens to read (default: %(default)s)")
     parser.add_argument(
         "--factor", type=float, default=2.0, help="extension of the trained length (default: %(default)s)"
@@ -275,4 +285,5 @@ def _demo(parsed: argparse.Namespace) -> None:
         tokens=parsed.tokens,
         factor=parsed.factor,
         output=parsed.output,
+        device=parsed.device,
     )

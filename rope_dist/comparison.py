@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ def compare(
     threshold: float | str = 0.0,
     intervals: int = DEFAULT_INTERVALS,
     divergence: Divergence = "pretrained-extended",
+    dtype: torch.dtype | str = torch.float32,
     **numbers: Any,
 ) -> list[RopePlan]:
     """Plan every strategy at every length.
@@ -40,7 +42,7 @@ def compare(
         target_lengths: tokens.
         strategies: names, by default all that need nothing but the model.
         threshold: of ``dprope``; 0 as in the paper's Table 3 (planning itself has another default).
-        intervals, divergence: how the disturbance is measured.
+        intervals, divergence, dtype: how the disturbance is measured.
         **numbers: ``theta``, ``head_dim``, ``rotary_dim``, ``original_length`` instead of a source.
 
     Returns:
@@ -59,6 +61,7 @@ def compare(
                 strategy=strategy,
                 intervals=intervals,
                 divergence=divergence,
+                dtype=dtype,
                 **numbers,
                 **settings,
             )

@@ -34,6 +34,7 @@ def run(
     tokens: int = 12288,
     factor: float = 2.0,
     output: str | Path = "rope-dist-demo",
+    device: torch.device | str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Print the paper's Table 3, read a text with several strategies, time the rotary step.
@@ -44,6 +45,7 @@ def run(
         tokens: how much of the text is read, from its beginning.
         factor: how far the model's trained length is extended.
         output: folder for ``perplexity.png`` and ``demo.json``, made if missing.
+        device: where the model reads, by default a GPU if there is one.
         say: where the tables go.
 
     Returns:
@@ -73,7 +75,8 @@ def run(
     transformers_logging.set_verbosity_error()  # its loading notes would stand between the tables
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    model, tokenizer = load_model(model_name)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, tokenizer = load_model(model_name, device)
     ids = tokenizer(content, return_tensors="pt").input_ids
     if ids.shape[1] < tokens:
         raise ValueError(
@@ -91,7 +94,8 @@ def run(
     picture = output / "perplexity.png"
     plot_readings(readings, BUCKET, trained, f"{title}: perplexity by position", picture)
 
-    say("\n3. The rotary step of one layer (queries and keys of the text just read, float32)\n")
+    dtype = str(model.dtype).removeprefix("torch.")
+    say(f"\n3. The rotary step of one layer, {tokens} tokens, {dtype}, on {device}\n")
     step = rotary_step(model, tokens)
     milliseconds = {name: f"{seconds * 1e3:.2f} ms" for name, seconds in step.items()}
     say(tabulate(milliseconds.items(), ("median of 10, interleaved", "time"), colalign=("left", "right")))
@@ -133,16 +137,18 @@ def rotary_step(model: PreTrainedModel, tokens: int) -> dict[str, float]:
     """Median seconds of one layer's rotation, stock and ours, in one run on random queries and keys."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    config = model.config
-    q = torch.randn(1, tokens, config.num_attention_heads, config.head_dim)
-    k = torch.randn(1, tokens, config.num_key_value_heads, config.head_dim)
-    position_ids = torch.arange(tokens)[None]
-    cos, sin = ops.cos_sin(model.model.rotary_emb.inv_freq, position_ids)
-    stock_cos, stock_sin = model.model.rotary_emb(q, position_ids)
+    config, options = model.config, {"dtype": model.dtype, "device": model.device}
+    q = torch.randn(1, tokens, config.num_attention_heads, config.head_dim, **options)
+    k = torch.randn(1, tokens, config.num_key_value_heads, config.head_dim, **options)
+    position_ids = torch.arange(tokens, device=model.device)[None]
+    rotary = model.model.rotary_emb
+    stock_cos, stock_sin = rotary(q, position_ids)
+    cos, sin = ops.cos_sin(rotary.inv_freq, position_ids, rotary.attention_scaling)
     times = time_interleaved(
         {
             "stock": lambda: apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), stock_cos, stock_sin),
             "rope_dist": lambda: ops.rotary(q, k, cos, sin),
-        }
+        },
+        device=model.device,
     )
     return medians(times)

@@ -39,13 +39,22 @@ def check_intervals(intervals: int) -> int:
     return int(intervals)
 
 
+def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """``torch.float32`` or ``torch.float64`` from itself or its name, else ``ValueError``."""
+    known = {"float32": torch.float32, "float64": torch.float64}
+    name = str(dtype).removeprefix("torch.")
+    if name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
+    return known[name]
+
+
 def rotary_angle_distribution(
     inv_freq: torch.Tensor,
     length: int,
     *,
     intervals: int = DEFAULT_INTERVALS,
     smoothing: float = DEFAULT_SMOOTHING,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> torch.Tensor:
     """Share of the positions ``0 .. length - 1`` whose rotary angle falls into each interval (eq. 5-7).
 
@@ -65,8 +74,7 @@ def rotary_angle_distribution(
             ``intervals < 2``, ``smoothing < 0`` or another ``dtype``.
     """
     intervals = check_intervals(intervals)
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    dtype = check_dtype(dtype)
     if inv_freq.ndim != 1 or inv_freq.numel() == 0:
         raise ValueError(f"inv_freq must be a vector [pairs], got shape {list(inv_freq.shape)}")
     if not bool(torch.all(torch.isfinite(inv_freq) & (inv_freq > 0))):
@@ -144,7 +152,7 @@ def disturbances(
     intervals: int = DEFAULT_INTERVALS,
     smoothing: float = DEFAULT_SMOOTHING,
     divergence: Divergence = "pretrained-extended",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> torch.Tensor:
     """Disturbance per pair of several candidate extensions of one pre-trained embedding.
 
@@ -165,6 +173,7 @@ def disturbances(
             frequencies, positions, intervals=intervals, smoothing=smoothing, dtype=dtype
         )
 
+    dtype = check_dtype(dtype)
     inv_freq = inv_freq.to(dtype)
     before = distribution(inv_freq, length)
     rows = [

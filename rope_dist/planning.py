@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tabulate import tabulate
 
-from .distribution import DEFAULT_INTERVALS, Divergence, check_divergence, check_intervals, disturbances
+from .distribution import (
+    DEFAULT_INTERVALS,
+    Divergence,
+    check_divergence,
+    check_dtype,
+    check_intervals,
+    disturbances,
+)
 from .files import write_text
 from .presets import PRESETS
 from .strategies import (
@@ -54,7 +61,7 @@ class RopePlan:
             that the model was trained with (``base_factors``) is included.
         attention_scaling: what cos and sin are multiplied by.
         disturbance_per_pair: disturbance of each pair's rotary angle distribution, nats (eq. 8).
-        intervals, divergence: how the disturbance was measured.
+        intervals, divergence, dtype: how the disturbance was measured.
         base_factors: the trained model's own factors, or None for all ones.
         source: what the plan was made from (a preset, a path, a hub id), or None.
     """
@@ -71,6 +78,7 @@ class RopePlan:
     disturbance_per_pair: tuple[float, ...]
     intervals: int = DEFAULT_INTERVALS
     divergence: str = "pretrained-extended"
+    dtype: str = "float32"
     base_factors: tuple[float, ...] | None = None
     source: str | None = field(default=None, compare=False)
 
@@ -96,6 +104,7 @@ class RopePlan:
             raise ValueError(f"attention_scaling must be positive, got {self.attention_scaling}")
         check_intervals(self.intervals)
         check_divergence(self.divergence)
+        check_dtype(self.dtype)
 
     @property
     def pretrained(self) -> PretrainedRope:
@@ -183,6 +192,7 @@ class RopePlan:
             "attention_scaling": self.attention_scaling,
             "intervals": self.intervals,
             "divergence": self.divergence,
+            "dtype": self.dtype,
             "disturbance": self.disturbance,
             "disturbance_per_pair": list(self.disturbance_per_pair),
             "base_factors": None if self.base_factors is None else list(self.base_factors),
@@ -229,6 +239,7 @@ class RopePlan:
             disturbance_per_pair=numbers("disturbance_per_pair"),
             intervals=get("intervals", int),
             divergence=get("divergence", str),
+            dtype=get("dtype", str),
             base_factors=None if base is None else numbers("base_factors"),
             source=get("source", str, type(None)),
         )
@@ -440,6 +451,7 @@ def plan(
     strategy: str = "dprope",
     intervals: int = DEFAULT_INTERVALS,
     divergence: Divergence = "pretrained-extended",
+    dtype: torch.dtype | str = torch.float32,
     **settings: Any,
 ) -> RopePlan:
     """Plan an extension: a model's config, or plain numbers, to a :class:`RopePlan`.
@@ -452,7 +464,7 @@ def plan(
         target_length: tokens to read, at least the original length.
         factor: instead of ``target_length``, its multiple of the original length.
         strategy: a name of :data:`rope_dist.strategies.STRATEGIES`.
-        intervals, divergence: how the disturbance is measured, see :mod:`rope_dist.distribution`.
+        intervals, divergence, dtype: how the disturbance is measured, see :mod:`rope_dist.distribution`.
         **settings: of the strategy, e.g. ``threshold=0`` for ``dprope`` or ``beta_fast=16`` for ``yarn``.
 
     Raises:
@@ -466,19 +478,14 @@ def plan(
     if target_length is None:
         target_length = round(rope.length * factor)
     intervals = check_intervals(intervals)
+    dtype = check_dtype(dtype)
+    measure = {"intervals": intervals, "divergence": divergence, "dtype": dtype}
     if strategy == "dprope":
-        settings = {"intervals": intervals, "divergence": divergence, **settings}
+        settings = {**measure, **settings}
     scaling = get_strategy(strategy)(rope, target_length, **settings)
     per_pair = scaling.disturbance
     if per_pair is None:
-        per_pair = disturbances(
-            rope.inv_freq,
-            rope.length,
-            [scaling.factors],
-            target_length,
-            intervals=intervals,
-            divergence=divergence,
-        )[0]
+        per_pair = disturbances(rope.inv_freq, rope.length, [scaling.factors], target_length, **measure)[0]
     return RopePlan(
         strategy=strategy,
         settings=scaling.settings,
@@ -492,6 +499,7 @@ def plan(
         disturbance_per_pair=tuple(per_pair.tolist()),
         intervals=intervals,
         divergence=divergence,
+        dtype=str(dtype).removeprefix("torch."),
         base_factors=rope.factors,
         source=name,
     )

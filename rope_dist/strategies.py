@@ -23,6 +23,7 @@ from .distribution import (
     DEFAULT_SMOOTHING,
     Divergence,
     check_divergence,
+    check_dtype,
     check_intervals,
     disturbances,
 )
@@ -427,15 +428,6 @@ def dprope(
         "dtype": str(dtype).removeprefix("torch."),
     }
     return Scaling(factors[best, pair], settings=settings, disturbance=d[best, pair])
-
-
-def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """``torch.float32`` or ``torch.float64`` from itself or its name, else ``ValueError``."""
-    known = {"float32": torch.float32, "float64": torch.float64}
-    name = str(dtype).removeprefix("torch.")
-    if name not in known:
-        raise ValueError(f"dtype must be one of {', '.join(known)}, got {dtype!r}")
-    return known[name]
 
 
 STRATEGIES: dict[str, Strategy] = {

@@ -1,4 +1,4 @@
-"""Side-by-side timing on the CPU, and the description of the machine that every figure needs."""
+"""Side-by-side wall-clock timing, and the description of the machine that every figure needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ import torch
 
 
 def time_interleaved(
-    providers: Mapping[str, Callable[[], Any]], *, repeats: int = 10, warmup: int = 2
+    providers: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int = 10,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
 ) -> dict[str, list[float]]:
     """Wall seconds of each provider, run in turn and back (A B B A ...) so that drift hits all alike.
 
@@ -22,10 +26,17 @@ def time_interleaved(
         providers: what to time, by name.
         repeats: timed calls of each.
         warmup: calls of each before, not timed.
+        device: where they work; a GPU is waited for before and after each call.
 
     Returns:
         ``repeats`` times for each name, in seconds; quote the :func:`statistics.median`.
     """
+    device = torch.device(device)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     for _ in range(warmup):
         for call in providers.values():
             call()
@@ -33,8 +44,10 @@ def time_interleaved(
     order = list(providers)
     for _ in range(repeats):
         for name in order:
+            wait()
             start = time.perf_counter()
             providers[name]()
+            wait()
             times[name].append(time.perf_counter() - start)
         order.reverse()
     return times
@@ -57,6 +70,7 @@ def machine() -> dict[str, str]:
     return {
         "processor": _processor(),
         "threads": str(torch.get_num_threads()),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{package: installed(package) for package in ("torch", "transformers", "triton")},

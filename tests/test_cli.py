@@ -104,6 +104,12 @@ class TestCompare:
         printed = json.loads(out(*arguments, "--divergence", "extended-pretrained"))
         assert printed[0]["disturbance"] * 1e3 == pytest.approx(184.5, abs=0.5)
 
+    def test_float64(self, out):
+        arguments = ("compare", "llama2-7b", "--target", 8192, "--strategies", "pi", "--json")
+        printed = json.loads(out(*arguments, "--dtype", "float64"))[0]
+        assert printed["dtype"] == "float64"
+        assert printed["disturbance"] * 1e3 == pytest.approx(24.08, abs=0.3)
+
     def test_text_says_which_threshold(self, out):
         text = out("compare", "llama2-7b", "--target", 8192)
         assert "24.08" in text

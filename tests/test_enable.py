@@ -389,6 +389,13 @@ class TestModelsYetToBeBuilt:
         rope_dist.enable(factor=3)
         assert AutoModelForCausalLM.from_config(llama_config()).config.max_position_embeddings == 192
 
+    def test_nested_contexts_go_back_to_the_outer_options(self):
+        with rope_dist.enable(factor=2):
+            with rope_dist.enable(factor=3):
+                pass
+            assert AutoModelForCausalLM.from_config(llama_config()).config.max_position_embeddings == 128
+        assert AutoModelForCausalLM.from_config(llama_config()).config.max_position_embeddings == 64
+
     def test_other_families_load_as_ever(self):
         config = MistralConfig(
             hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1

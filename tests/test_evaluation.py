@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import llama_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 import rope_dist
 from rope_dist.evaluation import (
@@ -81,6 +81,14 @@ class TestPerplexity:
             torch.testing.assert_close(readings[1].nll, token_nll(before, text_ids), rtol=0, atol=0)
         assert not torch.allclose(readings[1].nll, readings[0].nll, atol=1e-4)
         assert not list(enabled_modules(llama))
+
+    def test_an_unsupported_model_is_refused_before_the_first_reading(self, text_ids, monkeypatch):
+        config = MistralConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+        )
+        monkeypatch.setattr("rope_dist.evaluation.perplexity.token_nll", None)  # would be called to read
+        with pytest.raises(ValueError, match="not a supported family"):
+            read_with_strategies(MistralForCausalLM(config), text_ids, ["stock", "pi"], 128)
 
 
 class TestTexts:

@@ -189,6 +189,16 @@ class TestFrequencies:
         assert rotary.attention_scaling == made.attention_scaling
 
 
+@pytest.mark.parametrize("strategy", ["dprope", "yarn"])
+def test_float64_is_a_measure_of_every_strategy(strategy):
+    made = plan(strategy=strategy, dtype="float64")
+    assert made.dtype == made.to_dict()["dtype"] == "float64"
+    assert made.disturbance == pytest.approx(plan(strategy=strategy).disturbance, rel=0.05)
+    assert RopePlan.from_dict(made.to_dict()) == made
+    with pytest.raises(ValueError, match="float32, float64"):
+        plan(strategy=strategy, dtype=torch.float16)
+
+
 class TestJson:
     @given(
         theta=st.floats(2, 1e7),
@@ -254,6 +264,7 @@ class TestJson:
             ({"disturbance_per_pair": [0.0]}, "8 numbers"),
             ({"divergence": "kl"}, "divergence"),
             ({"intervals": 1}, "intervals"),
+            ({"dtype": "float16"}, "dtype"),
         ],
     )
     def test_a_corrupt_file_is_refused_by_name(self, tmp_path, change, message):

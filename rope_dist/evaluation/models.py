@@ -36,11 +36,14 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 }
 
 
-def load_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, in float32, ready to read.
+def load_model(
+    name_or_path: str, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, ready to read: float32 on a CPU, else as it was saved.
 
     Args:
         name_or_path: a name of :data:`PACKAGED_MODELS`, a directory or a hub id.
+        device: where the model goes.
 
     Raises:
         MissingPackageError: the packaged model, or what reads it, is not installed.
@@ -61,8 +64,9 @@ def load_model(name_or_path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         tokenizer_options = {"gguf_file": packaged.file}
         options = {"gguf_file": packaged.file, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
-    except OSError as error:
-        raise ValueError(f"cannot load {name_or_path}: {str(error).splitlines()[0]}") from None
-    return model.eval(), tokenizer
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {name_or_path}: {str(error).strip().splitlines()[0]}") from None
+    return model.eval().to(device), tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,18 +131,26 @@ def read_with_strategies(
         input_ids: ``[1, S]``.
         strategies: names of :data:`rope_dist.strategies.STRATEGIES`, or ``"stock"``.
         target_length: tokens each extension is planned for.
-        chunk, progress: as in :func:`token_nll`.
+        chunk: as in :func:`token_nll`.
+        progress: show a bar for each reading.
+
+    Raises:
+        ValueError: the model's family is not supported, or the target is below its trained length.
     """
 
     def read(label: str, plan: RopePlan | None) -> Reading:
         description = f"reading with {label}" if progress else None
         return Reading(label, plan, token_nll(model, input_ids, chunk=chunk, description=description))
 
+    # Planned before the first reading: a model or a length that does not go is refused at once.
+    plans = {}
+    for strategy in strategies:
+        if strategy != STOCK:
+            with enable(model, target_length=target_length, strategy=strategy) as enabled:
+                plans[strategy] = enabled.plan
     readings = []
     for strategy in strategies:
-        if strategy == STOCK:
-            readings.append(read(STOCK, None))
-        else:
-            with enable(model, target_length=target_length, strategy=strategy) as enabled:
-                readings.append(read(strategy, enabled.plan))
+        plan = plans.get(strategy)
+        with enable(model, plan=plan) if plan else nullcontext():
+            readings.append(read(strategy, plan))
     return readings

@@ -25,7 +25,7 @@ class RotaryTables:
     Differs from stock in two ways. The tables stay float32 for a 16-bit model (stock rounds cos and
     sin to 16 bits before the rotation), and hold each pair once: ``[B, S, R/2]``. And ``inv_freq`` stays
     float32 when the model is cast: stock lets ``.to(torch.bfloat16)`` round it, which is wrong by whole
-    turns a few hundred tokens in.
+    turns within a few thousand tokens.
     """
 
     def reset_frequencies(self) -> None:
@@ -35,9 +35,10 @@ class RotaryTables:
         if self.rope_type != "default":
             init = ROPE_INIT_FUNCTIONS[self.rope_type]
         device = self.inv_freq.device
-        inv_freq, self.attention_scaling = init(
-            self.config, device="cpu" if device.type == "meta" else device
-        )
+        with torch.device(
+            "cpu"
+        ):  # where stock computes them: another device's pow may differ in the last bit
+            inv_freq, self.attention_scaling = init(self.config)
         for name in ("inv_freq", "original_inv_freq"):
             self.register_buffer(name, inv_freq.clone().to(device), persistent=False)
         # What stock's length-dependent types keep between calls.

@@ -53,6 +53,7 @@ class Enabled:
     layers: int = 0
     _previous: _Swap | None = None
     _global: _GlobalMode | None = None
+    _previous_options: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         what = "models yet to be built" if self.model is None else type(self.model).__name__
@@ -62,10 +63,10 @@ class Enabled:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.model is None:
-            _leave_global(self._global)
-            return
         with _LOCK:
+            if self.model is None:
+                _leave_global(self._global, self._previous_options)
+                return
             disable(self.model)
             if self._previous is not None:
                 enable(self.model, plan=self._previous.plan)
@@ -291,26 +292,30 @@ _BUILDERS = ("from_pretrained", "_from_config")
 
 def _enter_global(options: dict[str, Any]) -> Enabled:
     global _GLOBAL
+    before = None
     if _GLOBAL is not None:
-        _GLOBAL.options = options
+        before, _GLOBAL.options = _GLOBAL.options, options
     else:
         stock = {name: PreTrainedModel.__dict__[name] for name in _BUILDERS}
         _GLOBAL = _GlobalMode(options, stock)
         for name, builder in stock.items():
             setattr(PreTrainedModel, name, classmethod(_enabling(builder.__func__)))
-    return Enabled(None, options["plan"], _global=_GLOBAL)
+    return Enabled(None, options["plan"], _global=_GLOBAL, _previous_options=before)
 
 
-def _leave_global(mode: _GlobalMode | None) -> None:
+def _leave_global(mode: _GlobalMode | None, previous_options: dict[str, Any] | None = None) -> None:
+    """End ``mode``, or go back to the options of a context around it. A mode that has ended stays so."""
     global _GLOBAL
-    with _LOCK:
-        if mode is None or mode is not _GLOBAL:
-            return
-        for name, builder in mode.stock.items():
-            setattr(PreTrainedModel, name, builder)
-        _GLOBAL = None
-        for model in list(mode.models):
-            disable(model)
+    if mode is None or mode is not _GLOBAL:
+        return
+    if previous_options is not None:
+        mode.options = previous_options
+        return
+    for name, builder in mode.stock.items():
+        setattr(PreTrainedModel, name, builder)
+    _GLOBAL = None
+    for model in list(mode.models):
+        disable(model)
 
 
 def _enabling(builder: Any) -> Any:
