@@ -86,8 +86,13 @@ def run(
     trained = model.config.max_position_embeddings
     target = round(trained * factor)
     say(f"   reads {tokens} tokens of {title}, extended from {trained} to {target} without training\n")
-    readings = read_with_strategies(model, ids, STRATEGIES, target, progress=True)
-    say(perplexity_table(readings, trained))
+    readings: list[Reading] = []
+    began = time.perf_counter()
+    for reading in read_with_strategies(model, ids, STRATEGIES, target, progress=True):
+        readings.append(reading)
+        say(f"   {reading.label}: perplexity {reading.perplexity:.2f} ({time.perf_counter() - began:.0f} s)")
+        began = time.perf_counter()
+    say("\n" + perplexity_table(readings, trained) + "\n")
     for reading in readings:
         if reading.plan:
             say(f"   {reading.plan!r}")

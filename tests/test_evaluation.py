@@ -72,7 +72,7 @@ class TestPerplexity:
 
     def test_strategies_read_in_turn_and_leave_the_model_stock(self, llama, text_ids):
         before = copy.deepcopy(llama)
-        readings = read_with_strategies(llama, text_ids, ["stock", "pi", "dprope"], 128)
+        readings = list(read_with_strategies(llama, text_ids, ["stock", "pi", "dprope"], 128))
         assert [r.label for r in readings] == ["stock", "pi", "dprope"]
         assert readings[0].plan is None
         assert readings[2].plan == rope_dist.plan(before, target_length=128)
@@ -88,7 +88,7 @@ class TestPerplexity:
         )
         monkeypatch.setattr("rope_dist.evaluation.perplexity.token_nll", None)  # would be called to read
         with pytest.raises(ValueError, match="not a supported family"):
-            read_with_strategies(MistralForCausalLM(config), text_ids, ["stock", "pi"], 128)
+            next(read_with_strategies(MistralForCausalLM(config), text_ids, ["stock", "pi"], 128))
 
 
 class TestTexts:

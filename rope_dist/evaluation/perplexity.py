@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -123,8 +123,10 @@ def read_with_strategies(
     *,
     chunk: int = 512,
     progress: bool = False,
-) -> list[Reading]:
-    """Read one text with the stock model and with extensions of it.
+) -> Iterator[Reading]:
+    """Read one text with the stock model and with extensions of it, one reading at a time.
+
+    The model is extended while a reading is made, and stock between two.
 
     Args:
         model: of a supported family; afterwards as before.
@@ -137,20 +139,15 @@ def read_with_strategies(
     Raises:
         ValueError: the model's family is not supported, or the target is below its trained length.
     """
-
-    def read(label: str, plan: RopePlan | None) -> Reading:
-        description = f"reading with {label}" if progress else None
-        return Reading(label, plan, token_nll(model, input_ids, chunk=chunk, description=description))
-
     # Planned before the first reading: a model or a length that does not go is refused at once.
     plans = {}
     for strategy in strategies:
         if strategy != STOCK:
             with enable(model, target_length=target_length, strategy=strategy) as enabled:
                 plans[strategy] = enabled.plan
-    readings = []
     for strategy in strategies:
         plan = plans.get(strategy)
+        description = f"reading with {strategy}" if progress else None
         with enable(model, plan=plan) if plan else nullcontext():
-            readings.append(read(strategy, plan))
-    return readings
+            nll = token_nll(model, input_ids, chunk=chunk, description=description)
+        yield Reading(strategy, plan, nll)
