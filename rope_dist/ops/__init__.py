@@ -1,65 +1,122 @@
 """Rotary operators on tensors. They know no model.
 
-:func:`rotary` checks its arguments and calls ``torch.ops.rope_dist.rotary``; ``reference.py`` defines
-the mathematics.
+The functions here check their arguments and call ``torch.ops.rope_dist``; ``reference.py`` defines the
+mathematics, ``dispatch.py`` chooses the backend.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import library  # noqa: F401  (registers torch.ops.rope_dist)
+from . import library, validation
+from .angles import turns
+from .dispatch import use as use_backend
+from .drop_in import apply_rotary_emb, apply_rotary_pos_emb
 from .reference import cos_sin
 
-__all__ = ["cos_sin", "rotary"]
+__all__ = [
+    "apply_rotary_emb",
+    "apply_rotary_pos_emb",
+    "cos_sin",
+    "rotary",
+    "rotary_at",
+    "turns",
+    "use_backend",
+]
 
 
 def rotary(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys by the angles of their positions (Su et al. 2021, eq. 34).
 
     Args:
-        q: ``[B, S, Hq, D]`` queries, floating, any strides.
+        q: ``[B, S, Hq, D]`` queries, floating, any strides (a transposed ``[B, Hq, S, D]`` is as good).
         k: ``[B, S, Hk, D]`` keys, same dtype and device.
         cos, sin: ``[B, S, R/2]`` or ``[1, S, R/2]``, floating (float32 where ``q`` is 16-bit), ``R <= D``
             rotated dimensions; see :func:`cos_sin`.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of Hugging Face's ``(i, i + R/2)``.
+        inplace: change ``q`` and ``k`` and return them.
 
     Returns:
         New tensors, contiguous, shaped and typed as ``q`` and ``k``. Differentiable in ``q`` and ``k``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together, or tables that need a
-            gradient (they are constants).
+        ValueError: shapes, dtypes or devices that do not belong together, tables that need a
+            gradient (they are constants), or expanded tensors in place.
     """
-    _check(q, k, cos, sin)
-    return torch.ops.rope_dist.rotary(q, k, cos, sin, interleaved)
+    validation.heads(q, k)
+    validation.tables(q, cos, sin, rows=q.shape[1])
+    if not inplace:
+        return torch.ops.rope_dist.rotary(q, k, cos, sin, interleaved)
+    return library.rotate(q, k, cos=cos, sin=sin, interleaved=interleaved, inplace=True)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q and k must be [B, S, heads, D] with one B, S and D, got {list(q.shape)} and {list(k.shape)}"
+def rotary_at(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    inv_freq: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    attention_scaling: float = 1.0,
+    interleaved: bool = False,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`rotary` without tables: angles from frequencies and positions, right at any length.
+
+    Angles are computed in fixed point (see ``angles.py``), to 2e-7 of the exact product of the float32
+    frequency and the position; a float32 product is off by 3e-2 at position one million.
+
+    Args:
+        q, k: ``[B, S, heads, D]``, any strides, or packed ``[T, heads, D]``.
+        inv_freq: ``[R/2]`` floating radians a token, or what :func:`turns` made of them, which saves its
+            few small launches a call.
+        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, values within int32.
+            None: tokens count from 0, in each sequence of ``cu_seqlens`` if given.
+        cu_seqlens: ``[sequences + 1]`` int32 or int64, bounds of packed sequences; only without
+            ``position_ids``.
+        attention_scaling: factor on the rotated dimensions (YaRN's temperature).
+        interleaved, inplace: as in :func:`rotary`.
+
+    Returns:
+        As :func:`rotary`.
+
+    Raises:
+        ValueError: as :func:`rotary`; positions outside int32 (looked at on CPU tensors only: elsewhere it
+            would wait for the device).
+    """
+    packed = q.ndim == 3 and k.ndim == 3
+    if packed:
+        q, k = q[None], k[None]
+        position_ids = (
+            position_ids[None] if position_ids is not None and position_ids.ndim == 1 else position_ids
         )
-    if (
-        cos.shape != sin.shape
-        or cos.ndim != 3
-        or cos.shape[0] not in (1, q.shape[0])
-        or cos.shape[1] != q.shape[1]
-    ):
-        raise ValueError(
-            f"cos and sin must be [B or 1, S, R/2] for q {list(q.shape)}, got {list(cos.shape)} and {list(sin.shape)}"
-        )
-    if 2 * cos.shape[2] > q.shape[3]:
-        raise ValueError(f"the tables rotate {2 * cos.shape[2]} dimensions, the heads have {q.shape[3]}")
-    if q.dtype != k.dtype or not q.dtype.is_floating_point:
-        raise ValueError(f"q and k must have one floating dtype, got {q.dtype} and {k.dtype}")
-    if cos.dtype != sin.dtype or not cos.dtype.is_floating_point:
-        raise ValueError(f"cos and sin must have one floating dtype, got {cos.dtype} and {sin.dtype}")
-    if not q.device == k.device == cos.device == sin.device:
-        raise ValueError(
-            f"q, k, cos and sin must be on one device, got {q.device}, {k.device}, {cos.device}, {sin.device}"
-        )
-    if cos.requires_grad or sin.requires_grad:
-        raise ValueError("cos and sin are constants of the rotation: detach them, no gradient reaches them")
+    validation.heads(q, k)
+    validation.frequencies(inv_freq, q.shape[3], q.device)
+    if position_ids is not None:
+        if cu_seqlens is not None:
+            raise ValueError("give position_ids or cu_seqlens, not both")
+        validation.positions(position_ids, q.shape[0], q.shape[1], q.device)
+    if cu_seqlens is not None:
+        if not packed:
+            raise ValueError(f"cu_seqlens needs packed q and k [T, heads, D], got {list(q.shape)}")
+        validation.bounds(cu_seqlens, q.device)
+    words = inv_freq if inv_freq.dtype == torch.int32 else turns(inv_freq)
+    q, k = library.rotate(
+        q,
+        k,
+        words=words,
+        positions=position_ids,
+        cu_seqlens=cu_seqlens,
+        scaling=float(attention_scaling),
+        interleaved=interleaved,
+        inplace=inplace,
+    )
+    return (q[0], k[0]) if packed else (q, k)

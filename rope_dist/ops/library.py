@@ -1,15 +1,14 @@
-"""Registration of the operators with ``torch.library``: schema, shapes, gradients, backends.
+"""Registration of the operators with ``torch.library``: schema, shapes, gradients.
 
-``torch.ops.rope_dist.rotary`` is what models call, so that ``torch.compile(fullgraph=True)`` sees
-one opaque node. A faster backend registers itself for a dispatch key ("CUDA", "CPU") and takes
-precedence over the reference, which serves every device.
+The operators of ``torch.ops.rope_dist`` are what models call, so that ``torch.compile(fullgraph=True)``
+sees opaque nodes. Which backend serves a call is decided in ``dispatch.py``.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import reference
+from . import dispatch, validation
 
 # Library.define/impl rather than torch.library.custom_op: a quarter of the call overhead, which
 # counts in decoding, where one call rotates a single token.
@@ -18,7 +17,16 @@ LIBRARY.define(
     "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved=False, bool inverse=False) "
     "-> (Tensor, Tensor)"
 )
-LIBRARY.impl("rotary", reference.rotary, "CompositeExplicitAutograd")
+LIBRARY.impl("rotary", dispatch.rotary, "CompositeExplicitAutograd")
+
+_ANGLES = (
+    "Tensor? cos=None, Tensor? sin=None, Tensor? words=None, Tensor? positions=None, Tensor? cu_seqlens=None, "
+    "Tensor? offsets=None, int offset=0, float scaling=1.0, bool interleaved=False, bool inverse=False"
+)
+LIBRARY.define(f"rotate(Tensor q, Tensor? k, {_ANGLES}) -> (Tensor, Tensor)")
+LIBRARY.impl("rotate", dispatch.rotate, "CompositeExplicitAutograd")
+LIBRARY.define(f"rotate_(Tensor(a!) q, Tensor(b!)? k, {_ANGLES}) -> ()")
+LIBRARY.impl("rotate_", dispatch.rotate_, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rope_dist::rotary", lib=LIBRARY)
@@ -33,17 +41,107 @@ def _rotary_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+@torch.library.register_fake("rope_dist::rotate", lib=LIBRARY)
+def _rotate_fake(q: torch.Tensor, k: torch.Tensor | None, *angles) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), q.new_empty(k.shape if k is not None else 0)
+
+
+@torch.library.register_fake("rope_dist::rotate_", lib=LIBRARY)
+def _rotate_in_place_fake(q: torch.Tensor, k: torch.Tensor | None, *angles) -> None:
+    return None
+
+
+# The rotation is orthogonal up to the attention scaling that sits in the tables, so its gradient is the
+# inverse rotation by the same angles: nothing of q and k has to be kept.
+
+
+def _rotary_setup(ctx, inputs, output) -> None:
     _, _, cos, sin, ctx.interleaved, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin)
 
 
-def _backward(ctx, grad_q: torch.Tensor, grad_k: torch.Tensor):
-    # The rotation is orthogonal up to the attention scaling that sits in the tables, so its gradient
-    # is the inverse rotation by the same tables: nothing of q and k has to be kept.
+def _rotary_backward(ctx, grad_q: torch.Tensor, grad_k: torch.Tensor):
     cos, sin = ctx.saved_tensors
     grad_q, grad_k = torch.ops.rope_dist.rotary(grad_q, grad_k, cos, sin, ctx.interleaved, not ctx.inverse)
     return grad_q, grad_k, None, None, None, None
 
 
-torch.library.register_autograd("rope_dist::rotary", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(
+    "rope_dist::rotary", _rotary_backward, setup_context=_rotary_setup, lib=LIBRARY
+)
+
+
+def _save_angles(ctx, angles: tuple) -> None:
+    ctx.save_for_backward(*angles[:6])
+    ctx.offset, ctx.scaling, ctx.interleaved, ctx.inverse = angles[6:]
+
+
+def _inverse_angles(ctx) -> tuple:
+    return (*ctx.saved_tensors, ctx.offset, ctx.scaling, ctx.interleaved, not ctx.inverse)
+
+
+def _rotate_setup(ctx, inputs, output) -> None:
+    _, k, *angles = inputs
+    ctx.has_k = k is not None
+    _save_angles(ctx, tuple(angles))
+
+
+def _rotate_backward(ctx, grad_q: torch.Tensor, grad_k: torch.Tensor):
+    grad_q, grad_k = torch.ops.rope_dist.rotate(grad_q, grad_k if ctx.has_k else None, *_inverse_angles(ctx))
+    return grad_q, grad_k if ctx.has_k else None, *[None] * 10
+
+
+torch.library.register_autograd(
+    "rope_dist::rotate", _rotate_backward, setup_context=_rotate_setup, lib=LIBRARY
+)
+
+
+class RotateInPlace(torch.autograd.Function):
+    """``rotate_`` with a gradient: an operator that changes its arguments can have none registered."""
+
+    @staticmethod
+    def forward(ctx, q: torch.Tensor, k: torch.Tensor | None, *angles):
+        _save_angles(ctx, angles)
+        ctx.has_k = k is not None
+        ctx.mark_dirty(*(x for x in (q, k) if x is not None))
+        torch.ops.rope_dist.rotate_(q, k, *angles)
+        return (q, k) if k is not None else q
+
+    @staticmethod
+    def backward(ctx, grad_q: torch.Tensor, grad_k: torch.Tensor | None = None):
+        grad_q, grad_k = torch.ops.rope_dist.rotate(grad_q, grad_k, *_inverse_angles(ctx))
+        return grad_q, grad_k if ctx.has_k else None, *[None] * 10
+
+
+def rotate(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    offset: int = 0,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+    inplace: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Call the operator for checked arguments (see ``reference.rotate_tokens``), in place or not.
+
+    Raises:
+        ValueError: ``inplace`` and an expanded tensor.
+    """
+    angles = (cos, sin, words, positions, cu_seqlens, offsets, offset, scaling, interleaved, False)
+    if not inplace:
+        q, out = torch.ops.rope_dist.rotate(q, k, *angles)
+        return q, out if k is not None else None
+    for x, name in ((q, "q"), (k, "k")):
+        if x is not None:
+            validation.writable(x, name)
+    if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
+        rotated = RotateInPlace.apply(q, k, *angles)
+        return rotated if k is not None else (rotated, None)
+    torch.ops.rope_dist.rotate_(q, k, *angles)
+    return q, k

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from . import angles
+
 
 def cos_sin(
     inv_freq: torch.Tensor, position_ids: torch.Tensor, attention_scaling: float = 1.0
@@ -80,4 +82,81 @@ def rotary(
     return (
         rotate(q, cos, sin, interleaved=interleaved, inverse=inverse),
         rotate(k, cos, sin, interleaved=interleaved, inverse=inverse),
+    )
+
+
+def token_positions(
+    batch: int,
+    length: int,
+    positions: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    offset: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Position of every token: as given, or its index in its own sequence plus that sequence's offset.
+
+    Args:
+        positions: ``[B or 1, S]`` integers; the other arguments are then not used.
+        cu_seqlens: ``[sequences + 1]`` bounds of packed sequences in the one row of the batch.
+        offsets: ``[sequences]`` (``[B]`` without ``cu_seqlens``).
+        offset: added to every position.
+
+    Returns:
+        ``[B or 1, S]`` int64.
+    """
+    if positions is not None:
+        return positions.to(torch.int64)
+    index = torch.arange(length, device=device)[None]
+    sequence = torch.arange(batch, device=device)[:, None]
+    if cu_seqlens is not None:
+        starts = cu_seqlens[:-1].to(torch.int64)
+        sequence = torch.searchsorted(starts, index, right=True) - 1
+        index = index - starts[sequence]
+    if offsets is not None:
+        index = index + offsets.to(torch.int64)[sequence]
+    return index + offset
+
+
+def rotate_tokens(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    offset: int = 0,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+    inverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate ``q`` ``[B, S, Hq, D]`` and ``k`` ``[B, S, Hk, D]`` (or None) by the positions of their tokens.
+
+    Args:
+        cos, sin: tables ``[B or 1, rows, R/2]``; a token's row is its position, and a token whose position
+            is not in the table is not rotated.
+        words: instead, frequencies ``[2, R/2]`` from :func:`rope_dist.ops.turns`, with ``scaling``.
+        positions, cu_seqlens, offsets, offset: see :func:`token_positions`.
+
+    Returns:
+        New contiguous tensors; for ``k`` None an empty one.
+    """
+    at = token_positions(q.shape[0], q.shape[1], positions, cu_seqlens, offsets, offset, q.device)
+    if words is not None:
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        cos, sin = angles.tables(words, at, scaling, dtype)
+    else:
+        rows = cos.shape[1]
+        known = ((at >= 0) & (at < rows))[..., None]
+        row = at.clamp(0, max(rows - 1, 0))
+        entry = torch.arange(cos.shape[0], device=q.device)[:, None] if cos.shape[0] > 1 else 0
+        if rows == 0:
+            cos, sin = cos.new_ones(*at.shape, cos.shape[2]), sin.new_zeros(*at.shape, sin.shape[2])
+        else:
+            cos, sin = torch.where(known, cos[entry, row], 1.0), torch.where(known, sin[entry, row], 0.0)
+    return (
+        rotate(q, cos, sin, interleaved=interleaved, inverse=inverse),
+        rotate(k, cos, sin, interleaved=interleaved, inverse=inverse) if k is not None else q.new_empty(0),
     )

@@ -1,0 +1,63 @@
+"""Device functions that the kernels share: fixed-point angle, cosine and sine, the rotation of a pair."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Least-maximum-error fits in u, an angle in eighths of a turn on [-1, 1]; each coefficient was rounded to
+# float32 before the next was fitted, and pi/4 is split in two, so that little but the last rounding is
+# left: the largest error is 7e-8, the mean 1.3e-8. The multiply-adds are written out because Triton 3.10
+# will no longer make them by itself.
+SIN_1 = tl.constexpr(0.7853981852531433)
+SIN_1_REST = tl.constexpr(-3.271051340902886e-08)
+SIN_3 = tl.constexpr(-0.08074536919593811)
+SIN_5 = tl.constexpr(0.0024898769333958626)
+SIN_7 = tl.constexpr(-3.588034451240674e-05)
+COS_2 = tl.constexpr(-0.3084251284599304)
+COS_4 = tl.constexpr(0.015854282304644585)
+COS_6 = tl.constexpr(-0.000325863336911425)
+COS_8 = tl.constexpr(3.490520384730189e-06)
+EIGHTH = tl.constexpr(1.862645149230957e-09)  # 2^-29: from 2^-32 turns to eighths of a turn
+
+
+@triton.jit
+def angle(position, high, low):
+    """Angle of ``position`` (int32) in 2^-32 turns, int32; ``high`` and ``low`` are the words of angles.turns."""
+    upper = tl.umulhi(position.to(tl.uint32, bitcast=True), low.to(tl.uint32, bitcast=True))
+    # umulhi takes a negative position as position + 2^32: take that multiple of low off again.
+    upper = upper.to(tl.int32, bitcast=True) - (low & (position >> 31))
+    return tl.add(tl.mul(position, high, sanitize_overflow=False), upper, sanitize_overflow=False)
+
+
+@triton.jit
+def cos_sin(turn):
+    """Cosine and sine, float32, of an angle in 2^-32 turns (int32).
+
+    A polynomial rather than tl.cos and tl.sin: those reduce any argument, which is thousands of
+    instructions and local memory; rather than sin.approx too, whose error is 5e-7 and whose unit does a
+    quarter of the operations a cycle that this needs.
+    """
+    quarter = tl.add(turn, 1 << 29, sanitize_overflow=False) >> 30
+    u = tl.sub(turn, quarter << 30, sanitize_overflow=False).to(tl.float32) * EIGHTH
+    z = u * u
+    sin = tl.fma(z, SIN_7, SIN_5)
+    sin = tl.fma(z, sin, SIN_3)
+    sin = tl.fma(z, sin, SIN_1_REST)
+    sin = tl.fma(u, SIN_1, u * sin)
+    cos = tl.fma(z, COS_8, COS_6)
+    cos = tl.fma(z, cos, COS_4)
+    cos = tl.fma(z, cos, COS_2)
+    cos = tl.fma(z, cos, 1.0)
+    odd = (quarter & 1) != 0
+    c = tl.where(odd, sin, cos)
+    s = tl.where(odd, cos, sin)
+    c = tl.where(((quarter + 1) & 2) != 0, -c, c)
+    s = tl.where((quarter & 2) != 0, -s, s)
+    return c, s
+
+
+@triton.jit
+def rotate(first, second, cos, sin):
+    """The pair turned by the angle; all float32 (and broadcast to one shape)."""
+    return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)

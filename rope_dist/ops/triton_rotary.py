@@ -1,0 +1,225 @@
+"""Rotary embedding alone: queries and keys (and a copied value) in one launch, in place or not.
+
+One program takes one token and goes over its heads in chunks that give every thread exactly one 16-byte
+access a half: with a narrower chunk the compiler falls back to 8 or 2 bytes. Cosine and sine are made or
+loaded once a token and serve every head. Offsets are 64-bit: heads of a million tokens lie 2^27 elements
+apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+from .triton_angles import angle, cos_sin, rotate
+
+
+@triton.jit
+def _heads(
+    x, out, batch, seq, cos, sin,
+    stride_b, stride_s, stride_h, stride_d, out_b, out_s, out_h, out_d,
+    HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, TAIL_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Rotate ``HEADS`` heads of a token; strides are in units of ``VEC`` but for the last axis's."""
+    # A stride that is not a multiple of 16 loses Triton's hint and with it the wide accesses. The host
+    # divides the strides by VEC; multiplied here, the compiler sees the divisor again.
+    x += (batch * stride_b + seq * stride_s) * VEC
+    out += (batch * out_b + seq * out_s) * VEC
+    column = tl.arange(0, WIDTH)[None, :]
+    for start in range(0, HEADS, CHUNK):
+        head = start + tl.arange(0, CHUNK)[:, None]
+        known = head < HEADS
+        source = x + head.to(tl.int64) * stride_h * VEC
+        target = out + head.to(tl.int64) * out_h * VEC
+        if HALF > 0:
+            if INTERLEAVED:
+                mask = known & (column < 2 * HALF)
+                pair = tl.load(source + column * stride_d, mask=mask).to(tl.float32)
+                first, second = tl.split(tl.reshape(pair, (CHUNK, WIDTH // 2, 2)))
+                first, second = rotate(first, second, cos[None, :], sin[None, :])
+                pair = tl.reshape(tl.join(first, second), (CHUNK, WIDTH))
+                tl.store(target + column * out_d, pair.to(out.dtype.element_ty), mask=mask)
+            else:
+                mask = known & (column < HALF)
+                first = tl.load(source + column * stride_d, mask=mask).to(tl.float32)
+                second = tl.load(source + (column + HALF) * stride_d, mask=mask).to(tl.float32)
+                first, second = rotate(first, second, cos[None, :], sin[None, :])
+                tl.store(target + column * out_d, first.to(out.dtype.element_ty), mask=mask)
+                tl.store(target + (column + HALF) * out_d, second.to(out.dtype.element_ty), mask=mask)
+        if TAIL > 0:
+            rest = 2 * HALF + tl.arange(0, TAIL_WIDTH)[None, :]
+            mask = known & (rest < 2 * HALF + TAIL)
+            tl.store(target + rest * out_d, tl.load(source + rest * stride_d, mask=mask), mask=mask)
+
+
+@triton.jit
+def rotary_kernel(
+    q, k, v, q_out, k_out, v_out, cos_table, sin_table, words, positions, cu_seqlens, offsets,
+    length, sequences, offset, table_rows, scaling,
+    q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d,
+    qo_b, qo_s, qo_h, qo_d, ko_b, ko_s, ko_h, ko_d, vo_b, vo_s, vo_h, vo_d,
+    cos_b, cos_s, sin_b, sin_s, pos_b, pos_s,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr,
+    HALF: tl.constexpr, TAIL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TABLE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+    TAIL_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """Grid: one program a token, ``batch * length + seq``; shapes are in :func:`launch`."""
+    token = tl.program_id(0)
+    batch = (token // length).to(tl.int64)
+    seq = (token % length).to(tl.int64)
+
+    if HAS_POSITIONS:
+        position = tl.load(positions + batch * pos_b + seq * pos_s).to(tl.int32)
+    else:
+        position = seq.to(tl.int32) + offset
+        sequence = batch.to(tl.int32)
+        if HAS_CU_SEQLENS:
+            # The start of a token's sequence is the largest bound that is not past the token.
+            first = 0
+            sequence = -1
+            for block in range(0, sequences, SEQUENCES):
+                index = block + tl.arange(0, SEQUENCES)
+                bound = tl.load(cu_seqlens + index, mask=index < sequences, other=2147483647).to(tl.int32)
+                before = bound <= position - offset
+                first = tl.maximum(first, tl.max(tl.where(before, bound, 0), axis=0))
+                sequence += tl.sum(before.to(tl.int32), axis=0)
+            position -= first
+        if HAS_OFFSETS:
+            position += tl.load(offsets + sequence).to(tl.int32)
+
+    HALF_WIDTH: tl.constexpr = WIDTH // 2 if INTERLEAVED else WIDTH
+    pair = tl.arange(0, HALF_WIDTH)
+    if TABLE:
+        # Rows past the table turn by nothing, as in flash-attention: no access outside it.
+        row = position.to(tl.int64)
+        known = (position >= 0) & (position < table_rows) & (pair < HALF)
+        cos = tl.load(cos_table + batch * cos_b + row * cos_s + pair, mask=known, other=1.0).to(tl.float32)
+        sin = tl.load(sin_table + batch * sin_b + row * sin_s + pair, mask=known, other=0.0).to(tl.float32)
+    else:
+        high = tl.load(words + pair, mask=pair < HALF, other=0)
+        low = tl.load(words + HALF + pair, mask=pair < HALF, other=0)
+        cos, sin = cos_sin(angle(position, high, low))
+        cos *= scaling
+        sin *= scaling
+    if INVERSE:
+        sin = -sin
+
+    _heads(q, q_out, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
+           Q_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH)  # fmt: skip
+    if K_HEADS > 0:
+        _heads(k, k_out, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
+               K_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH)  # fmt: skip
+    if V_HEADS > 0:
+        _heads(v, v_out, batch, seq, cos, sin, v_b, v_s, v_h, v_d, vo_b, vo_s, vo_h, vo_d,
+               V_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH)  # fmt: skip
+
+
+def blocks(most_heads: int, half: int, interleaved: bool, itemsize: int) -> dict[str, int]:
+    """Heads a chunk, their width and the warps, so that each thread holds 16 bytes of a chunk.
+
+    Args:
+        most_heads: heads of the tensor that has most.
+        half: rotated pairs a head.
+        interleaved: pairs are adjacent, so that one access holds both members.
+        itemsize: bytes an element.
+    """
+    vector = 16 // itemsize
+    width = triton.next_power_of_2(max(half, 1)) * (2 if interleaved else 1)
+    # At least two heads for each element of a vector, masked where there are fewer: the chunk then has more
+    # threads than a row of angles has elements, and the compiler loads those where they are used. With
+    # fewer it passes them through shared memory.
+    chunk = max(2 * vector, min(triton.next_power_of_2(most_heads), 4 * 32 * vector // width))
+    return {"CHUNK": chunk, "WIDTH": width, "num_warps": min(8, max(1, chunk * width // (32 * vector)))}
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor | None,
+    *,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None,
+    offset: int = 0,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+    inverse: bool = False,
+    v: torch.Tensor | None = None,
+    v_out: torch.Tensor | None = None,
+) -> None:
+    """Rotate ``q`` into ``q_out`` and ``k`` into ``k_out``, and copy ``v`` into ``v_out``. Checks nothing.
+
+    Args:
+        q, k, v: ``[B, S, heads, D]`` of one dtype (float16, bfloat16, float32), any strides; with
+            ``cu_seqlens`` B is 1. ``q_out`` may be ``q`` itself, and so on.
+        cos, sin: ``[B or 1, rows, R/2]``, last axis contiguous; row of a token is its position.
+        words: ``[2, R/2]`` int32 from :func:`rope_dist.ops.turns`, instead of tables; ``scaling`` multiplies
+            what is made from it.
+        positions: ``[B or 1, S]`` integers. None: the index in the sequence plus ``offset`` and the
+            sequence's entry in ``offsets`` (``[sequences]`` integers).
+        cu_seqlens: ``[sequences + 1]`` integers, bounds of the packed sequences.
+    """
+    batch, length, _, head_dim = q.shape
+    tokens = batch * length
+    half = (cos if words is None else words).shape[-1]
+    tensors = [(q, q_out), (k, k_out), (v, v_out)]
+    heads = [x.shape[2] if x is not None else 0 for x, _ in tensors]
+    if tokens == 0 or max(heads) == 0 or head_dim == 0:
+        return
+    # An axis of one element is never stepped over; its stride must not cost the alignment of the others.
+    strides = [
+        tuple(stride if size > 1 else 0 for size, stride in zip(y.shape[:3], y.stride()[:3], strict=True))
+        for x, out in tensors
+        if x is not None
+        for y in (x, out)
+    ]
+    vec = next(n for n in (8, 4, 2, 1) if all(stride % n == 0 for three in strides for stride in three))
+
+    def scaled(x: torch.Tensor | None) -> tuple[int, ...]:
+        if x is None:
+            return (0, 0, 0, 0)
+        return (
+            *(s // vec if n > 1 else 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)),
+            x.stride(3),
+        )
+
+    tail = 0 if q_out is q else head_dim - 2 * half
+    table = words is None
+    shape = blocks(max(heads), half, interleaved, q.element_size())
+    with device_of(q):
+        rotary_kernel[(tokens,)](
+            q, k, v, q_out, k_out, v_out, cos, sin, words, positions, cu_seqlens, offsets,
+            length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, offset,
+            cos.shape[1] if table else 0, scaling,
+            *scaled(q), *scaled(k), *scaled(v), *scaled(q_out), *scaled(k_out), *scaled(v_out),
+            *_row_strides(cos), *_row_strides(sin), *_row_strides(positions),
+            Q_HEADS=heads[0], K_HEADS=heads[1], V_HEADS=heads[2],
+            HALF=half, TAIL=tail, HEAD_DIM=head_dim, INTERLEAVED=interleaved, INVERSE=inverse, TABLE=table,
+            HAS_POSITIONS=positions is not None, HAS_CU_SEQLENS=cu_seqlens is not None,
+            HAS_OFFSETS=offsets is not None, VEC=vec,
+            TAIL_WIDTH=triton.next_power_of_2(max(tail, 1)), V_WIDTH=triton.next_power_of_2(head_dim),
+            SEQUENCES=128, **shape,
+        )  # fmt: skip
+
+
+def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Make the device of ``x`` current: Triton launches on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _row_strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of the batch and row axes, the batch's 0 where one entry serves every batch."""
+    if x is None:
+        return 0, 0
+    return (x.stride(0) if x.shape[0] > 1 else 0), x.stride(1)

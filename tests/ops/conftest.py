@@ -1,0 +1,50 @@
+"""The kernels run on the GPU where there is one, else in Triton's interpreter.
+
+Interpretation is fixed when a kernel is decorated, so it is asked for here, before one is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, os.path.dirname(__file__))
+    import interpreter
+
+    interpreter.install()
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where the kernels run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request):
+    """Run the test on each backend that is installed."""
+    from rope_dist import ops
+
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    with ops.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def triton_backend():
+    """Run the test on the kernels."""
+    from rope_dist import ops
+
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    with ops.use_backend("triton"):
+        yield

@@ -1,0 +1,61 @@
+"""Exact results in float64, and what it means to equal them."""
+
+from __future__ import annotations
+
+import torch
+
+
+def frequencies(rotary_dim: int, theta: float = 10000.0) -> torch.Tensor:
+    """``[R/2]`` float32, as a model's buffer holds them."""
+    return 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+
+
+def exact_tables(
+    inv_freq: torch.Tensor, positions: torch.Tensor, scaling: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin ``[*positions.shape, R/2]`` in float64, from the product of the float32 frequencies."""
+    angles = positions.double()[..., None] * inv_freq.double()
+    return angles.cos() * scaling, angles.sin() * scaling
+
+
+def exact(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    inverse: bool = False,
+) -> torch.Tensor:
+    """``x`` ``[B, S, H, D]`` rotated in float64, written as a complex product: not the code under test."""
+    half = cos.shape[-1]
+    x = x.double()
+    rotated = x[..., : 2 * half]
+    pairs = rotated.unflatten(-1, (half, 2) if interleaved else (2, half))
+    axis = -1 if interleaved else -2
+    value = torch.complex(pairs.select(axis, 0), pairs.select(axis, 1))
+    value = value * torch.complex(cos.double(), -sin.double() if inverse else sin.double())[:, :, None]
+    pairs = torch.stack((value.real, value.imag), dim=axis).flatten(-2)
+    return torch.cat((pairs, x[..., 2 * half :]), dim=-1)
+
+
+def assert_rounded(actual: torch.Tensor, expected: torch.Tensor, few: int = 2) -> None:
+    """16-bit ``actual`` is float64 ``expected`` rounded, but for ``few`` + 2e-4 of the elements, by one ulp.
+
+    Float32 compares to 1e-6 of the largest element. Where terms cancel, a unit in the last place may be
+    smaller than the float32 error of the terms: 3e-7 of the largest element is allowed there.
+    """
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return
+    actual, expected = actual.cpu(), expected.cpu()
+    largest = max(1.0, expected.abs().max().item())
+    if actual.dtype == torch.float32:
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6 * largest)
+        return
+    rounded = expected.to(actual.dtype)
+    differ = actual != rounded
+    share = differ.sum().item() / actual.numel()
+    assert differ.sum() <= few + 2e-4 * actual.numel(), f"{share:.1e} of the elements differ"
+    spacing = torch.finfo(actual.dtype).eps * 2.0 ** torch.floor(torch.log2(expected.abs().clamp_min(1e-30)))
+    off = (actual.double() - expected).abs() - torch.maximum(spacing, torch.tensor(3e-7 * largest))
+    assert off.max() <= 0, f"an element is {off.max().item()} further off than one unit in the last place"
