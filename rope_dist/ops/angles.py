@@ -2,9 +2,9 @@
 
 A float32 product ``position * inv_freq`` loses the angle as the position grows (3e-2 radians at one
 million). Measured in turns the whole part does not matter, so integers that wrap lose nothing:
-``turns = floor(frac(inv_freq / 2 pi) * 2^64)`` held as two 32-bit words, and the angle of a position is
+``turns = inv_freq / 2 pi * 2^64`` modulo 2^64 is held as two 32-bit words, and the angle of a position is
 the upper word of ``position * turns`` modulo 2^64, in units of 2^-32 turns. The kernels compute it with
-one multiplication and one high multiplication a frequency.
+two multiplications a frequency.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ def turns(inv_freq: torch.Tensor) -> torch.Tensor:
         inv_freq: ``[R/2]`` floating, radians a token.
 
     Returns:
-        ``[2, R/2]`` int32: the upper words, then the lower words (as bit patterns).
+        ``[2, R/2]`` int32: the upper words, then the lower words. Both are signed (the value is
+        ``upper * 2^32 + lower``), so that signed multiplication serves positions of either sign.
     """
     fraction = inv_freq.detach().to(torch.float64) / (2 * math.pi)
-    high = (fraction - fraction.floor()) * 2.0**32
-    low = (high - high.floor()) * 2.0**32
-    words = torch.stack((high.floor(), low.floor())).to(torch.int64)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    scaled = (fraction - fraction.round()) * 2.0**32
+    upper = scaled.round()
+    lower = ((scaled - upper) * 2.0**32).clamp(-(2.0**31), 2.0**31 - 1)
+    # Half a turn up and down are the same angle; int32 holds only the latter.
+    upper = torch.where(upper >= 2.0**31, upper - 2.0**32, upper)
+    return torch.stack((upper, lower)).to(torch.int64).to(torch.int32)
 
 
 def angles(words: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -44,9 +47,9 @@ def angles(words: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         ``[*positions.shape, R/2]`` int64 within ``[-2^31, 2^31)``.
     """
     high = words[0].to(torch.int64)
-    low = words[1].to(torch.int64) & 0xFFFFFFFF
+    low = words[1].to(torch.int64)
     positions = positions.to(torch.int64)[..., None]
-    # |position| < 2^31 and low < 2^32, so neither product leaves 64 bits; >> is a floor.
+    # Both factors are within 32 bits, so no product leaves 64; >> is a floor.
     angle = (positions * high + ((positions * low) >> 32)) & 0xFFFFFFFF
     return torch.where(angle >= 2**31, angle - 2**32, angle)
 

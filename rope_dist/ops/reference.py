@@ -160,3 +160,65 @@ def rotate_tokens(
         rotate(q, cos, sin, interleaved=interleaved, inverse=inverse),
         rotate(k, cos, sin, interleaved=interleaved, inverse=inverse) if k is not None else q.new_empty(0),
     )
+
+
+def qkv_rotary(
+    x: torch.Tensor,
+    w_q: torch.Tensor,
+    w_k: torch.Tensor,
+    w_v: torch.Tensor | None,
+    b_q: torch.Tensor | None,
+    b_k: torch.Tensor | None,
+    b_v: torch.Tensor | None,
+    head_dim: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Project ``x`` ``[B, S, K]`` by ``[N, K]`` weights and rotate queries and keys, rounding once.
+
+    16-bit inputs are projected and rotated in float32.
+
+    Returns:
+        ``[B, S, N / head_dim, head_dim]`` each; for ``w_v`` None an empty third.
+    """
+    compute = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+
+    def project(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = bias.to(compute) if bias is not None else None
+        y = torch.nn.functional.linear(x.to(compute), weight.to(compute), bias)
+        return y.unflatten(-1, (weight.shape[0] // head_dim, head_dim))
+
+    q, k = rotate_tokens(
+        project(w_q, b_q),
+        project(w_k, b_k),
+        cos,
+        sin,
+        words,
+        positions,
+        scaling=scaling,
+        interleaved=interleaved,
+    )
+    v = project(w_v, b_v) if w_v is not None else x.new_empty(0)
+    return q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
+
+
+def pack_inverse(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """``q`` and ``k`` ``[B, S, heads, D]`` rotated back, with ``v``, side by side in ``[B, S, all heads * D]``."""
+    q, k = rotate_tokens(
+        q, k, cos, sin, words, positions, scaling=scaling, interleaved=interleaved, inverse=True
+    )
+    return torch.cat([x.flatten(-2) for x in (q, k, v) if x is not None], dim=-1)

@@ -18,16 +18,16 @@ COS_2 = tl.constexpr(-0.3084251284599304)
 COS_4 = tl.constexpr(0.015854282304644585)
 COS_6 = tl.constexpr(-0.000325863336911425)
 COS_8 = tl.constexpr(3.490520384730189e-06)
-EIGHTH = tl.constexpr(1.862645149230957e-09)  # 2^-29: from 2^-32 turns to eighths of a turn
+EIGHTH = tl.constexpr(4.656612873077393e-10)  # 2^-31: from 2^-34 turns to eighths of a turn
 
 
 @triton.jit
 def angle(position, high, low):
     """Angle of ``position`` (int32) in 2^-32 turns, int32; ``high`` and ``low`` are the words of angles.turns."""
-    upper = tl.umulhi(position.to(tl.uint32, bitcast=True), low.to(tl.uint32, bitcast=True))
-    # umulhi takes a negative position as position + 2^32: take that multiple of low off again.
-    upper = upper.to(tl.int32, bitcast=True) - (low & (position >> 31))
-    return tl.add(tl.mul(position, high, sanitize_overflow=False), upper, sanitize_overflow=False)
+    # One wide multiplication and one multiply-add; the lower word is signed (angles.turns), so negative
+    # positions need nothing more.
+    carry = ((position.to(tl.int64) * low.to(tl.int64)) >> 32).to(tl.int32)
+    return tl.add(tl.mul(position, high, sanitize_overflow=False), carry, sanitize_overflow=False)
 
 
 @triton.jit
@@ -38,8 +38,9 @@ def cos_sin(turn):
     instructions and local memory; rather than sin.approx too, whose error is 5e-7 and whose unit does a
     quarter of the operations a cycle that this needs.
     """
-    quarter = tl.add(turn, 1 << 29, sanitize_overflow=False) >> 30
-    u = tl.sub(turn, quarter << 30, sanitize_overflow=False).to(tl.float32) * EIGHTH
+    # Two bits of this are the nearest quarter turn; shifted out, what is left is the signed distance to it.
+    quarter = tl.add(turn, 1 << 29, sanitize_overflow=False)
+    u = (turn << 2).to(tl.float32) * EIGHTH
     z = u * u
     sin = tl.fma(z, SIN_7, SIN_5)
     sin = tl.fma(z, sin, SIN_3)
@@ -49,12 +50,17 @@ def cos_sin(turn):
     cos = tl.fma(z, cos, COS_4)
     cos = tl.fma(z, cos, COS_2)
     cos = tl.fma(z, cos, 1.0)
-    odd = (quarter & 1) != 0
+    odd = (quarter & (1 << 30)) != 0
     c = tl.where(odd, sin, cos)
     s = tl.where(odd, cos, sin)
-    c = tl.where(((quarter + 1) & 2) != 0, -c, c)
-    s = tl.where((quarter & 2) != 0, -s, s)
-    return c, s
+    c = _flip(c, tl.add(quarter, 1 << 30, sanitize_overflow=False))
+    return c, _flip(s, quarter)
+
+
+@triton.jit
+def _flip(x, bits):
+    """``-x`` where the sign bit of ``bits`` is set: one bitwise operation."""
+    return (x.to(tl.int32, bitcast=True) ^ ((bits >> 31) << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

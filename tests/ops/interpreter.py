@@ -30,14 +30,17 @@ def install() -> None:
     if getattr(builder, "_bfloat16_is_right", False):
         return
     builder._bfloat16_is_right = True
-    stock_dot, stock_cast, stock_binary = builder.create_dot, builder.cast_impl, builder.binary_op
+    stock_cast, stock_binary = builder.cast_impl, builder.binary_op
     stock_patch = interpreter._patch_lang_tensor
 
     def create_dot(self, a, b, d, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            a = interpreter.TensorHandle(_to_float32(a.data), tl.float32)
-            b = interpreter.TensorHandle(_to_float32(b.data), tl.float32)
-        return stock_dot(self, a, b, d, *rest)
+        left, right = (
+            _to_float32(x.data) if x.dtype.scalar == tl.bfloat16 else x.data.astype(np.float32)
+            for x in (a, b)
+        )
+        # Tensor cores sum exact products with more bits than float32 has, then round to it.
+        total = np.matmul(left, right, dtype=np.float64) + d.data
+        return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     def cast_impl(self, src, dst_type):
         source, target = src.dtype.scalar, dst_type.scalar
