@@ -12,13 +12,14 @@ from . import library, validation
 from .angles import turns
 from .dispatch import use as use_backend
 from .drop_in import apply_rotary_emb, apply_rotary_pos_emb
-from .projection import qkv_rotary
+from .projection import decode_rotary, qkv_rotary
 from .reference import cos_sin
 
 __all__ = [
     "apply_rotary_emb",
     "apply_rotary_pos_emb",
     "cos_sin",
+    "decode_rotary",
     "qkv_rotary",
     "rotary",
     "rotary_at",

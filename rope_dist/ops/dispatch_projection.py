@@ -32,11 +32,11 @@ def qkv_rotary(
         return reference.qkv_rotary(x, *weights, *angles)
     if path == "auto":
         path = choose(x, w_q, w_k, w_v, head_dim, words if cos is None else cos)
-    run = {"separate": separate, "descriptors": fused, "pointers": fused}[path]
+    run = separate if path == "separate" else fused
     return run(x, *weights, *angles, path)
 
 
-PATHS = ("auto", "separate", "descriptors", "pointers")
+PATHS = ("auto", "separate", "pointers", "descriptors", "decode")
 
 
 def choose(
@@ -65,20 +65,21 @@ def candidates(
     rotary_dim: int,
 ) -> list[str]:
     """The paths that can serve these tensors, the one that is taken unmeasured last."""
-    from . import triton_projection
+    from . import triton_decode, triton_projection
 
-    weights = [w for w in (w_q, w_k, w_v) if w is not None]
-    matrices = [x.reshape(-1, x.shape[-1]), *weights]
-    if (
-        x.dtype not in (torch.float16, torch.bfloat16)
-        or not triton_projection.fits(head_dim, rotary_dim)
-        or any(y.numel() == 0 or y.stride(1) != 1 for y in matrices)
+    matrices = [x.reshape(-1, x.shape[-1]), *(w for w in (w_q, w_k, w_v) if w is not None)]
+    if x.dtype not in (torch.float16, torch.bfloat16) or any(
+        y.numel() == 0 or y.stride(1) != 1 for y in matrices
     ):
         return ["separate"]
-    paths = ["separate", "pointers"]
-    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda and not torch.version.hip else 0
-    if (major >= 9 or not x.is_cuda) and triton_projection.fits_descriptors(*matrices):
-        paths.append("descriptors")
+    paths = ["separate"]
+    if triton_projection.fits(head_dim, rotary_dim):
+        paths.append("pointers")
+        major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda and not torch.version.hip else 0
+        if (major >= 9 or not x.is_cuda) and triton_projection.fits_descriptors(*matrices):
+            paths.append("descriptors")
+    if matrices[0].shape[0] <= triton_decode.MAX_TOKENS:
+        paths.append("decode")
     return paths
 
 
@@ -111,30 +112,91 @@ def separate(
 
 
 def fused(x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, positions, scaling, interleaved, path):
-    """One launch of ``triton_projection``."""
-    from . import triton_projection
+    """One launch of ``triton_projection`` or ``triton_decode``."""
+    from . import triton_decode, triton_projection
 
     batch, length, depth = x.shape
+    weights, biases = _operands(w_q, w_k, w_v, b_q, b_k, b_v)
+    angles = _flat_angles(x, cos, sin, words, positions)
+    outputs = tuple(x.new_empty(batch * length, w.shape[0] // head_dim, head_dim) for w in weights)
+    options = {**angles, "scaling": scaling, "interleaved": interleaved}
+    rows = x.reshape(-1, depth)
+    if path == "decode":
+        v = outputs[2] if w_v is not None else None
+        triton_decode.launch(rows, weights, biases, outputs[0], outputs[1], v, **options)
+    else:
+        flat = tuple(y.flatten(1) for y in outputs)
+        options["descriptors"] = path == "descriptors"
+        triton_projection.launch(rows, weights, biases, flat, head_dim=head_dim, **options)
+    shaped = [y.unflatten(0, (batch, length)) for y in outputs]
+    return shaped[0], shaped[1], shaped[2] if w_v is not None else x.new_empty(0)
+
+
+def _operands(w_q, w_k, w_v, b_q, b_k, b_v) -> tuple[tuple, tuple | None]:
+    """Weights that are there, and a bias for each if there is one for any."""
     pairs = [(w, b) for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v)) if w is not None]
-    weights = tuple(w for w, _ in pairs)
     biases = None
     if any(b is not None for _, b in pairs):
         biases = tuple(b if b is not None else w.new_zeros(w.shape[0]) for w, b in pairs)
-    outputs = tuple(x.new_empty(batch * length, w.shape[0]) for w in weights)
+    return tuple(w for w, _ in pairs), biases
+
+
+def _flat_angles(x, cos, sin, words, positions) -> dict[str, torch.Tensor | None]:
+    """Tables or positions with one row a token, as the tokens lie."""
+    batch, length = x.shape[:2]
     if words is None:
-        # Rows of the table as the tokens lie: small beside q and k, and a view where the batch has its own.
+        # Small beside q and k, and a view where each batch has its own.
         cos, sin = (
             t.float().expand(batch, -1, -1).reshape(batch * length, -1).contiguous() for t in (cos, sin)
         )
-    else:
-        positions = torch.arange(length, device=x.device)[None] if positions is None else positions
-        positions = positions.reshape(-1).contiguous()
-    triton_projection.launch(
-        x.reshape(-1, depth), weights, biases, outputs, head_dim=head_dim, cos=cos, sin=sin, words=words,
-        positions=positions, scaling=scaling, interleaved=interleaved, descriptors=path == "descriptors",
+        return {"cos": cos, "sin": sin}
+    if positions is None:
+        positions = torch.arange(length, device=x.device)
+    return {"words": words, "positions": positions.reshape(-1).contiguous()}
+
+
+def decode_cached(
+    x: torch.Tensor,
+    w_q: torch.Tensor,
+    w_k: torch.Tensor,
+    w_v: torch.Tensor,
+    b_q: torch.Tensor | None,
+    b_k: torch.Tensor | None,
+    b_v: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """:func:`qkv_rotary` whose keys and values go to entries ``slots`` of caches ``[entries, Hk, D]``.
+
+    Returns:
+        The queries ``[B, S, Hq, D]``.
+    """
+    from_kernel = dispatch.backend_for(x) == "triton" and (
+        candidates(x, w_q, w_k, w_v, k_cache.shape[2], 2 * (cos if words is None else words).shape[-1])[-1]
+        == "decode"
+    )
+    head_dim = k_cache.shape[2]
+    if not from_kernel or k_cache.stride(2) != 1 or v_cache.stride(2) != 1:
+        weights = (w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
+        q, k, v = qkv_rotary(x, *weights, cos, sin, words, positions, scaling, interleaved)
+        reference.write_cache(k.flatten(0, 1), v.flatten(0, 1), k_cache, v_cache, slots)
+        return q
+    from . import triton_decode
+
+    weights, biases = _operands(w_q, w_k, w_v, b_q, b_k, b_v)
+    q = x.new_empty(x.shape[0] * x.shape[1], w_q.shape[0] // head_dim, head_dim)
+    triton_decode.launch(
+        x.reshape(-1, x.shape[-1]), weights, biases, q, k_cache, v_cache, slots=slots, scaling=scaling,
+        interleaved=interleaved, **_flat_angles(x, cos, sin, words, positions),
     )  # fmt: skip
-    shaped = [y.view(batch, length, -1, head_dim) for y in outputs]
-    return shaped[0], shaped[1], shaped[2] if w_v is not None else x.new_empty(0)
+    return q.unflatten(0, x.shape[:2])
 
 
 def pack_inverse(

@@ -18,6 +18,16 @@ LIBRARY.define(
 LIBRARY.impl("qkv_rotary", dispatch_projection.qkv_rotary, "CompositeExplicitAutograd")
 LIBRARY.define(f"pack_inverse(Tensor q, Tensor k, Tensor? v, {_ANGLES}) -> Tensor")
 LIBRARY.impl("pack_inverse", dispatch_projection.pack_inverse, "CompositeExplicitAutograd")
+LIBRARY.define(
+    "decode_cached(Tensor x, Tensor w_q, Tensor w_k, Tensor w_v, Tensor? b_q, Tensor? b_k, Tensor? b_v, "
+    f"Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, {_ANGLES}) -> Tensor"
+)
+LIBRARY.impl("decode_cached", dispatch_projection.decode_cached, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rope_dist::decode_cached", lib=LIBRARY)
+def _decode_fake(x, w_q, w_k, w_v, b_q, b_k, b_v, k_cache, *angles):
+    return x.new_empty(*x.shape[:2], w_q.shape[0] // k_cache.shape[2], k_cache.shape[2])
 
 
 @torch.library.register_fake("rope_dist::qkv_rotary", lib=LIBRARY)

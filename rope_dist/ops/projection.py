@@ -46,8 +46,8 @@ def qkv_rotary(
         cos, sin: instead of both, tables ``[B, S, R/2]`` or ``[1, S, R/2]``.
         attention_scaling: factor on the rotated dimensions, with ``inv_freq``; tables carry it in them.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R/2)``.
-        path: ``"auto"``, or ``"separate"`` (matrix products, then a rotary pass), ``"descriptors"`` or
-            ``"pointers"`` (the two fused kernels).
+        path: ``"auto"``, or ``"separate"`` (matrix products, then a rotary pass), ``"pointers"``,
+            ``"descriptors"`` (the fused kernels) or ``"decode"`` (at most 16 tokens).
 
     Returns:
         ``q``, ``k``, ``v``: ``[B, S, heads, head_dim]`` (packed: ``[T, heads, head_dim]``), contiguous; ``v``
@@ -80,7 +80,7 @@ def qkv_rotary(
         validation.tables(x.new_empty(batch, length, 0, head_dim), cos, sin, rows=length)
     if path not in dispatch_projection.PATHS:
         raise ValueError(f"no such path {path!r}; there are {', '.join(dispatch_projection.PATHS)}")
-    if path in ("descriptors", "pointers"):
+    if path not in ("auto", "separate"):
         half = (cos if words is None else words).shape[-1]
         possible = dispatch_projection.candidates(x, w_q, w_k, w_v, head_dim, 2 * half)
         if path not in possible:
@@ -91,6 +91,81 @@ def qkv_rotary(
     )  # fmt: skip
     out = (q, k, v) if w_v is not None else (q, k, None)
     return tuple(y[0] if packed and y is not None else y for y in out)
+
+
+def decode_rotary(
+    x: torch.Tensor,
+    w_q: torch.Tensor,
+    w_k: torch.Tensor,
+    w_v: torch.Tensor,
+    b_q: torch.Tensor | None = None,
+    b_k: torch.Tensor | None = None,
+    b_v: torch.Tensor | None = None,
+    *,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    inv_freq: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_scaling: float = 1.0,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """:func:`qkv_rotary` that writes keys and values into their caches, for inference: no gradient.
+
+    One launch for up to 16 float16 or bfloat16 tokens; more, or other types, take more launches.
+
+    Args:
+        x: ``[B, S, K]`` or ``[T, K]``.
+        k_cache, v_cache: ``[entries, Hk, head_dim]`` in the dtype of ``x``, any strides, changed in place.
+        slots: ``[B * S]`` int32 or int64, the entry of each token; a negative one is not written. Entries
+            must exist and differ: on a GPU they are not looked at.
+        Others as in :func:`qkv_rotary`.
+
+    Returns:
+        The queries ``[B, S, Hq, head_dim]`` (packed: ``[T, Hq, head_dim]``).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together, or slots past the cache (looked at
+            on CPU tensors only).
+    """
+    packed = x.ndim == 2
+    if packed:
+        x = x[None]
+        position_ids = position_ids[None] if position_ids.ndim == 1 else position_ids
+    if k_cache.ndim != 3 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"caches must be [entries, heads, head_dim] of one shape, got {list(k_cache.shape)} and "
+            f"{list(v_cache.shape)}"
+        )
+    head_dim = k_cache.shape[2]
+    _weights(x, head_dim, (("q", w_q, b_q), ("k", w_k, b_k), ("v", w_v, b_v)))
+    for cache, weight, name in ((k_cache, w_k, "k"), (v_cache, w_v, "v")):
+        if cache.shape[1] * head_dim != weight.shape[0]:
+            raise ValueError(
+                f"{name}_cache has {cache.shape[1]} heads, w_{name} {weight.shape[0] // head_dim}"
+            )
+        if cache.dtype != x.dtype or cache.device != x.device:
+            raise ValueError(
+                f"{name}_cache must be {x.dtype} on {x.device}, got {cache.dtype} on {cache.device}"
+            )
+        validation.writable(cache, f"{name}_cache")
+    tokens = x.shape[0] * x.shape[1]
+    if slots.shape != (tokens,):
+        raise ValueError(f"slots must be [{tokens}], got {list(slots.shape)}")
+    validation.integers(slots, "slots", x.device)
+    if slots.device.type == "cpu" and tokens and not torch.compiler.is_compiling():
+        last = int(slots.max())
+        if last >= k_cache.shape[0]:
+            raise ValueError(f"slot {last} is past the cache's {k_cache.shape[0]} entries")
+    validation.frequencies(inv_freq, head_dim, x.device)
+    validation.positions(position_ids, x.shape[0], x.shape[1], x.device)
+    words = inv_freq if inv_freq.dtype == torch.int32 else turns(inv_freq)
+    with torch.no_grad():
+        q = torch.ops.rope_dist.decode_cached(
+            x, w_q, w_k, w_v, b_q, b_k, b_v, k_cache, v_cache, slots, None, None, words, position_ids,
+            float(attention_scaling), interleaved,
+        )  # fmt: skip
+    return q[0] if packed else q
 
 
 def _weights(x: torch.Tensor, head_dim: int, projections: tuple) -> None:
