@@ -75,8 +75,10 @@ def candidates(
     paths = ["separate"]
     if triton_projection.fits(head_dim, rotary_dim):
         paths.append("pointers")
-        major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda and not torch.version.hip else 0
-        if (major >= 9 or not x.is_cuda) and triton_projection.fits_descriptors(*matrices):
+        arch = triton_projection.architecture(x.device)
+        if triton_projection.has_descriptors(arch, head_dim) and triton_projection.fits_descriptors(
+            *matrices
+        ):
             paths.append("descriptors")
     if matrices[0].shape[0] <= triton_decode.MAX_TOKENS:
         paths.append("decode")

@@ -229,6 +229,38 @@ def fits_descriptors(x: torch.Tensor, *weights: torch.Tensor) -> bool:
 
 
 @functools.cache
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"`` and the like; without a GPU what the interpreter is to follow, ``"sm_90"``."""
+    if device.type != "cuda":
+        return "sm_90"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def has_descriptors(arch: str, head_dim: int) -> bool:
+    """Whether the descriptor kernel is for ``arch``: Hopper, and data-centre Blackwell but for wide heads.
+
+    Other GPUs lack the instructions or, as consumer Blackwell, the shared memory; on sm_100 a tile of 256
+    columns spills.
+    """
+    return arch == "sm_90" or (arch in ("sm_100", "sm_103") and head_dim <= 128)
+
+
+def configuration(arch: str, descriptors: bool, head_dim: int) -> dict[str, object]:
+    """Block, warps and stages for ``arch``, which the static gate holds to."""
+    if descriptors and arch == "sm_90":
+        return {"block": (128, 256, 64), "num_warps": 8, "num_stages": 3}
+    if descriptors:
+        return {"block": (128, 128, 64), "num_warps": 8, "num_stages": 4}
+    rows = 64 if head_dim > 128 else 128
+    if arch.startswith("gfx"):
+        return {"block": (rows, max(128, head_dim), 64), "num_warps": 4, "num_stages": 2}
+    return {"block": (rows, max(128, head_dim), 32), "num_warps": 8, "num_stages": 4}
+
+
+@functools.cache
 def programs(device: torch.device) -> int:
     """Multiprocessors of ``device``; a few in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
@@ -248,9 +280,7 @@ def launch(
     scaling: float = 1.0,
     interleaved: bool = False,
     descriptors: bool = True,
-    block: tuple[int, int, int] | None = None,
-    num_warps: int = 8,
-    num_stages: int | None = None,
+    arch: str | None = None,
     num_programs: int | None = None,
 ) -> None:
     """Project ``x`` by two or three weights into ``outputs``, rotating the first two. Checks nothing.
@@ -266,17 +296,13 @@ def launch(
         words: instead, ``[2, R/2]`` int32 from :func:`rope_dist.ops.turns`, with ``positions`` ``[M]`` or, for
             batches that share them, ``[S]`` integers, contiguous.
         descriptors: which kernel; needs :func:`fits_descriptors`.
-        block, num_warps, num_stages, num_programs: what a measurement found to be fastest; the defaults are
-            those that the static gate holds to.
+        arch, num_programs: instead of those of the device of ``x``.
     """
     rows, depth = x.shape
     half = (cos if words is None else words).shape[-1]
     has_v = len(weights) == 3
-    if block is None:
-        block = (128, 256, 64) if descriptors else (64 if head_dim > 128 else 128, max(128, head_dim), 32)
-    if num_stages is None:
-        num_stages = 3 if descriptors else 4
-    block_m, block_n, block_k = block
+    tuned = configuration(arch or architecture(x.device), descriptors, head_dim)
+    block_m, block_n, block_k = tuned["block"]
     widths = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     tiles = triton.cdiv(rows, block_m) * sum(triton.cdiv(width, block_n) for width in widths)
     w_q, w_k, w_v = weights if has_v else (*weights, weights[1])
@@ -297,8 +323,8 @@ def launch(
         "PERIODIC": period != rows,
         "HAS_BIAS": biases is not None,
         "HAS_V": has_v,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
+        "num_warps": tuned["num_warps"],
+        "num_stages": tuned["num_stages"],
     }
     with device_of(x):
         if descriptors:

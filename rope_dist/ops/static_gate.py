@@ -1,0 +1,292 @@
+"""``python -m rope_dist.ops.static_gate``: what the compiler makes of every kernel, without a GPU.
+
+Compiles each kernel as its launch would for the architectures it is for, reads registers, stack, shared
+memory and machine instructions, and holds them to limits. A compiler or a change that loses the tensor
+cores' asynchrony, spills, narrows an access or moves the accumulator through shared memory fails here,
+where it would otherwise only show as time on a GPU. Prints a table; the exit status is 1, and the kernels
+and numbers that fell short are named, where a limit is not kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from tabulate import tabulate
+
+from . import static_compile, triton_decode, triton_projection, triton_rotary
+from .static_compile import Report
+
+BF16 = torch.bfloat16
+SHARED_MEMORY = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel in one use, the architectures it is for, and its limits.
+
+    Attributes:
+        least, most: limits on a number of :func:`numbers`, by its name.
+    """
+
+    name: str
+    call: Callable[[str], Any]
+    targets: tuple[str, ...]
+    most: dict[str, int] = field(default_factory=dict)
+    least: dict[str, int] = field(default_factory=dict)
+
+
+def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _angles(tokens: int, rotary_dim: int, table: bool) -> dict[str, torch.Tensor]:
+    if table:
+        return {name: _meta(tokens, rotary_dim // 2, dtype=torch.float32) for name in ("cos", "sin")}
+    return {
+        "words": _meta(2, rotary_dim // 2, dtype=torch.int32),
+        "positions": _meta(tokens, dtype=torch.int64),
+    }
+
+
+def _rotary(q_heads, k_heads, head_dim, *, rotary_dim=None, table=False, interleaved=False, inplace=True):
+    def call(arch: str) -> None:
+        q, k = _meta(1, 8192, q_heads, head_dim), _meta(1, 8192, k_heads, head_dim)
+        out = (q, k) if inplace else (torch.empty_like(q), torch.empty_like(k))
+        angles = _angles(8192, rotary_dim or head_dim, table)
+        angles = {name: x if name == "words" else x[None] for name, x in angles.items()}
+        triton_rotary.launch(q, k, *out, interleaved=interleaved, **angles)
+
+    return call
+
+
+def _projection(heads, head_dim, *, rotary_dim=None, table=False, bias=False, descriptors=True):
+    def call(arch: str) -> None:
+        rows, depth = 8192, 4096
+        weights = tuple(_meta(h * head_dim, depth) for h in heads)
+        triton_projection.launch(
+            _meta(rows, depth),
+            weights,
+            tuple(_meta(w.shape[0]) for w in weights) if bias else None,
+            tuple(_meta(rows, w.shape[0]) for w in weights),
+            head_dim=head_dim,
+            descriptors=descriptors,
+            arch=arch,
+            num_programs=132,
+            **_angles(rows, rotary_dim or head_dim, table),
+        )
+
+    return call
+
+
+def _decode(q_heads, k_heads, head_dim, *, bias=False, slots=False, tokens=16):
+    def call(arch: str) -> None:
+        weights = tuple(_meta(h * head_dim, 4096) for h in (q_heads, k_heads, k_heads))
+        triton_decode.launch(
+            _meta(tokens, 4096),
+            weights,
+            tuple(_meta(w.shape[0]) for w in weights) if bias else None,
+            *(_meta(tokens, h, head_dim) for h in (q_heads, k_heads, k_heads)),
+            slots=_meta(tokens, dtype=torch.int64) if slots else None,
+            **_angles(tokens, head_dim, False),
+        )
+
+    return call
+
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+# Heads are read and written 16 bytes at a time; what else is loaded is one position and the frequencies.
+WIDE = {"registers": 64, "stack": 0, "shared": 0, "narrow stores": 0, "narrow loads": 2, "convert_layout": 0}
+# One program fills a multiprocessor, so up to 255 registers cost nothing; that none is spilled counts. The
+# positions form has two polynomials a pair more than the table form, and no 64 KiB of tables to load.
+HOPPER = {
+    "registers": 232,
+    "stack": 0,
+    "instructions": 1_800,
+    "serialized": 0,
+    "convert_layout": 0,
+    "shared accesses": 0,
+    "narrow stores": 0,
+    "wide stores": 0,
+}
+TENSOR = {"HGMMA.64x256x16": 4, "UTMALDG": 6, "UTMASTG": 1}
+TABLE = {"registers": 192, "instructions": 1_200, "shared accesses": 32}
+BIAS = {"instructions": 2_050, "convert_layout": 1, "shared accesses": 32}
+AMPERE = {"registers": 200, "stack": 0, "narrow copies": 0, "narrow stores": 0}
+DECODE = {"registers": 80, "stack": 0, "shared": 76_800, "narrow copies": 0}
+# Two programs a multiprocessor by shared memory: registers do not limit there either.
+DECODE_SM80 = {**DECODE, "registers": 96}
+ASYNC = {"HMMA": 16, "LDGSTS": 8}
+
+CASES = (
+    Case("rotary 32+32 in place", _rotary(32, 32, 128), NVIDIA, WIDE, {"wide stores": 4}),
+    Case("rotary 32+8 in place", _rotary(32, 8, 128), NVIDIA, WIDE, {"wide stores": 4}),
+    Case("rotary 32+8 table", _rotary(32, 8, 128, table=True), NVIDIA, WIDE, {"wide stores": 4}),
+    Case("rotary 32+8 new", _rotary(32, 8, 128, inplace=False), ("sm_90",), WIDE, {"wide stores": 4}),
+    Case("rotary 32+1", _rotary(32, 1, 128), ("sm_90",), WIDE, {"wide stores": 4}),
+    Case("rotary 9+3 head 64", _rotary(9, 3, 64), ("sm_90",), WIDE, {"wide stores": 4}),
+    Case("rotary head 80", _rotary(32, 32, 80), ("sm_90",), WIDE, {"wide stores": 4}),
+    Case("rotary head 96", _rotary(32, 32, 96), ("sm_90",), WIDE, {"wide stores": 4}),
+    Case("rotary head 256", _rotary(16, 8, 256), ("sm_90",), WIDE, {"wide stores": 4}),
+    Case(
+        "rotary partial new",
+        _rotary(32, 32, 80, rotary_dim=32, inplace=False),
+        ("sm_90",),
+        WIDE,
+        {"wide stores": 6},
+    ),
+    Case("rotary interleaved", _rotary(32, 8, 128, interleaved=True), ("sm_90",), WIDE, {"wide stores": 2}),
+    Case("rotary 32+8 in place", _rotary(32, 8, 128), ("gfx942",), {"stack": 0, "shared": 0}),
+    Case("projection 7B", _projection((32, 32, 32), 128), ("sm_90",), HOPPER, TENSOR),
+    Case("projection 8B", _projection((32, 8, 8), 128), ("sm_90",), HOPPER, TENSOR),
+    Case("projection two weights", _projection((32, 8), 128), ("sm_90",), HOPPER, TENSOR),
+    Case("projection head 64", _projection((32, 8, 8), 64), ("sm_90",), HOPPER, TENSOR),
+    Case("projection partial", _projection((32, 32, 32), 128, rotary_dim=64), ("sm_90",), HOPPER, TENSOR),
+    Case(
+        "projection table",
+        _projection((32, 8, 8), 128, table=True),
+        ("sm_90",),
+        {**HOPPER, **TABLE},
+        {**TENSOR, "UTMALDG": 8},
+    ),
+    Case("projection bias", _projection((32, 8, 8), 128, bias=True), ("sm_90",), {**HOPPER, **BIAS}, TENSOR),
+    Case(
+        "projection 8B", _projection((32, 8, 8), 128), ("sm_100",), {"stack": 0}, {"UTCHMMA": 4, "UTMASTG": 1}
+    ),
+    Case(
+        "projection 8B",
+        _projection((32, 8, 8), 128, descriptors=False),
+        ("sm_80", "sm_89"),
+        AMPERE,
+        ASYNC,
+    ),
+    Case(
+        "projection bias",
+        _projection((32, 32, 32), 128, bias=True, descriptors=False),
+        ("sm_80",),
+        AMPERE,
+        ASYNC,
+    ),
+    Case(
+        "projection table",
+        _projection((32, 8, 8), 128, table=True, descriptors=False),
+        ("sm_80",),
+        AMPERE,
+        ASYNC,
+    ),
+    Case("projection head 256", _projection((16, 8, 8), 256, descriptors=False), ("sm_80",), AMPERE, ASYNC),
+    Case("projection 8B", _projection((32, 8, 8), 128, descriptors=False), ("gfx942",), {"stack": 0}),
+    Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_90", "sm_100"), DECODE, ASYNC),
+    Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_80",), DECODE_SM80, ASYNC),
+    Case(
+        "decode 8B bias cache", _decode(32, 8, 128, bias=True, slots=True), ("sm_90", "sm_100"), DECODE, ASYNC
+    ),
+    Case("decode 8B bias cache", _decode(32, 8, 128, bias=True, slots=True), ("sm_80",), DECODE_SM80, ASYNC),
+    Case("decode head 80", _decode(32, 32, 80), ("sm_90",), DECODE, ASYNC),
+)
+
+
+def numbers(report: Report) -> dict[str, int]:
+    """The numbers that limits are on, by name; any other name counts the opcodes that start with it."""
+    counts = report.counts
+
+    def total(*prefixes: str) -> int:
+        return sum(n for opcode, n in counts.items() if opcode.startswith(prefixes))
+
+    def narrow(prefix: str) -> int:
+        return sum(
+            n for opcode, n in counts.items() if opcode.startswith(prefix) and not opcode.endswith(".128")
+        )
+
+    return {
+        "registers": report.registers,
+        "stack": report.stack,
+        "shared": report.shared,
+        "instructions": report.instructions,
+        "convert_layout": counts["convert_layout"],
+        "serialized": counts.get("serialized", 0),
+        # Storing the tile for TMA is a matrix store (STSM); plain accesses are layout conversions.
+        "shared accesses": total("LDS.", "STS.") + counts.get("LDS", 0) + counts.get("STS", 0),
+        "narrow loads": narrow("LDG."),
+        "narrow stores": narrow("STG."),
+        "wide stores": counts.get("STG.E.128", 0),
+        "narrow copies": sum(
+            n for o, n in counts.items() if o.startswith("LDGSTS") and not o.endswith(".128")
+        ),
+        **{
+            prefix: total(prefix)
+            for prefix in ("HGMMA.64x256x16", "UTMALDG", "UTMASTG", "UTCHMMA", "HMMA", "LDGSTS")
+        },
+    }
+
+
+def serialized(compiled: Any) -> int:
+    """1 where the assembler says that it serialised the tensor cores' instructions (C7510, C7515 and so on)."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        # Triton ships two assemblers, of which one may be too old for the code of the other.
+        for tool in sorted(tools.glob("ptxas*")):
+            command = [tool, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder) / "kernel.cubin"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode == 0:
+                return int("serializ" in result.stderr.lower())
+    raise RuntimeError(f"no assembler took the code: {result.stderr}")
+
+
+def check(case: Case, target: str) -> tuple[Report, list[str]]:
+    """Compile ``case`` for ``target``; what fell short, in words."""
+    launch = static_compile.record(lambda: case.call(target))
+    compiled = static_compile.compile_for(launch, target)
+    report = static_compile.report(case.name, compiled, target)
+    if "serialized" in case.most:
+        report.counts["serialized"] = serialized(compiled)
+    found = numbers(report)
+    most = {"shared": SHARED_MEMORY[target], **case.most}
+    short = [f"{name} {found[name]}, at most {limit}" for name, limit in most.items() if found[name] > limit]
+    short += [
+        f"{name} {found[name]}, at least {limit}" for name, limit in case.least.items() if found[name] < limit
+    ]
+    return report, short
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the gate; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m rope_dist.ops.static_gate", description=__doc__)
+    parser.add_argument("--target", choices=sorted(static_compile.TARGETS), help="only this architecture")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("static_gate: unset TRITON_INTERPRET, nothing is compiled under it", file=sys.stderr)
+        return 2
+    rows, failures = [], []
+    for case in CASES:
+        for target in case.targets:
+            if options.only not in case.name or options.target not in (None, target):
+                continue
+            report, short = check(case, target)
+            found = numbers(report)
+            tensor = next((n for n in ("HGMMA.64x256x16", "UTCHMMA", "HMMA") if found[n]), "")
+            row = [case.name, target, report.registers, report.stack, report.shared, report.instructions]
+            row += [found["convert_layout"], found["wide stores"], tensor, "short" if short else "ok"]
+            rows.append(row)
+            failures += [f"{case.name} on {target}: {text}" for text in short]
+    head = ["kernel", "target", "registers", "stack", "shared", "instr.", "converts", "STG.128", "tensor", ""]
+    print(f"Triton {triton.__version__}\n{tabulate(rows, head)}")
+    for failure in failures:
+        print(f"FELL SHORT: {failure}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
