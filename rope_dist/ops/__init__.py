@@ -10,6 +10,7 @@ import torch
 
 from . import library, validation
 from .angles import turns
+from .dispatch import backend_for
 from .dispatch import use as use_backend
 from .drop_in import apply_rotary_emb, apply_rotary_pos_emb
 from .projection import decode_rotary, qkv_rotary
@@ -18,6 +19,7 @@ from .reference import cos_sin
 __all__ = [
     "apply_rotary_emb",
     "apply_rotary_pos_emb",
+    "backend_for",
     "cos_sin",
     "decode_rotary",
     "qkv_rotary",

@@ -9,11 +9,10 @@ overrides it: ``triton`` on CPU tensors runs the kernels in Triton's interpreter
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 
@@ -22,27 +21,27 @@ from . import reference
 BACKENDS = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_OVERRIDE: ContextVar[str | None] = ContextVar("rope_dist_backend", default=None)
+# Triton is no dependency of a CPU-only installation. ``sys.modules`` may hold None for a forbidden import.
+HAS_TRITON = sys.modules.get("triton", "") is not None and importlib.util.find_spec("triton") is not None
 
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton can be imported (it is no dependency of a CPU-only installation)."""
-    return importlib.util.find_spec("triton") is not None
+_override: str | None = None
 
 
 @contextlib.contextmanager
 def use(backend: str) -> Iterator[None]:
     """Choose ``"triton"``, ``"reference"`` or ``"auto"`` within a ``with`` block.
 
+    For every thread of the process: autograd runs backward passes in threads of its own.
+
     Raises:
         ValueError: no such backend.
     """
-    token = _OVERRIDE.set(_known(backend))
+    global _override
+    before, _override = _override, _known(backend)
     try:
         yield
     finally:
-        _OVERRIDE.reset(token)
+        _override = before
 
 
 def _known(backend: str) -> str:
@@ -51,16 +50,26 @@ def _known(backend: str) -> str:
     return backend
 
 
+@torch.compiler.assume_constant_result
+def chosen() -> str:
+    """What :func:`use` or the environment variable says; torch.compile takes it as it is when it traces.
+
+    Raises:
+        ValueError: the environment variable names no backend.
+    """
+    return _override or _known(os.environ.get("ROPE_DIST_BACKEND", "auto"))
+
+
 def backend_for(x: torch.Tensor) -> str:
     """``"triton"`` or ``"reference"``: what rotates ``x``.
 
     Raises:
         ValueError: the environment variable names no backend.
     """
-    chosen = _OVERRIDE.get() or _known(os.environ.get("ROPE_DIST_BACKEND", "auto"))
-    if chosen == "reference" or x.dtype not in KERNEL_DTYPES:
+    backend = chosen()
+    if backend == "reference" or x.dtype not in KERNEL_DTYPES:
         return "reference"
-    if chosen == "triton" or (x.is_cuda and has_triton()):
+    if backend == "triton" or (x.is_cuda and HAS_TRITON):
         return "triton"
     return "reference"
 

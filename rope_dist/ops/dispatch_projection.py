@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn import functional
 
-from . import dispatch, reference
+from . import dispatch, reference, tuning
 
 
 def qkv_rotary(
@@ -31,7 +33,7 @@ def qkv_rotary(
     if dispatch.backend_for(x) == "reference":
         return reference.qkv_rotary(x, *weights, *angles)
     if path == "auto":
-        path = choose(x, w_q, w_k, w_v, head_dim, words if cos is None else cos)
+        path = choose(x, *weights, *angles)
     run = separate if path == "separate" else fused
     return run(x, *weights, *angles, path)
 
@@ -40,20 +42,47 @@ PATHS = ("auto", "separate", "pointers", "descriptors", "decode")
 
 
 def choose(
-    x: torch.Tensor,
-    w_q: torch.Tensor,
-    w_k: torch.Tensor,
-    w_v: torch.Tensor | None,
-    head_dim: int,
-    angles: torch.Tensor,
+    x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, positions, scaling, interleaved
 ) -> str:
-    """The path for these tensors.
-
-    Args:
-        angles: words or table, whose last axis is R/2.
-    """
-    possible = candidates(x, w_q, w_k, w_v, head_dim, 2 * angles.shape[-1])
-    return possible[-1]
+    """The path for these tensors: fixed by the environment, the only one, or the fastest (``tuning.py``)."""
+    rotary_dim = 2 * (words if cos is None else cos).shape[-1]
+    possible = candidates(x, w_q, w_k, w_v, head_dim, rotary_dim)
+    fixed = tuning.fixed()
+    if fixed is not None:
+        if fixed not in PATHS[1:]:
+            raise ValueError(f"ROPE_DIST_PATH={fixed!r} is no path; there are {', '.join(PATHS[1:])}")
+        return fixed if fixed in possible else "separate"
+    if len(possible) == 1 or not x.is_cuda:
+        # Without a GPU nothing is timed: the interpreter runs the kernel that is the most special.
+        return possible[-1]
+    form = [
+        name
+        for name, used in (
+            ("table", cos is not None),
+            ("bias", any(b is not None for b in (b_q, b_k, b_v))),
+            ("interleaved", interleaved),
+        )
+        if used
+    ]
+    problem = tuning.Problem(
+        device=torch.cuda.get_device_name(x.device),
+        dtype=str(x.dtype).removeprefix("torch."),
+        rows=tuning.rows_class(x.shape[0] * x.shape[1]),
+        depth=x.shape[2],
+        widths=tuple(w.shape[0] for w in (w_q, w_k, w_v) if w is not None),
+        head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        form="+".join(form),
+    )
+    arguments = (x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, positions, scaling, interleaved)
+    with torch.cuda.device(x.device):
+        return tuning.choose(
+            problem,
+            {
+                path: functools.partial(separate if path == "separate" else fused, *arguments, path)
+                for path in possible
+            },
+        )
 
 
 def candidates(

@@ -80,8 +80,9 @@ _length_dependent_tables = dynamic_rope_update(_tables)
 class RotatedAttention:
     """Mixin of a stock ``*Attention`` with ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
 
-    Queries and keys are rotated by :func:`rope_dist.ops.rotary` in ``[B, S, H, D]``, the order in which
-    the projections leave them.
+    Queries and keys are rotated in ``[B, S, H, D]``, the order in which the projections leave them: by
+    :func:`rope_dist.ops.qkv_rotary`, together with the projections, where the kernels run and each
+    projection is nothing but its matrix; else by :func:`rope_dist.ops.rotary` after the modules.
     """
 
     def forward(
@@ -94,13 +95,17 @@ class RotatedAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the stock forward: ``hidden_states`` ``[B, S, hidden]`` to the output and the attention weights."""
         tokens = hidden_states.shape[:-1]
-        heads = (*tokens, -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(heads)
-        k = self.k_proj(hidden_states).view(heads)
-        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         cos, sin = position_embeddings
-        q, k = ops.rotary(q, k, cos, sin)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if _can_fuse(hidden_states, projections):
+            weights, biases = [p.weight for p in projections], [p.bias for p in projections]
+            q, k, v = ops.qkv_rotary(
+                hidden_states, *weights, *biases, head_dim=self.head_dim, cos=cos, sin=sin
+            )
+        else:
+            q, k, v = (p(hidden_states).view(*tokens, -1, self.head_dim) for p in projections)
+            q, k = ops.rotary(q, k, cos, sin)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -116,3 +121,32 @@ class RotatedAttention:
     def _stock_module(cls):
         # The eager attention is a function of the stock model's own file.
         return sys.modules[cls.stock.__module__]
+
+
+def _can_fuse(x: torch.Tensor, projections: tuple[nn.Module, ...]) -> bool:
+    """Whether the projections of ``x`` may be computed from their weights, past the modules themselves.
+
+    Adapters, quantisation, sharding and hooks all change what calling the module does; each shows as another
+    type, a replaced forward, a hook or another dtype, and then the modules are called.
+    """
+    if (
+        x.dtype not in (torch.float16, torch.bfloat16)
+        or ops.backend_for(x) != "triton"
+        or torch.is_autocast_enabled(x.device.type)
+    ):
+        return False
+    return all(_is_plain(projection, x) for projection in projections)
+
+
+def _is_plain(projection: nn.Module, x: torch.Tensor) -> bool:
+    if type(projection) is not nn.Linear or "forward" in projection.__dict__:
+        return False
+    if projection._forward_hooks or projection._forward_pre_hooks:
+        return False
+    if projection._backward_hooks or projection._backward_pre_hooks:
+        return False
+    return all(
+        type(t) in (nn.Parameter, torch.Tensor) and t.dtype == x.dtype and t.device == x.device
+        for t in (projection.weight, projection.bias)
+        if t is not None
+    )
