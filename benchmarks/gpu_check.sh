@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# One command for a machine with a GPU and no network: the kernels' tests on the GPU, then their benchmark.
+#
+#     OUT=results benchmarks/gpu_check.sh
+#
+# Leaves tests.txt, sanitizer.txt (where compute-sanitizer is installed), gate.txt, kernels.json and
+# kernels.txt in $OUT. Takes less than eight minutes; each part has a limit of its own. PY chooses the
+# interpreter, which needs torch, triton, pytest, hypothesis and tabulate. The exit status is that of the
+# first part that failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT="${OUT:-gpu-check}"
+PY="${PY:-python3}"
+mkdir -p "$OUT"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
+# The choices that these runs measure stay with their results.
+export ROPE_DIST_CACHE="$PWD/$OUT/choices"
+case "$OUT" in /*) export ROPE_DIST_CACHE="$OUT/choices" ;; esac
+status=0
+
+part() { # name, seconds, command...
+    local name="$1" limit="$2" code
+    shift 2
+    echo "== $name"
+    timeout "$limit" "$@" >"$OUT/$name.txt" 2>&1
+    code=$?
+    tail -n 5 "$OUT/$name.txt"
+    if [ "$code" -ne 0 ]; then
+        echo "$name failed with status $code (124: its limit of $limit s)"
+        [ "$status" -eq 0 ] && status=$code
+    fi
+}
+
+"$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "no GPU that torch can use" >&2
+    exit 2
+}
+workers=()
+"$PY" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+
+part tests 200 "$PY" -m pytest tests/ops -q -p no:cacheprovider "${workers[@]}"
+if command -v compute-sanitizer >/dev/null; then
+    part sanitizer 60 compute-sanitizer --error-exitcode 1 "$PY" -m pytest tests/ops -q -p no:cacheprovider \
+        -k "rounding_differs or writes_the_cache"
+fi
+part gate 60 "$PY" -m rope_dist.ops.static_gate --target sm_90
+part benchmark 150 "$PY" -m benchmarks.kernels --output "$OUT" --seconds 110
+exit "$status"
