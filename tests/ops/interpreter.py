@@ -44,7 +44,7 @@ def install() -> None:
 
     def cast_impl(self, src, dst_type):
         source, target = src.dtype.scalar, dst_type.scalar
-        if source == target:
+        if source == target and src.data.dtype == interpreter._get_np_dtype(target):
             return src
         if source == tl.bfloat16:
             src = interpreter.TensorHandle(_to_float32(src.data), tl.float32)
@@ -56,7 +56,11 @@ def install() -> None:
     def binary_op(self, lhs, rhs, op):
         if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
             raise TypeError("bfloat16 arithmetic: convert to float32 first")
-        return stock_binary(self, lhs, rhs, op)
+        result = stock_binary(self, lhs, rhs, op)
+        if result.data.dtype == np.bool_:
+            # The stock handle keeps the operands' type, by which 3.9 widens a mask that it spreads to a block.
+            result.dtype = tl.int1
+        return result
 
     def patch_lang_tensor(tensor, scope):
         stock_patch(tensor, scope)
