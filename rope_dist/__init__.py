@@ -16,20 +16,21 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .ops import rotary
+    from .ops import qkv_rotary, rotary
     from .planning import RopePlan, plan
     from .transformers import disable, enable, supported
 
 _HOME = {
     "RopePlan": "planning",
     "plan": "planning",
+    "qkv_rotary": "ops",
     "rotary": "ops",
     "disable": "transformers",
     "enable": "transformers",
     "supported": "transformers",
 }
 
-__all__ = ["RopePlan", "__version__", "disable", "enable", "plan", "rotary", "supported"]
+__all__ = ["RopePlan", "__version__", "disable", "enable", "plan", "qkv_rotary", "rotary", "supported"]
 
 
 def __getattr__(name: str) -> Any:

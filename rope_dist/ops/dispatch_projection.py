@@ -46,43 +46,57 @@ def choose(
 ) -> str:
     """The path for these tensors: fixed by the environment, the only one, or the fastest (``tuning.py``)."""
     rotary_dim = 2 * (words if cos is None else cos).shape[-1]
-    possible = candidates(x, w_q, w_k, w_v, head_dim, rotary_dim)
+    weights = [w for w in (w_q, w_k, w_v) if w is not None]
     fixed = tuning.fixed()
     if fixed is not None:
         if fixed not in PATHS[1:]:
             raise ValueError(f"ROPE_DIST_PATH={fixed!r} is no path; there are {', '.join(PATHS[1:])}")
+        possible = candidates(x, w_q, w_k, w_v, head_dim, rotary_dim)
         return fixed if fixed in possible else "separate"
+    form = (cos is not None, any(b is not None for b in (b_q, b_k, b_v)), interleaved)
+    # Everything that the answer depends on: looked up before it is worked out, for a call that decodes one
+    # token should not spend its time here.
+    call = (
+        x.device,
+        x.dtype,
+        head_dim,
+        rotary_dim,
+        form,
+        *((y.shape, y.stride(), y.data_ptr() % 16) for y in (x, *weights)),
+    )
+    if call in _CHOSEN:
+        return _CHOSEN[call]
+    possible = candidates(x, w_q, w_k, w_v, head_dim, rotary_dim)
     if len(possible) == 1 or not x.is_cuda:
         # Without a GPU nothing is timed: the interpreter runs the kernel that is the most special.
         return possible[-1]
-    form = [
-        name
-        for name, used in (
-            ("table", cos is not None),
-            ("bias", any(b is not None for b in (b_q, b_k, b_v))),
-            ("interleaved", interleaved),
-        )
-        if used
-    ]
     problem = tuning.Problem(
         device=torch.cuda.get_device_name(x.device),
         dtype=str(x.dtype).removeprefix("torch."),
         rows=tuning.rows_class(x.shape[0] * x.shape[1]),
         depth=x.shape[2],
-        widths=tuple(w.shape[0] for w in (w_q, w_k, w_v) if w is not None),
+        widths=tuple(w.shape[0] for w in weights),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        form="+".join(form),
+        form="+".join(
+            name for name, used in zip(("table", "bias", "interleaved"), form, strict=True) if used
+        ),
     )
     arguments = (x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, positions, scaling, interleaved)
+    ways = {
+        path: functools.partial(separate if path == "separate" else fused, *arguments, path)
+        for path in possible
+    }
     with torch.cuda.device(x.device):
-        return tuning.choose(
-            problem,
-            {
-                path: functools.partial(separate if path == "separate" else fused, *arguments, path)
-                for path in possible
-            },
-        )
+        path = tuning.choose(problem, ways)
+    if tuning.choices().get(problem) == path:
+        if len(_CHOSEN) >= 4096:
+            _CHOSEN.clear()
+        _CHOSEN[call] = path
+    return path
+
+
+_CHOSEN: dict[tuple, str] = {}
 
 
 def candidates(

@@ -69,7 +69,36 @@ def _rotary(q_heads, k_heads, head_dim, *, rotary_dim=None, table=False, interle
     return call
 
 
-def _projection(heads, head_dim, *, rotary_dim=None, table=False, bias=False, descriptors=True):
+def _packed(arch: str) -> None:
+    """As flash-attention calls it: one packed tensor, a table, bounds and offsets."""
+    x, table = _meta(1, 8192, 32, 128), _meta(1, 8192, 64, dtype=torch.float32)
+    bounds, offsets = _meta(9, dtype=torch.int32), _meta(8, dtype=torch.int32)
+    triton_rotary.launch(x, None, x, None, cos=table, sin=table, cu_seqlens=bounds, offsets=offsets)
+
+
+def _pack_gradients(arch: str) -> None:
+    """The backward pass: rotated back and joined with the gradient of the values."""
+    q, k, v = (_meta(1, 8192, heads, 128) for heads in (32, 8, 8))
+    packed = [
+        part.unflatten(-1, (-1, 128)) for part in _meta(1, 8192, 48 * 128).split([4096, 1024, 1024], -1)
+    ]
+    angles = _angles(8192, 128, False)
+    triton_rotary.launch(
+        q,
+        k,
+        packed[0],
+        packed[1],
+        words=angles["words"],
+        positions=angles["positions"][None],
+        inverse=True,
+        v=v,
+        v_out=packed[2],
+    )
+
+
+def _projection(
+    heads, head_dim, *, rotary_dim=None, table=False, bias=False, interleaved=False, descriptors=True
+):
     def call(arch: str) -> None:
         rows, depth = 8192, 4096
         weights = tuple(_meta(h * head_dim, depth) for h in heads)
@@ -79,6 +108,7 @@ def _projection(heads, head_dim, *, rotary_dim=None, table=False, bias=False, de
             tuple(_meta(w.shape[0]) for w in weights) if bias else None,
             tuple(_meta(rows, w.shape[0]) for w in weights),
             head_dim=head_dim,
+            interleaved=interleaved,
             descriptors=descriptors,
             arch=arch,
             num_programs=132,
@@ -121,6 +151,8 @@ HOPPER = {
 TENSOR = {"HGMMA.64x256x16": 4, "UTMALDG": 6, "UTMASTG": 1}
 TABLE = {"registers": 192, "instructions": 1_200, "shared accesses": 32}
 BIAS = {"instructions": 2_050, "convert_layout": 1, "shared accesses": 32}
+# Wide heads and interleaved pairs hold more angles a thread.
+SPARE = {**HOPPER, "registers": 255, "instructions": 2_900}
 AMPERE = {"registers": 200, "stack": 0, "narrow copies": 0, "narrow stores": 0}
 DECODE = {"registers": 80, "stack": 0, "shared": 76_800, "narrow copies": 0}
 # Two programs a multiprocessor by shared memory: registers do not limit there either.
@@ -145,6 +177,11 @@ CASES = (
         {"wide stores": 6},
     ),
     Case("rotary interleaved", _rotary(32, 8, 128, interleaved=True), ("sm_90",), WIDE, {"wide stores": 2}),
+    # The bounds are looked through by all threads together: a few bytes to add up what each found.
+    Case(
+        "rotary packed", _packed, ("sm_90",), {**WIDE, "shared": 128, "narrow loads": 8}, {"wide stores": 4}
+    ),
+    Case("rotary gradients", _pack_gradients, ("sm_90",), WIDE, {"wide stores": 5}),
     Case("rotary 32+8 in place", _rotary(32, 8, 128), ("gfx942",), {"stack": 0, "shared": 0}),
     Case("projection 7B", _projection((32, 32, 32), 128), ("sm_90",), HOPPER, TENSOR),
     Case("projection 8B", _projection((32, 8, 8), 128), ("sm_90",), HOPPER, TENSOR),
@@ -159,6 +196,8 @@ CASES = (
         {**TENSOR, "UTMALDG": 8},
     ),
     Case("projection bias", _projection((32, 8, 8), 128, bias=True), ("sm_90",), {**HOPPER, **BIAS}, TENSOR),
+    Case("projection head 256", _projection((16, 8, 8), 256), ("sm_90",), SPARE, TENSOR),
+    Case("projection interleaved", _projection((32, 8, 8), 128, interleaved=True), ("sm_90",), SPARE, TENSOR),
     Case(
         "projection 8B", _projection((32, 8, 8), 128), ("sm_100",), {"stack": 0}, {"UTCHMMA": 4, "UTMASTG": 1}
     ),

@@ -34,9 +34,9 @@ def angle(position, high, low):
 def cos_sin(turn):
     """Cosine and sine, float32, of an angle in 2^-32 turns (int32).
 
-    A polynomial rather than tl.cos and tl.sin: those reduce any argument, which is thousands of
-    instructions and local memory; rather than sin.approx too, whose error is 5e-7 and whose unit does a
-    quarter of the operations a cycle that this needs.
+    A polynomial rather than tl.cos and tl.sin, which reduce any argument: thousands of instructions and local
+    memory. Rather than sin.approx and cos.approx too, whose error is 5e-7; and inline assembly cannot be
+    interpreted, so what the tests check would not be what runs.
     """
     # Two bits of this are the nearest quarter turn; shifted out, what is left is the signed distance to it.
     quarter = tl.add(turn, 1 << 29, sanitize_overflow=False)

@@ -215,9 +215,10 @@ def pointer_kernel(
 
 
 def fits(head_dim: int, rotary_dim: int) -> bool:
-    """Whether a head can be rotated in a tile: powers of two, and no more columns than a tile has."""
+    """Whether a head can be rotated in a tile: powers of two, no more columns than a tile has, and rows of a
+    table that descriptors can read."""
     powers = all(n & (n - 1) == 0 for n in (head_dim, rotary_dim))
-    return powers and 16 <= head_dim <= 256 and 2 <= rotary_dim <= head_dim
+    return powers and 16 <= rotary_dim <= head_dim <= 256
 
 
 def fits_descriptors(x: torch.Tensor, *weights: torch.Tensor) -> bool:

@@ -115,3 +115,43 @@ def test_the_environment_fixes_the_path(triton_backend, device, monkeypatch):
     monkeypatch.setenv("ROPE_DIST_PATH", "fast")
     with pytest.raises(ValueError, match="is no path"):
         ops.qkv_rotary(x, weight, weight, **angles)
+
+
+def test_a_call_is_looked_up_once_it_was_measured(triton_backend, monkeypatch):
+    """The tensors say that they are on a GPU, and the timer is a count: what is run is what would be."""
+    from contextlib import nullcontext
+
+    from rope_dist.ops import dispatch_projection
+
+    x, weight = torch.randn(1, 20, 64).half(), (torch.randn(64, 64) / 8).half()
+    words = ops.turns(frequencies(64))
+    call = (x, weight, weight, None, None, None, None, 64, None, None, words, None, 1.0, False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(tuning, "may_measure", lambda: False)
+    monkeypatch.setattr(dispatch_projection, "_CHOSEN", {})
+    assert dispatch_projection.choose(*call) == "separate"
+    assert dispatch_projection._CHOSEN == {}
+
+    outputs = {}
+
+    def gpu_timer():
+        def time(way):
+            outputs[len(outputs)] = way()[0].float()
+            return 1.0 / len(outputs)
+
+        return time
+
+    monkeypatch.setattr(tuning, "may_measure", lambda: True)
+    monkeypatch.setattr(tuning, "gpu_timer", gpu_timer)
+
+    chosen = dispatch_projection.choose(*call)
+    assert chosen in ("separate", "pointers", "descriptors")
+    assert len(outputs) == 3 * tuning.ROUNDS
+    for out in outputs.values():
+        torch.testing.assert_close(out, outputs[0], rtol=0, atol=4e-3)
+    (row,) = tuning.choices().rows()
+    assert (row["choice"], row["rows"], row["widths"]) == (chosen, 32, [64, 64])
+    monkeypatch.setattr(tuning, "choose", None)
+    assert dispatch_projection.choose(*call) == chosen
