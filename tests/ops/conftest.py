@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    sys.path.insert(0, os.path.dirname(__file__))
-    import interpreter
+    from . import interpreter
 
     interpreter.install()
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import assert_rounded, exact_tables, frequencies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_projection import SHARE, exact_projection, problem
 
 from rope_dist import ops
+
+from .helpers import assert_rounded, exact_tables, frequencies
+from .test_projection import SHARE, exact_projection, problem
 
 
 @settings(

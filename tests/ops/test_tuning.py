@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from helpers import frequencies
 
 from rope_dist import ops
 from rope_dist.ops import tuning
+
+from .helpers import frequencies
 
 PROBLEM = tuning.Problem("a GPU", "bfloat16", 8192, 4096, (4096, 1024, 1024), 128, 128)
 
