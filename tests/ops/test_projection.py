@@ -15,6 +15,8 @@ PATHS = ("separate", "descriptors", "pointers")
 
 # Sum, bias and rotation are four float32 roundings; float16 is 8 times finer than bfloat16 beside them.
 SHARE = {torch.bfloat16: 2e-4, torch.float16: 5e-4}
+# Tensor cores truncate where they align the terms of a sum; the interpreter sums exactly.
+SLACK = 4.0 if torch.cuda.is_available() else 1.0
 
 
 def problem(device, dtype, *, batch=1, length=5, depth=64, heads=(4, 2, 2), dim=64, bias=False):
@@ -80,7 +82,7 @@ def test_equals_float64_rounded(triton_backend, device, data):
     want = exact_projection(x, weights, biases, cos, sin, dim, interleaved)
     assert (out[2] is None) == (len(heads) == 2)
     for actual, expected in zip(out, want, strict=False):
-        assert_rounded(actual, expected, few=4, share=SHARE[dtype])
+        assert_rounded(actual, expected, few=4, share=SHARE[dtype], slack=SLACK)
 
 
 @pytest.mark.parametrize("path", ["descriptors", "pointers"])
@@ -94,7 +96,7 @@ def test_rounding_differs_in_few_elements(triton_backend, device, dtype, path):
     inv_freq = frequencies(128).to(device)
     out = ops.qkv_rotary(x, *weights, head_dim=128, inv_freq=inv_freq, position_ids=positions, path=path)
     want = exact_projection(x, weights, biases, *exact_tables(inv_freq, positions), 128)
-    assert_rounded(torch.cat(out, 2), torch.cat(want, 2), few=0, share=SHARE[dtype])
+    assert_rounded(torch.cat(out, 2), torch.cat(want, 2), few=0, share=SHARE[dtype], slack=SLACK)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -180,7 +182,7 @@ def test_packed_and_strided_inputs(triton_backend, device):
     for path in possible_paths(device):
         out = ops.qkv_rotary(x, *weights, head_dim=64, inv_freq=inv_freq, position_ids=positions, path=path)
         for actual, expected in zip(out, want, strict=True):
-            assert_rounded(actual, expected[0])
+            assert_rounded(actual, expected[0], share=SHARE[torch.float16], slack=SLACK)
 
 
 def test_nothing_in_nothing_out(backend, device):

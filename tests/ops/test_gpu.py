@@ -1,0 +1,87 @@
+"""What only a GPU can show: capture in CUDA graphs, no waiting for the device, the measured choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rope_dist import ops
+from rope_dist.ops import tuning
+
+from .helpers import frequencies
+from .test_projection import problem
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ROPE_DIST_CACHE", str(tmp_path))
+
+
+def calls(device) -> dict:
+    """One call of every operator, by name, on its own tensors."""
+    x, weights, _ = problem(device, torch.bfloat16, length=200, depth=256, heads=(8, 2, 2), dim=128)
+    words = ops.turns(frequencies(128).to(device))
+    positions = torch.arange(200, device=device)[None]
+    q, k = (torch.randn(1, 200, h, 128, device=device).bfloat16() for h in (8, 2))
+    caches = [torch.zeros(32, 2, 128, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    slots = torch.arange(4, device=device)
+    cos, sin = (t.contiguous() for t in ops.cos_sin(frequencies(128).to(device), positions))
+    return {
+        "rotary": lambda: ops.rotary(q, k, cos, sin),
+        "rotary_at": lambda: ops.rotary_at(q, k, words, positions),
+        "qkv_rotary": lambda: ops.qkv_rotary(
+            x, *weights, head_dim=128, inv_freq=words, position_ids=positions
+        ),
+        "decode": lambda: (
+            ops.decode_rotary(
+                x[:, :4],
+                *weights,
+                k_cache=caches[0],
+                v_cache=caches[1],
+                slots=slots,
+                inv_freq=words,
+                position_ids=positions[:, :4],
+            ),
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["rotary", "rotary_at", "qkv_rotary", "decode"])
+def test_captured_in_a_graph(device, name):
+    call = calls(device)[name]
+    want = [y.clone() for y in call()]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    for y in out:
+        y.zero_()
+    graph.replay()
+    for actual, expected in zip(out, want, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["rotary", "rotary_at", "qkv_rotary", "decode"])
+def test_does_not_wait_for_the_device(device, name):
+    call = calls(device)[name]
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_first_call_measures_and_the_next_does_not(device, monkeypatch):
+    call = calls(device)["qkv_rotary"]
+    monkeypatch.setattr("rope_dist.ops.dispatch_projection._CHOSEN", {})
+    call()
+    (row,) = tuning.choices().rows()
+    assert set(row["milliseconds"]) >= {"separate", row["choice"]}
+    monkeypatch.setattr(tuning, "measure", None)
+    call()
