@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_angles import angle, cos_sin, rotate
-from .triton_rotary import device_of
+from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
+from .triton_rotary import architecture, device_of
 
 MAX_TOKENS = 16
 PAIRS = 16
@@ -25,7 +25,7 @@ def decode_kernel(
     k_token, k_head, v_token, v_head,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     PROGRAMS_A_HEAD: tl.constexpr, EVEN_DEPTH: tl.constexpr, INTERLEAVED: tl.constexpr, TABLE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Grid: heads of q, k and v times ``PROGRAMS_A_HEAD``. Arguments are in :func:`launch`."""
     program = tl.program_id(0)
@@ -92,7 +92,7 @@ def decode_kernel(
         position = tl.load(positions + token % period, mask=here, other=0).to(tl.int32)
         high = tl.load(words + pair, mask=turned, other=0)
         low = tl.load(words + HALF + pair, mask=turned, other=0)
-        cos, sin = cos_sin(angle(position[:, None], high[None, :], low[None, :]))
+        cos, sin = fast_cos_sin(angle(position[:, None], high[None, :], low[None, :]), HARDWARE)
         cos = tl.where(turned[None, :], cos * scaling, 1.0)
         sin = tl.where(turned[None, :], sin * scaling, 0.0)
     sum_a, sum_b = rotate(sum_a, sum_b, cos, sin)
@@ -124,6 +124,7 @@ def launch(
     scaling: float = 1.0,
     interleaved: bool = False,
     slots: torch.Tensor | None = None,
+    arch: str | None = None,
 ) -> None:
     """Project and rotate up to 16 tokens. Checks nothing.
 
@@ -135,6 +136,7 @@ def launch(
             ``slots[m]`` and nothing where that is negative; last axis contiguous.
         cos, sin: ``[M, R/2]`` float32, contiguous; or words, positions and scaling as there.
         slots: ``[M]`` integers.
+        arch: instead of that of the device of ``x``.
     """
     rows, depth = x.shape
     head_dim = q.shape[2]
@@ -145,6 +147,7 @@ def launch(
     v = v if v is not None else k
     a_head = triton.cdiv(head_dim // 2, PAIRS)
     block_k = 256
+    arch = arch or architecture(x.device)
     with device_of(x):
         decode_kernel[(heads * a_head,)](
             x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos, sin, words, positions, slots,
@@ -153,5 +156,6 @@ def launch(
             k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             ROWS=MAX_TOKENS, BLOCK_K=block_k, PAIRS=PAIRS, HEAD_DIM=head_dim, HALF=half, PROGRAMS_A_HEAD=a_head,
             EVEN_DEPTH=depth % block_k == 0, INTERLEAVED=interleaved, TABLE=words is None,
-            HAS_BIAS=biases is not None, HAS_SLOTS=slots is not None, num_warps=4, num_stages=4,
+            HAS_BIAS=biases is not None, HAS_SLOTS=slots is not None,
+            HARDWARE=has_hardware(arch), num_warps=4, num_stages=4,
         )  # fmt: skip

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .triton_angles import angle, cos_sin, rotate
-from .triton_rotary import device_of
+from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
+from .triton_rotary import architecture, device_of
 
 
 @triton.jit
@@ -70,6 +70,7 @@ def _angles(
     HALF: tl.constexpr,
     SCALED: tl.constexpr,
     PERIODIC: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     """cos and sin ``[BLOCK_M, HALF]`` of the tokens ``row``, whose positions may repeat after ``period``."""
     known = row < rows
@@ -79,7 +80,7 @@ def _angles(
     pair = tl.arange(0, HALF)
     high = tl.load(words + pair)
     low = tl.load(words + HALF + pair)
-    cos, sin = cos_sin(angle(position[:, None], high[None, :], low[None, :]))
+    cos, sin = fast_cos_sin(angle(position[:, None], high[None, :], low[None, :]), HARDWARE)
     if SCALED:
         cos *= scaling
         sin *= scaling
@@ -93,7 +94,7 @@ def descriptor_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Grid: ``PROGRAMS``, each taking every ``PROGRAMS``-th tile. Arguments are in :func:`launch`."""
     q_tiles = tl.cdiv(n_q, BLOCK_N)
@@ -138,7 +139,9 @@ def descriptor_kernel(
                 sin = sin_table.load([m * BLOCK_M, 0])
             else:
                 row = m * BLOCK_M + tl.arange(0, BLOCK_M)
-                cos, sin = _angles(words, positions, row, rows, period, scaling, HALF, SCALED, PERIODIC)
+                cos, sin = _angles(
+                    words, positions, row, rows, period, scaling, HALF, SCALED, PERIODIC, HARDWARE
+                )
             acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, HALF, INTERLEAVED)
         out.store([m * BLOCK_M, n * BLOCK_N], acc.to(out.dtype))
 
@@ -150,7 +153,7 @@ def pointer_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program a tile. ``q_stride`` and its like are the weights' row strides."""
     q_tiles = tl.cdiv(n_q, BLOCK_N)
@@ -208,7 +211,7 @@ def pointer_kernel(
             cos = tl.load(cos_table + at, mask=known, other=1.0)
             sin = tl.load(sin_table + at, mask=known, other=0.0)
         else:
-            cos, sin = _angles(words, positions, row, rows, period, scaling, HALF, SCALED, PERIODIC)
+            cos, sin = _angles(words, positions, row, rows, period, scaling, HALF, SCALED, PERIODIC, HARDWARE)
         acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, HALF, INTERLEAVED)
     out_at = out + row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < width))
@@ -227,17 +230,6 @@ def fits_descriptors(x: torch.Tensor, *weights: torch.Tensor) -> bool:
         y.data_ptr() % 16 == 0 and y.stride(0) * y.element_size() % 16 == 0 and y.shape[0] * y.shape[1] > 0
         for y in (x, *weights)
     )
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"`` and the like; without a GPU what the interpreter is to follow, ``"sm_90"``."""
-    if device.type != "cuda":
-        return "sm_90"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
 
 
 def has_descriptors(arch: str, head_dim: int) -> bool:
@@ -302,7 +294,8 @@ def launch(
     rows, depth = x.shape
     half = (cos if words is None else words).shape[-1]
     has_v = len(weights) == 3
-    tuned = configuration(arch or architecture(x.device), descriptors, head_dim)
+    arch = arch or architecture(x.device)
+    tuned = configuration(arch, descriptors, head_dim)
     block_m, block_n, block_k = tuned["block"]
     widths = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     tiles = triton.cdiv(rows, block_m) * sum(triton.cdiv(width, block_n) for width in widths)
@@ -324,6 +317,9 @@ def launch(
         "PERIODIC": period != rows,
         "HAS_BIAS": biases is not None,
         "HAS_V": has_v,
+        "HARDWARE": has_hardware(arch),
+        # Left alone the compiler takes up to 212 for a longer schedule; at 192 it spills nothing either.
+        **({"maxnreg": 192} if descriptors and arch == "sm_90" and head_dim <= 128 else {}),
         "num_warps": tuned["num_warps"],
         "num_stages": tuned["num_stages"],
     }

@@ -9,6 +9,7 @@ apart.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -211,6 +212,17 @@ def launch(
             TAIL_WIDTH=triton.next_power_of_2(max(tail, 1)), V_WIDTH=triton.next_power_of_2(head_dim),
             SEQUENCES=128, **shape,
         )  # fmt: skip
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"`` and the like; without a GPU what the interpreter is to follow, ``"sm_90"``."""
+    if device.type != "cuda":
+        return "sm_90"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
 
 
 def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
