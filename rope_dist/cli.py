@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(verbs)
     _add_compare(verbs)
     _add_demo(verbs)
+    _add_info(verbs)
     return parser
 
 
@@ -287,3 +288,24 @@ def _demo(parsed: argparse.Namespace) -> None:
         output=parsed.output,
         device=parsed.device,
     )
+
+
+# --- info --------------------------------------------------------------------------------------
+
+
+def _add_info(verbs: Any) -> None:
+    parser = verbs.add_parser("info", help="what is built, and what serves each device", description=_INFO)
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(run=_info)
+
+
+_INFO = (
+    "Print versions, the native libraries with their compilers, the backend of each device with its reason, and "
+    "the model families."
+)
+
+
+def _info(parsed: argparse.Namespace) -> None:
+    from .info import info, text
+
+    print(json.dumps(info(), indent=2) if parsed.json else text())

@@ -198,3 +198,12 @@ def test_a_closed_pipe_is_no_error():
 def test_planning_a_preset_does_not_wait_for_transformers():
     code = "import sys, rope_dist; rope_dist.plan('llama2-7b', factor=2); assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_info_says_what_is_built_and_used(out):
+    printed = out("info")
+    data = json.loads(out("info", "--json"))
+    assert list(data) == ["versions", "machine", "built", "used", "models"]
+    assert set(data["built"]) == {"CPU library", "CUDA library"}
+    assert data["used"]["cpu"].startswith(("native for float32", "reference for float32"))
+    assert all(value in printed for section in data.values() for value in section.values())

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Checks of the native sources that need no GPU; `make check-native` runs them. PYTHON names the interpreter.
+#
+#   1. the CUDA library compiles for every architecture, a warning or a spilled register being an error
+#   2. the main kernels' machine code loads and stores heads by 16 bytes
+#   3. the CPU library fuses no product with a sum
+#   4. the CPU library passes its tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#
+# What a machine lacks the tools for is skipped, with the reason.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+skip() { echo "check-native: skipped $1: $2"; }
+pass() { echo "check-native: passed $1"; }
+fail() { echo "check-native: FAILED $1" >&2; exit 1; }
+
+nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
+if ! command -v "$nvcc" >/dev/null; then
+  skip "CUDA sources" "no nvcc (PATH, CUDA_HOME)"
+else
+  codes=()
+  for number in ${ROPE_DIST_CUDA_ARCHS:-80 90 100 120}; do
+    codes+=(-gencode "arch=compute_$number,code=sm_$number")
+  done
+  "$nvcc" -std=c++17 -O3 -fmad=false -shared -Werror all-warnings -Xptxas -warn-spills -Xptxas -Werror \
+    -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas --threads 0 "${codes[@]}" \
+    csrc/rotary_cuda.cu -o "$work/cuda.so" || fail "CUDA sources: warnings or spills"
+  pass "CUDA sources for ${ROPE_DIST_CUDA_ARCHS:-80 90 100 120}, no warning, no spill"
+
+  cuobjdump=$(command -v cuobjdump || "$PYTHON" -c '
+import importlib.util, pathlib
+found = importlib.util.find_spec("triton")
+path = pathlib.Path(found.origin).parent / "backends/nvidia/bin/cuobjdump" if found else None
+print(path if path and path.exists() else "")' || true)
+  if [ -z "$cuobjdump" ]; then
+    skip "16-byte accesses" "no cuobjdump (CUDA toolkit, or the one in Triton)"
+  else
+    "$cuobjdump" -sass "$work/cuda.so" >"$work/sass" 2>/dev/null
+    # The half-split kernels without a bias whose rows are aligned: N is 8 for 16-bit types and 4 for float32.
+    awk '
+      /Function :/ { name = $3; main = name ~ /rotary_kernel(I13__nv_bfloat16Lb0ELi8E|I6__halfLb0ELi8E|IfLb0ELi4E)Lb0E/
+                     if (main) kernels++ }
+      main && /LDG\.E\.128/ { loads[name]++; all_loads++ }
+      main && /STG\.E\.128/ { stores[name]++; all_stores++ }
+      END { exit !(kernels >= 3 && all_loads >= 4 * kernels && all_stores >= 4 * kernels) }
+    ' "$work/sass" || fail "16-byte accesses"
+    pass "16-byte loads and stores (LDG.E.128, STG.E.128) in the main kernels"
+  fi
+fi
+
+built=rope_dist/_native/librope_dist_cpu.so
+if [ ! -e "$built" ] || ! command -v objdump >/dev/null || [ "$(uname -m)" != x86_64 ]; then
+  skip "unfused products" "needs the built CPU library, objdump and x86-64"
+else
+  if objdump -d --no-show-raw-insn "$built" | grep -qE 'vfn?m(add|sub)'; then fail "unfused products"; fi
+  pass "no fused product in the CPU library"
+fi
+
+compiler=${CXX:-g++}
+if ! command -v "${compiler%% *}" >/dev/null; then
+  skip "sanitizers" "no $compiler"
+elif ! $compiler -std=c++17 -O1 -g -fPIC -shared -pthread -ffp-contract=off -fno-tree-slp-vectorize -DROPE_NO_CLONES \
+  -fsanitize=address,undefined -fno-sanitize-recover=all csrc/rotary_cpu.cpp \
+  -o "$work/librope_dist_cpu.so" 2>"$work/errors"; then
+  skip "sanitizers" "$compiler has none: $(head -n 1 "$work/errors")"
+else
+  asan=$($compiler -print-file-name=libasan.so)
+  runtime="$asan $($compiler -print-file-name=libstdc++.so)"
+  # Python's own allocations at exit are no leaks of this library.
+  LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 ROPE_DIST_NATIVE_DIR="$work" \
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_native.py \
+    -k "bits or complex or 16_bit or threads_gives or positions or bias" || fail "sanitizers"
+  pass "the tests of the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer"
+fi

@@ -1,0 +1,88 @@
+// What the launchers of rotary_cpu.cpp and rotary_cuda.cu take: one struct of raw pointers and strides.
+//
+// Every field is eight bytes wide, in the order in which rope_dist/ops/native.py packs them. Strides count
+// elements; the innermost stride of q and k is 1. Change the layout and ROPE_ABI changes with it.
+#pragma once
+
+#include <cstdint>
+
+#define ROPE_ABI 1
+
+#if defined(_WIN32)
+#define ROPE_EXPORT extern "C" __declspec(dllexport)
+#else
+#define ROPE_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace rope {
+
+enum Dtype : int64_t { kFloat32 = 0, kFloat64 = 1, kFloat16 = 2, kBFloat16 = 3 };
+
+// Results of the launchers; a positive one is a CUDA error.
+enum Status : int { kDone = 0, kUnsupported = -1, kNoMemory = -2 };
+
+// Queries or keys [batch, length, heads, head_dim]. out may be in itself, with the same strides.
+struct Heads {
+  const void* in;
+  void* out;
+  const void* bias;  // [heads * head_dim] of the same type, added before the rotation; or null
+  int64_t heads;
+  int64_t in_b, in_s, in_h;
+  int64_t out_b, out_s, out_h;
+};
+
+struct Call {
+  int64_t dtype;
+  int64_t batch, length, head_dim;
+  int64_t half;  // rotated pairs of a head
+  int64_t interleaved, inverse;
+  Heads q, k;  // k.heads 0: no keys
+  // Tables [batch, rows, half], float64 for float64 heads and float32 otherwise, innermost stride 1; a token's
+  // row is its position, and a token whose row is not there is turned by nothing.
+  const void* cos;
+  int64_t cos_b, cos_s;
+  const void* sin;
+  int64_t sin_b, sin_s;
+  int64_t rows;
+  // Instead of tables, CUDA only: fixed-point frequencies [2, half] and the factor on cosine and sine.
+  const int32_t* words;
+  double scaling;
+  // Position of a token: as given; else its index in its sequence, plus offset and its sequence's offsets.
+  const int64_t* positions;
+  int64_t positions_b, positions_s;
+  const int64_t* bounds;  // cu_seqlens [sequences + 1], with batch 1
+  int64_t sequences;
+  const int64_t* offsets;
+  int64_t offset;
+};
+
+static_assert(sizeof(void*) == 8, "the launchers are for 64-bit systems");
+static_assert(sizeof(Call) == 8 * 43, "a field is not eight bytes wide");
+
+// The largest bound that is not past the token is where its sequence starts.
+#if defined(__CUDACC__)
+__host__ __device__ __forceinline__
+#else
+inline
+#endif
+int64_t position_of(const Call& call, int64_t b, int64_t s) {
+  if (call.positions) return call.positions[b * call.positions_b + s * call.positions_s];
+  int64_t sequence = b, start = 0;
+  if (call.bounds) {
+    // Invariant: bounds[low] <= s, and s < bounds[high] or high == sequences.
+    int64_t low = 0, high = call.sequences;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      if (call.bounds[middle] <= s) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    sequence = low;
+    start = call.bounds[low];
+  }
+  return s - start + (call.offsets ? call.offsets[sequence] : 0) + call.offset;
+}
+
+}  // namespace rope

@@ -1,0 +1,248 @@
+// What one GPU thread does, as a function of its place in the grid, so that a CPU can run it as well (the tests do).
+//
+// A block takes one token. Across, a thread owns as many pairs as make 16 bytes and keeps their cosines and sines;
+// down, the rows of the block go over the heads of q and k. So each table entry, or each polynomial, is made once
+// a row and used for several heads, and every access to the heads is one of 16 bytes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.h"
+#include "rotary.h"
+
+namespace rope {
+
+ROPE_INLINE float to_float(float x) { return x; }
+ROPE_INLINE float to_float(__half x) { return __half2float(x); }
+ROPE_INLINE float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+ROPE_INLINE void round_to(float x, float& out) { out = x; }
+ROPE_INLINE void round_to(float x, __half& out) { out = __float2half_rn(x); }
+ROPE_INLINE void round_to(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+
+// What one instruction loads or stores.
+template <int Bytes>
+struct Access;
+template <>
+struct Access<16> {
+  using type = uint4;
+};
+template <>
+struct Access<8> {
+  using type = uint2;
+};
+template <>
+struct Access<4> {
+  using type = uint32_t;
+};
+template <>
+struct Access<2> {
+  using type = uint16_t;
+};
+
+// The compiler takes a store of 16 bytes apart again, into one for each element.
+template <typename Type>
+ROPE_INLINE void store_whole(void* to, const Type& word) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Type) == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x),
+                 "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *static_cast<Type*>(to) = word;
+}
+
+// N elements from x on, as float32, in accesses of at most 16 bytes.
+template <int N, typename T>
+ROPE_INLINE void load_some(const T* x, float* out) {
+  constexpr int kSize = static_cast<int>(sizeof(T)), kCount = N * kSize > 16 ? 16 / kSize : N;
+  using Type = typename Access<kCount * kSize>::type;
+#pragma unroll
+  for (int i = 0; i < N; i += kCount) {
+    const Type word = *reinterpret_cast<const Type*>(x + i);
+    T part[kCount];
+    memcpy(part, &word, sizeof word);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) out[i + j] = to_float(part[j]);
+  }
+}
+
+template <int N, typename T>
+ROPE_INLINE void store_some(T* x, const float* values) {
+  constexpr int kSize = static_cast<int>(sizeof(T)), kCount = N * kSize > 16 ? 16 / kSize : N;
+  using Type = typename Access<kCount * kSize>::type;
+#pragma unroll
+  for (int i = 0; i < N; i += kCount) {
+    T part[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) round_to(values[i + j], part[j]);
+    Type word;
+    memcpy(&word, part, sizeof word);
+    store_whole(x + i, word);
+  }
+}
+
+// Cosines and sines of pairs [pair, pair + N) at a position.
+template <int N>
+ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_t pair, float* cos, float* sin) {
+  const float sign = call.inverse ? -1.0f : 1.0f;
+  if (call.words) {
+    const float scaling = static_cast<float>(call.scaling);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int32_t turn = angle(static_cast<int32_t>(position), call.words[pair + i], call.words[call.half + pair + i]);
+      cos_sin(turn, cos[i], sin[i]);
+      cos[i] *= scaling;
+      sin[i] *= scaling * sign;
+    }
+    return;
+  }
+  const bool known = position >= 0 && position < call.rows;
+  const float* cos_row = static_cast<const float*>(call.cos) + b * call.cos_b + position * call.cos_s + pair;
+  const float* sin_row = static_cast<const float*>(call.sin) + b * call.sin_b + position * call.sin_s + pair;
+  if (known && N % 4 == 0 && (reinterpret_cast<uintptr_t>(cos_row) | reinterpret_cast<uintptr_t>(sin_row)) % 16 == 0) {
+    load_some<N>(cos_row, cos);
+    load_some<N>(sin_row, sin);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      cos[i] = known ? cos_row[i] : 1.0f;
+      sin[i] = known ? sin_row[i] : 0.0f;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) sin[i] *= sign;
+}
+
+// N pairs of one head: adjacent ones, whose members are N elements in each half, or 2 N neighbours.
+template <typename T, bool Interleaved, int N>
+ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, int64_t half, const float* cos,
+                             const float* sin) {
+  float x[2 * N], y[2 * N];
+  if (Interleaved) {
+    load_some<2 * N>(in + 2 * pair, x);
+  } else {
+    load_some<N>(in + pair, x);
+    load_some<N>(in + half + pair, x + N);
+  }
+  if (bias) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x[Interleaved ? 2 * i : i] += to_float(bias[first_of<Interleaved>(pair + i)]);
+      x[Interleaved ? 2 * i + 1 : N + i] += to_float(bias[second_of<Interleaved>(pair + i, half)]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int a = Interleaved ? 2 * i : i, b = Interleaved ? 2 * i + 1 : N + i;
+    rotate(x[a], x[b], cos[i], sin[i], y[a], y[b]);
+  }
+  if (Interleaved) {
+    store_some<2 * N>(out + 2 * pair, y);
+  } else {
+    store_some<N>(out + pair, y);
+    store_some<N>(out + half + pair, y + N);
+  }
+}
+
+// The dimensions that pass through, shared by the threads of a row.
+template <typename T>
+ROPE_INLINE void pass_rest(const Call& call, const T* in, T* out, const T* bias, int column, int columns) {
+  if (in == out && !bias) return;
+  for (int64_t i = 2 * call.half + column; i < call.head_dim; i += columns) {
+    if (bias) {
+      round_to(to_float(in[i]) + to_float(bias[i]), out[i]);
+    } else {
+      out[i] = in[i];
+    }
+  }
+}
+
+// Thread (column, row) of columns x rows in the block of a token. Bias: some heads have one.
+template <typename T, bool Interleaved, int N, bool Bias>
+ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int row, int columns, int rows) {
+  const int64_t b = token / call.length, s = token % call.length;
+  const int64_t position = position_of(call, b, s);
+  const int64_t heads = call.q.heads + call.k.heads;
+  // Wide heads take several rounds; the usual ones take one.
+  for (int64_t pair = static_cast<int64_t>(column) * N; pair < call.half || pair == static_cast<int64_t>(column) * N;
+       pair += static_cast<int64_t>(columns) * N) {
+    const bool rotated = pair < call.half;
+    const bool once = pair == static_cast<int64_t>(column) * N;
+    float cos[N], sin[N];
+    if (rotated) angles_of<N>(call, b, position, pair, cos, sin);
+#pragma unroll(Bias ? 1 : 2)
+    for (int64_t head = row; head < heads; head += rows) {
+      const bool query = head < call.q.heads;
+      const Heads& x = query ? call.q : call.k;
+      const int64_t own = query ? head : head - call.q.heads;
+      const T* in = static_cast<const T*>(x.in) + b * x.in_b + s * x.in_s + own * x.in_h;
+      T* out = static_cast<T*>(x.out) + b * x.out_b + s * x.out_s + own * x.out_h;
+      const T* bias = Bias && x.bias ? static_cast<const T*>(x.bias) + own * call.head_dim : nullptr;
+      if (rotated) rotate_some<T, Interleaved, N>(in, out, bias, pair, call.half, cos, sin);
+      if (once) pass_rest(call, in, out, bias, column, columns);
+    }
+  }
+}
+
+// Whether accesses of 16 bytes fit: every head starts on 16 bytes, and so do both halves.
+template <typename T>
+inline bool wide(const Call& call) {
+  constexpr int64_t kVector = 16 / sizeof(T);
+  bool fits = (call.interleaved ? 2 * call.half : call.half) % kVector == 0;
+  for (const Heads* x : {&call.q, &call.k}) {
+    const int64_t all = x->in_b | x->in_s | x->in_h | x->out_b | x->out_s | x->out_h;
+    fits = fits && all % kVector == 0 && reinterpret_cast<uintptr_t>(x->in) % 16 == 0 &&
+           reinterpret_cast<uintptr_t>(x->out) % 16 == 0;
+  }
+  return fits;
+}
+
+// The shape of a block: columns for the pairs of a head, rows for heads, about 128 threads in all. With more the
+// angles would be made more often, with fewer too few accesses would be under way.
+struct Shape {
+  int columns, rows;
+};
+
+inline Shape shape_of(const Call& call, int pairs) {
+  const int64_t wanted = (call.half + pairs - 1) / pairs;
+  const int64_t columns = wanted < 1 ? 1 : (wanted > 128 ? 128 : wanted);
+  const int64_t heads = call.q.heads + call.k.heads;
+  const int64_t rows = 128 / columns < heads ? 128 / columns : heads;
+  return {static_cast<int>(columns), static_cast<int>(rows < 1 ? 1 : rows)};
+}
+
+// Calls launch.run<T, Interleaved, N, Bias>() with the variant for this call; other results of rope::Status.
+template <typename T, typename Launch>
+int choose_for(const Call& call, Launch& launch) {
+  constexpr int kVector = 16 / sizeof(T);
+  const bool bias = call.q.bias || call.k.bias;
+  const bool vectors = wide<T>(call);
+  if (call.interleaved) {
+    if (!vectors) return bias ? launch.template run<T, true, 1, true>() : launch.template run<T, true, 1, false>();
+    return bias ? launch.template run<T, true, kVector / 2, true>() : launch.template run<T, true, kVector / 2, false>();
+  }
+  if (!vectors) return bias ? launch.template run<T, false, 1, true>() : launch.template run<T, false, 1, false>();
+  return bias ? launch.template run<T, false, kVector, true>() : launch.template run<T, false, kVector, false>();
+}
+
+template <typename Launch>
+int choose(const Call& call, Launch& launch) {
+  const int64_t tokens = call.batch * call.length;
+  if (tokens == 0 || call.head_dim == 0) return kDone;
+  if (tokens > 0x7fffffff) return kUnsupported;
+  switch (call.dtype) {
+    case kFloat32:
+      return choose_for<float>(call, launch);
+    case kFloat16:
+      return choose_for<__half>(call, launch);
+    case kBFloat16:
+      return choose_for<__nv_bfloat16>(call, launch);
+    default:
+      return kUnsupported;
+  }
+}
+
+}  // namespace rope

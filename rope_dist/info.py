@@ -1,0 +1,66 @@
+"""What is installed and built, and which backend serves each device: ``rope-dist info``."""
+
+from __future__ import annotations
+
+import torch
+
+from .ops import dispatch, native
+from .timing import machine
+from .transformers import supported
+from .version import __version__
+
+
+def info() -> dict[str, dict[str, str]]:
+    """Versions, native libraries, the backend of each device with its reason, and the model families.
+
+    Returns:
+        Sections of named texts, in the order in which :func:`text` prints them.
+    """
+    here = machine()
+    return {
+        "versions": {
+            "rope_dist": __version__,
+            **{k: here[k] for k in ("python", "torch", "transformers", "triton")},
+        },
+        "machine": {k: here[k] for k in ("system", "processor", "threads", "gpu") if k in here},
+        "built": {"CPU library": _built("cpu"), "CUDA library": _built("cuda")},
+        "used": {"cpu": _used(torch.device("cpu")), **{str(d): _used(d) for d in _gpus()}},
+        "models": {"families": ", ".join(supported())},
+    }
+
+
+def text() -> str:
+    """:func:`info` for reading."""
+    lines = []
+    for section, entries in info().items():
+        lines.append(section)
+        width = max(len(name) for name in entries)
+        lines += [f"  {name:<{width}}  {value}" for name, value in entries.items()]
+    return "\n".join(lines)
+
+
+def _built(name: str) -> str:
+    found = native.load(name)
+    if isinstance(found, str):
+        return found
+    if not found.architectures:
+        return f"yes, {found.build}"
+    numbers = ", ".join(str(number) for number in found.architectures)
+    return f"yes, {found.build}, for compute capabilities {numbers} (PTX of {found.architectures[-1]})"
+
+
+def _gpus() -> list[torch.device]:
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+
+
+def _used(device: torch.device) -> str:
+    # Empty tensors ask the very function that chooses for the real ones.
+    choices: dict[str, list[str]] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        backend = dispatch.rotary_backend(torch.empty(0, dtype=dtype, device=device))
+        choices.setdefault(backend.name, []).append(str(dtype).removeprefix("torch."))
+    reasons = {
+        name: dispatch.rotary_backend(torch.empty(0, dtype=getattr(torch, dtypes[0]), device=device)).reason
+        for name, dtypes in choices.items()
+    }
+    return "; ".join(f"{name} for {', '.join(choices[name])}: {reasons[name]}" for name in choices)

@@ -1,0 +1,366 @@
+"""The native library: bits of the reference, any layout, any number of threads; and life without it."""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rope_dist import ops
+from rope_dist.ops import angles, dispatch, native, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_library = pytest.mark.skipif(
+    isinstance(native.load("cpu"), str), reason=f"no native CPU library: {native.load('cpu')}"
+)
+SIXTEEN = (torch.bfloat16, torch.float16)
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(a, b):
+    """Equal to the last bit, signs of zero included; NaN equals any NaN."""
+    nan = a.isnan()
+    bits = BITS[a.element_size()]
+    return torch.equal(nan, b.isnan()) and torch.equal(a.view(bits)[~nan], b.view(bits)[~nan])
+
+
+def tables(rows, half, dtype=torch.float32, entries=1, seed=0):
+    angle = (
+        torch.randn(entries, rows, half, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        * 9
+    )
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def heads(layout, batch, length, count, dim, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    if layout == "BHSD":
+        return random(batch, count, length, dim).transpose(1, 2)
+    if layout == "slice":  # of a wider projection, at an odd element
+        return random(batch, length, count * dim + 3)[..., 3:].unflatten(-1, (count, dim))
+    if layout == "strided":
+        return random(batch, length, count, dim, 2)[..., 1]
+    return random(batch, length, count, dim)
+
+
+def complex_rotation(x, cos, sin, interleaved):
+    """Each pair is a complex number, multiplied by exp(i angle), in float64."""
+    half = cos.shape[-1]
+    x = x.double()
+    axis = -1 if interleaved else -2
+    pairs = x[..., : 2 * half].unflatten(-1, (half, 2) if interleaved else (2, half))
+    turned = torch.complex(pairs.select(axis, 0), pairs.select(axis, 1))
+    turned = turned * torch.complex(cos.double(), sin.double())[:, :, None]
+    return torch.cat((torch.stack((turned.real, turned.imag), axis).flatten(-2), x[..., 2 * half :]), -1)
+
+
+@needs_library
+@given(
+    dtype=st.sampled_from((torch.float32, torch.float64, *SIXTEEN)),
+    layout=st.sampled_from(("BSHD", "BHSD", "slice", "strided")),
+    batch=st.integers(1, 3),
+    length=st.integers(0, 20),
+    counts=st.sampled_from(((1, 1), (4, 2), (3, 5))),
+    dim=st.sampled_from((2, 6, 34, 64, 80, 128, 130)),
+    partial=st.sampled_from((0, 1, 2)),
+    interleaved=st.booleans(),
+    inverse=st.booleans(),
+    inplace=st.booleans(),
+    own_tables=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_has_the_bits_of_the_reference(
+    dtype, layout, batch, length, counts, dim, partial, interleaved, inverse, inplace, own_tables, seed
+):
+    q, k = (heads(layout, batch, length, count, dim, dtype, seed + count) for count in counts)
+    half = max(1, dim // 2 - 7 * partial)
+    cos, sin = tables(length, half, entries=batch if own_tables else 1, seed=seed)
+    expected = reference.rotary(q, k, cos, sin, interleaved, inverse)
+    outs = (q, k) if inplace else (torch.empty(q.shape, dtype=dtype), torch.empty(k.shape, dtype=dtype))
+    native.rotate(q, k, *outs, cos=cos, sin=sin, interleaved=interleaved, inverse=inverse)
+    for out, right in zip(outs, expected, strict=True):
+        assert same_bits(out, right)
+
+
+@needs_library
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotated", [64, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
+def test_equals_complex_multiplication(dtype, rotated, interleaved):
+    q, k = (heads("BSHD", 2, 9, count, 64, dtype) for count in (4, 2))
+    cos, sin = tables(9, rotated // 2)
+    with ops.use_backend("native"):
+        for x, out in zip((q, k), ops.rotary(q, k, cos, sin, interleaved=interleaved), strict=True):
+            exact = complex_rotation(x, cos, sin, interleaved)
+            if dtype == torch.float32:
+                torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-6)
+            else:  # a float32 result may lie on the other side of a tie
+                assert (out != exact.to(dtype)).sum() <= max(2, 2e-4 * out.numel())
+
+
+@needs_library
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, interleaved):
+    """All 65536 patterns, subnormal, infinite and not a number; and factors that make any float32 of them."""
+    x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, 64, 8, 128)
+    one, zero = torch.ones(1, 64, 64), torch.zeros(1, 64, 64)
+    out = torch.empty_like(x)
+    native.rotate(x, None, out, None, cos=one, sin=zero, interleaved=interleaved)
+    assert same_bits(out, reference.rotate(x, one, zero, interleaved=interleaved))
+    wild = torch.randint(-(2**31), 2**31, (2, 1, 64, 64), generator=torch.Generator().manual_seed(0))
+    cos, sin = wild.to(torch.int32).view(torch.float32)  # any float32, NaN with every payload
+    cos[0, 0, :4] = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e-45])
+    cos.view(torch.int32)[0, 1, 0] = -1
+    for inverse in (False, True):
+        options = {"interleaved": interleaved, "inverse": inverse}
+        native.rotate(x, None, out, None, cos=cos, sin=sin, **options)
+        assert same_bits(out, reference.rotate(x, cos, sin, **options))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    # 32 MiB: from 512 KiB a thread on, as many run as are asked for.
+    length = 2050 if dtype == torch.float32 else 4099
+    q = torch.randn(1, length, 32, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    k = q[:, :, :3].clone()
+    cos, sin = tables(q.shape[1], 64)
+    expected = reference.rotary(q, k, cos, sin)
+    for threads in (1, 2, 7, 64):
+        outs = (torch.empty_like(q), torch.empty_like(k))
+        native.rotate(q, k, *outs, cos=cos, sin=sin, threads=threads)
+        for out, right in zip(outs, expected, strict=True):
+            assert same_bits(out, right)
+
+
+@needs_library
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotated", [8, 6])
+def test_gradients(interleaved, rotated):
+    q, k = (heads("BSHD", 1, 3, n, 8, torch.float64).requires_grad_() for n in (2, 1))
+    cos, sin = tables(3, rotated // 2, torch.float64)
+
+    def function(q, k):
+        return ops.rotary(q, k, 1.1 * cos, 1.1 * sin, interleaved=interleaved)
+
+    with ops.use_backend("native"):
+        assert dispatch.rotary_backend(q).name == "native"
+        assert torch.autograd.gradcheck(function, (q, k))
+        assert torch.autograd.gradgradcheck(function, (q, k))
+
+
+@needs_library
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_positions_and_packed_sequences(dtype, packed, inplace):
+    words = angles.turns(1.0 / 10000.0 ** (torch.arange(32) / 32))
+    q, k = (heads("BSHD", 1 if packed else 3, 11, n, 64, dtype) for n in (4, 1))
+    options = {"cu_seqlens": torch.tensor([0, 4, 4, 9, 11], dtype=torch.int32)} if packed else {
+        "positions": torch.randint(-5, 10**6, (3, 11), generator=torch.Generator().manual_seed(1))
+    }  # fmt: skip
+    for source in ({"words": words, "scaling": 1.25}, dict(zip(("cos", "sin"), tables(9, 32), strict=True))):
+        expected = reference.rotate_tokens(q, k, **source, **options)
+        outs = (q.clone(), k.clone())
+        native.rotate(*(outs if inplace else (q, k)), *outs, **source, **options)
+        for out, right in zip(outs, expected, strict=True):
+            assert same_bits(out, right)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *SIXTEEN])
+def test_a_bias_is_added_before_without_rounding(dtype):
+    q, k = (heads("BSHD", 2, 5, n, 20, dtype) for n in (3, 1))
+    bias = heads("BSHD", 1, 1, 3, 20, dtype, seed=9).flatten()
+    cos, sin = tables(5, 8)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = q.to(compute) + bias.to(compute).unflatten(0, (3, 20))
+    expected = reference.rotate(wide, cos, sin).to(dtype), reference.rotate(k, cos, sin)
+    native.rotate(q, k, q, k, cos=cos, sin=sin, q_bias=bias)
+    assert same_bits(q, expected[0])
+    assert same_bits(k, expected[1])
+
+
+@needs_library
+def test_compiles_whole_and_survives_a_fork():
+    q, k = (heads("BSHD", 1, 600, n, 64, torch.float32) for n in (8, 2))
+    cos, sin = tables(600, 32)
+    expected = ops.rotary(q, k, cos, sin)
+    compiled = torch.compile(lambda *tensors: ops.rotary(*tensors), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(q, k, cos, sin), expected, strict=True):
+        assert torch.equal(a, b)
+    right, out = expected[0].numpy().tobytes(), torch.empty_like(q)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        # Of torch nothing may run in parallel here: its own threads did not survive the fork.
+        native.rotate(q, None, out, None, cos=cos, sin=sin, threads=2)
+        os._exit(0 if out.numpy().tobytes() == right else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_missing_library_is_one_warning_and_the_reference(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    (tmp_path / "build.json").write_text(json.dumps({"cpu": "no C++ compiler"}))
+    native.load.cache_clear()
+    dispatch._warn_once.cache_clear()
+    try:
+        q, k = (heads("BSHD", 1, 4, n, 16, torch.float32) for n in (2, 1))
+        cos, sin = tables(4, 8)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            out = ops.rotary(q, k, cos, sin)
+            ops.rotary(q, k, cos, sin)
+        assert ["not built: no C++ compiler" in str(warning.message) for warning in caught] == [True]
+        assert same_bits(out[0], reference.rotate(q, cos, sin))
+        broken = tmp_path / "librope_dist_cpu.so"
+        broken.write_bytes(b"no library")
+        native.load.cache_clear()
+        assert "librope_dist_cpu.so does not load" in native.load("cpu")
+        with ops.use_backend("reference"), warnings.catch_warnings():
+            warnings.simplefilter("error")  # whoever asks for the reference misses nothing
+            ops.rotary(q, k, cos, sin)
+    finally:
+        native.load.cache_clear()
+        dispatch._warn_once.cache_clear()
+
+
+@pytest.mark.skipif(isinstance(native.load("cuda"), str), reason="no native CUDA library")
+def test_the_cuda_library_loads_where_cuda_is_absent():
+    built = native.load("cuda")
+    assert built.architectures
+    assert built.library.rope_dist_cuda_error(-1) == b"unsupported arguments"
+    empty = native.pack(
+        *(torch.empty(1, 0, 2, 8),) * 4, *(torch.empty(1, 0, 4),) * 2, *(None,) * 4, 0, 1.0, False, False
+    )
+    assert built.library.rope_dist_cuda_rotary(empty, 0) == 0
+
+
+@pytest.fixture(scope="module")
+def threads_on_host(tmp_path_factory):
+    """The GPU kernel's threads, run one after another on the CPU."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc: the GPU kernel's threads cannot be compiled for the host")
+    target = tmp_path_factory.mktemp("host") / "libhost.so"
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fmad=false",
+        "-Xcompiler",
+        "-fPIC,-ffp-contract=off",
+        "-shared",
+        "-arch=sm_90",
+    ]
+    subprocess.run([nvcc, *flags, str(ROOT / "csrc/threads_on_host.cu"), "-o", str(target)], check=True)
+    run = ctypes.CDLL(str(target)).rope_dist_cpu_rotary
+    run.argtypes = (ctypes.c_char_p, ctypes.c_int64)
+    return run
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD", "slice"])
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
+def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dtype, layout, interleaved):
+    bounds = torch.tensor([0, 2, 2, 7])
+    words = angles.turns(1.0 / 10000.0 ** (torch.arange(256) / 256))
+    for dim, half, counts in (
+        (128, 64, (32, 8)),
+        (80, 20, (3, 1)),
+        (34, 17, (2, 2)),
+        (600, 256, (2, 1)),
+        (8, 0, (1, 1)),
+    ):
+        q, k = (heads(layout, 1, 7, n, dim, dtype, seed=n) for n in counts)
+        wide = tables(7, half + 3)
+        for cos, sin in ((t[..., :half] for t in wide), tables(5, half)):
+            expected = reference.rotate_tokens(
+                q, k, cos, sin, None, None, bounds, None, 1, 1.0, interleaved, True
+            )
+            for inplace in (False, True):
+                sources = (q.clone(), k.clone()) if inplace else (q, k)
+                outs = (
+                    sources
+                    if inplace
+                    else (torch.empty(q.shape, dtype=dtype), torch.empty(k.shape, dtype=dtype))
+                )
+                call = native.pack(
+                    *sources, *outs, cos, sin, None, None, bounds, None, 1, 1.0, interleaved, True
+                )
+                assert threads_on_host(call, 0) == 0
+                for out, right in zip(outs, expected, strict=True):
+                    assert same_bits(out, right)
+        own = words[:, :half].contiguous()
+        positions = torch.tensor([[0, 1, 5, 16383, 131071, 1048575, -3]])
+        bias = heads("BSHD", 1, 1, counts[0], dim, dtype, seed=3).flatten()
+        biased = q.float() + bias.float().unflatten(0, (counts[0], dim))
+        expected = reference.rotate_tokens(
+            biased, k.float(), None, None, own, positions, scaling=1.25, interleaved=interleaved
+        )
+        outs = torch.empty(q.shape, dtype=dtype), torch.empty(k.shape, dtype=dtype)
+        call = native.pack(
+            q, k, *outs, None, None, own, positions, None, None, 0, 1.25, interleaved, False, bias
+        )
+        assert threads_on_host(call, 0) == 0
+        for out, right in zip(outs, expected, strict=True):
+            tolerance = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+            torch.testing.assert_close(out.float(), right, rtol=tolerance, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"CXX": "/bin/false"}, {"cpu": "/bin/false failed", "cuda": "ROPE_DIST_CUDA_ARCHS is empty"}),
+        ({"CXX": "/no/such/compiler"}, {"cpu": "CXX=/no/such/compiler is not found"}),
+    ],
+)
+def test_without_a_compiler_it_installs_works_and_says_so(tmp_path, environment, said):
+    pytest.importorskip("pip")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("rope_dist", "csrc"):
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "build.json", "__pycache__")
+        )
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, source / name)
+    environment = {**os.environ, **environment, "ROPE_DIST_CUDA_ARCHS": "", "PYTHONPATH": ""}
+    offline = ["--no-index", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "installed")]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", *offline, str(source)],
+        env=environment,
+        check=True,
+        timeout=120,
+    )
+    code = (
+        "import torch, rope_dist; x = torch.randn(1, 2, 1, 4); t = torch.randn(1, 2, 2); rope_dist.rotary(x, x, t, t);"
+        "from rope_dist.info import info; print(info()['built']['CPU library'], '|', info()['built']['CUDA library'])"
+    )
+    environment["PYTHONPATH"] = str(tmp_path / "installed")
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    cpu, _, cuda = done.stdout.strip().partition(" | ")
+    assert said["cpu"] in cpu
+    assert said.get("cuda", "") in cuda
+    assert done.stderr.count("RuntimeWarning: rope_dist:") == 1
