@@ -38,7 +38,7 @@ part() { # name, seconds, command...
 workers=()
 "$PY" -c 'import xdist' 2>/dev/null && workers=(-n 4)
 
-part tests 200 "$PY" -m pytest tests/ops -q -p no:cacheprovider "${workers[@]}"
+part tests 200 "$PY" -m pytest tests/ops tests/test_native.py -q -p no:cacheprovider "${workers[@]}"
 if command -v compute-sanitizer >/dev/null; then
     part sanitizer 60 compute-sanitizer --error-exitcode 1 "$PY" -m pytest tests/ops -q -p no:cacheprovider \
         -k "rounding_differs or writes_the_cache"
