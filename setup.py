@@ -171,7 +171,9 @@ def _ninja(path: Path) -> str:
 
 def _failure(line: list[str], output: str) -> str:
     """The compiler's first error, or that it failed."""
-    errors = [text.strip() for text in output.splitlines() if "error" in text.lower()]
+    errors = [
+        text.strip() for text in output.splitlines() if "error" in text.lower() and "ninja:" not in text
+    ]
     return f"{line[0]} failed" + (f" ({errors[0]})" if errors else "")
 
 
