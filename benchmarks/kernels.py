@@ -27,7 +27,7 @@ from tabulate import tabulate
 from torch.nn import functional
 
 from rope_dist import ops
-from rope_dist.ops import tuning
+from rope_dist.ops import native, tuning
 from rope_dist.version import __version__
 
 MODELS = {"LLaMA2-7B": (32, 32, 128, 4096, 1e4), "Llama-3-8B": (32, 8, 128, 4096, 5e5)}
@@ -130,9 +130,16 @@ def rotary_ways(shape: Shape, *, compiled: bool = True) -> Ways:
         "new tensors, positions": lambda: ops.rotary_at(q, k, shape.words, shape.positions),
         "stock": lambda: stock_rotary(q, k, *shape.stock),
     }
+    if native.unavailable(q) is None:
+        ways["native library, new tensors, positions"] = lambda: _native(q, k, shape)
     if compiled:
         ways["torch.compile of stock"] = torch.compile(lambda: stock_rotary(q, k, *shape.stock))
     return ways
+
+
+def _native(q: torch.Tensor, k: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    with ops.use_backend("native"):
+        return ops.rotary_at(q, k, shape.words, shape.positions)
 
 
 def questions(device: torch.device) -> Iterator[tuple[str, Callable[[], Ways]]]:

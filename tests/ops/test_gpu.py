@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rope_dist import ops
-from rope_dist.ops import tuning
+from rope_dist.ops import native, tuning
 
 from .helpers import frequencies
 from .test_projection import problem
@@ -85,3 +85,22 @@ def test_the_first_call_measures_and_the_next_does_not(device, monkeypatch):
     assert set(row["milliseconds"]) >= {"separate", row["choice"]}
     monkeypatch.setattr(tuning, "measure", None)
     call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_native_kernel_agrees_with_tritons(device, dtype, interleaved):
+    words = ops.turns(frequencies(128).to(device))
+    positions = torch.randint(0, 1_000_000, (2, 300), device=device)
+    q, k = (torch.randn(2, 300, h, 128, device=device).to(dtype) for h in (8, 2))
+    absent = native.unavailable(q)
+    if absent is not None:
+        pytest.skip(f"no native CUDA library: {absent}")
+    results = {}
+    for backend in ("triton", "native"):
+        with ops.use_backend(backend):
+            results[backend] = ops.rotary_at(q, k, words, positions, interleaved=interleaved)
+    # One unit in the last place: the multiply-adds of one are products and sums of the other.
+    unit = torch.finfo(dtype).eps
+    for a, b in zip(results["triton"], results["native"], strict=True):
+        torch.testing.assert_close(a, b, rtol=unit, atol=8 * torch.finfo(torch.float32).eps)
