@@ -1,4 +1,4 @@
-# make run    a real model reads past its trained length: tables and plots, about five minutes
+# make run    a real model reads past its trained length: tables and plots, five to ten minutes on two cores
 # make test   the test suite
 # make native the C++ and CUDA libraries, where their compilers are
 # make check-native   static checks and sanitizers of the native sources
