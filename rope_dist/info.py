@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .ops import dispatch, native
+from .ops import dispatch, native, tuning
 from .timing import machine
 from .transformers import supported
 from .version import __version__
@@ -25,6 +25,7 @@ def info() -> dict[str, dict[str, str]]:
         "machine": {k: here[k] for k in ("system", "processor", "threads", "gpu") if k in here},
         "built": {"CPU library": _built("cpu"), "CUDA library": _built("cuda")},
         "used": {"cpu": _used(torch.device("cpu")), **{str(d): _used(d) for d in _gpus()}},
+        "measured": _choices(),
         "models": {"families": ", ".join(supported())},
     }
 
@@ -47,6 +48,17 @@ def _built(name: str) -> str:
         return f"yes, {found.build}"
     numbers = ", ".join(str(number) for number in found.architectures)
     return f"yes, {found.build}, for compute capabilities {numbers} (PTX of {found.architectures[-1]})"
+
+
+def _choices() -> dict[str, str]:
+    """What was fastest where projection and rotation were timed, kept by ``ops/tuning.py``."""
+    kept = tuning.choices()
+    rows = {}
+    for row in kept.rows():
+        shape = f"{row['rows']} tokens, {row['depth']} to {row['widths']}, {row['dtype']} {row['form']}"
+        times = ", ".join(f"{way} {ms:.4g} ms" for way, ms in row.get("milliseconds", {}).items())
+        rows[f"{row['device']}, {shape.strip()}"] = f"{row['choice']} ({times})"
+    return rows or {"projection": f"nothing yet; the first call on a GPU is, into {kept.folder}"}
 
 
 def _gpus() -> list[torch.device]:

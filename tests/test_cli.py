@@ -203,7 +203,17 @@ def test_planning_a_preset_does_not_wait_for_transformers():
 def test_info_says_what_is_built_and_used(out):
     printed = out("info")
     data = json.loads(out("info", "--json"))
-    assert list(data) == ["versions", "machine", "built", "used", "models"]
+    assert list(data) == ["versions", "machine", "built", "used", "measured", "models"]
     assert set(data["built"]) == {"CPU library", "CUDA library"}
     assert data["used"]["cpu"].startswith(("native for float32", "reference for float32"))
     assert all(value in printed for section in data.values() for value in section.values())
+
+
+def test_info_lists_what_was_measured(out, tmp_path, monkeypatch):
+    from rope_dist.ops import tuning
+
+    monkeypatch.setenv("ROPE_DIST_CACHE", str(tmp_path))
+    assert "nothing yet" in out("info")
+    problem = tuning.Problem("Some GPU", "bfloat16", 8192, 4096, (4096, 1024, 1024), 128, 128, "bias")
+    tuning.choices().put(problem, {"separate": 2.0, "descriptors": 1.5})
+    assert "descriptors (separate 2 ms, descriptors 1.5 ms)" in out("info")
