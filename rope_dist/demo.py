@@ -115,12 +115,19 @@ def run(
         "tokens": tokens,
         "trained_length": trained,
         "target_length": target,
-        "readings": [reading.to_dict(BUCKET) for reading in readings],
+        "readings": [_without_paths(reading.to_dict(BUCKET), model_name) for reading in readings],
         "rotary_step_seconds": step,
     }
     write_text(output / "demo.json", json.dumps(result, indent=2) + "\n")
     say(f"\nwrote {picture} and {output / 'demo.json'} ({time.perf_counter() - started:.0f} s)")
     return result
+
+
+def _without_paths(reading: dict[str, Any], model_name: str) -> dict[str, Any]:
+    """The reading with its plan's source by the model's name: where it lies on this machine is no result."""
+    if reading["plan"]:
+        reading["plan"]["source"] = model_name
+    return reading
 
 
 def perplexity_table(readings: list[Reading], trained_length: int) -> str:
