@@ -27,6 +27,7 @@ from tabulate import tabulate
 from torch.nn import functional
 
 from rope_dist import ops
+from rope_dist.files import write_text
 from rope_dist.ops import native, tuning
 from rope_dist.version import __version__
 
@@ -269,8 +270,8 @@ def main(arguments: list[str] | None = None) -> int:
         text += ["", name, table(report["results"][name])]
         print("\n".join(text[-3:]), flush=True)
         # Written each time: a run that is cut short leaves what it measured.
-        (options.output / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
-        (options.output / "kernels.txt").write_text("\n".join(text) + "\n")
+        write_text(options.output / "kernels.json", json.dumps(report, indent=1) + "\n")
+        write_text(options.output / "kernels.txt", "\n".join(text) + "\n")
     return 0
 
 

@@ -17,7 +17,6 @@ import importlib.metadata
 import json
 import os
 import statistics
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import write_text
 from ..version import __version__
 
 DEFAULT = "separate"
@@ -113,9 +113,7 @@ class Choices:
             self._entries = {**self._read(), **self._entries, problem.key(): entry}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.NamedTemporaryFile("w", dir=self.folder, delete=False) as file:
-                    json.dump(self._entries, file, indent=1)
-                os.replace(file.name, self.path)
+                write_text(self.path, json.dumps(self._entries, indent=1))
             except OSError as error:
                 warnings.warn(f"the choice of kernels cannot be kept in {self.folder}: {error}", stacklevel=2)
         return choice

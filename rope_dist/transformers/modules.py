@@ -35,9 +35,8 @@ class RotaryTables:
         if self.rope_type != "default":
             init = ROPE_INIT_FUNCTIONS[self.rope_type]
         device = self.inv_freq.device
-        with torch.device(
-            "cpu"
-        ):  # where stock computes them: another device's pow may differ in the last bit
+        # On the CPU, as stock does: another device's pow may differ in the last bit.
+        with torch.device("cpu"):
             inv_freq, self.attention_scaling = init(self.config)
         for name in ("inv_freq", "original_inv_freq"):
             self.register_buffer(name, inv_freq.clone().to(device), persistent=False)
