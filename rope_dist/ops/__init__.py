@@ -38,6 +38,8 @@ def rotary(
     *,
     interleaved: bool = False,
     inplace: bool = False,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys by the angles of their positions (Su et al. 2021, eq. 34).
 
@@ -48,9 +50,12 @@ def rotary(
             rotated dimensions; see :func:`cos_sin`.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of Hugging Face's ``(i, i + R/2)``.
         inplace: change ``q`` and ``k`` and return them.
+        q_bias, k_bias: ``[Hq * D]`` and ``[Hk * D]`` in the dtype of ``q``, added first, 16-bit sums without
+            rounding between: the end of a projection whose product was made without its bias.
 
     Returns:
-        New tensors, contiguous, shaped and typed as ``q`` and ``k``. Differentiable in ``q`` and ``k``.
+        New tensors, contiguous, shaped and typed as ``q`` and ``k``. Differentiable in ``q``, ``k`` and the
+        biases.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not belong together, tables that need a
@@ -58,9 +63,10 @@ def rotary(
     """
     validation.heads(q, k)
     validation.tables(q, cos, sin, rows=q.shape[1])
-    if not inplace:
+    biases = validation.biases(q, k, q_bias, k_bias)
+    if not inplace and not biases:
         return torch.ops.rope_dist.rotary(q, k, cos, sin, interleaved)
-    return library.rotate(q, k, cos=cos, sin=sin, interleaved=interleaved, inplace=True)
+    return library.rotate(q, k, cos=cos, sin=sin, interleaved=interleaved, inplace=inplace, **biases)
 
 
 def rotary_at(
@@ -73,6 +79,8 @@ def rotary_at(
     attention_scaling: float = 1.0,
     interleaved: bool = False,
     inplace: bool = False,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`rotary` without tables: angles from frequencies and positions, right at any length.
 
@@ -88,7 +96,7 @@ def rotary_at(
         cu_seqlens: ``[sequences + 1]`` int32 or int64, bounds of packed sequences; only without
             ``position_ids``.
         attention_scaling: factor on the rotated dimensions (YaRN's temperature).
-        interleaved, inplace: as in :func:`rotary`.
+        interleaved, inplace, q_bias, k_bias: as in :func:`rotary`.
 
     Returns:
         As :func:`rotary`.
@@ -123,5 +131,6 @@ def rotary_at(
         scaling=float(attention_scaling),
         interleaved=interleaved,
         inplace=inplace,
+        **validation.biases(q, k, q_bias, k_bias),
     )
     return (q[0], k[0]) if packed else (q, k)

@@ -151,9 +151,12 @@ def rotate(
     scaling: float = 1.0,
     interleaved: bool = False,
     inverse: bool = False,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`rope_dist.ops.reference.rotate_tokens`."""
     angles = (cos, sin, words, positions, cu_seqlens, offsets, offset, scaling, interleaved, inverse)
+    angles += (q_bias, k_bias)
     backend = _rotary_backend_name(q)
     if backend == "reference":
         return reference.rotate_tokens(q, k, *angles)
@@ -176,9 +179,12 @@ def rotate_(
     scaling: float = 1.0,
     interleaved: bool = False,
     inverse: bool = False,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
 ) -> None:
     """:func:`rotate` in place."""
     angles = (cos, sin, words, positions, cu_seqlens, offsets, offset, scaling, interleaved, inverse)
+    angles += (q_bias, k_bias)
     backend = _rotary_backend_name(q)
     if backend != "reference":
         _launch(backend, q, k, q, k, *angles)
@@ -191,7 +197,7 @@ def rotate_(
 
 def _launch(
     backend, q, k, q_out, k_out, cos, sin, words, positions, cu_seqlens, offsets, offset, scaling, interleaved,
-    inverse,
+    inverse, q_bias, k_bias,
 ):  # fmt: skip
     if cos is not None:
         # Rows of a table may lie anywhere; its last axis is read as it is.
@@ -206,4 +212,5 @@ def _launch(
     run(
         q, k, q_out, k_out, cos=cos, sin=sin, words=words, positions=positions, cu_seqlens=cu_seqlens,
         offsets=offsets, offset=offset, scaling=scaling, interleaved=interleaved, inverse=inverse,
+        q_bias=q_bias, k_bias=k_bias,
     )  # fmt: skip

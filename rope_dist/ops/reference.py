@@ -131,6 +131,8 @@ def rotate_tokens(
     scaling: float = 1.0,
     interleaved: bool = False,
     inverse: bool = False,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate ``q`` ``[B, S, Hq, D]`` and ``k`` ``[B, S, Hk, D]`` (or None) by the positions of their tokens.
 
@@ -139,6 +141,7 @@ def rotate_tokens(
             is not in the table is not rotated.
         words: instead, frequencies ``[2, R/2]`` from :func:`rope_dist.ops.turns`, with ``scaling``.
         positions, cu_seqlens, offsets, offset: see :func:`token_positions`.
+        q_bias, k_bias: ``[heads * D]``, added before the rotation; 16-bit sums are not rounded between.
 
     Returns:
         New contiguous tensors; for ``k`` None an empty one.
@@ -156,10 +159,18 @@ def rotate_tokens(
             cos, sin = cos.new_ones(*at.shape, cos.shape[2]), sin.new_zeros(*at.shape, sin.shape[2])
         else:
             cos, sin = torch.where(known, cos[entry, row], 1.0), torch.where(known, sin[entry, row], 0.0)
-    return (
-        rotate(q, cos, sin, interleaved=interleaved, inverse=inverse),
-        rotate(k, cos, sin, interleaved=interleaved, inverse=inverse) if k is not None else q.new_empty(0),
-    )
+
+    def turned(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        wide = x if bias is None else _add_bias(x, bias)
+        return rotate(wide, cos, sin, interleaved=interleaved, inverse=inverse).to(x.dtype)
+
+    return turned(q, q_bias), turned(k, k_bias) if k is not None else q.new_empty(0)
+
+
+def _add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[B, S, H, D]`` with ``bias`` ``[H * D]`` added, in the type that the rotation computes in."""
+    compute = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+    return x.to(compute) + bias.to(compute).unflatten(0, x.shape[2:])
 
 
 def qkv_rotary(

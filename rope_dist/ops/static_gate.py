@@ -58,12 +58,16 @@ def _angles(tokens: int, rotary_dim: int, table: bool) -> dict[str, torch.Tensor
     }
 
 
-def _rotary(q_heads, k_heads, head_dim, *, rotary_dim=None, table=False, interleaved=False, inplace=True):
+def _rotary(
+    q_heads, k_heads, head_dim, *, rotary_dim=None, table=False, bias=False, interleaved=False, inplace=True
+):
     def call(arch: str) -> None:
         q, k = _meta(1, 8192, q_heads, head_dim), _meta(1, 8192, k_heads, head_dim)
         out = (q, k) if inplace else (torch.empty_like(q), torch.empty_like(k))
         angles = _angles(8192, rotary_dim or head_dim, table)
         angles = {name: x if name == "words" else x[None] for name, x in angles.items()}
+        if bias:
+            angles.update(q_bias=_meta(q_heads * head_dim), k_bias=_meta(k_heads * head_dim))
         triton_rotary.launch(q, k, *out, interleaved=interleaved, **angles)
 
     return call
@@ -164,6 +168,7 @@ CASES = (
     Case("rotary 32+32 in place", _rotary(32, 32, 128), NVIDIA, WIDE, {"wide stores": 4}),
     Case("rotary 32+8 in place", _rotary(32, 8, 128), NVIDIA, WIDE, {"wide stores": 4}),
     Case("rotary 32+8 table", _rotary(32, 8, 128, table=True), NVIDIA, WIDE, {"wide stores": 4}),
+    Case("rotary 32+8 bias", _rotary(32, 8, 128, bias=True), NVIDIA, WIDE, {"wide stores": 4}),
     Case("rotary 32+8 new", _rotary(32, 8, 128, inplace=False), ("sm_90",), WIDE, {"wide stores": 4}),
     Case("rotary 32+1", _rotary(32, 1, 128), ("sm_90",), WIDE, {"wide stores": 4}),
     Case("rotary 9+3 head 64", _rotary(9, 3, 64), ("sm_90",), WIDE, {"wide stores": 4}),

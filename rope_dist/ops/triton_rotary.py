@@ -20,10 +20,11 @@ from .triton_angles import angle, cos_sin, rotate
 
 @triton.jit
 def _heads(
-    x, out, batch, seq, cos, sin,
+    x, out, bias, batch, seq, cos, sin,
     stride_b, stride_s, stride_h, stride_d, out_b, out_s, out_h, out_d,
-    HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BIAS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, INTERLEAVED: tl.constexpr,
     VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, TAIL_WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """Rotate ``HEADS`` heads of a token; strides are in units of ``VEC`` but for the last axis's."""
     # A stride that is not a multiple of 16 loses Triton's hint and with it the wide accesses. The host
@@ -36,10 +37,13 @@ def _heads(
         known = head < HEADS
         source = x + head.to(tl.int64) * stride_h * VEC
         target = out + head.to(tl.int64) * out_h * VEC
+        added = bias + head * HEAD_DIM if BIAS else x
         if HALF > 0:
             if INTERLEAVED:
                 mask = known & (column < 2 * HALF)
                 pair = tl.load(source + column * stride_d, mask=mask).to(tl.float32)
+                if BIAS:
+                    pair += tl.load(added + column, mask=mask).to(tl.float32)
                 first, second = tl.split(tl.reshape(pair, (CHUNK, WIDTH // 2, 2)))
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
                 pair = tl.reshape(tl.join(first, second), (CHUNK, WIDTH))
@@ -48,22 +52,29 @@ def _heads(
                 mask = known & (column < HALF)
                 first = tl.load(source + column * stride_d, mask=mask).to(tl.float32)
                 second = tl.load(source + (column + HALF) * stride_d, mask=mask).to(tl.float32)
+                if BIAS:
+                    first += tl.load(added + column, mask=mask).to(tl.float32)
+                    second += tl.load(added + column + HALF, mask=mask).to(tl.float32)
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
                 tl.store(target + column * out_d, first.to(out.dtype.element_ty), mask=mask)
                 tl.store(target + (column + HALF) * out_d, second.to(out.dtype.element_ty), mask=mask)
         if TAIL > 0:
             rest = 2 * HALF + tl.arange(0, TAIL_WIDTH)[None, :]
             mask = known & (rest < 2 * HALF + TAIL)
-            tl.store(target + rest * out_d, tl.load(source + rest * stride_d, mask=mask), mask=mask)
+            value = tl.load(source + rest * stride_d, mask=mask)
+            if BIAS:
+                value = value.to(tl.float32) + tl.load(added + rest, mask=mask).to(tl.float32)
+            tl.store(target + rest * out_d, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def rotary_kernel(
-    q, k, v, q_out, k_out, v_out, cos_table, sin_table, words, positions, cu_seqlens, offsets,
+    q, k, v, q_out, k_out, v_out, q_bias, k_bias, cos_table, sin_table, words, positions, cu_seqlens, offsets,
     length, sequences, offset, table_rows, scaling,
     q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d,
     qo_b, qo_s, qo_h, qo_d, ko_b, ko_s, ko_h, ko_d, vo_b, vo_s, vo_h, vo_d,
     cos_b, cos_s, sin_b, sin_s, pos_b, pos_s,
+    Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr,
     HALF: tl.constexpr, TAIL: tl.constexpr, HEAD_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TABLE: tl.constexpr,
@@ -112,14 +123,14 @@ def rotary_kernel(
     if INVERSE:
         sin = -sin
 
-    _heads(q, q_out, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
-           Q_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH)  # fmt: skip
+    _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
+           Q_BIAS, Q_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
     if K_HEADS > 0:
-        _heads(k, k_out, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
-               K_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH)  # fmt: skip
+        _heads(k, k_out, k_bias, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
+               K_BIAS, K_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
     if V_HEADS > 0:
-        _heads(v, v_out, batch, seq, cos, sin, v_b, v_s, v_h, v_d, vo_b, vo_s, vo_h, vo_d,
-               V_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH)  # fmt: skip
+        _heads(v, v_out, v, batch, seq, cos, sin, v_b, v_s, v_h, v_d, vo_b, vo_s, vo_h, vo_d,
+               False, V_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
 
 
 def blocks(most_heads: int, half: int, interleaved: bool, itemsize: int) -> dict[str, int]:
@@ -156,6 +167,8 @@ def launch(
     scaling: float = 1.0,
     interleaved: bool = False,
     inverse: bool = False,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
     v_out: torch.Tensor | None = None,
 ) -> None:
@@ -170,6 +183,7 @@ def launch(
         positions: ``[B or 1, S]`` integers. None: the index in the sequence plus ``offset`` and the
             sequence's entry in ``offsets`` (``[sequences]`` integers).
         cu_seqlens: ``[sequences + 1]`` integers, bounds of the packed sequences.
+        q_bias, k_bias: ``[heads * D]`` in the dtype of ``q``, added in float32 before the rotation.
     """
     batch, length, _, head_dim = q.shape
     tokens = batch * length
@@ -195,16 +209,20 @@ def launch(
             x.stride(3),
         )
 
-    tail = 0 if q_out is q else head_dim - 2 * half
+    # What is not rotated stays where it is, unless a bias is added to it.
+    biased = q_bias is not None or k_bias is not None
+    tail = 0 if q_out is q and not biased else head_dim - 2 * half
+    q_bias, k_bias = (bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias))
     table = words is None
     shape = blocks(max(heads), half, interleaved, q.element_size())
     with device_of(q):
         rotary_kernel[(tokens,)](
-            q, k, v, q_out, k_out, v_out, cos, sin, words, positions, cu_seqlens, offsets,
+            q, k, v, q_out, k_out, v_out, q_bias, k_bias, cos, sin, words, positions, cu_seqlens, offsets,
             length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, offset,
             cos.shape[1] if table else 0, scaling,
             *scaled(q), *scaled(k), *scaled(v), *scaled(q_out), *scaled(k_out), *scaled(v_out),
             *_row_strides(cos), *_row_strides(sin), *_row_strides(positions),
+            Q_BIAS=q_bias is not None, K_BIAS=k_bias is not None,
             Q_HEADS=heads[0], K_HEADS=heads[1], V_HEADS=heads[2],
             HALF=half, TAIL=tail, HEAD_DIM=head_dim, INTERLEAVED=interleaved, INVERSE=inverse, TABLE=table,
             HAS_POSITIONS=positions is not None, HAS_CU_SEQLENS=cu_seqlens is not None,

@@ -22,6 +22,24 @@ def heads(q: torch.Tensor, k: torch.Tensor | None) -> None:
         raise ValueError(f"q and k must be on one device, got {q.device} and {k.device}")
 
 
+def biases(
+    q: torch.Tensor, k: torch.Tensor, q_bias: torch.Tensor | None, k_bias: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Those of ``q_bias`` and ``k_bias`` that are given: ``[heads * D]``, of the dtype and device of ``q``."""
+    given = {}
+    for name, bias, x in (("q_bias", q_bias, q), ("k_bias", k_bias, k)):
+        if bias is None:
+            continue
+        size = x.shape[2] * x.shape[3]
+        if bias.shape != (size,) or bias.dtype != x.dtype or bias.device != x.device:
+            raise ValueError(
+                f"{name} must be [{size}] {x.dtype} on {x.device}, got {list(bias.shape)} {bias.dtype} on "
+                f"{bias.device}"
+            )
+        given[name] = bias
+    return given
+
+
 def tables(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, rows: int | None) -> None:
     """``cos`` and ``sin`` are ``[B or 1, rows, R/2]`` constants that fit ``q``; ``rows`` None: any number."""
     if (
