@@ -61,7 +61,7 @@ def test_gradients(backend, inplace, interleaved):
 
 
 def test_only_the_bias_is_trained(backend, device):
-    q, k, q_bias, k_bias = inputs(torch.float32, device)
+    q, k, _, k_bias = inputs(torch.float32, device)
     cos, sin = (torch.randn(1, 3, 48, device=device) for _ in range(2))
     k_bias.requires_grad_()
     _, rotated = ops.rotary(q, k, cos, sin, k_bias=k_bias, inplace=True)
@@ -96,7 +96,12 @@ def test_equals_a_linear_layer_with_its_bias(backend, device):
 
 @pytest.mark.parametrize(
     "bias",
-    [torch.zeros(5), torch.zeros(2, 16), torch.zeros(32, dtype=torch.float64), torch.zeros(32, device="meta")],
+    [
+        torch.zeros(5),
+        torch.zeros(2, 16),
+        torch.zeros(32, dtype=torch.float64),
+        torch.zeros(32, device="meta"),
+    ],
     ids=["size", "shape", "dtype", "device"],
 )
 def test_a_bias_that_does_not_fit(bias):
