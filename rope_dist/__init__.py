@@ -18,7 +18,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .ops import qkv_rotary, rotary
     from .planning import RopePlan, plan
-    from .transformers import disable, enable, supported
+    from .transformers import disable, enable, report, supported
 
 _HOME = {
     "RopePlan": "planning",
@@ -27,10 +27,21 @@ _HOME = {
     "rotary": "ops",
     "disable": "transformers",
     "enable": "transformers",
+    "report": "transformers",
     "supported": "transformers",
 }
 
-__all__ = ["RopePlan", "__version__", "disable", "enable", "plan", "qkv_rotary", "rotary", "supported"]
+__all__ = [
+    "RopePlan",
+    "__version__",
+    "disable",
+    "enable",
+    "plan",
+    "qkv_rotary",
+    "report",
+    "rotary",
+    "supported",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -268,8 +268,11 @@ class RopePlan:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def config_overrides(self) -> dict[str, Any]:
+    def config_overrides(self, config: PretrainedConfig | None = None) -> dict[str, Any]:
         """Entries of a transformers 5 config with which stock Hugging Face computes this plan's frequencies.
+
+        Where ``config``, the config to be changed, has rotary parameters per layer type, those of its full
+        attention are replaced and the others stay; where it leaves the head dimension open, it is written.
 
         A ``longrope`` whose short and long factors are equal and whose attention factor is written
         out: no engine has to choose between them or to derive a scaling. ``rope_dist`` records where
@@ -289,9 +292,14 @@ class RopePlan:
             while int(self.head_dim * share) < self.rotary_dim:  # as readers truncate it, e.g. 30 of 44
                 share = math.nextafter(share, 1.0)
             parameters["partial_rotary_factor"] = share
+        if config is not None and _layer_typed(config.rope_parameters):
+            parameters = {**config.rope_parameters, EXTENDED_LAYERS: parameters}
+        # Stock's longrope multiplies a head_dim that is there but None (Mixtral).
+        head_dim = {"head_dim": self.head_dim} if getattr(config, "head_dim", 0) is None else {}
         return {
             "max_position_embeddings": self.target_length,
             "rope_parameters": parameters,
+            **head_dim,
             "rope_dist": {
                 "version": __version__,
                 "strategy": self.strategy,
@@ -301,6 +309,21 @@ class RopePlan:
                 "disturbance": self.disturbance,
             },
         }
+
+
+EXTENDED_LAYERS = "full_attention"
+"""The layers whose frequencies a plan is for, where a model has a rotary embedding per layer type (Gemma3, OLMo3).
+The others see a sliding window of positions, which does not grow with the text."""
+
+
+def _layer_typed(parameters: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Mapping) for value in parameters.values())
+
+
+def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
+    """The rotary parameters of a transformers 5 config that a plan extends: the only ones, or the full layers'."""
+    parameters = config.rope_parameters
+    return parameters[EXTENDED_LAYERS] if _layer_typed(parameters) else parameters
 
 
 def pretrained_rope(config: PretrainedConfig) -> tuple[PretrainedRope, int]:
@@ -313,8 +336,8 @@ def pretrained_rope(config: PretrainedConfig) -> tuple[PretrainedRope, int]:
         The embedding and the head dimension.
 
     Raises:
-        ValueError: the config has no rotary embedding, one per layer type, or one that changes with
-            the length at run time (``dynamic``).
+        ValueError: the config has no rotary embedding, several of which none is of full attention, or one
+            that changes with the length at run time (``dynamic``).
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -324,11 +347,15 @@ def pretrained_rope(config: PretrainedConfig) -> tuple[PretrainedRope, int]:
     length = getattr(config, "max_position_embeddings", None)
     if not parameters or length is None:
         raise ValueError(f"{name} has no rotary embedding (no rope_parameters or max_position_embeddings)")
-    if any(isinstance(value, Mapping) for value in parameters.values()):
+    typed = _layer_typed(parameters)
+    if typed and EXTENDED_LAYERS not in parameters:
         raise ValueError(
-            f"{name} has a rotary embedding per layer type ({', '.join(parameters)}); "
-            "plan each from plain numbers: theta, head_dim and original_length"
+            f"{name} has a rotary embedding per layer type ({', '.join(parameters)}), none of them "
+            f"{EXTENDED_LAYERS}; plan from plain numbers: theta, head_dim and original_length"
         )
+    # transformers' functions take the type of layers where there are several.
+    options = {"layer_type": EXTENDED_LAYERS} if typed else {}
+    parameters = rope_parameters(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     check_rotary_dim(head_dim, "head_dim")
     rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
@@ -341,9 +368,9 @@ def pretrained_rope(config: PretrainedConfig) -> tuple[PretrainedRope, int]:
         original = parameters.get("original_max_position_embeddings", length)
         key = "long_factor" if length > original else "short_factor"
         factors = torch.tensor(parameters[key], dtype=torch.float64)
-        _, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config)
+        _, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, **options)
     elif kind in ("linear", "llama3", "yarn"):
-        inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config)
+        inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, **options)
         factors = (plain.inv_freq.double() / inv_freq.double()).float().double()
         if kind == "yarn":
             # A YaRN config may keep the length before YaRN; what it can read is factor times that.

@@ -10,11 +10,11 @@ import transformers
 from conftest import llama_config
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedModel,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
@@ -362,9 +362,7 @@ class TestModelsYetToBeBuilt:
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
             built = AutoModelForCausalLM.from_config(llama_config())
             inner, info = LlamaModel.from_pretrained(tmp_path, output_loading_info=True)
-            other = MistralForCausalLM(
-                MistralConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-            )
+            other = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
             assert not info["mismatched_keys"]
             for model in (loaded, built, inner):
                 assert model.config.max_position_embeddings == 128
@@ -397,12 +395,10 @@ class TestModelsYetToBeBuilt:
         assert AutoModelForCausalLM.from_config(llama_config()).config.max_position_embeddings == 64
 
     def test_other_families_load_as_ever(self):
-        config = MistralConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-        )
+        config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
         with rope_dist.enable():
             model = AutoModelForCausalLM.from_config(config)
-        assert type(model) is MistralForCausalLM
+        assert type(model) is GPT2LMHeadModel
         assert not list(enabled_modules(model))
 
     def test_a_failing_load_leaves_nothing(self, tmp_path):
@@ -417,13 +413,11 @@ class TestRefusals:
     """Each says what is wrong, and the model is as it was."""
 
     def test_another_family(self):
-        config = MistralConfig(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=64
-        )
-        model = MistralForCausalLM(config)
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
         before = classes(model)
         with pytest.raises(
-            ValueError, match=r"MistralForCausalLM \(model_type mistral\) is not .* supported: Llama"
+            ValueError,
+            match=r"GPT2LMHeadModel \(model_type gpt2\) is not a supported family; supported: Llama, Mistral",
         ):
             rope_dist.enable(model)
         assert classes(model) == before
@@ -508,7 +502,3 @@ class TestRefusals:
             rope_dist.enable(llama)
         attention.__class__ = LlamaAttention
         assert_stock(llama, stock)
-
-
-def test_supported_families():
-    assert rope_dist.supported() == ["Llama"]

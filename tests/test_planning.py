@@ -9,7 +9,7 @@ import torch
 from conftest import llama_config
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Qwen3Config
+from transformers import Gemma3TextConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -152,10 +152,16 @@ class TestSources:
         dynamic = llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
         with pytest.raises(ValueError, match="'dynamic' of LlamaConfig has no fixed frequencies"):
             rope_dist.plan(dynamic, factor=2)
-        layered = Qwen3Config(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
-        layered.rope_parameters = {
-            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in layered.layer_types
-        }
+
+    def test_of_several_embeddings_the_one_of_full_attention_is_extended(self):
+        layered = Gemma3TextConfig(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
+        full = layered.rope_parameters["full_attention"]
+        plan = rope_dist.plan(layered, factor=2)
+        assert plan.theta == full["rope_theta"] != layered.rope_parameters["sliding_attention"]["rope_theta"]
+        overrides = plan.config_overrides(layered)["rope_parameters"]
+        assert overrides["full_attention"]["rope_type"] == "longrope"
+        assert overrides["sliding_attention"] == layered.rope_parameters["sliding_attention"]
+        layered.rope_parameters = {"sliding_attention": full}
         with pytest.raises(ValueError, match="per layer type"):
             rope_dist.plan(layered, factor=2)
 

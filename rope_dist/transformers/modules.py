@@ -1,6 +1,6 @@
 """What an enabled model's attention and rotary embedding run instead of the stock forward.
 
-Each mixin is joined with one stock class by ``families.py``. An enabled module keeps its stock
+Each mixin is joined with a stock class by ``families.py``. An enabled module keeps its stock
 ``__init__``, parameters, buffers and name in the module tree: only its class differs, so that
 checkpoints, sharding plans and hooks go on finding what they look for.
 """
@@ -8,7 +8,7 @@ checkpoints, sharding plans and hooks go on finding what they look for.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,24 +28,49 @@ class RotaryTables:
     turns within a few thousand tokens.
     """
 
+    stock: type[nn.Module]
+
+    def rope_layer_types(self) -> tuple[str | None, ...]:
+        """The types of layers that have frequencies of their own; None where one set serves all."""
+        return (None,)
+
+    def parameters_of(self, layer_type: str | None) -> dict[str, Any]:
+        """The config's rotary parameters of a type of layers."""
+        return self.config.rope_parameters
+
+    def frequency_buffers(self) -> Iterator[str]:
+        """Names of the buffers that hold frequencies."""
+        for layer_type in self.rope_layer_types():
+            prefix = _prefix(layer_type)
+            yield f"{prefix}inv_freq"
+            yield f"{prefix}original_inv_freq"
+
     def reset_frequencies(self) -> None:
-        """Set ``inv_freq`` to what the config says, in float32, on the device it is on."""
-        self.rope_type = self.config.rope_parameters["rope_type"]
-        init = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            init = ROPE_INIT_FUNCTIONS[self.rope_type]
-        device = self.inv_freq.device
-        # On the CPU, as stock does: another device's pow may differ in the last bit.
-        with torch.device("cpu"):
-            inv_freq, self.attention_scaling = init(self.config)
-        for name in ("inv_freq", "original_inv_freq"):
-            self.register_buffer(name, inv_freq.clone().to(device), persistent=False)
-        # What stock's length-dependent types keep between calls.
-        self.__dict__.pop("long_inv_freq", None)
+        """Set the frequencies to what the config says, in float32, on the device they are on."""
+        for layer_type in self.rope_layer_types():
+            prefix, options = _prefix(layer_type), _options(layer_type)
+            rope_type = self.parameters_of(layer_type)["rope_type"]
+            init = self.compute_default_rope_parameters
+            if rope_type != "default":
+                init = ROPE_INIT_FUNCTIONS[rope_type]
+            device = getattr(self, f"{prefix}inv_freq").device
+            # On the CPU, as stock does: another device's pow may differ in the last bit.
+            with torch.device("cpu"):
+                inv_freq, scaling = init(self.config, **options)
+            for name in (f"{prefix}inv_freq", f"{prefix}original_inv_freq"):
+                self.register_buffer(name, inv_freq.clone().to(device), persistent=False)
+            setattr(self, f"{prefix}attention_scaling", scaling)
+            self._set_rope_type(layer_type, rope_type)
+            # What stock's length-dependent types keep between calls.
+            for name in ("long_inv_freq", "max_seq_len_cached"):
+                self.__dict__.pop(f"{prefix}{name}", None)
         self.max_seq_len_cached = self.original_max_seq_len = self.config.max_position_embeddings
 
+    def _set_rope_type(self, layer_type: str | None, rope_type: str) -> None:
+        self.rope_type = rope_type
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-        kept = {name: getattr(self, name) for name in ("inv_freq", "original_inv_freq")}
+        kept = {name: getattr(self, name) for name in self.frequency_buffers()}
         super()._apply(fn, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
@@ -53,24 +78,50 @@ class RotaryTables:
                 setattr(self, name, before.to(after.device))
         return self
 
-    def _length_dependent(self) -> bool:
+    def _length_dependent(self, layer_type: str | None) -> bool:
         """Whether the frequencies change with the length that is read (stock updates them in forward)."""
-        parameters = self.config.rope_parameters
-        if self.rope_type == "longrope":
+        parameters = self.parameters_of(layer_type)
+        if parameters["rope_type"] == "longrope":
             return list(parameters["short_factor"]) != list(parameters["long_factor"])
-        return "dynamic" in self.rope_type
+        return "dynamic" in parameters["rope_type"]
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, each ``[B, S, R/2]`` float32 on the device of ``x``, for ``position_ids`` ``[B, S]``."""
-        if self._length_dependent():
-            return _length_dependent_tables(self, x, position_ids)
-        return _tables(self, x, position_ids)
+        if self._length_dependent(layer_type):
+            return _length_dependent_tables(self, x, position_ids, layer_type)
+        return _tables(self, x, position_ids, layer_type)
 
 
-def _tables(module: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    inv_freq = module.inv_freq.to(device=x.device, dtype=torch.float32)
-    return ops.cos_sin(inv_freq, position_ids.to(x.device), module.attention_scaling)
+class LayerTypedRotaryTables(RotaryTables):
+    """:class:`RotaryTables` of models whose types of layers (sliding, full) have frequencies of their own."""
+
+    def rope_layer_types(self) -> tuple[str, ...]:
+        return tuple(self.rope_type)
+
+    def parameters_of(self, layer_type: str | None) -> dict[str, Any]:
+        return self.config.rope_parameters[layer_type]
+
+    def _set_rope_type(self, layer_type: str | None, rope_type: str) -> None:
+        self.rope_type[layer_type] = rope_type
+
+
+def _prefix(layer_type: str | None) -> str:
+    return "" if layer_type is None else f"{layer_type}_"
+
+
+def _options(layer_type: str | None) -> dict[str, str]:
+    return {} if layer_type is None else {"layer_type": layer_type}
+
+
+def _tables(
+    module: Any, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    prefix = _prefix(layer_type)
+    inv_freq = getattr(module, f"{prefix}inv_freq").to(device=x.device, dtype=torch.float32)
+    return ops.cos_sin(inv_freq, position_ids.to(x.device), getattr(module, f"{prefix}attention_scaling"))
 
 
 _length_dependent_tables = dynamic_rope_update(_tables)
@@ -84,6 +135,33 @@ class RotatedAttention:
     projection is nothing but its matrix; else by :func:`rope_dist.ops.rotary` after the modules.
     """
 
+    stock: type[nn.Module]
+
+    between: str | None = None
+    """What stands between projection and rotation, so that they cannot be one."""
+
+    def attention_options(self) -> dict[str, Any]:
+        """What the stock forward hands to the attention function beside mask, dropout and scaling."""
+        return {}
+
+    def heads(
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries and keys, and values: ``[B, S, H, D]`` each, from ``[B, S, hidden]``."""
+        if obstacle(self, hidden_states) is None:
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            weights, biases = [p.weight for p in projections], [p.bias for p in projections]
+            return ops.qkv_rotary(hidden_states, *weights, *biases, head_dim=self.head_dim, cos=cos, sin=sin)
+        q, k = self.projected(hidden_states)
+        return *ops.rotary(q, k, cos, sin), self._split(self.v_proj(hidden_states))
+
+    def projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys before the rotation, ``[B, S, H, D]``, by the modules themselves."""
+        return self._split(self.q_proj(hidden_states)), self._split(self.k_proj(hidden_states))
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -93,28 +171,19 @@ class RotatedAttention:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As the stock forward: ``hidden_states`` ``[B, S, hidden]`` to the output and the attention weights."""
-        tokens = hidden_states.shape[:-1]
-        cos, sin = position_embeddings
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        if _can_fuse(hidden_states, projections):
-            weights, biases = [p.weight for p in projections], [p.bias for p in projections]
-            q, k, v = ops.qkv_rotary(
-                hidden_states, *weights, *biases, head_dim=self.head_dim, cos=cos, sin=sin
-            )
-        else:
-            q, k, v = (p(hidden_states).view(*tokens, -1, self.head_dim) for p in projections)
-            q, k = ops.rotary(q, k, cos, sin)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in self.heads(hidden_states, *position_embeddings))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, self._stock_module().eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attention(
-            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.reshape(*tokens, -1).contiguous()), weights
+        options = {"dropout": dropout, "scaling": self.scaling, **self.attention_options()}
+        output, weights = attention(self, q, k, v, attention_mask, **options, **kwargs)
+        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        if hasattr(self, "residual_dropout"):
+            output = nn.functional.dropout(output, p=self.residual_dropout, training=self.training)
+        return output, weights
 
     @classmethod
     def _stock_module(cls):
@@ -122,30 +191,68 @@ class RotatedAttention:
         return sys.modules[cls.stock.__module__]
 
 
-def _can_fuse(x: torch.Tensor, projections: tuple[nn.Module, ...]) -> bool:
-    """Whether the projections of ``x`` may be computed from their weights, past the modules themselves.
+class NormalizedHeads(RotatedAttention):
+    """Queries and keys are normalised head by head before they are rotated (Qwen3, Gemma3)."""
 
-    Adapters, quantisation, sharding and hooks all change what calling the module does; each shows as another
-    type, a replaced forward, a hook or another dtype, and then the modules are called.
+    between = "queries and keys are normalised before the rotation"
+
+    def projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = super().projected(hidden_states)
+        return self.q_norm(q), self.k_norm(k)
+
+
+class NormalizedProjections(RotatedAttention):
+    """Queries and keys are normalised over all heads together before they are rotated (OLMo2)."""
+
+    between = "queries and keys are normalised before the rotation"
+
+    def projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q = self.q_norm(self.q_proj(hidden_states))
+        return self._split(q), self._split(self.k_norm(self.k_proj(hidden_states)))
+
+
+def obstacle(attention: RotatedAttention, x: torch.Tensor) -> str | None:
+    """Why projection and rotation of ``x`` are not one launch, or None where they are.
+
+    Only dtype and device of ``x`` matter. Adapters, quantisation, sharding and hooks all change what calling a
+    projection does; each shows as another type, a replaced forward, a hook or another dtype, and then the
+    modules are called.
     """
+    if attention.between is not None:
+        return attention.between
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return "only float16 and bfloat16 are projected by the kernels"
+    if ops.backend_for(x) != "triton":
+        return "no Triton kernels for this device"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast chooses the dtype of the projections"
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+        found = projection_obstacle(projection, x)
+        if found is not None:
+            return found
+    return None
+
+
+def projection_obstacle(projection: nn.Module, x: torch.Tensor) -> str | None:
+    """Why a projection of ``x`` has to be called instead of computed from its weight, or None."""
+    # The texts are constants, so that torch.compile can trace the choice.
+    if type(projection) is not nn.Linear:
+        return "not a plain nn.Linear (an adapter or quantised)"
+    if "forward" in projection.__dict__:
+        return "its forward has been replaced (offloading or sharding)"
     if (
-        x.dtype not in (torch.float16, torch.bfloat16)
-        or ops.backend_for(x) != "triton"
-        or torch.is_autocast_enabled(x.device.type)
+        projection._forward_hooks
+        or projection._forward_pre_hooks
+        or projection._backward_hooks
+        or projection._backward_pre_hooks
     ):
-        return False
-    return all(_is_plain(projection, x) for projection in projections)
-
-
-def _is_plain(projection: nn.Module, x: torch.Tensor) -> bool:
-    if type(projection) is not nn.Linear or "forward" in projection.__dict__:
-        return False
-    if projection._forward_hooks or projection._forward_pre_hooks:
-        return False
-    if projection._backward_hooks or projection._backward_pre_hooks:
-        return False
-    return all(
-        type(t) in (nn.Parameter, torch.Tensor) and t.dtype == x.dtype and t.device == x.device
-        for t in (projection.weight, projection.bias)
-        if t is not None
-    )
+        return "it has hooks"
+    for t in (projection.weight, projection.bias):
+        if t is not None:
+            if type(t) not in (nn.Parameter, torch.Tensor):
+                return "its weight is not a plain tensor (quantised or sharded)"
+            if t.dtype != x.dtype:
+                return "its weight has another dtype"
+            if t.device != x.device:
+                return "its weight is on another device"
+    return None

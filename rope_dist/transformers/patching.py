@@ -21,10 +21,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..planning import RopePlan, check_options, pretrained_rope
+from ..planning import RopePlan, check_options, pretrained_rope, rope_parameters
 from ..planning import plan as make_plan
-from .families import ENABLED_CLASS, FAMILIES
+from .families import FAMILIES, REFUSED, enabled_class, is_rotary_embedding, is_stock, known_stock
 from .modules import RotaryTables, RotatedAttention
+from .reporting import LayerReport, report, summary
 
 _LOCK = threading.RLock()
 
@@ -40,7 +41,7 @@ class _Swap:
 
 @dataclass(repr=False)
 class Enabled:
-    """What :func:`enable` did; a context manager that undoes it on leaving.
+    """What :func:`enable` did; a context manager that undoes it on leaving. Printed, it says what each layer does.
 
     Attributes:
         model: the enabled model, or None where models yet to be built are meant.
@@ -58,6 +59,13 @@ class Enabled:
     def __repr__(self) -> str:
         what = "models yet to be built" if self.model is None else type(self.model).__name__
         return f"Enabled({what}, {self.layers} attention layers, plan={self.plan!r})"
+
+    def report(self) -> list[LayerReport]:
+        """What each attention layer does now: see :func:`rope_dist.report`."""
+        return report(self.model) if self.model is not None else []
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self), *([summary(self.report())] if self.model is not None else [])])
 
     def __enter__(self) -> Enabled:
         return self
@@ -132,7 +140,8 @@ def enable(
         for rotary, new in zip(rotaries, plans, strict=True):
             _swap_rotary(model, rotary, new)
         for attention in attentions:
-            _set_class(attention, ENABLED_CLASS.get(type(attention), type(attention)))
+            if not isinstance(attention, RotatedAttention):
+                _set_class(attention, enabled_class(type(attention)))
         _ENABLED_MODELS.add(model)
         return Enabled(model, plans[0], len(attentions), _previous=previous)
 
@@ -161,7 +170,11 @@ def disable(model: nn.Module | None = None) -> None:
 
 
 def supported() -> list[str]:
-    """Names of the model families that :func:`enable` takes."""
+    """Names of the model families that :func:`enable` takes.
+
+    In all of them the projections and the rotation are one launch where the kernels run, but where queries and
+    keys are normalised in between (Qwen3, OLMo, Gemma3): there the rotation alone is.
+    """
     return [family.name for family in FAMILIES]
 
 
@@ -174,10 +187,10 @@ def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """The rotary embeddings and attentions to swap; ``ValueError`` unless all of them can be."""
     rotaries, attentions = [], []
     for name, module in model.named_modules():
-        if not isinstance(module, tuple(ENABLED_CLASS)):
-            continue
         kind = type(module)
-        if kind not in ENABLED_CLASS and not isinstance(module, (RotaryTables, RotatedAttention)):
+        if known_stock(kind) is None:
+            continue
+        if not is_stock(kind) and not isinstance(module, (RotaryTables, RotatedAttention)):
             raise ValueError(
                 f"{name} is a {kind.__name__}, a changed {kind.__mro__[1].__name__}: only the stock class is supported"
             )
@@ -185,16 +198,24 @@ def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
             raise ValueError(
                 f"the forward of {name} has been replaced on the instance: undo that before enable()"
             )
-        is_rotary = isinstance(module, tuple(family.rotary_embedding.stock for family in FAMILIES))
-        (rotaries if is_rotary else attentions).append(module)
+        if is_rotary_embedding(kind):
+            rotaries.append(module)
+        elif getattr(module, "use_rope", True):  # SmolLM3 has layers without a rotary embedding
+            attentions.append(module)
     if not rotaries or not attentions:
-        config = getattr(model, "config", None)
-        kind = getattr(config, "model_type", None)
-        raise ValueError(
-            f"{type(model).__name__}{f' (model_type {kind})' if kind else ''} is not a supported family; "
-            f"supported: {', '.join(supported())}"
-        )
+        raise ValueError(_refusal(model))
     return rotaries, attentions
+
+
+def _refusal(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    kinds = [getattr(config, "model_type", None)]
+    if hasattr(config, "get_text_config"):
+        kinds.append(config.get_text_config().model_type)
+    name = f"{type(model).__name__}{f' (model_type {kinds[0]})' if kinds[0] else ''}"
+    reason = next((REFUSED[kind] for kind in kinds if kind in REFUSED), None)
+    what = f"{name} cannot be enabled: {reason}" if reason else f"{name} is not a supported family"
+    return f"{what}; supported: {', '.join(supported())}"
 
 
 def _swap_of(rotary: nn.Module) -> _Swap | None:
@@ -221,7 +242,7 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
     if plan.base_factors != rope.factors:
         raise ValueError(
             "the plan and the model start from different frequencies (one of them is scaled already; the "
-            f"model's rope_type is {config.rope_parameters['rope_type']!r}): make the plan from this model"
+            f"model's rope_type is {rope_parameters(config)['rope_type']!r}): make the plan from this model"
         )
     if plan.original_length != rope.length:
         warnings.warn(
@@ -234,14 +255,15 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
 def _swap_rotary(model: nn.Module, rotary: nn.Module, plan: RopePlan | None) -> None:
     swap = _swap_of(rotary)
     if swap is None:
-        swap = rotary._rope_dist_swap = _Swap(dtype_before=rotary.inv_freq.dtype)
-        _set_class(rotary, ENABLED_CLASS[type(rotary)])
+        dtype = next(b.dtype for name, b in rotary.named_buffers() if name.endswith("inv_freq"))
+        swap = rotary._rope_dist_swap = _Swap(dtype_before=dtype)
+        _set_class(rotary, enabled_class(type(rotary)))
     if plan is not None and plan is not swap.plan:
         if swap.plan is None:
             swap.config_before = rotary.config
             _give_own_config(model, rotary.config)
         swap.plan = plan
-        rotary.config.__dict__.update(plan.config_overrides())
+        rotary.config.__dict__.update(plan.config_overrides(swap.config_before))
     rotary.reset_frequencies()
 
 
@@ -257,13 +279,13 @@ def _restore_rotary(rotary: nn.Module) -> None:
     swap = _swap_of(rotary)
     if swap.plan is not None:
         # Only what the plan set: other changes to the config since then are the user's.
-        for key in swap.plan.config_overrides():
+        for key in swap.plan.config_overrides(swap.config_before):
             if key in swap.config_before.__dict__:
                 setattr(rotary.config, key, copy.deepcopy(getattr(swap.config_before, key)))
             else:
                 delattr(rotary.config, key)
     rotary.reset_frequencies()
-    for name in ("inv_freq", "original_inv_freq"):
+    for name in rotary.frequency_buffers():
         setattr(rotary, name, getattr(rotary, name).to(swap.dtype_before))
     del rotary._rope_dist_swap
     _set_class(rotary, type(rotary).stock)
@@ -329,7 +351,7 @@ def _enabling(builder: Any) -> Any:
             return result
         # from_pretrained(output_loading_info=True) returns a pair.
         model = result[0] if isinstance(result, tuple) else result
-        if any(type(module) in ENABLED_CLASS for module in model.modules()):
+        if any(is_stock(type(module)) for module in model.modules()):
             enable(model, **mode.options)
             mode.models.add(model)
         return result

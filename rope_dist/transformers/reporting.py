@@ -1,0 +1,80 @@
+"""What each attention layer of a model does, and why: fused, rotary only, or untouched."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .families import is_rotary_embedding, known_stock
+from .modules import RotatedAttention, obstacle, projection_obstacle
+
+FUSED = "projection + rotary"
+ROTARY = "rotary"
+UNTOUCHED = "untouched"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer.
+
+    Attributes:
+        name: of the module in the model.
+        does: ``"projection + rotary"`` (one launch), ``"rotary"`` (after the layer's own projections) or
+            ``"untouched"`` (the stock forward).
+        why: why not the first; empty where it is.
+    """
+
+    name: str
+    does: str
+    why: str = ""
+
+
+def report(
+    model: nn.Module, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> list[LayerReport]:
+    """What each attention layer of ``model`` does at this moment, in the order of the model.
+
+    An adapter that is attached, a layer that is quantised or a hook shows from then on, and no longer once it
+    is gone.
+
+    Args:
+        model: enabled or not, a module of ``transformers`` or one that holds one.
+        dtype, device: of the activations; by default those of the model's first floating parameter.
+    """
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    dtype = dtype or (first.dtype if first is not None else torch.get_default_dtype())
+    device = device or (first.device if first is not None else "cpu")
+    x = torch.empty(0, dtype=dtype, device=device)
+    return [
+        _layer(name, module, x)
+        for name, module in model.named_modules()
+        if known_stock(type(module)) is not None and not is_rotary_embedding(type(module))
+    ]
+
+
+def _layer(name: str, attention: nn.Module, x: torch.Tensor) -> LayerReport:
+    if not getattr(attention, "use_rope", True):
+        return LayerReport(name, UNTOUCHED, "the layer has no rotary embedding")
+    if not isinstance(attention, RotatedAttention):
+        return LayerReport(name, UNTOUCHED, "the model is not enabled")
+    why = obstacle(attention, x)
+    if why is None:
+        return LayerReport(name, FUSED)
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        if projection_obstacle(getattr(attention, projection), x) == why:
+            why = f"{projection}: {why}"
+            break
+    return LayerReport(name, ROTARY, why)
+
+
+def summary(layers: list[LayerReport]) -> str:
+    """``layers`` as text, a line for each run of neighbours that do the same for the same reason."""
+    lines = []
+    for (does, why), run in itertools.groupby(layers, key=lambda layer: (layer.does, layer.why)):
+        names = [layer.name for layer in run]
+        where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} layers)"
+        lines.append(f"{where}: {does}{f' ({why})' if why else ''}")
+    return "\n".join(lines)
