@@ -15,7 +15,7 @@ from tabulate import tabulate
 from . import ops
 from .comparison import table_3
 from .files import write_text
-from .plots import plot_readings
+from .plots import plot_perplexity
 from .timing import machine, medians, time_interleaved
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ def run(
         if reading.plan:
             say(f"   {reading.plan!r}")
     picture = output / "perplexity.png"
-    plot_readings(readings, BUCKET, trained, f"{title}: perplexity by position", picture)
+    curves = {reading.label: reading.buckets(BUCKET) for reading in readings}
+    plot_perplexity(curves, trained, f"{title}: perplexity by position", picture)
 
     dtype = str(model.dtype).removeprefix("torch.")
     say(f"\n3. The rotary step of one layer, {tokens} tokens, {dtype}, on {device}\n")

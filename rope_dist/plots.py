@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from .files import write_bytes
 from .optional import require
 
 if TYPE_CHECKING:
-    from .evaluation.perplexity import Reading
+    from .evaluation.perplexity import Bucket
     from .planning import RopePlan
 
 
@@ -69,32 +70,84 @@ def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str]) -> None:
     _save(figure, path)
 
 
-def plot_readings(
-    readings: Sequence[Reading], width: int, trained_length: int, title: str, path: str | os.PathLike[str]
+def plot_perplexity(
+    curves: Mapping[str, Sequence[Bucket]], trained_length: int, title: str, path: str | os.PathLike[str]
 ) -> None:
-    """Perplexity by position of several readings of one text.
+    """Perplexity by position, a line a label.
 
     Args:
-        readings: from :func:`rope_dist.evaluation.read_with_strategies`.
-        width: tokens a bucket.
+        curves: buckets of positions by label, as :meth:`rope_dist.evaluation.Reading.buckets` gives them.
         trained_length: where the model's own context ends, marked in the picture.
         title: above the picture.
-        path: the picture to write.
+        path: the picture to write; its ending chooses the format.
+
+    Raises:
+        ValueError: an ending that matplotlib does not know.
+        MissingPackageError: matplotlib is not installed.
     """
     figure, axes = _figure(1, 1, 8.0, 4.8)
     axis = axes[0, 0]
-    for reading in readings:
-        buckets = reading.buckets(width)
+    for label, buckets in curves.items():
         middles = [(b.start + b.end) / 2 for b in buckets]
-        axis.plot(middles, [b.perplexity for b in buckets], marker="o", markersize=4, label=reading.label)
+        axis.plot(middles, [b.perplexity for b in buckets], marker="o", markersize=4, label=label)
     axis.axvline(trained_length, color="black", linestyle="--", linewidth=1, label="trained length")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.tick_params(axis="y", which="minor", labelsize=7)
     axis.set_xlabel("position, tokens")
+    width = max(b.end - b.start for buckets in curves.values() for b in buckets)
     axis.set_ylabel(f"perplexity of {width} tokens")
     axis.set_title(title)
     axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def plot_passkey(
+    grids: Mapping[str, Mapping[tuple[int, float], float]],
+    trained_length: int,
+    title: str,
+    path: str | os.PathLike[str],
+) -> None:
+    """Passkey accuracy as heat maps of depth by length, a panel a label.
+
+    Args:
+        grids: accuracy (0 to 1) by ``(length, depth)``, by label, as from
+            :func:`rope_dist.evaluation.passkey.grids`. A cell that was not measured stays grey.
+        trained_length: lengths past it are marked ``*``.
+        title: above the panels.
+        path: the picture to write; its ending chooses the format.
+
+    Raises:
+        ValueError: an ending that matplotlib does not know.
+        MissingPackageError: matplotlib is not installed.
+    """
+    lengths = sorted({length for cells in grids.values() for length, _ in cells})
+    depths = sorted({depth for cells in grids.values() for _, depth in cells})
+    columns = min(4, len(grids))
+    rows = -(-len(grids) // columns)
+    size = (max(2.6, 0.55 * len(lengths) + 1.2), max(1.9, 0.35 * len(depths) + 1.1))
+    figure, axes = _figure(rows, columns, size[0] * columns + 0.8, size[1] * rows + 0.5)
+    panels = axes.ravel()
+    for axis, (label, cells) in zip(panels, grids.items(), strict=False):
+        shares = [[cells.get((n, d), math.nan) for n in lengths] for d in depths]
+        axis.set_facecolor("lightgrey")
+        picture = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        for y, row in enumerate(shares):
+            for x, share in enumerate(row):
+                if not math.isnan(share):
+                    axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
+        marked = [f"{n}{'*' if n > trained_length else ''}" for n in lengths]
+        axis.set_xticks(range(len(lengths)), marked, rotation=45, fontsize=7)
+        axis.set_yticks(range(len(depths)), [f"{d:g}" for d in depths], fontsize=7)
+        axis.set_title(label, fontsize=9)
+    for axis in panels[len(grids) :]:
+        axis.set_axis_off()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("depth of the key", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens", fontsize=8)
+    figure.colorbar(picture, ax=axes, label="right answers", shrink=0.8)
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)

@@ -129,7 +129,8 @@ class TestTexts:
     def test_a_corpus_that_is_not_installed_says_what_to_install(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("NODE_PATH", raising=False)
-        monkeypatch.setattr(corpora, "_AUSTEN", tmp_path)
+        monkeypatch.setattr(corpora, "_R_SITE_LIBRARY", tmp_path)
+        monkeypatch.delenv("R_LIBS", raising=False)
         with pytest.raises(
             MissingPackageError, match=rf"the corpus {name} is not installed: (npm|apt-get) install"
         ):

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..version import __version__
-from . import compare, demo, info, plan
+from . import compare, demo, eval, info, plan
 
-VERBS = (plan, compare, demo, info)
+VERBS = (plan, compare, eval, demo, info)
 
 
 class _Parser(argparse.ArgumentParser):

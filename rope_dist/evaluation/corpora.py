@@ -48,23 +48,32 @@ def _npm_texts(package: str, pattern: str) -> Callable[[], str]:
     return read
 
 
-_AUSTEN = Path("/usr/lib/R/site-library/janeaustenr/data")
+_R_SITE_LIBRARY = Path("/usr/lib/R/site-library")
+_AUSTEN = Path("janeaustenr", "data")
+
+
+def _r_data(package: Path) -> Path:
+    """The data folder of an R package, from R's own list of libraries or where Debian installs them."""
+    named = [Path(entry) for entry in os.environ.get("R_LIBS", "").split(os.pathsep) if entry]
+    for library in (*named, _R_SITE_LIBRARY):
+        if (library / package / "Rdata.rdx").exists():
+            return library / package
+    raise FileNotFoundError(package)
 
 
 def _austen(novel: str) -> Callable[[], str]:
     """A novel from R's lazy-load database: an index of (offset, length) into a file of zlib blocks."""
 
     def read() -> str:
-        if not (_AUSTEN / "Rdata.rdx").exists():
-            raise FileNotFoundError(_AUSTEN)
+        data = _r_data(_AUSTEN)
         rdata = require("rdata", "eval", "Jane Austen's novels")
 
         def convert(serialised: bytes) -> Any:
             return rdata.conversion.convert(rdata.parser.parse_data(serialised))
 
-        index = convert(gzip.decompress((_AUSTEN / "Rdata.rdx").read_bytes()))
+        index = convert(gzip.decompress((data / "Rdata.rdx").read_bytes()))
         offset, length = index["variables"][novel]
-        block = (_AUSTEN / "Rdata.rdb").read_bytes()[offset : offset + length]
+        block = (data / "Rdata.rdb").read_bytes()[offset : offset + length]
         # Four bytes of uncompressed size stand before the compressed data.
         return "\n".join(convert(zlib.decompress(block[4:])))
 
@@ -75,7 +84,9 @@ def _novel(title: str, key: str) -> Corpus:
     return Corpus(
         f"Jane Austen, {title}",
         _austen(key),
-        "apt-get install r-cran-janeaustenr; pip install 'rope-dist[eval]'",
+        "apt-get install r-cran-janeaustenr (or, without R and root: apt-get download r-cran-janeaustenr && "
+        "dpkg -x r-cran-janeaustenr_*.deb . && export R_LIBS=$PWD/usr/lib/R/site-library); "
+        "pip install 'rope-dist[eval]'",
     )
 
 

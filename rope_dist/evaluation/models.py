@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,3 +72,26 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name_or_path}: {str(error).strip().splitlines()[0]}") from None
     return model.eval().to(device), tokenizer
+
+
+def describe(model: PreTrainedModel, name_or_path: str) -> dict[str, str]:
+    """What tells a model from others: its name, type, device, and a fingerprint of config and weights.
+
+    The fingerprint reads the beginning of every parameter: training changes it, a move of the folder does not.
+    A folder is named by its last part.
+    """
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().reshape(-1)[:64].float().cpu().numpy().tobytes())
+    return {
+        "name": Path(name_or_path).resolve().name if Path(name_or_path).is_dir() else name_or_path,
+        "fingerprint": digest.hexdigest()[:12],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
+
+
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "use_cache")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from ..planning import RopePlan
-from ..transformers import enable
+from .variants import make_variants
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,6 @@ class Reading:
         }
 
 
-@torch.inference_mode()
 def token_nll(
     model: PreTrainedModel, input_ids: torch.Tensor, *, chunk: int = 512, description: str | None = None
 ) -> torch.Tensor:
@@ -86,33 +85,110 @@ def token_nll(
     Raises:
         ValueError: not one sequence of at least 2 tokens, or ``chunk < 1``.
     """
+    ids = _one_sequence(input_ids, chunk).to(model.device)
+    with _evaluating(model), _progress(ids.shape[1] - 1, description) as progress:
+        return _nll(model, ids, 1, chunk, progress)
+
+
+def sliding_windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """The windows of :func:`sliding_window_nll` as ``(begin, end, first)``: it scores ``first <= i < end``."""
+    if not 1 <= stride < window:
+        raise ValueError(f"the stride must be at least 1 and below the window of {window}, got {stride}")
+    if length < window:
+        raise ValueError(
+            f"the text has {length} tokens, fewer than the window of {window}: "
+            "give a longer text or a shorter window"
+        )
+    ends = [*range(window, length, stride), length]
+    firsts = [1, *ends[:-1]]
+    return [(end - window, end, first) for end, first in zip(ends, firsts, strict=True)]
+
+
+def sliding_window_nll(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    window: int,
+    stride: int = 256,
+    chunk: int = 512,
+    description: str | None = None,
+) -> torch.Tensor:
+    """Negative log-likelihood of every token within windows of fixed length (Press et al. 2022).
+
+    The evaluation of the paper (Wu et al. 2024, S = 256): the window has the evaluated length and moves by
+    ``stride`` tokens. The first is scored whole; of each later one only the last ``stride`` tokens are, so
+    that every one of them has at least ``window - stride`` tokens before it. The last window ends with the
+    text and scores what is left. Each window is read anew from its own position 0: nothing before it is seen.
+
+    Args:
+        model: a causal language model.
+        input_ids: ``[1, S]`` or ``[S]``, ``S >= window``.
+        window: tokens a window, the evaluated length.
+        stride: tokens from one window to the next, below ``window``.
+        chunk: tokens a step. The result does not depend on it.
+        description: shows a progress bar with these words; None shows none.
+
+    Returns:
+        ``[S - 1]`` float32 on the CPU, nats; entry ``i`` is of the token at position ``i + 1``.
+
+    Raises:
+        ValueError: a text shorter than the window, a bad stride or chunk, not one sequence.
+    """
+    ids = _one_sequence(input_ids, chunk)
+    windows = sliding_windows(ids.shape[1], window, stride)
+    ids = ids.to(model.device)
+    result = []
+    with _evaluating(model), _progress(len(windows) * (window - 1), description) as progress:
+        for begin, end, first in windows:
+            result.append(_nll(model, ids[:, begin:end], first - begin, chunk, progress))
+    return torch.cat(result)
+
+
+@torch.inference_mode()
+def _nll(
+    model: PreTrainedModel, ids: torch.Tensor, first: int, chunk: int, progress: tqdm[Any]
+) -> torch.Tensor:
+    """``[S - first]``: of the tokens ``first`` to the last of ``ids [1, S]``, each given all before it."""
+    length = ids.shape[1]
+    cache = DynamicCache(config=model.config)
+    result = torch.empty(length - first)
+    for start in range(0, length - 1, chunk):
+        end = min(start + chunk, length - 1)
+        scored = end - max(start, first - 1)
+        # Logits are as wide as the vocabulary: only of what is scored, and never none (0 asks for all).
+        logits = model(
+            ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=max(scored, 1)
+        ).logits[0]
+        if scored > 0:
+            targets = ids[0, end + 1 - scored : end + 1]
+            nll = F.cross_entropy(logits.float(), targets, reduction="none")
+            result[end + 1 - scored - first : end + 1 - first] = nll.cpu()
+        progress.update(end - start)
+    return result
+
+
+def _one_sequence(input_ids: torch.Tensor, chunk: int) -> torch.Tensor:
     ids = input_ids.reshape(1, -1) if input_ids.ndim == 1 else input_ids
     if ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] < 2:
         raise ValueError(f"input_ids must be one sequence [1, S] with S >= 2, got {list(input_ids.shape)}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}")
-    ids = ids.to(model.device)
-    length = ids.shape[1]
+    return ids
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
-    cache = DynamicCache(config=model.config)
-    result = torch.empty(length - 1)
-    hidden = description is None or None  # None: shown on a terminal only
     try:
-        with tqdm(total=length, desc=description, unit="tok", disable=hidden, leave=False) as progress:
-            for start in range(0, length - 1, chunk):
-                end = min(start + chunk, length - 1)
-                logits = model(ids[:, start:end], past_key_values=cache, use_cache=True).logits[0]
-                nll = F.cross_entropy(logits.float(), ids[0, start + 1 : end + 1], reduction="none")
-                result[start:end] = nll.cpu()
-                progress.update(end - start)
+        yield
     finally:
         model.train(was_training)
-    return result
 
 
-STOCK = "stock"
-"""The label of the unchanged model in :func:`read_with_strategies`."""
+def _progress(total: int, description: str | None) -> tqdm[Any]:
+    hidden = description is None or None  # None: shown on a terminal only
+    return tqdm(total=total, desc=description, unit="tok", disable=hidden, leave=False)
 
 
 def read_with_strategies(
@@ -131,7 +207,7 @@ def read_with_strategies(
     Args:
         model: of a supported family; afterwards as before.
         input_ids: ``[1, S]``.
-        strategies: names of :data:`rope_dist.strategies.STRATEGIES`, or ``"stock"``.
+        strategies: as in :func:`rope_dist.evaluation.variants.make_variants`.
         target_length: tokens each extension is planned for.
         chunk: as in :func:`token_nll`.
         progress: show a bar for each reading.
@@ -139,15 +215,8 @@ def read_with_strategies(
     Raises:
         ValueError: the model's family is not supported, or the target is below its trained length.
     """
-    # Planned before the first reading: a model or a length that does not go is refused at once.
-    plans = {}
-    for strategy in strategies:
-        if strategy != STOCK:
-            with enable(model, target_length=target_length, strategy=strategy) as enabled:
-                plans[strategy] = enabled.plan
-    for strategy in strategies:
-        plan = plans.get(strategy)
-        description = f"reading with {strategy}" if progress else None
-        with enable(model, plan=plan) if plan else nullcontext():
+    for variant in make_variants(model, strategies, target_length):
+        description = f"reading with {variant.label}" if progress else None
+        with variant.applied(model):
             nll = token_nll(model, input_ids, chunk=chunk, description=description)
-        yield Reading(strategy, plan, nll)
+        yield Reading(variant.label, variant.plan, nll)

@@ -1,0 +1,337 @@
+"""``rope-dist eval``: perplexity, passkey retrieval and tasks of a model and its extensions."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = (
+    "Measure what an extension does to a model. A run that was stopped goes on where it stopped when the same "
+    "command is given again: finished measurements are kept in a JSON file in the output folder."
+)
+STRATEGIES = ("stock", "pi", "yarn", "dprope")
+QUICK_STRATEGIES = ("stock", "yarn", "dprope")
+
+
+def add(verbs: Any) -> None:
+    parser = verbs.add_parser("eval", help="perplexity, passkey retrieval, tasks", description=DESCRIPTION)
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="perplexity|passkey|tasks", parser_class=type(parser)
+    )
+    _add_perplexity(kinds)
+    _add_passkey(kinds)
+    _add_tasks(kinds)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="packaged model, directory or hub id (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        metavar="NAME",
+        help="stock, strategies, strategies with settings (dprope:threshold=0), or plans (plan.json); "
+        f"default: {' '.join(STRATEGIES)}",
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--target", type=int, metavar="TOKENS", help="length that strategies are planned for")
+    length.add_argument(
+        "--factor", type=float, help="the same as a multiple of the trained length (default: 2)"
+    )
+    parser.add_argument(
+        "--device", help="where the model works, e.g. cuda:0 (default: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="rope-dist-eval",
+        metavar="DIR",
+        help="folder for the record and the picture, made if missing (default: %(default)s)",
+    )
+    parser.add_argument("--restart", action="store_true", help="begin anew instead of going on")
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=512,
+        help="tokens a step: memory and speed, not the result (default: %(default)s)",
+    )
+    parser.add_argument("--no-plot", action="store_true", help="draw no picture")
+    parser.add_argument("--quick", action="store_true", help="a small run: minutes on a CPU")
+
+
+def _add_perplexity(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "perplexity",
+        help="by position, and by sliding window",
+        description="Perplexity of long texts: whole, by position, and within a sliding window (stride 256, as "
+        "in the paper).",
+    )
+    _add_common(parser)
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=["python"],
+        metavar="NAME",
+        help="corpora or text files (default: the Python language reference)",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="windows, and by the longest how far a text is read whole (default: trained length and target)",
+    )
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        choices=("whole", "sliding"),
+        metavar="whole|sliding",
+        help="default: whole; sliding reads every window anew and takes far longer",
+    )
+    parser.add_argument(
+        "--stride", type=int, default=256, help="of the sliding window (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        help="of a text for the sliding window (default: the longest length and 16 strides)",
+    )
+    parser.add_argument(
+        "--pieces", type=int, default=1, help="stretches of every text, side by side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--bucket", type=int, help="positions a column, a multiple of 256 (default: by the length)"
+    )
+    _add_reading(parser)
+    parser.set_defaults(run=_perplexity)
+
+
+def _add_passkey(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "passkey",
+        help="a number hidden in a long text",
+        description="Passkey retrieval: accuracy by length of the text and depth of the key.",
+    )
+    _add_common(parser)
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="of the prompts (default: 0.5 and 1 times the trained length, 1 and 1.25 times the target)",
+    )
+    parser.add_argument(
+        "--depths", type=float, nargs="+", metavar="SHARE", help="from 0 to 1 (default: 0 0.25 0.5 0.75 1)"
+    )
+    parser.add_argument("--trials", type=int, help="keys a length and depth (default: 3)")
+    parser.add_argument("--digits", type=int, default=5, help="of a key (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the keys (default: %(default)s)")
+    parser.add_argument(
+        "--scoring",
+        nargs="+",
+        choices=("generate", "decoys"),
+        metavar="generate|decoys",
+        help="generate: the key must begin the answer; decoys: it must be likelier than each of 9 others, "
+        "without generation, for base models (default: generate)",
+    )
+    _add_reading(parser)
+    parser.set_defaults(run=_passkey)
+
+
+def _add_tasks(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "tasks",
+        help="lm-evaluation-harness",
+        description="Tasks of lm-evaluation-harness: longbench-e, ruler and open-llm are the paper's; any name "
+        "of lm-eval's goes too, with @N for N examples shown (arc_challenge@25).",
+    )
+    _add_common(parser)
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, metavar="NAME", help="sets, tasks, groups or tags"
+    )
+    parser.add_argument("--include-path", metavar="DIR", help="folder with task files of your own")
+    parser.add_argument("--shots", type=int, help="examples shown, for tasks that say nothing of it")
+    parser.add_argument("--limit", type=int, help="only so many examples a task, to try it")
+    parser.add_argument("--batch-size", default="1", help="examples at once, or auto (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, help="tokens after which a prompt is cut (default: the target)"
+    )
+    parser.add_argument(
+        "--ruler-lengths", type=int, nargs="+", metavar="TOKENS", help="of RULER's prompts (default: 4096)"
+    )
+    parser.add_argument("--chat-template", action="store_true", help="use the tokenizer's chat template")
+    parser.set_defaults(run=_tasks)
+
+
+def _load(parsed: argparse.Namespace) -> tuple[Any, Any, int, int]:
+    """The model, its tokenizer, its trained length and the target."""
+    import torch
+    from transformers.utils import logging
+
+    from ..evaluation import load_model
+    from ..planning import pretrained_rope
+
+    # Loading notes and length warnings would stand between the lines of a run.
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    device = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(parsed.model, device)
+    trained = pretrained_rope(model.config)[0].length
+    target = parsed.target or round(trained * (parsed.factor or 2.0))
+    return model, tokenizer, trained, target
+
+
+def _record(parsed: argparse.Namespace, kind: str, model: Any) -> Any:
+    from ..evaluation import Record, describe
+
+    folder = Path(parsed.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Record(folder / f"{kind}.json", kind, describe(model, parsed.model), restart=parsed.restart)
+
+
+def _names(parsed: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(parsed.strategies or (QUICK_STRATEGIES if parsed.quick else STRATEGIES))
+
+
+def _collect(measurements: Any, say: Any) -> list[dict[str, Any]]:
+    found = []
+    for variant, measurement, finished in measurements:
+        seconds = measurement["result"]["seconds"]
+        print(f"{variant.label}: {say(measurement)} ({'on record' if finished else f'{seconds:.0f} s'})")
+        sys.stdout.flush()
+        found.append(measurement)
+    return found
+
+
+def _picture(parsed: argparse.Namespace, name: str) -> Path | None:
+    """Where the picture goes; what draws it is missed before the run, not after it."""
+    from ..optional import require
+
+    if parsed.no_plot:
+        return None
+    require("matplotlib", "plot", "a picture (--no-plot does without)")
+    return Path(parsed.output) / name
+
+
+def _end(parsed: argparse.Namespace, table: str, record: Any, picture: Path | None) -> None:
+    print(f"\n{table}\n\nwrote {record.path}{f' and {picture}' if picture else ''}")
+
+
+def _perplexity(parsed: argparse.Namespace) -> None:
+    from ..evaluation import make_variants, measure_perplexity, passages, perplexity_tables
+    from ..evaluation.sweep import average_perplexity, bucket_width, curves
+    from ..plots import plot_perplexity
+
+    picture = _picture(parsed, "perplexity.png")
+    model, tokenizer, trained, target = _load(parsed)
+    lengths = parsed.lengths or ([trained * 5 // 4] if parsed.quick else sorted({trained, target}))
+    methods = parsed.method or (["whole", "sliding"] if parsed.quick else ["whole"])
+    strides = 1 if parsed.quick else 16
+    tokens = max(lengths)
+    if "sliding" in methods:
+        tokens = parsed.tokens or tokens + strides * parsed.stride
+    read = passages(tokenizer, parsed.text, tokens, parsed.pieces)
+    variants = make_variants(model, _names(parsed), target)
+    record = _record(parsed, "perplexity", model)
+    measurements = _collect(
+        measure_perplexity(
+            model,
+            read,
+            variants,
+            record,
+            lengths=lengths,
+            methods=methods,
+            stride=parsed.stride,
+            chunk=parsed.chunk,
+            progress=True,
+        ),
+        lambda m: (
+            f"{m['what']['text']}, {m['what']['method']} {m['what'].get('length', m['what']['tokens'])}: "
+            f"perplexity {average_perplexity([m['result']]):.2f}"
+        ),
+    )
+    width = parsed.bucket or bucket_width(max(lengths))
+    if "whole" not in methods:
+        picture = None
+    if picture:
+        title = ", ".join(dict.fromkeys(p.text for p in read))
+        plot_perplexity(curves(measurements, width), trained, f"{title}: perplexity by position", picture)
+    _end(parsed, perplexity_tables(measurements, trained, width), record, picture)
+
+
+def _passkey(parsed: argparse.Namespace) -> None:
+    from ..evaluation import make_cases, make_variants, measure_passkey, passkey_tables
+    from ..evaluation.passkey import DEPTHS, grids
+    from ..plots import plot_passkey
+
+    picture = _picture(parsed, "passkey.png")
+    model, tokenizer, trained, target = _load(parsed)
+    usual = sorted({trained // 2, trained, target, target * 5 // 4})
+    lengths = parsed.lengths or ([trained // 8, trained * 5 // 4] if parsed.quick else usual)
+    cases = make_cases(
+        lengths,
+        parsed.depths or ((0.25, 0.75) if parsed.quick else DEPTHS),
+        trials=(1 if parsed.quick else 3) if parsed.trials is None else parsed.trials,
+        digits=parsed.digits,
+        seed=parsed.seed,
+    )
+    scorings = parsed.scoring or (["generate", "decoys"] if parsed.quick else ["generate"])
+    variants = make_variants(model, _names(parsed), target)
+    record = _record(parsed, "passkey", model)
+    measurements = _collect(
+        measure_passkey(
+            model,
+            tokenizer,
+            cases,
+            variants,
+            record,
+            scorings=scorings,
+            chunk=parsed.chunk,
+            progress=True,
+        ),
+        lambda m: (
+            f"{m['what']['length']} tokens, depth {m['what']['depth']:g}, key {m['what']['key']}: "
+            f"{'right' if m['result']['correct'] else 'wrong'} by {m['what']['scoring']}"
+        ),
+    )
+    if picture:
+        title = f"passkey retrieval, {parsed.digits} digits (* past the trained length)"
+        plot_passkey(grids(measurements), trained, title, picture)
+    _end(parsed, passkey_tables(measurements, trained), record, picture)
+
+
+def _tasks(parsed: argparse.Namespace) -> None:
+    from ..evaluation import make_variants, measure_tasks, resolve_tasks, tasks_table
+    from ..optional import require
+
+    require("lm_eval", "tasks", "running tasks")
+    tasks = resolve_tasks(parsed.tasks, parsed.shots)
+    if parsed.include_path and not Path(parsed.include_path).is_dir():
+        raise ValueError(f"--include-path {parsed.include_path} is not a folder")
+    model, tokenizer, _, target = _load(parsed)
+    variants = make_variants(model, parsed.strategies or STRATEGIES, target)
+    record = _record(parsed, "tasks", model)
+    measurements = _collect(
+        measure_tasks(
+            model,
+            tokenizer,
+            tasks,
+            variants,
+            record,
+            include_path=parsed.include_path,
+            limit=parsed.limit,
+            batch_size=parsed.batch_size,
+            max_length=parsed.max_length,
+            ruler_lengths=parsed.ruler_lengths,
+            chat_template=parsed.chat_template,
+        ),
+        lambda m: f"{m['what']['task']} done",
+    )
+    _end(parsed, tasks_table(measurements), record, None)

@@ -1,0 +1,91 @@
+"""What a model is read with: its own frequencies, a strategy with its settings, or a finished plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..planning import RopePlan
+from ..transformers import enable
+
+STOCK = "stock"
+"""The label of the unchanged model, run by stock transformers."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A label, and the plan it stands for (None: the stock model)."""
+
+    label: str
+    plan: RopePlan | None
+
+    def applied(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        """The model reads with this variant inside the context and is as before after it."""
+        return enable(model, plan=self.plan) if self.plan else nullcontext()
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the frequencies; ``stock`` for the stock model."""
+        if self.plan is None:
+            return STOCK
+        computed = [self.plan.theta, self.plan.rotary_dim, self.plan.attention_scaling, *self.plan.factors]
+        return hashlib.sha256(json.dumps(computed).encode()).hexdigest()[:12]
+
+
+def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: int) -> list[Variant]:
+    """Plan every variant for a model, before the first reading: what does not go is refused at once.
+
+    Args:
+        model: of a supported family; afterwards as before.
+        names: ``stock``; a name of :data:`rope_dist.strategies.STRATEGIES`; the same with settings,
+            ``dprope:threshold=0`` (several are separated by commas, values are JSON or words); or the path
+            of a plan, ending in ``.json``. A name given twice counts once.
+        target_length: tokens that strategies are planned for.
+
+    Raises:
+        ValueError: an unknown strategy or setting, a bad plan, a model of another family, a target below
+            its trained length.
+    """
+    variants = {}
+    for name in names:
+        if name == STOCK:
+            variants[name] = Variant(STOCK, None)
+            continue
+        if name.endswith(".json"):
+            options: dict[str, Any] = {"plan": _load_plan(name)}
+            label = Path(name).stem
+        else:
+            strategy, _, settings = name.partition(":")
+            options = {"target_length": target_length, "strategy": strategy, **_settings(name, settings)}
+            label = name
+        with enable(model, **options) as enabled:
+            made = Variant(label, enabled.plan)
+        if variants.setdefault(label, made) != made:
+            raise ValueError(f"two plans are called {label}: rename one of the files")
+    return list(variants.values())
+
+
+def _load_plan(path: str) -> RopePlan:
+    if not Path(path).is_file():
+        raise ValueError(f"there is no plan {path}: write one with rope-dist plan -o {path}")
+    return RopePlan.load(path)
+
+
+def _settings(name: str, text: str) -> dict[str, Any]:
+    settings = {}
+    for setting in filter(None, text.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{setting!r} in {name!r} is not KEY=VALUE, e.g. dprope:threshold=0")
+        try:
+            settings[key.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key.replace("-", "_")] = value
+    return settings
