@@ -53,3 +53,27 @@ def llama(make_llama):
 @pytest.fixture
 def ids():
     return torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def letters():
+    """A tokenizer of single ASCII letters: a token a character."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(code): code for code in range(128)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=chr(2), pad_token=chr(0))
+
+
+@pytest.fixture
+def model_directory(letters, tmp_path):
+    """A LLaMA of one layer and a tokenizer of single letters, saved as any model is."""
+    from transformers import LlamaForCausalLM
+
+    letters.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(llama_config(num_hidden_layers=1)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"

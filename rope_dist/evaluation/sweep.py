@@ -198,8 +198,7 @@ def average_buckets(results: Sequence[Mapping[str, Any]], width: int) -> list[Bu
     Raises:
         ValueError: another width, or readings of different lengths.
     """
-    if width < 1 or width % WIDTH:
-        raise ValueError(f"the width of a bucket must be a multiple of {WIDTH} positions, got {width}")
+    check_width(width)
     if len({r["predicted"] for r in results}) != 1:
         raise ValueError("only readings of equally many tokens have an average by position")
     length = results[0]["predicted"] + 1
@@ -215,6 +214,13 @@ def average_buckets(results: Sequence[Mapping[str, Any]], width: int) -> list[Bu
         if count:
             buckets.append(Bucket(start, end, math.exp(total / count)))
     return buckets
+
+
+def check_width(width: int) -> int:
+    """``width`` if buckets can be that wide; ``ValueError`` otherwise."""
+    if width < 1 or width % WIDTH:
+        raise ValueError(f"the width of a bucket must be a multiple of {WIDTH} positions, got {width}")
+    return width
 
 
 def bucket_width(tokens: int) -> int:

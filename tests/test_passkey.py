@@ -1,0 +1,268 @@
+"""Passkey retrieval: prompts, the grader with models whose answers are known, and the command."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import llama_config
+from transformers import LlamaForCausalLM
+
+from rope_dist.cli import main
+from rope_dist.evaluation import Record, describe, make_cases, make_variants, measure_passkey, passkey_tables
+from rope_dist.evaluation import passkey as passkey_module
+from rope_dist.evaluation.passkey import PromptReader, accuracy, answered_key, grids, passkey_prompt
+
+LENGTHS = (900, 1500)
+
+
+class PlantedLlama(LlamaForCausalLM):
+    """A LLaMA that reads and caches as any other, but whose logits are of ``next_letter(text so far)``."""
+
+    def forward(self, input_ids, past_key_values=None, logits_to_keep=0, **options):
+        past = past_key_values.get_seq_length()
+        out = super().forward(
+            input_ids, past_key_values=past_key_values, logits_to_keep=logits_to_keep, **options
+        )
+        self.seen = [*getattr(self, "seen", [])[:past], *input_ids[0].tolist()]
+        assert len(self.seen) == past_key_values.get_seq_length()
+        kept = out.logits.shape[1]
+        out.logits = torch.zeros_like(out.logits)
+        for i in range(kept):
+            text = "".join(map(chr, self.seen[: len(self.seen) - kept + i + 1]))
+            out.logits[0, i, ord(self.next_letter(text))] = 10
+        return out
+
+    def answer(self, text, key):
+        """The next letter of `` KEY.`` after the question, given what of it is there."""
+        expected, given = f" {key}.", text.rpartition("pass key is")[2]
+        return expected[len(given)] if expected.startswith(given) and given != expected else "x"
+
+
+class Perfect(PlantedLlama):
+    def next_letter(self, text):
+        found = re.search(r"pass key is (\d+)\. Remember it", text)
+        return self.answer(text, found[1]) if found else "x"
+
+
+class Blind(PlantedLlama):
+    """Sees nothing and always says the same number."""
+
+    def next_letter(self, text):
+        return self.answer(text, "50000")
+
+
+class NearSighted(PlantedLlama):
+    """Sees the last 700 letters."""
+
+    def next_letter(self, text):
+        found = re.search(r"pass key is (\d+)\. Remember it", text[-700:])
+        return self.answer(text, found[1] if found else "50000")
+
+
+@pytest.fixture
+def measure(letters, tmp_path):
+    def run(kind, cases, scorings=("generate", "decoys"), path="passkey.json", names=("stock",)):
+        torch.manual_seed(0)
+        model = kind(llama_config(num_hidden_layers=1)).eval()
+        record = Record(tmp_path / path, "passkey", describe(model, "planted"))
+        variants = make_variants(model, names, 128)
+        return measure_passkey(model, letters, cases, variants, record, scorings=scorings, chunk=200)
+
+    return run
+
+
+def by_scoring(measurements, scoring):
+    return accuracy([m for _, m, _ in measurements if m["what"]["scoring"] == scoring])
+
+
+class TestGrader:
+    def test_a_perfect_model_is_always_right(self, measure):
+        found = list(measure(Perfect, make_cases(LENGTHS, trials=2)))
+        assert len(found) == 2 * 5 * 2 * 2
+        for scoring in ("generate", "decoys"):
+            cells = by_scoring(found, scoring)
+            assert set(cells) == {(n, d) for n in LENGTHS for d in (0.0, 0.25, 0.5, 0.75, 1.0)}
+            assert set(cells.values()) == {1.0}
+
+    def test_a_blind_model_is_right_by_chance(self, measure):
+        found = list(measure(Blind, make_cases([600], trials=12)))
+        generated = by_scoring(found, "generate").values()
+        assert set(generated) == {0.0}
+        guessed = by_scoring(found, "decoys").values()
+        assert sum(guessed) / len(guessed) < 0.25  # one of ten by chance; 60 cases
+
+    def test_a_near_sighted_model_shows_where_it_fails(self, measure):
+        found = list(measure(NearSighted, make_cases(LENGTHS)))
+        cells = by_scoring(found, "generate")
+        for length in LENGTHS:
+            assert cells[length, 1.0] == 1
+            assert cells[length, 0.0] == 0
+        assert cells[900, 0.75] == 1
+        assert cells[1500, 0.25] == 0
+
+    @pytest.mark.parametrize(
+        ("answer", "key"),
+        [
+            (" 12345. Remember", "12345"),
+            ("\n12345", "12345"),
+            (" 123456", "123456"),
+            (" 1234", "1234"),
+            (" not known", None),
+            ("", None),
+            (" 54321 or 12345", "54321"),
+        ],
+    )
+    def test_the_first_number_counts(self, answer, key):
+        assert answered_key(answer) == key
+
+    def test_an_equal_decoy_is_not_a_right_answer(self, measure):
+        """A model without any opinion must not pass by the order of the candidates."""
+
+        class Indifferent(PlantedLlama):
+            def next_letter(self, text):
+                return "x"
+
+        found = list(measure(Indifferent, make_cases([600], [0.5], trials=4), ["decoys"]))
+        assert not any(m["result"]["correct"] for _, m, _ in found)
+
+
+class TestPrompts:
+    @pytest.mark.parametrize("length", [450, 900, 901, 2000])
+    @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+    def test_fill_the_length_with_the_key_at_its_depth(self, letters, length, depth):
+        (case,) = make_cases([length], [depth])
+        prompt = passkey_prompt(letters, case)
+        filler = passkey_module._FILLER
+        assert length - len(filler) - 2 <= len(letters(prompt).input_ids) <= length
+        assert prompt.count(case.key) == 2
+        assert prompt.endswith("What is the pass key? The pass key is")
+        before = prompt[: prompt.index(case.key)].count(filler)
+        assert before == round(depth * prompt.count(filler))
+
+    def test_keys_follow_the_seed_and_the_case_alone(self):
+        few, many = make_cases([500]), make_cases([400, 500], [0, 0.25, 0.5, 0.75, 1, 0.1], trials=3)
+        assert set(few) <= set(many)
+        assert few != make_cases([500], seed=1)
+        assert len({c.key for c in many}) > 30
+        for case in make_cases([500], trials=20, digits=2, decoys=20):
+            assert len({case.key, *case.decoys}) == 21
+            assert all(re.fullmatch(r"[1-9]\d", n) for n in (case.key, *case.decoys))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"depths": [1.1]}, "from 0 to 1"),
+            ({"trials": 0}, "trials must be at least 1"),
+            ({"digits": 0}, "digits must be at least 1"),
+            ({"digits": 1, "decoys": 9}, "only 9 numbers"),
+            ({"lengths": []}, "at least one length"),
+        ],
+    )
+    def test_refuses_bad_settings(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            make_cases(**{"lengths": [500], **options})
+
+    def test_a_length_that_holds_no_prompt_is_refused(self, letters):
+        (case,) = make_cases([100], [0.5])
+        with pytest.raises(ValueError, match=r"needs at least 2\d\d tokens, got the length 100"):
+            passkey_prompt(letters, case)
+
+
+class TestPromptReader:
+    """A shared cache changes nothing: every answer equals one of the model alone, on the whole prompt."""
+
+    PROMPTS = ("abc" * 60, "abc" * 40 + "x" * 70, "abc" * 40 + "x" * 20, "q", "abc" * 60)
+
+    def test_generates_what_the_model_generates(self, llama, letters):
+        reader = PromptReader(llama, letters, chunk=50)
+        for prompt in self.PROMPTS:
+            ids = letters(prompt, return_tensors="pt").input_ids
+            whole = llama.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
+            )
+            expected = letters.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+            assert reader.generate(prompt, 8) == expected
+
+    def test_log_probabilities_are_the_models(self, llama, letters):
+        reader = PromptReader(llama, letters, chunk=50)
+        for prompt in self.PROMPTS:
+            candidates = ["12345", "99999", "7"]
+            found = reader.log_probabilities(prompt, candidates)
+            for candidate, value in zip(candidates, found, strict=True):
+                ids = letters(f"{prompt} {candidate}", return_tensors="pt").input_ids
+                with torch.no_grad():
+                    log_p = llama(ids).logits[0].double().log_softmax(-1)
+                begin = len(prompt)
+                expected = sum(log_p[i - 1, ids[0, i]].item() for i in range(begin, ids.shape[1]))
+                assert value == pytest.approx(expected, abs=1e-4)
+
+
+class TestRuns:
+    def test_a_stopped_run_goes_on(self, measure, monkeypatch):
+        cases = make_cases([600], [0.0, 1.0])
+        unbroken = [m for _, m, _ in measure(Perfect, cases, path="whole.json", names=("stock", "pi"))]
+        run = measure(Perfect, cases, names=("stock", "pi"))
+        for _ in range(3):
+            next(run)
+        run.close()
+        resumed = list(measure(Perfect, cases, names=("stock", "pi")))
+        assert [finished for *_, finished in resumed] == [True] * 3 + [False] * 5
+        assert [m["what"] for _, m, _ in resumed] == [m["what"] for m in unbroken]
+        monkeypatch.setattr(passkey_module, "PromptReader", None)  # would be called to read
+        assert all(finished for *_, finished in measure(Perfect, cases, names=("stock", "pi")))
+
+    def test_other_keys_are_other_measurements(self, measure):
+        list(measure(Perfect, make_cases([600], [0.5])))
+        for cases in (make_cases([600], [0.5], seed=1), make_cases([600], [0.5], digits=4)):
+            assert not any(finished for *_, finished in measure(Perfect, cases))
+
+    def test_grids_and_tables(self, measure):
+        found = [m for _, m, _ in measure(NearSighted, make_cases(LENGTHS, [0, 1]))]
+        assert set(grids(found)) == {"stock, generate", "stock, decoys"}
+        assert set(grids([m for m in found if m["what"]["scoring"] == "decoys"])) == {"stock"}
+        table = passkey_tables(found, trained_length=1000)
+        assert re.search(r"stock, generate +900 +1500\*", table)
+        assert re.search(r"depth 0 +0 +0\n", table)
+        assert re.search(r"depth 1 +100 +100\n", table)
+        assert re.search(r"all depths +50 +50\n", table)
+
+
+class TestCommand:
+    @pytest.fixture
+    def command(self, model_directory, tmp_path, capsys):
+        def run(*arguments):
+            common = ["--model", model_directory, "-o", tmp_path / "out", "--strategies", "stock", "yarn"]
+            code = main([str(a) for a in ("eval", "passkey", *common, *arguments)])
+            captured = capsys.readouterr()
+            return code, captured.out, captured.err
+
+        return run
+
+    def test_tables_record_and_heat_map(self, command, tmp_path):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        options = ("--lengths", "400", "500", "--depths", "0", "1", "--trials", "2")
+        options += ("--scoring", "generate", "decoys")
+        code, out, _ = command(*options)
+        assert code == 0
+        assert "yarn, decoys" in out
+        assert (tmp_path / "out" / "passkey.png").read_bytes().startswith(b"\x89PNG")
+        record = json.loads((tmp_path / "out" / "passkey.json").read_text())
+        assert len(record["measurements"]) == 2 * 2 * 2 * 2 * 2
+        code, out, _ = command(*options)
+        assert out.count("(on record)") == 32
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--lengths", "50"), "a passkey prompt needs at least"),
+            (("--depths", "2"), "from 0 to 1"),
+            (("--trials", "0"), "trials must be at least 1"),
+            (("--strategies", "magic"), "unknown strategy"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_exit_code_2(self, command, arguments, message):
+        code, _, error = command("--no-plot", *arguments)
+        assert code == 2
+        assert message in error
+        assert error.count("\n") == 1
