@@ -105,10 +105,18 @@ def cpu_rotary() -> str:
     )
 
 
+def quality() -> str:
+    """What every strategy does to a real model that is not trained further."""
+    from benchmarks.quality.summary import block
+
+    return block(RESULTS)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "planning": planning,
     "perplexity": perplexity,
     "cpu_rotary": cpu_rotary,
+    "quality": quality,
 }
 
 

@@ -328,7 +328,7 @@ def _tasks(parsed: argparse.Namespace) -> None:
             include_path=parsed.include_path,
             limit=parsed.limit,
             batch_size=parsed.batch_size,
-            max_length=parsed.max_length,
+            max_length=parsed.max_length or target,
             ruler_lengths=parsed.ruler_lengths,
             chat_template=parsed.chat_template,
         ),

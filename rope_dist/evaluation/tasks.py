@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +86,8 @@ def measure_tasks(
         include_path: a folder with task files of one's own (YAML, with data in JSONL beside them).
         limit: only so many examples a task.
         batch_size: examples at once, or ``"auto"``.
-        max_length: tokens after which lm-eval cuts a prompt from the left; by default the variant's length.
+        max_length: tokens after which lm-eval cuts a prompt from the left; by default what each variant's
+            config says, which is less for the stock model than for its extensions.
         ruler_lengths: lengths that RULER's prompts are made for (lm-eval's default is 4096).
         chat_template: put prompts into the tokenizer's chat template.
 
@@ -99,6 +101,7 @@ def measure_tasks(
     lm_eval = require("lm_eval", "tasks", "running tasks")
     manager_module = require("lm_eval.tasks", "tasks", "running tasks")
     hf = require("lm_eval.models.huggingface", "tasks", "running tasks")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # notes on settings that are meant as they are
     with tempfile.TemporaryDirectory(prefix="rope-dist-tokenizer-") as folder:
         # RULER makes its prompts with a tokenizer that it loads by name.
         tokenizer.save_pretrained(folder)

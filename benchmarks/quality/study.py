@@ -1,0 +1,157 @@
+"""Does a model read longer texts? Every strategy on SmolLM2-135M (trained to 8192 tokens), without training.
+
+    python -m benchmarks.quality.study [--seconds 7200] [--quick]
+
+Reads several texts to 2x and 4x of the trained length (perplexity by position) and asks for passkeys at
+lengths up to there and beyond. It takes hours on a CPU, so it may be stopped at any time, or by ``--seconds``:
+the same command goes on where it stopped. What is not installed of the texts is left out and named.
+Results: ``quality_perplexity.json``, ``quality_passkey.json`` and ``quality.png``; ``python -m benchmarks.report``
+makes the README's tables of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.quality.summary import TRAINED, finished_curves, load
+from rope_dist.evaluation import (
+    Record,
+    describe,
+    load_model,
+    load_text,
+    make_cases,
+    make_variants,
+    measure_passkey,
+    measure_perplexity,
+    passages,
+)
+from rope_dist.optional import MissingPackageError
+from rope_dist.plots import plot_perplexity
+
+MODEL = "smollm2-135m"
+STRATEGIES = (
+    "stock",
+    "pi",
+    "ntk",
+    "dynamic-ntk",
+    "yarn",
+    "llama3",
+    "dprope:threshold=0",
+    "dprope:threshold=5e-4",
+    "dprope:threshold=2e-3",
+)
+# In an order in which the first few are of different kinds: a study that is stopped early has those.
+TEXTS = (
+    "emma",
+    "moby-dick",
+    "state-of-the-union",
+    "python",
+    "pride-and-prejudice",
+    "persuasion",
+    "northanger-abbey",
+    "mansfield-park",
+    "sense-and-sensibility",
+)
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Strategies planned for ``target`` tokens read ``texts`` to the target, and ask for passkeys."""
+
+    target: int
+    texts: tuple[str, ...]
+    tokens: int
+    passkey_lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    strategies: tuple[str, ...] = STRATEGIES
+
+
+PARTS = (
+    Part(2 * TRAINED, TEXTS, 2 * TRAINED, (8192, 12288, 16384, 20480), (0, 0.25, 0.5, 0.75, 1)),
+    Part(4 * TRAINED, TEXTS[:3], 4 * TRAINED, (32768,), (0, 0.5, 1)),
+)
+QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),)
+
+
+def main() -> None:
+    """Run what is not yet on record, and draw what is complete."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, help="begin no new reading after this time")
+    parser.add_argument("--quick", action="store_true", help="a few hundred tokens: does the study run?")
+    parser.add_argument(
+        "--output", help="folder for the results (default: benchmarks/results; with --quick rope-dist-eval)"
+    )
+    arguments = parser.parse_args()
+    if arguments.seconds is not None and not arguments.seconds > 0:
+        parser.error("--seconds must be positive")
+    output = Path(arguments.output or ("rope-dist-eval" if arguments.quick else "benchmarks/results"))
+    output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + (arguments.seconds or float("inf"))
+    done = 0
+    complete = True
+    for what in _readings(QUICK if arguments.quick else PARTS, output):
+        print(what, flush=True)
+        done += 1
+        if time.monotonic() > deadline:
+            complete = False
+            break
+    print(f"{done} measurements on record, {'all there are' if complete else 'the same command goes on'}")
+    curves, texts = finished_curves(load(output, "perplexity"), min(p.tokens for p in PARTS))
+    if curves:
+        title = f"SmolLM2-135M without training, {texts} text{'s' if texts > 1 else ''}, extended to 16384"
+        plot_perplexity(curves, TRAINED, title, output / "quality.png")
+
+
+def _readings(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
+    transformers_logging.set_verbosity_error()
+    model, tokenizer = load_model(MODEL)
+    identity = describe(model, MODEL)
+    perplexity = Record(output / "quality_perplexity.json", "perplexity", identity)
+    passkey = Record(output / "quality_passkey.json", "passkey", identity)
+    for part in parts:
+        variants = make_variants(model, part.strategies, part.target)
+        texts = passages(tokenizer, _installed(part.texts), part.tokens)
+        readings: Iterator[Any] = measure_perplexity(
+            model, texts, variants, perplexity, lengths=[part.tokens], methods=["whole"], progress=True
+        )
+        for variant, m, finished in readings:
+            yield _line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
+        cases = make_cases(part.passkey_lengths, part.depths, seed=SEED)
+        answers = measure_passkey(
+            model, tokenizer, cases, variants, passkey, scorings=["generate", "decoys"], progress=True
+        )
+        for variant, m, finished in answers:
+            what = m["what"]
+            yield _line(
+                f"passkey, {what['length']} tokens, depth {what['depth']:g}, {variant.label}", m, finished
+            )
+
+
+def _line(text: str, measurement: dict[str, Any], finished: bool) -> str:
+    seconds = measurement["result"]["seconds"]
+    return f"{text}: {'on record' if finished else f'{seconds} s'}"
+
+
+def _installed(names: tuple[str, ...]) -> list[str]:
+    found = []
+    for name in names:
+        try:
+            load_text(name)
+        except MissingPackageError as error:
+            tqdm.write(f"left out: {error}")
+        else:
+            found.append(name)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The study's tables: only texts and lengths that every strategy has finished are counted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from rope_dist.evaluation.passkey import accuracy
+from rope_dist.evaluation.perplexity import Bucket
+from rope_dist.evaluation.sweep import WIDTH, average_buckets
+
+TRAINED = 8192
+
+
+def load(folder: Path, kind: str) -> dict[str, Any]:
+    """A record of the study; ``ValueError`` names the command that makes it."""
+    path = folder / f"quality_{kind}.json"
+    if not path.exists():
+        raise ValueError(f"there is no {path}: python -m benchmarks.quality.study")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def finished_readings(record: dict[str, Any], tokens: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Results by text and label, of readings of ``tokens``: texts that every label has read."""
+    by_text: dict[str, dict[str, dict[str, Any]]] = {}
+    for m in record["measurements"]:
+        if m["what"]["tokens"] == tokens:
+            by_text.setdefault(m["what"]["text"], {})[m["what"]["variant"]] = m["result"]
+    labels = {label for results in by_text.values() for label in results}
+    return {text: results for text, results in by_text.items() if results.keys() == labels}
+
+
+def _width(tokens: int) -> int:
+    return max(tokens // 8 // WIDTH, 1) * WIDTH
+
+
+def finished_curves(record: dict[str, Any], tokens: int) -> tuple[dict[str, list[Bucket]], int]:
+    """Perplexity by position (about eight buckets) by label, and over how many texts."""
+    by_text = finished_readings(record, tokens)
+    if not by_text:
+        return {}, 0
+    labels = next(iter(by_text.values()))
+    return {
+        label: average_buckets([results[label] for results in by_text.values()], _width(tokens))
+        for label in labels
+    }, len(by_text)
+
+
+def perplexity_table(record: dict[str, Any], tokens: int) -> str:
+    """A row a strategy: everywhere, past the trained length (and its range over the texts), by position."""
+    by_text = finished_readings(record, tokens)
+    curves, _ = finished_curves(record, tokens)
+    if not curves:
+        return ""
+    first = next(iter(curves.values()))
+    headers = ["", "all", f"past {TRAINED}", "lowest to highest text"]
+    headers += [f"{b.start / 1024:g}-{b.end / 1024:g}k{'*' if b.start >= TRAINED else ''}" for b in first]
+    rows = []
+    for label, buckets in curves.items():
+        texts = [_past(average_buckets([r[label]], _width(tokens))) for r in by_text.values()]
+        overall = math.exp(sum(r[label]["nll"] for r in by_text.values()) / len(by_text))
+        row = [label, f"{overall:.1f}", f"{_past(buckets):.1f}", f"{min(texts):.1f} - {max(texts):.1f}"]
+        rows.append(row + [f"{b.perplexity:.1f}" for b in buckets])
+    return _markdown(rows, headers)
+
+
+def _past(buckets: list[Bucket]) -> float:
+    """Perplexity of the tokens past the trained length; not a number where none was read."""
+    past = [b for b in buckets if b.start >= TRAINED]
+    tokens = sum(b.end - b.start for b in past)
+    return (
+        math.exp(sum(math.log(b.perplexity) * (b.end - b.start) for b in past) / tokens) if past else math.nan
+    )
+
+
+def passkey_table(record: dict[str, Any]) -> str:
+    """A row a strategy, per length the share of right answers (generated / among decoys)."""
+    measurements = record["measurements"]
+    labels = list(dict.fromkeys(m["what"]["variant"] for m in measurements))
+    columns: dict[int, dict[str, str]] = {}
+    for length in sorted({m["what"]["length"] for m in measurements}):
+        cells, counts = {}, set()
+        for label in labels:
+            at = [m for m in measurements if m["what"]["length"] == length and m["what"]["variant"] == label]
+            by_scoring = {s: [m for m in at if m["what"]["scoring"] == s] for s in ("generate", "decoys")}
+            counts.add(tuple(len(chosen) for chosen in by_scoring.values()))
+            if all(by_scoring.values()):
+                cells[label] = " / ".join(_percent(chosen) for chosen in by_scoring.values())
+        # Every strategy has answered equally many prompts: the length is finished.
+        if len(counts) == 1 and len(cells) == len(labels):
+            columns[length] = cells
+    if not columns:
+        return ""
+    headers = ["passkey, %", *(f"{n}{'*' if n > TRAINED else ''}" for n in columns)]
+    return _markdown([[label, *(cells[label] for cells in columns.values())] for label in labels], headers)
+
+
+def _percent(measurements: list[dict[str, Any]]) -> str:
+    shares = accuracy(measurements).values()
+    return f"{100 * sum(shares) / len(shares):.0f}"
+
+
+def block(folder: Path) -> str:
+    """The README's block: tables, the plot, and what was measured on which machine."""
+    perplexity, passkey = load(folder, "perplexity"), load(folder, "passkey")
+    parts = []
+    lengths = sorted({m["what"]["tokens"] for m in perplexity["measurements"]})
+    for tokens in lengths:
+        by_text = finished_readings(perplexity, tokens)
+        if by_text:
+            parts.append(
+                f"Perplexity of {tokens} tokens of each of {len(by_text)} texts ({', '.join(by_text)}), "
+                f"extended to {max(tokens, 2 * TRAINED)}:"
+            )
+            parts.append(perplexity_table(perplexity, tokens))
+    if (folder / "quality.png").exists():
+        parts.append("![Perplexity by position](benchmarks/results/quality.png)")
+    table = passkey_table(passkey)
+    if table:
+        decoys = next(len(m["what"]["decoys"]) for m in passkey["measurements"] if "decoys" in m["what"])
+        parts.append(
+            f"Passkeys found: in the greedy continuation / likelier than each of {decoys} decoys (chance is "
+            f"{100 / (decoys + 1):.0f}):"
+        )
+        parts.append(table)
+    seeds = sorted({m["what"]["seed"] for m in passkey["measurements"]})
+    machines = "; ".join(
+        dict.fromkeys(
+            f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, transformers {m['transformers']}"
+            for m in perplexity["machines"] + passkey["machines"]
+        )
+    )
+    model = perplexity["model"]
+    parts.append(
+        f"\\* past the {TRAINED} tokens that the model was trained on. `python -m benchmarks.quality.study`: "
+        f"{model['name']}, {model['dtype']}, without training; seed of the passkeys "
+        f"{', '.join(map(str, seeds))}, five digits, one key a length and depth; {machines}."
+    )
+    return "\n\n".join(parts)
+
+
+def _markdown(rows: list[list[str]], headers: list[str]) -> str:
+    align = ("left", *("right",) * (len(headers) - 1))
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
