@@ -105,9 +105,10 @@ def main() -> None:
             complete = False
             break
     print(f"{done} measurements on record, {'all there are' if complete else 'the same command goes on'}")
-    curves, texts = finished_curves(load(output, "perplexity"), min(p.tokens for p in PARTS))
+    first = PARTS[0]
+    curves, texts = finished_curves(load(output, "perplexity"), first.tokens)
     if curves:
-        title = f"SmolLM2-135M without training, {texts} text{'s' if texts > 1 else ''}, extended to 16384"
+        title = f"{MODEL}, not trained further, extended to {first.target}; {texts} text{'s' if texts > 1 else ''}"
         plot_perplexity(curves, TRAINED, title, output / "quality.png")
 
 

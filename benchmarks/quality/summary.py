@@ -50,6 +50,13 @@ def finished_curves(record: dict[str, Any], tokens: int) -> tuple[dict[str, list
     }, len(by_text)
 
 
+def _targets(record: dict[str, Any], tokens: int) -> str:
+    """The lengths that the readings of ``tokens`` were planned for."""
+    used = {m["what"]["frequencies"] for m in record["measurements"] if m["what"]["tokens"] == tokens}
+    lengths = {plan["target_length"] for name, plan in record["plans"].items() if name in used}
+    return ", ".join(map(str, sorted(lengths)))
+
+
 def perplexity_table(record: dict[str, Any], tokens: int) -> str:
     """A row a strategy: everywhere, past the trained length (and its range over the texts), by position."""
     by_text = finished_readings(record, tokens)
@@ -57,7 +64,7 @@ def perplexity_table(record: dict[str, Any], tokens: int) -> str:
     if not curves:
         return ""
     first = next(iter(curves.values()))
-    headers = ["", "all", f"past {TRAINED}", "lowest to highest text"]
+    headers = ["", "all", f"past {TRAINED}", "over the texts"]
     headers += [f"{b.start / 1024:g}-{b.end / 1024:g}k{'*' if b.start >= TRAINED else ''}" for b in first]
     rows = []
     for label, buckets in curves.items():
@@ -112,9 +119,9 @@ def block(folder: Path) -> str:
     for tokens in lengths:
         by_text = finished_readings(perplexity, tokens)
         if by_text:
+            targets = _targets(perplexity, tokens)
             parts.append(
-                f"Perplexity of {tokens} tokens of each of {len(by_text)} texts ({', '.join(by_text)}), "
-                f"extended to {max(tokens, 2 * TRAINED)}:"
+                f"Perplexity of the first {tokens} tokens of {', '.join(by_text)}; extended to {targets}:"
             )
             parts.append(perplexity_table(perplexity, tokens))
     if (folder / "quality.png").exists():
@@ -130,7 +137,7 @@ def block(folder: Path) -> str:
     seeds = sorted({m["what"]["seed"] for m in passkey["measurements"]})
     machines = "; ".join(
         dict.fromkeys(
-            f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, transformers {m['transformers']}"
+            f"{m['processor']}, threads: {m['threads']}, torch {m['torch']}, transformers {m['transformers']}"
             for m in perplexity["machines"] + passkey["machines"]
         )
     )
