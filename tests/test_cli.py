@@ -175,6 +175,10 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
         ("plan", "llama2-7b", "--target", "8192", "--set", "threshold"),
         ("compare", "llama2-7b"),
         ("compare", "llama2-7b", "--target", "8192", "--divergence", "kl"),
+        ("eval",),
+        ("eval", "tasks"),
+        ("eval", "passkey", "--scoring", "luck"),
+        ("eval", "perplexity", "--target", "9000", "--factor", "2"),
         ("fly",),
     ],
 )

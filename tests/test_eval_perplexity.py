@@ -237,6 +237,25 @@ class TestMemory:
         with pytest.raises(ValueError, match=r"needs at least 0.1 GiB .* lower the length or --chunk"):
             check_memory(llama, 200_000, 512)
 
+    def test_what_is_free_is_the_least_of_machine_and_container(self, tmp_path, monkeypatch):
+        from rope_dist.evaluation import memory
+
+        cpu = torch.device("cpu")
+        monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+        monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+        assert memory.free_bytes(cpu) is None
+        (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemAvailable:   3000 kB\n")
+        assert memory.free_bytes(cpu) == 3000 * 1024
+        for name, text in {
+            "max": "1000000",
+            "current": "700000",
+            "stat": "anon 600000\ninactive_file 100000",
+        }.items():
+            (tmp_path / f"memory.{name}").write_text(text + "\n")
+        assert memory.free_bytes(cpu) == 400000
+        (tmp_path / "memory.max").write_text("max\n")
+        assert memory.free_bytes(cpu) == 3000 * 1024
+
     def test_a_failed_allocation_is_said_in_words(self):
         with (
             pytest.raises(ValueError, match="out of memory while reading: lower the length"),

@@ -35,6 +35,7 @@ def tasks_folder(tmp_path):
     data.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
     (folder / "riddles.yaml").write_text(
         "task: riddles\n"
+        "tag: puzzles\n"
         "dataset_path: json\n"
         f"dataset_kwargs:\n  data_files:\n    test: {data}\n"
         "test_split: test\n"
@@ -43,6 +44,9 @@ def tasks_folder(tmp_path):
         "doc_to_choice: choices\n"
         "doc_to_target: answer\n"
         "metric_list:\n  - metric: acc\n"
+    )
+    (folder / "backwards.yaml").write_text(
+        "include: riddles.yaml\ntask: backwards\ndoc_to_target: '{{2 - answer}}'\n"
     )
     return folder
 
@@ -102,6 +106,16 @@ class TestLocalTasks:
         assert "riddles" in out
         code, out, _ = command(*options)
         assert out.count("(on record)") == 2
+
+    @pytest.mark.usefixtures("local_only")
+    def test_the_tasks_of_a_tag_have_a_mean(self, command, tmp_path):
+        code, out, error = command("--tasks", "puzzles", "--strategies", "stock")
+        assert code == 0, error
+        (m,) = json.loads((tmp_path / "out" / "tasks.json").read_text())["measurements"]
+        scores = m["result"]["scores"]
+        both = scores["riddles"]["acc"] + scores["backwards"]["acc"]
+        assert scores["puzzles, mean of 2 tasks"] == {"acc": both / 2}
+        assert "puzzles, mean of 2 tasks" in out
 
     @pytest.mark.usefixtures("local_only")
     @pytest.mark.parametrize(

@@ -231,9 +231,12 @@ def _perplexity(parsed: argparse.Namespace) -> None:
 
     picture = _picture(parsed, "perplexity.png")
     model, tokenizer, trained, target = _load(parsed)
-    lengths = parsed.lengths or ([trained * 5 // 4] if parsed.quick else sorted({trained, target}))
-    methods = parsed.method or (["whole", "sliding"] if parsed.quick else ["whole"])
-    strides = 1 if parsed.quick else 16
+    methods = parsed.method or ["whole"]
+    lengths, strides = parsed.lengths or sorted({trained, target}), 16
+    if parsed.quick:
+        # Windows that are each read anew are quick only if they are short.
+        lengths = parsed.lengths or [trained // 8 if "sliding" in methods else trained * 5 // 4]
+        strides = 4
     width = bucket_width(max(lengths)) if parsed.bucket is None else check_width(parsed.bucket)
     tokens = max(lengths)
     if "sliding" in methods:

@@ -149,7 +149,7 @@ def measure_tasks(
                             )
                         except (OSError, _data_errors()) as error:
                             raise ValueError(_no_data(task.name, error)) from error
-                    result = {**_scores(out), "seconds": round(time.perf_counter() - began, 1)}
+                    result = {**_scores(out, task.name), "seconds": round(time.perf_counter() - began, 1)}
                     record.put(what, result, variant)
                 yield variant, {"what": what, "result": result}, finished
 
@@ -173,30 +173,42 @@ def _no_data(name: str, error: Exception) -> str:
     )
 
 
-def _scores(out: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of lm-eval's answer: metrics of every task and group, and how many examples."""
+def _scores(out: Mapping[str, Any], asked: str) -> dict[str, Any]:
+    """The numbers of lm-eval's answer: metrics of every task and group, and how many examples.
+
+    lm-eval has no mean for a tag, and of RULER only that at 4096 tokens: where several tasks were run, the
+    plain mean of every metric that all of them have is added.
+    """
     scores = {}
     for name, values in {**out["results"], **out.get("groups", {})}.items():
         scores[name] = {
             metric.removesuffix(",none"): value
             for metric, value in values.items()
-            if isinstance(value, (int, float)) and "stderr" not in metric and metric != "sample_len"
+            # RULER marks a length that was not asked with -1.
+            if isinstance(value, (int, float)) and not metric.startswith("sample_len") and value != -1
+            if "_stderr" not in metric
         }
     examples = {name: counts["effective"] for name, counts in out["n-samples"].items()}
+    if len(examples) > 1:
+        parts = [scores[name] for name in examples]
+        shared = [metric for metric in parts[0] if all(metric in part for part in parts)]
+        if shared:
+            scores[f"{asked}, mean of {len(parts)} tasks"] = {
+                metric: sum(part[metric] for part in parts) / len(parts) for metric in shared
+            }
     return {"scores": scores, "examples": examples, "versions": dict(out["versions"])}
 
 
 def tasks_table(measurements: Sequence[Mapping[str, Any]]) -> str:
-    """A row a task and metric, a column a variant; -1 is RULER's mark for a length that was not asked."""
+    """A row a task and metric, a column a variant."""
     labels = list(dict.fromkeys(m["what"]["variant"] for m in measurements))
     cells: dict[tuple[str, str, str], dict[str, str]] = {}
     for m in measurements:
         shots = m["what"]["shots"]
         for name, metrics in m["result"]["scores"].items():
             for metric, value in metrics.items():
-                if value != -1:
-                    row = cells.setdefault((name, "" if shots is None else str(shots), metric), {})
-                    row[m["what"]["variant"]] = f"{value:.4f}"
+                row = cells.setdefault((name, "" if shots is None else str(shots), metric), {})
+                row[m["what"]["variant"]] = f"{value:.4f}"
     rows = [[*key, *(row.get(label, "") for label in labels)] for key, row in cells.items()]
     align = ("left", "right", "left", *("right",) * len(labels))
     return tabulate(
