@@ -77,7 +77,7 @@ def plot_perplexity(
 
     Args:
         curves: buckets of positions by label, as :meth:`rope_dist.evaluation.Reading.buckets` gives them.
-        trained_length: where the model's own context ends, marked in the picture.
+        trained_length: where the model's own context ends, marked where the curves go past it.
         title: above the picture.
         path: the picture to write; its ending chooses the format.
 
@@ -90,7 +90,8 @@ def plot_perplexity(
     for label, buckets in curves.items():
         middles = [(b.start + b.end) / 2 for b in buckets]
         axis.plot(middles, [b.perplexity for b in buckets], marker="o", markersize=4, label=label)
-    axis.axvline(trained_length, color="black", linestyle="--", linewidth=1, label="trained length")
+    if any(bucket.end > trained_length for buckets in curves.values() for bucket in buckets):
+        axis.axvline(trained_length, color="black", linestyle="--", linewidth=1, label="trained length")
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from rope_dist.evaluation import load_model, resolve_tasks
 from rope_dist.evaluation.tasks import TASK_SETS, Task
 
 needs_lm_eval = pytest.mark.skipif(
-    "not __import__('importlib.util').util.find_spec('lm_eval')",
+    find_spec("lm_eval") is None,
     reason="lm_eval is not installed: pip install 'rope-dist[tasks]'",
 )
 
