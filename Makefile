@@ -1,5 +1,6 @@
 # make run    a real model reads past its trained length: tables and plots, five to ten minutes on two cores
 # make test   the test suite
+# make test-matrix   the tests of enabled models on the oldest and the newest transformers
 # make native the C++ and CUDA libraries, where their compilers are
 # make check-native   static checks and sanitizers of the native sources
 # make gate   every Triton kernel compiled for each architecture and held to its limits, without a GPU
@@ -23,13 +24,17 @@ ENV := .venv/.installed
 DEMO_ENV := .venv/.model
 endif
 
-.PHONY: run test lint bench native check-native gate clean
+.PHONY: run test test-matrix lint bench native check-native gate clean
 
 run: $(ENV) $(DEMO_ENV)
 	$(PYTHON) -m rope_dist demo
 
 test: $(ENV)
 	$(PYTHON) -m pytest
+
+# Environments of their own: nox keeps them in .nox.
+test-matrix: $(ENV)
+	$(PYTHON) -m nox $(if $(SESSIONS),--session $(SESSIONS)) $(if $(TESTS),-- $(TESTS))
 
 check-native: $(ENV)
 	PYTHON=$(PYTHON) csrc/check.sh
@@ -65,4 +70,4 @@ bench: $(ENV)
 
 clean:
 	rm -f rope_dist/_native/lib* rope_dist/_native/build.json
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis rope-dist-demo
+	rm -rf .venv .nox build dist *.egg-info .pytest_cache .ruff_cache .hypothesis rope-dist-demo

@@ -5,16 +5,26 @@ from __future__ import annotations
 import torch
 
 from .ops import dispatch, native, tuning
+from .planning import load_config
 from .timing import machine
-from .transformers import supported
+from .transformers import enable, report, summary
+from .transformers.families import FAMILIES
+from .transformers.reporting import FUSED, ROTARY
 from .version import __version__
 
 
-def info() -> dict[str, dict[str, str]]:
+def info(model: str | None = None) -> dict[str, dict[str, str]]:
     """Versions, native libraries, the backend of each device with its reason, and the model families.
+
+    Args:
+        model: a directory with a ``config.json`` or a hub id: what each layer would do once the model is
+            enabled on this machine's first device is told too. No weight is read.
 
     Returns:
         Sections of named texts, in the order in which :func:`text` prints them.
+
+    Raises:
+        ValueError: no such model, or none that can be enabled.
     """
     here = machine()
     return {
@@ -26,18 +36,39 @@ def info() -> dict[str, dict[str, str]]:
         "built": {"CPU library": _built("cpu"), "CUDA library": _built("cuda")},
         "used": {"cpu": _used(torch.device("cpu")), **{str(d): _used(d) for d in _gpus()}},
         "measured": _choices(),
-        "models": {"families": ", ".join(supported())},
+        "models": _families(),
+        **({model: _layers(model)} if model is not None else {}),
     }
 
 
-def text() -> str:
-    """:func:`info` for reading."""
+def text(found: dict[str, dict[str, str]]) -> str:
+    """What :func:`info` returns, for reading."""
     lines = []
-    for section, entries in info().items():
+    for section, entries in found.items():
         lines.append(section)
         width = max(len(name) for name in entries)
         lines += [f"  {name:<{width}}  {value}" for name, value in entries.items()]
     return "\n".join(lines)
+
+
+def _families() -> dict[str, str]:
+    ways: dict[str, list[str]] = {FUSED: [], ROTARY: []}
+    for family in FAMILIES:
+        ways[FUSED if family.attention.between is None else ROTARY].append(family.name)
+    return {way: ", ".join(names) for way, names in ways.items()}
+
+
+def _layers(model: str) -> dict[str, str]:
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    enable(empty)
+    device = (_gpus() or [torch.device("cpu")])[0]
+    dtype = config.dtype or torch.get_default_dtype()
+    layers = report(empty, dtype=dtype, device=device)
+    return {f"{str(dtype).removeprefix('torch.')} on {device}": summary(layers).replace("\n", "; ")}
 
 
 def _built(name: str) -> str:

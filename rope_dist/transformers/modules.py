@@ -253,6 +253,7 @@ def projection_obstacle(projection: nn.Module, x: torch.Tensor) -> str | None:
                 return "its weight is not a plain tensor (quantised or sharded)"
             if t.dtype != x.dtype:
                 return "its weight has another dtype"
-            if t.device != x.device:
+            # A weight without storage is asked about, not run (rope-dist info MODEL).
+            if t.device != x.device and not t.is_meta:
                 return "its weight is on another device"
     return None

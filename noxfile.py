@@ -1,0 +1,25 @@
+"""The tests of what touches transformers, on its oldest and newest supported version: ``make test-matrix``."""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.reuse_existing_virtualenvs = True
+VERSIONS = ("5.17.0", "5.23.0")
+"""The first is the lower bound in pyproject.toml."""
+TORCH = "torch==2.13.0"
+TESTS = ("tests/test_enable.py", "tests/test_families.py", "tests/test_uses.py", "tests/test_planning.py")
+
+
+def _run(session: nox.Session, version: str) -> None:
+    # The pinned torch has a build without CUDA; it comes first, or transformers would choose another.
+    session.install("--quiet", TORCH)
+    session.install("--quiet", f"transformers=={version}", "--editable", ".[test]")
+    session.run("python", "-m", "pytest", "-n", "2", *(session.posargs or TESTS))
+
+
+for _version in VERSIONS:
+
+    @nox.session(name=f"transformers-{_version}", venv_backend="venv")
+    def _tests(session: nox.Session, version: str = _version) -> None:
+        _run(session, version)
