@@ -386,6 +386,23 @@ def pretrained_rope(config: PretrainedConfig) -> tuple[PretrainedRope, int]:
     ), head_dim
 
 
+def check_same_model(plan: RopePlan, rope: PretrainedRope, head_dim: int) -> None:
+    """``ValueError`` if ``plan`` was made for another rotary embedding than ``rope``, with what differs."""
+    for what, planned, own in (
+        ("head_dim", plan.head_dim, head_dim),
+        ("rotary_dim", plan.rotary_dim, rope.rotary_dim),
+        ("theta", plan.theta, rope.theta),
+        ("the trained length", plan.original_length, rope.length),
+    ):
+        if planned != own:
+            raise ValueError(f"the plan is for {what} {planned}, the model has {own}")
+    if plan.base_factors != rope.factors:
+        raise ValueError(
+            "the plan and the model start from different frequencies (one of them is scaled already): make the plan "
+            "from this model"
+        )
+
+
 def load_config(source: str | os.PathLike[str]) -> PretrainedConfig:
     """The ``transformers`` config of a directory, a ``config.json`` or a hub id; ``ValueError`` if there is none."""
     from transformers import AutoConfig

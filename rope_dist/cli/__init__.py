@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..version import __version__
-from . import compare, demo, eval, info, plan
+from . import compare, demo, eval, export, info, plan, verify
 
-VERBS = (plan, compare, eval, demo, info)
+VERBS = (plan, compare, export, verify, eval, demo, info)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="rope-dist",
-        description="Plan, compare and try context extensions of LLaMA-like models.",
+        description="Plan, compare, export and try context extensions of LLaMA-like models.",
     )
     parser.add_argument("--version", action="version", version=f"rope-dist {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)

@@ -1,0 +1,22 @@
+"""Standard artefacts of an extended model, for engines that do not have this package.
+
+:func:`hf` writes a Hugging Face directory, :func:`gguf` a GGUF file, :func:`vllm_overrides` what vLLM takes on
+its command line; :func:`verify` reads an artefact as its engines do and compares it with the plan.
+"""
+
+from .engines import ENGINES
+from .gguf_file import gguf
+from .hf_directory import config_entries, hf, vllm_arguments, vllm_overrides
+from .verification import Check, Verification, verify
+
+__all__ = [
+    "ENGINES",
+    "Check",
+    "Verification",
+    "config_entries",
+    "gguf",
+    "hf",
+    "verify",
+    "vllm_arguments",
+    "vllm_overrides",
+]

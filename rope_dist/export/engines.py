@@ -1,0 +1,184 @@
+"""What each engine makes of a Hugging Face ``config.json``: frequencies, scaling of cos and sin, length.
+
+Every function follows the engine's own code, read in the version that its docstring names. A test runs vLLM's and
+SGLang's classes themselves against the plan; MLX and TensorRT-LLM are by reading alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..planning import RopePlan
+from ..strategies import default_inv_freq
+
+LENGTH_KEYS = (
+    "max_position_embeddings",
+    "max_sequence_length",
+    "max_seq_length",
+    "max_seq_len",
+    "seq_length",
+    "seq_len",
+    "model_max_length",
+    "n_positions",
+)
+"""Names under which configs keep the length; an engine may take the smallest, or the first it knows."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an engine computes.
+
+    Attributes:
+        inv_freq: ``[rotary_dim / 2]`` float32, radians a token.
+        attention_scaling: what cos and sin are multiplied by.
+        length: tokens that the engine reads without being told more.
+    """
+
+    inv_freq: torch.Tensor
+    attention_scaling: float
+    length: int
+
+
+def transformers_4(config: Mapping[str, Any]) -> Reading:
+    """transformers 4.57: ``rope_theta`` and ``rope_scaling`` only; ``rope_parameters`` means nothing to it."""
+    rope = dict(config.get("rope_scaling") or {})
+    theta, length = config.get("rope_theta", 10000.0), config["max_position_embeddings"]
+    inv_freq = _inv_freq(rope, theta, _rotary_dim(config, config.get("partial_rotary_factor")))
+    scaling = 1.0
+    if _kind(rope) == "longrope":
+        original = config.get("original_max_position_embeddings")
+        factor = length / original if original else rope.get("factor") or 1.0
+        scaling = rope.get("attention_factor")
+        scaling = _derived_scaling(factor, original or length) if scaling is None else scaling
+    return Reading(inv_freq, float(scaling), length)
+
+
+def vllm(config: Mapping[str, Any]) -> Reading:
+    """vLLM 0.33: ``attention_factor`` of longrope is not read, ``long_mscale`` is."""
+    rope = _current_rope(config)
+    length = min(config[key] for key in LENGTH_KEYS if isinstance(config.get(key), int))
+    if _kind(rope) == "longrope":
+        # Without --max-model-len it stops at a top-level original length.
+        length = config.get("original_max_position_embeddings", length)
+    return _served(config, rope, length)
+
+
+def sglang(config: Mapping[str, Any]) -> Reading:
+    """SGLang 0.5.23: as vLLM, with its own order of the length's names."""
+    rope = _current_rope(config)
+    keys = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
+    length = next(config[key] for key in keys if config.get(key) is not None)
+    return _served(config, rope, length)
+
+
+def mlx(config: Mapping[str, Any]) -> Reading:
+    """mlx-lm 0.32: the old names only, the long factors, no scaling of cos and sin but the derived one."""
+    rope = dict(config.get("rope_scaling") or {})
+    length = config["max_position_embeddings"]
+    inv_freq = _inv_freq(rope, config.get("rope_theta", 10000.0), _rotary_dim(config, None))
+    scaling = 1.0
+    if _kind(rope) == "longrope":
+        original = rope["original_max_position_embeddings"]
+        scaling = _derived_scaling(length / original, original)
+    return Reading(inv_freq, scaling, length)
+
+
+def tensorrt_llm(config: Mapping[str, Any]) -> Reading:
+    """TensorRT-LLM (``RopeParams.from_config``): a missing original length counts as 1024, the scaling is derived."""
+    rope = _current_rope(config)
+    length = config["max_position_embeddings"]
+    inv_freq = _inv_freq(rope, rope["rope_theta"], _rotary_dim(config, rope.get("partial_rotary_factor")))
+    scaling = 1.0
+    if _kind(rope) == "longrope":
+        original = config.get("original_max_position_embeddings") or rope.get(
+            "original_max_position_embeddings", 1024
+        )
+        scaling = _derived_scaling(length / original, original)
+    return Reading(inv_freq, scaling, length)
+
+
+ENGINES: dict[str, Callable[[Mapping[str, Any]], Reading]] = {
+    "transformers-4": transformers_4,
+    "vllm": vllm,
+    "sglang": sglang,
+    "mlx": mlx,
+    "tensorrt-llm": tensorrt_llm,
+}
+"""Engine -> its reading of a config. The installed transformers 5 is asked itself."""
+
+
+def unable(engine: str, plan: RopePlan) -> str | None:
+    """Why ``engine`` cannot represent ``plan`` in a LLaMA's config, or None if it can."""
+    if engine in ("mlx", "tensorrt-llm") and plan.attention_scaling != 1:
+        return (
+            f"{engine} does not scale cos and sin of a longrope, and the plan scales them by "
+            f"{plan.attention_scaling:.6g}: take a strategy that does not, e.g. dprope"
+        )
+    if engine == "mlx" and plan.rotary_dim != plan.head_dim:
+        return f"mlx rotates whole heads, and the plan {plan.rotary_dim} of {plan.head_dim} dimensions"
+    return None
+
+
+def check_engines(plan: RopePlan, engines: Iterable[str]) -> None:
+    """``ValueError`` for an unknown engine, or one that cannot represent the plan."""
+    for engine in engines:
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
+        reason = unable(engine, plan)
+        if reason is not None:
+            raise ValueError(reason)
+
+
+def _served(config: Mapping[str, Any], rope: dict[str, Any], length: int) -> Reading:
+    inv_freq = _inv_freq(rope, rope["rope_theta"], _rotary_dim(config, rope.get("partial_rotary_factor")))
+    scaling = 1.0
+    if _kind(rope) == "longrope":
+        original, longest = rope["original_max_position_embeddings"], config["max_position_embeddings"]
+        scaling = rope.get("long_mscale" if length > original else "short_mscale")
+        scaling = _derived_scaling(longest / original, original) if scaling is None else scaling
+    return Reading(inv_freq, float(scaling), length)
+
+
+def _current_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers 5 puts the two schemas together: ``rope_scaling`` wins."""
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if config.get("partial_rotary_factor") is not None:
+        rope.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
+    return rope
+
+
+def _kind(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rotary_dim(config: Mapping[str, Any], share: float | None) -> int:
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return int(head_dim * (1.0 if share is None else share))
+
+
+def _inv_freq(rope: Mapping[str, Any], theta: float, rotary_dim: int) -> torch.Tensor:
+    kind = _kind(rope)
+    if kind == "default":
+        return default_inv_freq(theta, rotary_dim)
+    if kind == "linear":
+        return default_inv_freq(theta, rotary_dim) / rope["factor"]
+    if kind != "longrope":
+        raise ValueError(
+            f"its rope_type is {kind!r}, which engines read differently: longrope is exact in all"
+        )
+    if rope["short_factor"] != rope["long_factor"]:
+        raise ValueError("short_factor and long_factor differ: the frequencies change with the length")
+    factors = torch.tensor(rope["long_factor"], dtype=torch.float32)
+    if factors.shape != (rotary_dim // 2,):
+        raise ValueError(f"there are {factors.numel()} factors for {rotary_dim // 2} rotary pairs")
+    return default_inv_freq(theta, rotary_dim, factors)
+
+
+def _derived_scaling(factor: float, original: int) -> float:
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

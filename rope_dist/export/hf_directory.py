@@ -1,0 +1,190 @@
+"""A Hugging Face directory whose ``config.json`` carries the plan in both schemas, and the same for vLLM's flags."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from ..files import check_target, copy_bytes, new_directory
+from ..planning import RopePlan, check_same_model, load_config, pretrained_rope
+from .engines import LENGTH_KEYS, check_engines
+from .verification import CONFIG, check_weights, read_json, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Other formats of the same model know nothing of the plan, and some engines prefer them to config.json.
+OTHER_FORMATS = ("consolidated*", "params.json", "*.gguf", "*.onnx*", "*.msgpack", "*.h5", "*.pth")
+FOLDERS = ("additional_chat_templates",)
+
+
+def config_entries(plan: RopePlan) -> dict[str, Any]:
+    """Top-level entries of a ``config.json`` from which transformers 4 and 5 and the engines compute the plan.
+
+    ``rope_parameters`` is read by transformers 5, ``rope_theta`` with ``rope_scaling`` by transformers 4 (which would
+    silently take a file with the former alone for a model without scaling). Where cos and sin are scaled,
+    ``short_mscale`` and ``long_mscale`` say so to vLLM and SGLang, which do not read ``attention_factor``.
+    """
+    entries = plan.config_overrides()
+    rope = entries["rope_parameters"]
+    if plan.attention_scaling != 1:
+        rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
+    entries["rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        entries["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    entries["rope_scaling"] = {
+        k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")
+    }
+    return entries
+
+
+def vllm_overrides(plan: RopePlan) -> dict[str, Any]:
+    """The value of vLLM's ``hf_overrides`` with which it runs the unchanged model by the plan."""
+    entries = config_entries(plan)
+    return {k: entries[k] for k in ("max_position_embeddings", "rope_parameters")}
+
+
+def vllm_arguments(plan: RopePlan) -> str:
+    """:func:`vllm_overrides` as arguments of ``vllm serve``, quoted for a shell."""
+    overrides = json.dumps(vllm_overrides(plan), separators=(",", ":"), allow_nan=False)
+    return f"--max-model-len {plan.target_length} --hf-overrides {shlex.quote(overrides)}"
+
+
+def hf(
+    model_or_dir: PreTrainedModel | str | os.PathLike[str],
+    plan: RopePlan,
+    out: str | os.PathLike[str],
+    *,
+    config_only: bool = False,
+    link: bool = False,
+    engines: Iterable[str] = (),
+    force: bool = False,
+) -> Path:
+    """Write the extended model as a directory that stock engines load; it is verified before it appears.
+
+    Args:
+        model_or_dir: a directory with ``config.json`` and weights, or a model (enabled or not) to save.
+        plan: made from this model.
+        out: the new directory. It appears whole or not at all.
+        config_only: everything but the weights.
+        link: hard links in place of copies of the weights (the same file system only).
+        engines: names of :data:`ENGINES` that must run it exactly; those that cannot are refused.
+        force: replace ``out`` if it is there.
+
+    Returns:
+        The path of the directory.
+
+    Raises:
+        ValueError: the plan is of another model, an engine cannot run it, the source is not whole, or ``out`` exists.
+        OSError: the disk is full or not writable. The source is never changed.
+    """
+    out = Path(out)
+    check_engines(plan, engines)
+    if isinstance(model_or_dir, (str, os.PathLike)):
+        source = Path(model_or_dir)
+        config = read_json(source / CONFIG)
+        files = _files(source, config_only)
+        _check_plan(load_config(source), plan)
+        real = source.resolve()
+        if out.resolve() == real or out.resolve() in real.parents:
+            raise ValueError(f"{out} holds the source {source}: write to another directory")
+        check_target(out, force=force, directory=True)
+        if not config_only:
+            check_weights(source)
+        with new_directory(out, force=force) as temporary:
+            _copy(files, source, temporary, link)
+            _write_json(temporary / CONFIG, extended_config(config, plan))
+            _finish(temporary, plan, engines)
+        return out
+    if not hasattr(model_or_dir, "save_pretrained"):
+        raise TypeError(f"expected a transformers model or a directory, got {type(model_or_dir).__name__}")
+    _check_plan(model_or_dir.config, plan)
+    with new_directory(out, force=force) as temporary:
+        (model_or_dir.config if config_only else model_or_dir).save_pretrained(temporary)
+        config = read_json(temporary / CONFIG)
+        _write_json(temporary / CONFIG, extended_config(config, plan))
+        _finish(temporary, plan, engines)
+    return out
+
+
+def extended_config(config: Mapping[str, Any], plan: RopePlan) -> dict[str, Any]:
+    """A copy of a ``config.json`` with the plan's entries and without those that would contradict them."""
+    if "text_config" in config:
+        raise ValueError("the model has parts (text_config); export its language model alone")
+    new = {k: v for k, v in config.items() if k != "original_max_position_embeddings"}
+    for key in LENGTH_KEYS:
+        if isinstance(new.get(key), int):
+            new[key] = max(new[key], plan.target_length)
+    return {**new, **config_entries(plan)}
+
+
+def _check_plan(config: Any, plan: RopePlan) -> None:
+    # A model that is enabled with this very plan, or was saved so, is as good as the one before.
+    ours = plan.config_overrides()["rope_parameters"]
+    theirs = getattr(config, "rope_parameters", None) or {}
+    if any(theirs.get(key) != value for key, value in ours.items()):
+        check_same_model(plan, *pretrained_rope(config))
+
+
+def _finish(directory: Path, plan: RopePlan, engines: Iterable[str]) -> None:
+    """Raise the lengths that other files repeat, and compare the whole with the plan."""
+    for name, key in (
+        ("tokenizer_config.json", "model_max_length"),
+        ("generation_config.json", "max_length"),
+    ):
+        path = directory / name
+        if path.exists():
+            data = read_json(path)
+            # generate() stops at it; vLLM takes the smaller one for some tasks.
+            if isinstance(data.get(key), int) and plan.original_length <= data[key] < plan.target_length:
+                _write_json(path, {**data, key: plan.target_length})
+    verify(directory, plan, engines=engines).raise_for_failure()
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    # Not through a link: the copy may be one.
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _files(source: Path, config_only: bool) -> list[Path]:
+    """Files of the model relative to ``source``; ``ValueError`` for one that cannot be read."""
+    folders = [source, *(source / name for name in FOLDERS if (source / name).is_dir())]
+    files = []
+    for path in sorted(path for folder in folders for path in folder.iterdir()):
+        name = path.name
+        skipped = (*OTHER_FORMATS, *(WEIGHTS if config_only else ()))
+        if name.startswith(".") or name == CONFIG or any(fnmatch.fnmatch(name, p) for p in skipped):
+            continue
+        try:
+            path.stat()
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        if path.is_file():
+            files.append(path.relative_to(source))
+    return files
+
+
+def _copy(files: list[Path], source: Path, target: Path, link: bool) -> None:
+    sizes = {file: (source / file).stat().st_size for file in files}
+    with tqdm(
+        total=sum(sizes.values()), unit="B", unit_scale=True, desc="copying", disable=None, leave=False
+    ) as bar:
+        for file, size in sizes.items():
+            new = target / file
+            new.parent.mkdir(exist_ok=True)
+            if link and any(fnmatch.fnmatch(file.name, p) for p in WEIGHTS):
+                # What a hub cache holds is a symbolic link into its store.
+                os.link((source / file).resolve(), new)
+                bar.update(size)
+            else:
+                with open(source / file, "rb") as old, open(new, "wb") as file_out:
+                    copy_bytes(old, file_out, size, bar.update)

@@ -1,0 +1,200 @@
+"""Artefacts read as their engines read them, and compared with a plan."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from ..planning import RopePlan, load_config, pretrained_rope
+from ..strategies import default_inv_freq
+from .engines import ENGINES, Reading, check_engines, unable
+from .gguf_reading import read
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One engine's reading of an artefact: ``reason`` is None if it equals the plan, else what differs."""
+
+    engine: str
+    reason: str | None
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found; true if every required engine runs the plan."""
+
+    artefact: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.reason is None for check in self.checks if check.required)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __str__(self) -> str:
+        rows = [(c.engine, "as planned" if c.reason is None else f"no: {c.reason}") for c in self.checks]
+        return tabulate(rows, ("engine", "frequencies, scaling, length"), disable_numparse=True)
+
+    def raise_for_failure(self) -> None:
+        """``ValueError`` with the first required check that failed."""
+        for check in self.checks:
+            if check.required and check.reason is not None:
+                raise ValueError(
+                    f"{self.artefact} does not follow the plan in {check.engine}: {check.reason}"
+                )
+
+
+def verify(artefact: str | os.PathLike[str], plan: RopePlan, *, engines: Iterable[str] = ()) -> Verification:
+    """Read ``artefact`` again as its engines do and compare frequencies, scaling and length with ``plan``.
+
+    Args:
+        artefact: a Hugging Face directory or a GGUF file.
+        plan: what it is to follow.
+        engines: engines of :data:`ENGINES` that it is for. The ones that cannot represent the plan are listed all the
+            same, but count only if they are named here: then the plan is refused.
+
+    Returns:
+        A check for each engine. Frequencies of a config are compared bit for bit, those of a GGUF file to 1e-6
+        (llama.cpp multiplies its own).
+
+    Raises:
+        ValueError: the artefact cannot be read: missing, truncated, without one of its shards.
+    """
+    path = Path(artefact)
+    if path.is_dir():
+        return Verification(path, tuple(_directory(path, plan, tuple(engines))))
+    return Verification(path, (_compare("llama.cpp", read(path).reading, plan, relative=1e-6),))
+
+
+def check_weights(directory: Path) -> None:
+    """``ValueError`` if weights are missing or cut short; a directory without any is refused too."""
+    names = sorted(path.name for path in directory.iterdir())
+    whole = [n for n in names if n.endswith(".safetensors")]
+    if not whole and not any(n.startswith("pytorch_model") and n.endswith(".bin") for n in names):
+        raise ValueError(f"{directory} has no weights (*.safetensors or pytorch_model*.bin)")
+    for index in (n for n in names if n.endswith((".safetensors.index.json", ".bin.index.json"))):
+        try:
+            shards = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            raise ValueError(f"{directory / index} is not an index of shards") from None
+        missing = sorted(shard for shard in shards if not (directory / shard).is_file())
+        if missing:
+            raise ValueError(
+                f"{directory} lacks {len(missing)} of {len(shards)} shards, the first {missing[0]}"
+            )
+    for name in whole:
+        _check_safetensors(directory / name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ``ValueError`` says what is wrong."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read {path}: {reason}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a whole JSON file: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return data
+
+
+def _check_safetensors(path: Path) -> None:
+    # The format: the header's length in 8 bytes, the header as JSON, the data that it describes.
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < size else {}
+        ends = [t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"]
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{path} is not a safetensors file") from None
+    if not ends or 8 + length + max(ends) != size:
+        raise ValueError(
+            f"{path} is not whole: {size} bytes, its header describes {8 + length + max(ends, default=0)}"
+        )
+
+
+def _directory(path: Path, plan: RopePlan, engines: tuple[str, ...]) -> list[Check]:
+    check_engines(plan, engines)
+    config = read_json(path / CONFIG)
+    if any(n.name.endswith((".safetensors", ".index.json", ".bin")) for n in path.iterdir()):
+        check_weights(path)
+    checks = [_compare("transformers", functools.partial(_installed_transformers, path), plan)]
+    for engine, read_config in ENGINES.items():
+        required = unable(engine, plan) is None
+        checks.append(_compare(engine, functools.partial(read_config, config), plan, required=required))
+    return checks
+
+
+def _installed_transformers(path: Path) -> Reading:
+    """The installed transformers' own functions on its own reading of the file."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = load_config(path)
+    rope, _ = pretrained_rope(config)
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind == "default":
+        return Reading(rope.inv_freq, 1.0, config.max_position_embeddings)
+    length = config.max_position_embeddings
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, seq_len=length)
+    short, _ = ROPE_INIT_FUNCTIONS[kind](config, seq_len=1)
+    if not torch.equal(inv_freq, short):
+        raise ValueError("the frequencies change with the length")
+    return Reading(inv_freq, float(scaling), length)
+
+
+def _compare(
+    engine: str,
+    read: Callable[[], Reading],
+    plan: RopePlan,
+    *,
+    required: bool = True,
+    relative: float = 0.0,
+) -> Check:
+    try:
+        reading = read()
+    except KeyError as error:
+        return Check(engine, f"its config has no {error.args[0]!r}", required)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        return Check(engine, str(error), required)
+    return Check(engine, _difference(reading, plan, relative), required)
+
+
+def _difference(reading: Reading, plan: RopePlan, relative: float) -> str | None:
+    found, planned = reading.inv_freq.double(), plan.inv_freq.double()
+    if found.shape != planned.shape:
+        return f"it has {found.numel()} rotary pairs, the plan {planned.numel()}"
+    if not torch.allclose(found, planned, rtol=relative, atol=0.0):
+        trained = default_inv_freq(plan.theta, plan.rotary_dim).double()
+        if torch.allclose(found, trained, rtol=1e-6, atol=0.0):
+            return "the factors are missing: it has the plain frequencies"
+        pair = int((found / planned).log().abs().argmax())
+        return (
+            f"the frequencies differ, most in pair {pair}: {found[pair]:.6g} radians a token, "
+            f"planned {planned[pair]:.6g}"
+        )
+    if not math.isclose(reading.attention_scaling, plan.attention_scaling, rel_tol=relative):
+        return (
+            f"cos and sin are scaled by {reading.attention_scaling:.6g}, planned {plan.attention_scaling:.6g}"
+        )
+    if reading.length < plan.target_length:
+        return f"it reads {reading.length} tokens, planned {plan.target_length}"
+    return None
