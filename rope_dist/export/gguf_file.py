@@ -8,18 +8,17 @@ leaves a longrope config of a LLaMA out without a word.
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..files import check_target, copy_bytes, new_file
-from ..optional import require
 from ..planning import RopePlan
 from ..version import __version__
-from .gguf_reading import FACTORS, GgufFile, read
+from .gguf_reading import F32, FACTORS, FLOAT32, MAGIC, STRING, UINT32, GgufFile, read
 from .verification import verify
 
 SLOTS = ("llama",)
@@ -94,67 +93,57 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _write(source: GgufFile, plan: RopePlan, target: Path) -> None:
-    library = require("gguf", "export", "writing GGUF")
-    kinds = library.GGUFValueType
     prefix = f"{source.architecture}."
     new = {
-        f"{prefix}context_length": (plan.target_length, kinds.UINT32),
-        "rope_dist.version": (__version__, kinds.STRING),
-        "rope_dist.strategy": (plan.strategy, kinds.STRING),
-        "rope_dist.original_length": (plan.original_length, kinds.UINT32),
+        f"{prefix}context_length": struct.pack("<II", UINT32, plan.target_length),
+        "rope_dist.version": _string(__version__),
+        "rope_dist.strategy": _string(plan.strategy),
+        "rope_dist.original_length": struct.pack("<II", UINT32, plan.original_length),
     }
     if plan.attention_scaling != 1:
-        new[f"{prefix}rope.scaling.attn_factor"] = (plan.attention_scaling, kinds.FLOAT32)
-    writer = library.GGUFWriter(target, source.architecture)
-    writer.data_alignment = source.header.alignment
-    for key, field in source.header.fields.items():
-        # The reader's own count of things, and what the writer has written already.
-        if key.startswith("GGUF.") or key == "general.architecture" or key in new:
-            continue
-        if key.startswith((f"{prefix}rope.scaling.", f"{prefix}rope.scale_linear")):
-            continue  # All of the trained scaling is in the plan's factors.
-        _copy_field(writer, key, field, kinds)
-    for key, (value, kind) in new.items():
-        writer.add_key_value(key, value, kind)
-    tensors = [tensor for tensor in source.header.tensors if tensor.name != FACTORS]
-    factors = np.array(plan.factors, dtype="<f4")
-    writer.add_tensor_info(FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    for tensor in tensors:
-        writer.add_tensor_info(
-            tensor.name, tensor.data.shape, tensor.data.dtype, tensor.n_bytes, tensor.tensor_type
-        )
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        (file,) = writer.fout
-        total = sum(tensor.n_bytes for tensor in tensors)
-        with (
-            open(source.path, "rb") as old,
-            tqdm(total=total, unit="B", unit_scale=True, desc=target.name, disable=None, leave=False) as bar,
-        ):
-            writer.write_padding(file, file.tell())
-            file.write(factors.tobytes())
-            writer.write_padding(file, factors.nbytes)
-            for tensor in tensors:
-                # Not through the reader's map, whose pages would count as this process's memory.
-                old.seek(tensor.data_offset)
-                copy_bytes(old, file, tensor.n_bytes, bar.update)
-                writer.write_padding(file, tensor.n_bytes)
-    finally:
-        writer.close()
+        new[f"{prefix}rope.scaling.attn_factor"] = struct.pack("<If", FLOAT32, plan.attention_scaling)
+    fields = {
+        key: field.raw
+        for key, field in source.fields.items()
+        # All of the trained scaling is in the plan's factors.
+        if not key.startswith((f"{prefix}rope.scaling.", f"{prefix}rope.scale_linear"))
+    }
+    fields.update({key: _text(key) + value for key, value in new.items()})
+    tensors = {name: tensor.raw for name, tensor in source.tensors.items()}
+    factors = np.array(plan.factors, dtype="<f4").tobytes()
+    end = _aligned(source.data_size, source.alignment)
+    # In the place of the old one, or last: no other tensor's data moves.
+    place = source.tensors[FACTORS].offset if FACTORS in source.tensors else end
+    if FACTORS not in tensors:
+        tensors[FACTORS] = _text(FACTORS) + struct.pack("<IQIQ", 1, len(plan.factors), F32, place)
+    header = MAGIC + struct.pack("<IQQ", source.version, len(tensors), len(fields))
+    header += b"".join((*fields.values(), *tensors.values()))
+    start = _aligned(len(header), source.alignment)
+    with (
+        open(source.path, "rb") as old,
+        open(target, "wb") as file,
+        tqdm(
+            total=source.data_size, unit="B", unit_scale=True, desc="copying", disable=None, leave=False
+        ) as bar,
+    ):
+        file.write(header.ljust(start, b"\0"))
+        old.seek(source.data_start)
+        copy_bytes(old, file, source.data_size, bar.update)
+        file.write(bytes(end - source.data_size))
+        file.seek(start + place)
+        file.write(factors)
+        file.seek(0, os.SEEK_END)
+        file.write(bytes(_aligned(file.tell(), source.alignment) - file.tell()))
 
 
-def _copy_field(writer: Any, key: str, field: Any, kinds: Any) -> None:
-    kind, *inner = field.types
-    if kind != kinds.ARRAY:
-        writer.add_key_value(key, field.contents(), kind)
-    elif len(inner) == 1:
-        # Tokens as bytes: not all of them are UTF-8.
-        values = (
-            [field.parts[i].tobytes() for i in field.data] if inner[0] == kinds.STRING else field.contents()
-        )
-        writer.add_key_value(key, values, kind, sub_type=inner[0])
-    elif inner:
-        raise ValueError(f"the field {key} is an array of arrays, which the gguf package does not read")
-    # An empty array has no type that could be written, and says nothing.
+def _aligned(count: int, alignment: int) -> int:
+    return -(-count // alignment) * alignment
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _string(text: str) -> bytes:
+    return struct.pack("<I", STRING) + _text(text)

@@ -1,11 +1,16 @@
-"""The header of a GGUF file, and what llama.cpp makes of it."""
+"""The header of a GGUF file, and what llama.cpp makes of it.
+
+It is read here and not by ``gguf.GGUFReader``, which makes several arrays for each entry of the vocabulary: 6 s and
+160 MB for the 49,152 tokens of SmolLM2. Fields and tensors that do not change are kept as the bytes that they are.
+"""
 
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -15,43 +20,81 @@ from ..strategies import default_inv_freq
 from .engines import Reading
 
 FACTORS = "rope_freqs.weight"
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+F32 = 0
+MAX_HEAD_DIM = 1 << 16  # A damaged number must not be asked of the memory.
+UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
+# By the type's number: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64, f64.
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """A metadata entry: its bytes, key included, and its value (None for an array)."""
+
+    raw: bytes
+    value: Any
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor's entry: its bytes, and where its data lies from the start of the data."""
+
+    raw: bytes
+    kind: int
+    shape: tuple[int, ...]
+    offset: int
+    size: int
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file's header, read whole.
+    """A file's header.
 
     Attributes:
         path: of the file.
-        header: the ``gguf.GGUFReader``; the tensors' data is mapped, not read.
-        architecture: ``general.architecture``.
+        version: of the format.
+        fields: metadata in the file's order.
+        tensors: tensors in the file's order.
+        alignment: bytes; every tensor's data starts at a multiple.
+        data_start: where the data begins in the file.
     """
 
     path: Path
-    header: Any
-    architecture: str
+    version: int
+    fields: dict[str, Field]
+    tensors: dict[str, Tensor]
+    alignment: int
+    data_start: int
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``."""
+        return self.fields["general.architecture"].value
+
+    @property
+    def data_size(self) -> int:
+        """Bytes of data, up to the end of the last tensor."""
+        return max(tensor.offset + tensor.size for tensor in self.tensors.values())
 
     def value(self, key: str, default: Any = None) -> Any:
         """A field of the architecture, e.g. ``"context_length"``."""
-        field = self.header.fields.get(f"{self.architecture}.{key}")
-        return default if field is None else field.contents()
+        field = self.fields.get(f"{self.architecture}.{key}")
+        return default if field is None else field.value
 
     def reading(self) -> Reading:
         """What llama.cpp computes from the file; ``ValueError`` where it would choose by the context."""
         kind = self.value("rope.scaling.type", "linear")
         if kind not in ("none", "linear"):
             raise ValueError(f"its rope.scaling.type is {kind!r}, which changes the frequencies at run time")
-        rotary_dim = self.head_dim
-        factors = torch.ones(rotary_dim // 2)
-        for tensor in self.header.tensors:
-            if tensor.name == FACTORS:
-                factors = torch.from_numpy(np.array(tensor.data, dtype=np.float32))
-        if factors.shape != (rotary_dim // 2,):
-            raise ValueError(f"{FACTORS} has shape {tuple(factors.shape)} for {rotary_dim // 2} rotary pairs")
+        factors = torch.ones(self.head_dim // 2)
+        if FACTORS in self.tensors:
+            factors = self._factors()
         if kind == "linear":
             factors = factors * (self.value("rope.scaling.factor") or self.value("rope.scale_linear") or 1.0)
         return Reading(
-            default_inv_freq(self.theta, rotary_dim, factors),
+            default_inv_freq(self.theta, self.head_dim, factors),
             float(self.value("rope.scaling.attn_factor", 1.0)),
             int(self.value("context_length", 0)),
         )
@@ -65,7 +108,23 @@ class GgufFile:
     def head_dim(self) -> int:
         """Dimensions of an attention head, all of them rotated (llama.cpp loads no other LLaMA)."""
         length = self.value("rope.dimension_count") or self.value("attention.key_length")
-        return int(length or self.value("embedding_length") // self.value("attention.head_count"))
+        if length is None:
+            width, heads = self.value("embedding_length"), self.value("attention.head_count")
+            if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
+                raise ValueError(f"{self.path} does not say how large its attention heads are")
+            length = width // heads
+        if not isinstance(length, int) or length % 2 or not 2 <= length <= MAX_HEAD_DIM:
+            raise ValueError(f"{self.path} has attention heads of {length!r} dimensions")
+        return length
+
+    def _factors(self) -> torch.Tensor:
+        tensor = self.tensors[FACTORS]
+        if tensor.kind != F32 or tensor.shape != (self.head_dim // 2,):
+            raise ValueError(f"{FACTORS} is not {self.head_dim // 2} float32 numbers, one a rotary pair")
+        with open(self.path, "rb") as file:
+            file.seek(self.data_start + tensor.offset)
+            data = file.read(tensor.size)
+        return torch.from_numpy(np.frombuffer(data, dtype="<f4").astype(np.float32))
 
 
 def read(path: str | os.PathLike[str]) -> GgufFile:
@@ -75,22 +134,92 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
     try:
         if not path.is_file():
             raise ValueError(f"{path} is not a file")
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            magic = file.read(4)
+            if file.read(4) != MAGIC:
+                raise ValueError(f"{path} is not a GGUF file")
+            try:
+                found = _header(path, file, size, library.GGML_QUANT_SIZES)
+            except (struct.error, EOFError, KeyError, OverflowError, UnicodeDecodeError) as error:
+                raise ValueError(
+                    f"{path} is not a whole GGUF file: its header is damaged ({error})"
+                ) from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    if magic != b"GGUF":
-        raise ValueError(f"{path} is not a GGUF file")
-    try:
-        header = library.GGUFReader(path)
-        architecture = header.fields["general.architecture"].contents()
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError):
-        raise ValueError(f"{path} is not a whole GGUF file: it ends early or is damaged") from None
-    if header.endianess != library.GGUFEndian.LITTLE:
-        raise ValueError(f"{path} is big-endian; only little-endian files are read")
-    split = header.fields.get("split.count")
-    if split is not None and split.contents() > 1:
+    if found.data_start + found.data_size > size:
         raise ValueError(
-            f"{path} is one of {split.contents()} parts: join them (llama-gguf-split --merge) first"
+            f"{path} is not a whole GGUF file: {size} bytes, its header describes {found.data_start + found.data_size}"
         )
-    return GgufFile(path, header, architecture)
+    parts = found.fields.get("split.count")
+    if parts is not None and parts.value > 1:
+        raise ValueError(f"{path} is one of {parts.value} parts: join them (llama-gguf-split --merge) first")
+    return found
+
+
+def _header(path: Path, file: BinaryIO, size: int, sizes: dict[int, tuple[int, int]]) -> GgufFile:
+    (version,) = struct.unpack("<I", _take(file, 4))
+    if version & 0xFFFF == 0:
+        raise ValueError(f"{path} is big-endian; only little-endian files are read")
+    if version not in VERSIONS:
+        raise ValueError(f"{path} is GGUF version {version}; {' and '.join(map(str, VERSIONS))} are read")
+    tensor_count, field_count = struct.unpack("<QQ", _take(file, 16))
+    fields: dict[str, Field] = {}
+    for _ in range(field_count):
+        start = file.tell()
+        key = _text(file).decode()
+        value = _value(file, *struct.unpack("<I", _take(file, 4)), size)
+        fields[key] = Field(_again(file, start), value)
+    tensors: dict[str, Tensor] = {}
+    for _ in range(tensor_count):
+        start = file.tell()
+        name = _text(file).decode()
+        (dimensions,) = struct.unpack("<I", _take(file, 4))
+        shape = struct.unpack(f"<{dimensions}Q", _take(file, 8 * dimensions))
+        kind, offset = struct.unpack("<IQ", _take(file, 12))
+        block, block_bytes = sizes[kind]
+        count = 1
+        for extent in shape:
+            count *= extent
+        tensors[name] = Tensor(_again(file, start), kind, shape, offset, count // block * block_bytes)
+    if "general.architecture" not in fields or not tensors:
+        raise ValueError(f"{path} is a GGUF file without a model")
+    alignment = fields["general.alignment"].value if "general.alignment" in fields else 32
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"{path} has the alignment {alignment!r}")
+    return GgufFile(path, version, fields, tensors, alignment, -(-file.tell() // alignment) * alignment)
+
+
+def _value(file: BinaryIO, kind: int, size: int) -> Any:
+    if kind in SCALARS:
+        form = f"<{SCALARS[kind]}"
+        return struct.unpack(form, _take(file, struct.calcsize(form)))[0]
+    if kind == STRING:
+        return _text(file).decode(errors="replace")
+    if kind != ARRAY:
+        raise EOFError(f"a field is of the unknown type {kind}")
+    inner, count = struct.unpack("<IQ", _take(file, 12))
+    if inner in SCALARS:
+        end = file.tell() + count * struct.calcsize(f"<{SCALARS[inner]}")
+        if end > size:
+            raise EOFError("it ends early")
+        file.seek(end)
+    else:
+        for _ in range(count):
+            _value(file, inner, size)
+    return None
+
+
+def _text(file: BinaryIO) -> bytes:
+    return _take(file, *struct.unpack("<Q", _take(file, 8)))
+
+
+def _take(file: BinaryIO, count: int) -> bytes:
+    if count > os.fstat(file.fileno()).st_size - file.tell():
+        raise EOFError("it ends early")
+    return file.read(count)
+
+
+def _again(file: BinaryIO, start: int) -> bytes:
+    end = file.tell()
+    file.seek(start)
+    return file.read(end - start)
