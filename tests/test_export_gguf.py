@@ -1,7 +1,6 @@
 """GGUF with the plan's factors: every other byte as before, and llama.cpp computes what the enabled model computes."""
 
 import errno
-import os
 import tracemalloc
 
 import pytest

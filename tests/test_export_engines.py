@@ -1,0 +1,75 @@
+"""The rotary classes of vLLM and SGLang give bit for bit the plan's cos and sin from an exported directory."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import rope_dist
+from rope_dist import export
+
+WHEELS = {"vllm": "vllm==0.33.0", "sglang": "sglang==0.5.23"}
+
+
+@pytest.fixture(scope="session", params=WHEELS)
+def engine(request, tmp_path_factory):
+    """The engine's name and a folder with its Python files, from a wheel that pip fetches once."""
+    cache = os.environ.get("ROPE_DIST_ENGINES")
+    if not cache:
+        pytest.skip("ROPE_DIST_ENGINES names no folder to keep the wheels of vLLM and SGLang (375 MB) in")
+    name, folder = request.param, Path(cache)
+    options = ["--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "-q", "-d", str(folder)]
+    if not list(folder.glob(f"{name}-*.whl")):
+        command = [sys.executable, "-m", "pip", "download", *options, WHEELS[name]]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"{WHEELS[name]} is not to be had: {done.stderr.strip().splitlines()[-1]}")
+    tree = tmp_path_factory.mktemp(name)
+    with zipfile.ZipFile(next(folder.glob(f"{name}-*.whl"))) as wheel:
+        wheel.extractall(tree, [n for n in wheel.namelist() if "/layers/rotary_embedding/" in n])
+    return name, tree
+
+
+def tables(engine, directory, tmp_path):
+    name, tree = engine
+    script = Path(__file__).with_name("engine_rotary.py")
+    out = tmp_path / "out.pt"
+    command = [sys.executable, script, name, tree, directory, out]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+def planned(plan):
+    angles = torch.arange(plan.target_length, dtype=torch.float32)[:, None] * plan.inv_freq
+    return angles.cos() * plan.attention_scaling, angles.sin() * plan.attention_scaling
+
+
+@pytest.mark.parametrize("strategy", ["dprope", "yarn"])
+def test_the_class_follows_the_plan(engine, llama, tmp_path, strategy):
+    plan = rope_dist.plan(llama, factor=2, strategy=strategy)
+    got = tables(engine, export.hf(llama, plan, tmp_path / "out", config_only=True), tmp_path)
+    cos, sin = planned(plan)
+    assert torch.equal(got["cos"], cos)
+    assert torch.equal(got["sin"], sin)
+
+
+def test_the_class_does_not_follow_a_naive_export(engine, llama, tmp_path):
+    """transformers would run this config by the plan: its attention_factor is 1, but these classes do not read it."""
+    plan = rope_dist.plan(llama, factor=2)
+    out = export.hf(llama, plan, tmp_path / "out", config_only=True)
+    config = json.loads((out / "config.json").read_text())
+    rope = {**config["rope_parameters"], "factor": 2.0, "original_max_position_embeddings": 64}
+    del config["rope_scaling"]
+    (out / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    got = tables(engine, out, tmp_path)
+    assert not torch.allclose(got["cos"], planned(plan)[0], atol=0.05)
+    reasons = {check.engine: check.reason for check in export.verify(out, plan).checks}
+    assert reasons["transformers"] is None
+    assert "scaled by 1.08012" in reasons[engine[0]]
