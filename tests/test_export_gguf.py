@@ -2,6 +2,7 @@
 
 import errno
 import tracemalloc
+from random import Random
 
 import pytest
 import torch
@@ -57,6 +58,14 @@ class TestFile:
         assert changed == {"llama.context_length", *ours, *scaled}
         assert new["llama.context_length"][1] == 128
         assert export.verify(out, plan)
+
+    def test_the_command_line(self, source, plan, tmp_path, capsys):
+        plan.save(tmp_path / "plan.json")
+        arguments = ("export", "gguf", source, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out.gguf")
+        assert main([str(a) for a in arguments]) == 0
+        assert "as planned" in capsys.readouterr().out
+        assert main(["verify", str(tmp_path / "out.gguf"), "--plan", str(tmp_path / "plan.json")]) == 0
+        assert tensors(tmp_path / "out.gguf")[FACTORS]
 
     def test_twice_is_once(self, source, plan, tmp_path):
         first = export.gguf(source, plan, tmp_path / "1.gguf")
@@ -172,6 +181,24 @@ class TestBadInput:
         cut.write_bytes(data[: int(len(data) * share)])
         assert "GGUF file" in fails(of=cut)
 
+    def test_a_damaged_header_is_a_value_error(self, source, plan, tmp_path):
+        """Bytes of the header changed at random: refused in words, or copied; never another error."""
+        data, damaged, out = source.read_bytes(), tmp_path / "damaged.gguf", tmp_path / "out.gguf"
+        random, refusals = Random(0), 0
+        for _ in range(400):
+            new = bytearray(data)
+            for _ in range(random.choice((1, 4))):
+                new[random.randrange(min(4000, len(data)))] = random.choice(
+                    (0, 1, 255, random.randrange(256))
+                )
+            damaged.write_bytes(new)
+            try:
+                export.gguf(damaged, plan, out, force=True)
+            except ValueError:
+                refusals += 1
+        assert 0 < refusals < 400
+        assert {p.name for p in tmp_path.iterdir()} <= {"model.gguf", "damaged.gguf", "out.gguf"}
+
     def test_an_architecture_without_a_slot(self, fails, model, tmp_path):
         other = write_gguf(model, tmp_path / "other.gguf", arch="qwen2")
         assert "no slot for factors in the architecture 'qwen2'" in fails(of=other)
@@ -225,7 +252,8 @@ class TestBadInput:
 
     def test_verify_refuses_what_the_stock_converter_wrote(self, source, plan, model, tmp_path, capsys):
         plan.save(tmp_path / "plan.json")
-        assert main(["verify", str(source), "--plan", str(tmp_path / "plan.json")]) == 2
+        converted = write_gguf(model, tmp_path / "converted.gguf", context_length=128)
+        assert main(["verify", str(converted), "--plan", str(tmp_path / "plan.json")]) == 2
         assert "the factors are missing" in capsys.readouterr().err
         yarn = rope_dist.plan(model, factor=2, strategy="yarn")
         out = export.gguf(source, yarn, tmp_path / "out.gguf")

@@ -77,8 +77,14 @@ def _check_plan(source: GgufFile, plan: RopePlan) -> None:
     if _close(reading.inv_freq, plan.inv_freq) and reading.length == plan.target_length:
         return  # Exported by this plan before.
     if reading.length != plan.original_length:
+        # The target's length may also be what a converter kept of an exported config, without its factors.
+        hint = (
+            "; convert the model as it was before the extension"
+            if reading.length == plan.target_length
+            else ""
+        )
         raise ValueError(
-            f"the plan is for a trained length of {plan.original_length}, {source.path} has {reading.length}"
+            f"the plan is for a trained length of {plan.original_length}, {source.path} has {reading.length}{hint}"
         )
     if not _close(reading.inv_freq, plan.pretrained.inv_freq):
         raise ValueError(
