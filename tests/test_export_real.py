@@ -56,7 +56,9 @@ def test_llama_cpp_reads_on_as_the_enabled_model(dequantised, tmp_path, strategy
     with pytest.raises(ValueError, match="factors are missing"):
         export.verify(dequantised, plan).raise_for_failure()
     engine = LlamaCpp(export.gguf(dequantised, plan, tmp_path / "16k.gguf"), 8704, THREADS)
-    ids = tokenizer(load_text("python")).input_ids[: START + READ]
+    _, text = load_text("python")
+    ids = tokenizer(text[:60_000]).input_ids[: START + READ]
+    assert len(ids) == START + READ
     tokens, values = engine.greedy(ids[:START], GREEDY)
     read = torch.tensor([engine.log_probability(ids[:i], ids[i]) for i in range(START, START + READ)])
 
@@ -68,10 +70,10 @@ def test_llama_cpp_reads_on_as_the_enabled_model(dequantised, tmp_path, strategy
             cache.crop(START - 1)
             return out.logits[0, : len(following)].double().log_softmax(-1)
 
-        greedy, text = continuation(tokens), continuation(ids[START:])
+        greedy, read_on = continuation(tokens), continuation(ids[START:])
     assert greedy.argmax(-1).tolist() == tokens
     ours = greedy[torch.arange(GREEDY), torch.tensor(tokens)]
-    of_text = text[torch.arange(READ), torch.tensor(ids[START:])]
+    of_text = read_on[torch.arange(READ), torch.tensor(ids[START:])]
     greedy_difference = (ours - torch.tensor(values)).abs().max().item()
     difference = (of_text - read).abs().max().item()
     perplexities = (-of_text.mean()).exp().item(), (-read.double().mean()).exp().item()
