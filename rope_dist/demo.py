@@ -16,7 +16,7 @@ from . import ops
 from .comparison import table_3
 from .files import write_text
 from .plots import plot_perplexity
-from .timing import machine, medians, time_interleaved
+from .timing import machine, sample, spread, timer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,11 +157,11 @@ def rotary_step(model: PreTrainedModel, tokens: int) -> dict[str, float]:
     rotary = model.model.rotary_emb
     stock_cos, stock_sin = rotary(q, position_ids)
     cos, sin = ops.cos_sin(rotary.inv_freq, position_ids, rotary.attention_scaling)
-    times = time_interleaved(
-        {
-            "stock": lambda: apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), stock_cos, stock_sin),
-            "rope_dist": lambda: ops.rotary(q, k, cos, sin),
-        },
-        device=model.device,
-    )
-    return medians(times)
+    calls = {
+        "stock": lambda: apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), stock_cos, stock_sin),
+        "rope_dist": lambda: ops.rotary(q, k, cos, sin),
+    }
+    for call in calls.values():
+        call()
+    times = sample(calls, timer(model.device), least=10, most=10)
+    return {name: spread(seconds).p50 for name, seconds in times.items()}

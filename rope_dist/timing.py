@@ -1,61 +1,166 @@
-"""Side-by-side wall-clock timing, and the description of the machine that every figure needs."""
+"""Side-by-side timing, and the description of the machine that every figure needs.
+
+The benchmarks, ``rope-dist bench``, the demonstration and the choice of kernels all time with :func:`sample`.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import median, quantiles
 
 import torch
 
+Timer = Callable[[Callable[[], object]], float]
+"""Seconds of one call."""
 
-def time_interleaved(
-    providers: Mapping[str, Callable[[], Any]],
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 60
+TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of one provider.
+
+    Attributes:
+        p20, p50, p80: percentiles over all rounds; ``p50`` is the figure to quote.
+        quiet: the lowest median of three rounds in a row. Other work on the machine only ever adds time, so
+            on a busy one this is nearer to the truth than the median of all.
+        rounds: timed calls.
+    """
+
+    p20: float
+    p50: float
+    p80: float
+    quiet: float
+    rounds: int
+
+
+def sample(
+    calls: Mapping[str, Callable[[], object]],
+    timer: Timer,
     *,
-    repeats: int = 10,
-    warmup: int = 2,
-    device: torch.device | str = "cpu",
+    least: int = LEAST_ROUNDS,
+    most: int = MOST_ROUNDS,
+    seconds: float = math.inf,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, list[float]]:
-    """Wall seconds of each provider, run in turn and back (A B B A ...) so that drift hits all alike.
+    """Time every call once a round, forwards and backwards in turn (A B B A), so that drift hits all alike.
 
     Args:
-        providers: what to time, by name.
-        repeats: timed calls of each.
-        warmup: calls of each before, not timed.
-        device: where they work; a GPU is waited for before and after each call.
+        calls: what to time, by name, each called before and so compiled and warm.
+        timer: seconds of one call, from :func:`timer`.
+        least: rounds at least, whatever they take.
+        most: rounds at most.
+        seconds: no round is begun after this.
+        tolerance: enough rounds when every median is known to this share (:func:`uncertainty`).
 
     Returns:
-        ``repeats`` times for each name, in seconds; quote the :func:`statistics.median`.
+        One time a round for each name. Times of one round belong together: compare with :func:`ratio`.
     """
-    device = torch.device(device)
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    for _ in range(warmup):
-        for call in providers.values():
-            call()
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    order = list(providers)
-    for _ in range(repeats):
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    began = time.perf_counter()
+    for done in range(1, most + 1):
         for name in order:
-            wait()
-            start = time.perf_counter()
-            providers[name]()
-            wait()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timer(calls[name]))
         order.reverse()
+        if done >= least and (
+            time.perf_counter() - began >= seconds
+            or all(uncertainty(values) <= tolerance for values in times.values())
+        ):
+            break
     return times
 
 
-def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
-    """The median of each provider's times."""
-    return {name: median(values) for name, values in times.items()}
+def uncertainty(times: Sequence[float]) -> float:
+    """Half the width of the median's 95 % interval, as a share of the median.
+
+    The standard error of a median is 1.25 standard deviations over the root of the number, and the 20th and
+    the 80th percentile of a normal distribution lie 1.68 standard deviations apart.
+    """
+    if len(times) < 2:
+        return math.inf
+    found = spread(times)
+    return 1.96 * 1.25 * (found.p80 - found.p20) / 1.68 / math.sqrt(len(times)) / max(found.p50, 1e-12)
+
+
+def spread(times: Sequence[float]) -> Spread:
+    """Percentiles of one provider's times."""
+    p20, p50, p80 = (
+        (quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7)) if len(times) > 1 else times * 3
+    )
+    blocks = [times[i : i + 3] for i in range(0, max(len(times) - 2, 1), 3)]
+    return Spread(p20, p50, p80, min(median(block) for block in blocks), len(times))
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """How many times ``base`` one provider takes: the median of the rounds' ratios.
+
+    What slows the machine down for a while slows both of a round down, and leaves their ratio.
+    """
+    return median(a / b for a, b in zip(times, base, strict=True))
+
+
+def timer(device: torch.device | str, *, cold: bool = False) -> Timer:
+    """Seconds of a call: wall time on a CPU, between two events of the current stream on a GPU.
+
+    Args:
+        cold: a buffer twice the last level of cache is overwritten before each call, not timed.
+    """
+    device = torch.device(device)
+    flush = torch.empty(2 * cache_bytes(device) if cold else 0, dtype=torch.int8, device=device)
+
+    def wall(call: Callable[[], object]) -> float:
+        flush.zero_()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def events(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+    return events if device.type == "cuda" else wall
+
+
+def cache_bytes(device: torch.device | str) -> int:
+    """Bytes of the last level of cache; 64 MiB where the system does not say."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size or 64 << 20
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number = file.read_text().strip().rstrip("K")
+        sizes += [int(number) << 10] if number.isdigit() else []
+    return max(sizes, default=64 << 20)
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest distance of two vectors of the last axis, as a share of the expected one's length.
+
+    Args:
+        actual: any floating dtype.
+        expected: the same shape, on the same device. Infinite where shapes differ or a number is not finite.
+    """
+    if actual.shape != expected.shape:
+        return math.inf
+    expected = expected.double()
+    distance = (actual.double() - expected).norm(dim=-1)
+    worst = (distance / expected.norm(dim=-1).clamp_min(1e-30)).max().item()
+    return worst if math.isfinite(worst) else math.inf
 
 
 def machine() -> dict[str, str]:
@@ -75,6 +180,11 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: installed(package) for package in ("torch", "transformers", "triton")},
     }
+
+
+def load() -> float | None:
+    """Processes that wanted to run in the last minute, or None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _processor() -> str:

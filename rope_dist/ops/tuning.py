@@ -25,13 +25,12 @@ from pathlib import Path
 
 import torch
 
+from .. import timing
 from ..files import write_text
 from ..version import __version__
 
 DEFAULT = "separate"
 ROUNDS = 5
-
-Timer = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
@@ -148,12 +147,12 @@ def may_measure() -> bool:
     return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
 
 
-def choose(problem: Problem, ways: dict[str, Callable[[], object]], timer: Timer | None = None) -> str:
+def choose(problem: Problem, ways: dict[str, Callable[[], object]], timer: timing.Timer | None = None) -> str:
     """The name of the fastest of ``ways`` for ``problem``.
 
     Args:
         ways: callables by name; :data:`DEFAULT` is among them.
-        timer: milliseconds of one call; on the GPU by default.
+        timer: seconds of one call; by default the GPU's, with a cold cache.
     """
     known = choices().get(problem)
     if known in ways:
@@ -164,43 +163,23 @@ def choose(problem: Problem, ways: dict[str, Callable[[], object]], timer: Timer
         known = choices().get(problem)
         if known in ways:
             return known
-        return choices().put(problem, measure(ways, timer or gpu_timer()))
+        return choices().put(problem, measure(ways, timer or timing.timer("cuda", cold=True)))
 
 
-def measure(ways: dict[str, Callable[[], object]], timer: Timer) -> dict[str, float]:
+def measure(ways: dict[str, Callable[[], object]], timer: timing.Timer) -> dict[str, float]:
     """Median milliseconds of each way that runs, forwards and backwards in turn.
 
     A way that fails (too little memory, a kernel that does not compile here) is left out with a warning;
     :data:`DEFAULT` may not fail.
     """
-    samples: dict[str, list[float]] = {}
+    running = {}
     for name, way in ways.items():
         try:
             way()  # compiles, and warms the library's own choices
-            samples[name] = []
+            running[name] = way
         except Exception as error:
             if name == DEFAULT:
                 raise
             warnings.warn(f"rope_dist does without {name!r} here: {error}", stacklevel=2)
-    for index in range(ROUNDS):
-        order = list(samples)
-        for name in order if index % 2 == 0 else reversed(order):
-            samples[name].append(timer(ways[name]))
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def gpu_timer() -> Timer:
-    """Milliseconds of a call on the current stream, the L2 cache emptied before it."""
-    size = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(max(2 * size, 1), dtype=torch.int8, device="cuda")
-
-    def time(call: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-    return time
+    times = timing.sample(running, timer, least=ROUNDS, most=ROUNDS)
+    return {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}

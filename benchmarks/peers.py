@@ -1,0 +1,162 @@
+"""Other people's rotary kernels behind one signature, where they are installed.
+
+Each is written from its package's public interface, is checked like every provider before it is timed, and is
+left out with a reason where it cannot run. On a CPU only eager and ``torch.compile`` take part: the others are
+GPU kernels, and Liger's under Triton's interpreter would be a timing of the interpreter.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from .harness import Absent, Provider
+from .question import Options
+from .shapes import Angles
+
+Rotate = Callable[[torch.Tensor, torch.Tensor, Angles], Callable[[], tuple[torch.Tensor, torch.Tensor]]]
+
+STOCK = "Hugging Face"
+COMPILED = "torch.compile"
+"""Of Hugging Face's function."""
+
+
+def stock(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hugging Face's rotation of ``[B, S, H, D]``: it sees ``[B, H, S, D]`` views, as in the stock attention."""
+    q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *angles.stock)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def _liger(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
+    def call():
+        a, b = module.liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *angles.stock)
+        return a.transpose(1, 2), b.transpose(1, 2)
+
+    return call
+
+
+def _flash_attn(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
+    # One call a tensor, tables [S, D/2]; quack has the same interface.
+    cos, sin = (table[0].to(q.dtype) for table in (angles.cos, angles.sin))
+
+    def call():
+        return tuple(module.apply_rotary_emb(x, cos, sin, inplace=True) for x in (q, k))
+
+    return call
+
+
+def _flat(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, ...]:
+    """Positions and ``[tokens, heads * D]`` views: what FlashInfer and vLLM take."""
+    return angles.positions.flatten(), q.flatten(0, 1).flatten(1), k.flatten(0, 1).flatten(1)
+
+
+def _flashinfer(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
+    positions, flat_q, flat_k = _flat(q, k, angles)
+    cache = torch.cat((angles.cos[0], angles.sin[0]), -1)
+
+    def call():
+        module.apply_rope_with_cos_sin_cache_inplace(
+            positions, flat_q, flat_k, q.shape[-1], cache, is_neox=True
+        )
+        return q, k
+
+    return call
+
+
+def _vllm(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
+    positions, flat_q, flat_k = _flat(q, k, angles)
+    # As vLLM's own module has it: in the model's type.
+    cache = torch.cat((angles.cos[0], angles.sin[0]), -1).to(q.dtype)
+
+    def call():
+        module.rotary_embedding(positions, flat_q, flat_k, q.shape[-1], cache, True)
+        return q, k
+
+    return call
+
+
+def _unsloth(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
+    cos, sin = (table[0] for table in angles.stock)
+
+    def call():
+        a, b = module.fast_rope_embedding(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return a.transpose(1, 2), b.transpose(1, 2)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A package with a rotary kernel.
+
+    Attributes:
+        module: that has the function.
+        rotate: from that module and the tensors to the call.
+        hopper: it has no code for GPUs before Hopper.
+        alters: importing it changes transformers for the whole process: it takes part only if asked for.
+    """
+
+    module: str
+    rotate: Callable[..., Callable[[], Any]]
+    hopper: bool = False
+    alters: bool = False
+
+
+PEERS = {
+    "Liger": Peer("liger_kernel.transformers.rope", _liger),
+    "flash-attn": Peer("flash_attn.layers.rotary", _flash_attn),
+    "FlashInfer": Peer("flashinfer", _flashinfer),
+    "quack": Peer("quack.rotary", _flash_attn, hopper=True),
+    "vLLM": Peer("vllm._custom_ops", _vllm),
+    "Unsloth": Peer("unsloth.kernels.rope_embedding", _unsloth, alters=True),
+}
+ROTARY_PEERS = (COMPILED, *PEERS)
+
+
+def unavailable(name: str, options: Options) -> str | None:
+    """Why that peer cannot take part here, or None."""
+    peer = PEERS[name]
+    if options.device.type != "cuda":
+        return "a GPU kernel; on a CPU it would run in an interpreter, if at all"
+    if peer.hopper and torch.cuda.get_device_capability(options.device)[0] < 9:
+        return "needs Hopper or later"
+    if peer.alters and options.peers is None:
+        return f"importing it changes transformers for the whole process: ask with --peers {name}"
+    return missing(peer.module)
+
+
+def missing(module: str) -> str | None:
+    """Why ``module`` cannot be imported, or None."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        # Packages of compiled kernels fail to import in many ways, not only by ImportError.
+        return f"{module.partition('.')[0]} cannot be imported: {error}".splitlines()[0][:160]
+    return None
+
+
+def rotary_peers(options: Options, angles: Angles) -> list[Provider | Absent]:
+    """torch.compile's and each package's rotation of inputs with ``q`` and ``k`` ``[1, S, H, D]``."""
+    found: list[Provider | Absent] = []
+    if options.wants(COMPILED):
+        # Sizes fixed: the best that the compiler can do.
+        compiled = torch.compile(stock, dynamic=False)
+        found.append(Provider(COMPILED, lambda inputs: lambda: compiled(inputs.q, inputs.k, angles)))
+    for name, peer in PEERS.items():
+        if not options.wants(name):
+            continue
+        reason = unavailable(name, options)
+        if reason:
+            found.append(Absent(name, reason))
+            continue
+        module = importlib.import_module(peer.module)
+        found.append(
+            Provider(name, lambda inputs, p=peer, m=module: p.rotate(m, inputs.q, inputs.k, angles))
+        )
+    return found

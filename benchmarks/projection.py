@@ -1,0 +1,253 @@
+"""Projection with rotary: from a layer's input to rotated queries and keys, and values; forward and backward.
+
+The limit is the matrix products alone, as one. On a CPU the kernels that fuse both are not at hand: there
+"rope_dist" is what enable() does, three products and the rotation in place of their results.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from rope_dist import ops
+from rope_dist.ops import dispatch_projection
+
+from .harness import TOLERANCES, Absent, Case, Provider
+from .peers import COMPILED, PEERS, STOCK, missing, stock, unavailable
+from .question import Options, Question, Size
+from .shapes import DTYPES, Angles, checked_tokens, random, rotated
+
+QUACK = "quack"
+PEER_NAMES = (COMPILED, "Liger", QUACK)
+
+
+class Layer:
+    """Input ``[1, S, K]``, the three weights ``[N, K]``, and gradients of the three results ``[1, S, H, D]``."""
+
+    def __init__(self, size: Size, dtype: torch.dtype, device: torch.device, gradients: bool) -> None:
+        shape = size.shape
+        at = {"dtype": dtype, "device": device}
+        self.x = random(1, size.tokens, shape.hidden, **at)
+        self.weights = [
+            random(n, shape.hidden, scale=shape.hidden**-0.5, seed=i + 1, **at)
+            for i, n in enumerate(shape.widths)
+        ]
+        self.grads: list[torch.Tensor] = []
+        if gradients:
+            for y in (self.x, *self.weights):
+                y.requires_grad_()
+            self.grads = [
+                random(1, size.tokens, n // shape.head_dim, shape.head_dim, seed=i + 4, **at)
+                for i, n in enumerate(shape.widths)
+            ]
+
+    def project(self, head_dim: int) -> list[torch.Tensor]:
+        """The three products ``[1, S, H, D]``."""
+        return [functional.linear(self.x, w).unflatten(-1, (-1, head_dim)) for w in self.weights]
+
+
+Forward = Callable[[Layer], Callable[[], tuple[torch.Tensor, ...]]]
+
+
+def cases(size: Size, options: Options) -> list[Case]:
+    """Forward, and forward with backward."""
+    return [_case(size, options, gradients) for gradients in (False, True)]
+
+
+def _case(size: Size, options: Options, gradients: bool) -> Case:
+    shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
+    total = sum(shape.widths)
+    moved = size.tokens * (shape.hidden + total) + total * shape.hidden
+    products = 3 if gradients else 1
+    tokens = checked_tokens(size.tokens, device)
+    what = "forward + backward" if gradients else "forward"
+    return Case(
+        name=f"{size}, {what}",
+        inputs=partial(Layer, size, dtype, device, gradients),
+        providers=lambda layer: providers(size, options, layer, gradients),
+        exact=partial(_exact_gradients if gradients else exact_forward, size, tokens),
+        pick=partial(_pick_gradients, shape.head_dim, tokens) if gradients else partial(pick, tokens),
+        # A product's rounding adds to the rotation's.
+        tolerance=2 * TOLERANCES[dtype],
+        bytes=products * moved * dtype.itemsize,
+        flops=products * 2 * size.tokens * shape.hidden * total,
+        need=(8 if gradients else 5) * moved * dtype.itemsize,
+        gradients=gradients,
+        labels={"model": shape.name, "tokens": size.tokens, "dtype": size.dtype, "pass": what},
+    )
+
+
+def exact_forward(
+    size: Size, tokens: torch.Tensor, layer: Layer, offset: int = 0, interleaved: bool = False
+) -> list[torch.Tensor]:
+    """Rotated queries and keys, and values, of some tokens in float64."""
+    shape = size.shape
+    cos, sin = Angles(shape, 1, torch.float32, tokens.device).exact(tokens + offset)
+    x = layer.x.detach()[0, tokens].double()
+    q, k, v = (
+        (x @ w.detach().double().T).unflatten(-1, (-1, shape.head_dim)) for w in layer.weights
+    )
+    return [rotated(q, cos, sin, interleaved=interleaved), rotated(k, cos, sin, interleaved=interleaved), v]
+
+
+def pick(tokens: torch.Tensor, outputs) -> list[torch.Tensor]:
+    """The same of what a provider returned."""
+    return [y[0, tokens] for y in outputs]
+
+
+def _exact_gradients(size: Size, tokens: torch.Tensor, layer: Layer) -> list[torch.Tensor]:
+    """In float64: the input's gradient at some tokens, and that of the first head's rows of each weight."""
+    shape, everywhere = size.shape, torch.arange(size.tokens, device=tokens.device)
+    angles = Angles(shape, 1, torch.float32, tokens.device)
+    (cos, sin), (all_cos, all_sin) = angles.exact(tokens), angles.exact(everywhere)
+    x = layer.x.detach()[0].double()
+    d_x, d_weights = 0, []
+    for index, (grad, weight) in enumerate(zip(layer.grads, layer.weights, strict=True)):
+        some, first = grad[0, tokens].double(), grad[0, :, :1].double()
+        if index < 2:
+            some = rotated(some, cos, sin, inverse=True)
+            first = rotated(first, all_cos, all_sin, inverse=True)
+        d_x = d_x + some.flatten(1) @ weight.detach().double()
+        d_weights.append(first[:, 0].T @ x)
+    return [d_x, *d_weights]
+
+
+def _pick_gradients(head_dim: int, tokens: torch.Tensor, outputs) -> list[torch.Tensor]:
+    d_x, *d_weights = outputs
+    return [d_x[0, tokens], *(w[:head_dim] for w in d_weights)]
+
+
+def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> list[Provider | Absent]:
+    """Everything that projects and rotates; with ``gradients`` each followed by its backward pass."""
+    shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
+    angles = Angles(shape, size.tokens, dtype, device)
+    at = {"head_dim": shape.head_dim, "inv_freq": angles.words, "position_ids": angles.positions}
+
+    def stock_way(inputs: Layer):
+        q, k, v = inputs.project(shape.head_dim)
+        return *stock(q, k, angles), v
+
+    def separate(inputs: Layer):
+        q, k, v = inputs.project(shape.head_dim)
+        return *ops.rotary(q, k, angles.cos, angles.sin, inplace=not gradients), v
+
+    def fused(inputs: Layer, path: str = "auto"):
+        return ops.qkv_rotary(inputs.x, *inputs.weights, path=path, **at)
+
+    joined: dict[int, torch.Tensor] = {}
+
+    def products(inputs: Layer):
+        weight = joined.setdefault(id(inputs), torch.cat([w.detach() for w in inputs.weights]))
+        return functional.linear(inputs.x, weight.requires_grad_(gradients))
+
+    def timed(name: str, way: Callable, kind: str = "peer", graph: bool = True, **more) -> Provider:
+        bind = partial(_with_backward, way) if gradients else lambda inputs: partial(way, inputs)
+        return Provider(name, bind, kind=kind, graph=graph, **more)
+
+    found: list[Provider | Absent] = [timed(STOCK, stock_way, "stock")]
+    if device.type == "cuda":
+        found.append(timed("rope_dist", fused, "ours"))
+        rotary_dim = 2 * angles.words.shape[1]
+        weights = [w.detach() for w in layer.weights]
+        for path in dispatch_projection.candidates(layer.x.detach(), *weights, shape.head_dim, rotary_dim):
+            found.append(timed(f"rope_dist, {path}", partial(fused, path=path), "ours"))
+    else:
+        found.append(timed("rope_dist", separate, "ours"))
+    if gradients:
+        found.append(Provider("one product", partial(_products_backward, products, shape), kind="limit"))
+    else:
+        found.append(timed("one product", products, "limit"))
+    if options.wants(COMPILED):
+        found.append(timed(COMPILED, torch.compile(stock_way, dynamic=False)))
+    for name, make in (("Liger", _liger), (QUACK, _quack)):
+        if options.wants(name):
+            found.append(make(size, options, angles, gradients, timed))
+    return found
+
+
+def _with_backward(way: Callable, layer: Layer) -> Callable[[], tuple[torch.Tensor, ...]]:
+    def call():
+        return torch.autograd.grad(way(layer), (layer.x, *layer.weights), layer.grads)
+
+    return call
+
+
+def _products_backward(products: Callable, shape, layer: Layer) -> Callable[[], object]:
+    grad = torch.cat([g.flatten(2) for g in layer.grads], -1)
+
+    def call():
+        x, w = layer.x.detach(), products(layer)
+        # The three products of a forward and a backward pass, nothing else.
+        flat = grad.flatten(0, 1)
+        return w, flat @ torch.cat([y.detach() for y in layer.weights]), flat.T @ x.flatten(0, 1)
+
+    return call
+
+
+def _liger(size, options, angles, gradients, timed) -> Provider | Absent:
+    reason = unavailable("Liger", options)
+    if reason:
+        return Absent("Liger", reason)
+    module = importlib.import_module(PEERS["Liger"].module)
+
+    def way(inputs: Layer):
+        q, k, v = inputs.project(size.shape.head_dim)
+        q, k = module.liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *angles.stock)
+        return q.transpose(1, 2), k.transpose(1, 2), v
+
+    return timed("Liger", way)
+
+
+def _quack(size, options, angles, gradients, timed) -> Provider | Absent:
+    """quack's matrix product with the rotation in its epilogue: interleaved pairs, forward only."""
+    if gradients:
+        return Absent(QUACK, "its fused product has no backward pass")
+    reason = unavailable(QUACK, options) or missing("quack.epilogue.rotary")
+    if reason:
+        return Absent(QUACK, reason)
+    module = importlib.import_module("quack.epilogue.rotary")
+    shape = size.shape
+    n_q, n_k, n_v = shape.widths
+    frequencies = module.make_interleaved_inv_freq(angles.inv_freq, n_q + n_k, n_v)[None]
+    positions = angles.positions.float()
+    joined: dict[int, torch.Tensor] = {}
+
+    def way(inputs: Layer):
+        weight = joined.setdefault(id(inputs), torch.cat(inputs.weights))
+        # Its search over tiles would take minutes: the default tile, and the table says so.
+        y = module.rope_posfreq_epi(inputs.x[0], weight.T, tuned=False, pos=positions, freq=frequencies)["D"]
+        return tuple(part.unflatten(-1, (-1, shape.head_dim))[None] for part in y.split(shape.widths, -1))
+
+    tokens = checked_tokens(size.tokens, options.device)
+    exact = partial(exact_forward, size, tokens, interleaved=True)
+    return timed(f"{QUACK}, default tile", way, exact=exact)
+
+
+QUESTION = Question(
+    name="projection",
+    doc=__doc__,
+    cases=cases,
+    sizes={
+        "cpu": [(("SmolLM2-135M", "TinyLlama-1.1B"), (8192, 16384), ("bf16",))],
+        "cuda": [
+            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
+            (("LLaMA2-13B",), (8192, 16384), ("bf16",)),
+            (("Llama-3-8B",), (1024, 2048, 4096, 32768), ("bf16",)),
+        ],
+    },
+    quick={
+        "cpu": [(("SmolLM2-135M",), (1024,), ("bf16",))],
+        "cuda": [(("Llama-3-8B",), (1024,), ("bf16",))],
+    },
+    sources=("rope_dist/ops/**/*.py", "csrc/*.h", "csrc/*.cpp", "csrc/*.cu", "benchmarks/projection.py"),
+    peers=PEER_NAMES,
+    seconds=90.0,
+)
+
+if __name__ == "__main__":
+    sys.exit(QUESTION.main())
