@@ -13,7 +13,8 @@ How it is timed, and what keeps figures of a busy machine comparable:
 - On a GPU each call is captured in a CUDA graph and timed between events, first with the L2 cache overwritten
   before each call (the figure to quote), then with what the call before it left there (``warm``).
 - On a CPU it is wall time. The cache is overwritten where the tensors could stay in it.
-- Peak memory is what one call adds at its highest, its results included.
+- Peak memory is what one call adds at its highest, its results included. On a CPU it is what the process
+  adds: tensors under some tens of MiB may come from memory that it had already.
 """
 
 from __future__ import annotations

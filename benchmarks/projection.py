@@ -139,12 +139,6 @@ def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> li
     def fused(inputs: Layer, path: str = "auto"):
         return ops.qkv_rotary(inputs.x, *inputs.weights, path=path, **at)
 
-    joined: dict[int, torch.Tensor] = {}
-
-    def products(inputs: Layer):
-        weight = joined.setdefault(id(inputs), torch.cat([w.detach() for w in inputs.weights]))
-        return functional.linear(inputs.x, weight.requires_grad_(gradients))
-
     def timed(name: str, way: Callable, kind: str = "peer", graph: bool = True, **more) -> Provider:
         bind = partial(_with_backward, way) if gradients else lambda inputs: partial(way, inputs)
         return Provider(name, bind, kind=kind, graph=graph, **more)
@@ -158,10 +152,7 @@ def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> li
             found.append(timed(f"rope_dist, {path}", partial(fused, path=path), "ours"))
     else:
         found.append(timed("rope_dist", separate, "ours"))
-    if gradients:
-        found.append(Provider("one product", partial(_products_backward, products, shape), kind="limit"))
-    else:
-        found.append(timed("one product", products, "limit"))
+    found.append(Provider("one product" + " each" * gradients, _products, kind="limit"))
     if options.wants(COMPILED):
         found.append(timed(COMPILED, torch.compile(stock_way, dynamic=False)))
     for name, make in (("Liger", _liger), (QUACK, _quack)):
@@ -177,16 +168,14 @@ def _with_backward(way: Callable, layer: Layer) -> Callable[[], tuple[torch.Tens
     return call
 
 
-def _products_backward(products: Callable, shape, layer: Layer) -> Callable[[], object]:
-    grad = torch.cat([g.flatten(2) for g in layer.grads], -1)
-
-    def call():
-        x, w = layer.x.detach(), products(layer)
-        # The three products of a forward and a backward pass, nothing else.
-        flat = grad.flatten(0, 1)
-        return w, flat @ torch.cat([y.detach() for y in layer.weights]), flat.T @ x.flatten(0, 1)
-
-    return call
+def _products(layer: Layer) -> Callable[[], object]:
+    """The matrix products alone, of all three weights as one: one forward, two backward."""
+    x = layer.x.detach()[0]
+    weight = torch.cat([w.detach() for w in layer.weights])
+    if not layer.grads:
+        return lambda: functional.linear(x, weight)
+    grad = torch.cat([g.flatten(2) for g in layer.grads], -1)[0]
+    return lambda: (functional.linear(x, weight), grad @ weight, grad.T @ x)
 
 
 def _liger(size, options, angles, gradients, timed) -> Provider | Absent:
