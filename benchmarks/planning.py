@@ -1,71 +1,94 @@
-"""How long planning takes: one core, from numbers to a finished plan.
+"""How long planning takes, once and before inference: against length, head size and number of candidates.
 
-    python -m benchmarks.planning [--repeats 20] [--output benchmarks/results/planning.json]
-
-Planning happens once, before inference; nothing is added per token.
+On one core. The limit computes the angles of every position and pair once, at the trained and at the target
+length, and sorts none of them. "stock" is the plan that the paper's method makes by default.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
+import math
 import sys
-from collections.abc import Callable
 from functools import partial
-from statistics import quantiles
 
 import torch
-from tabulate import tabulate
 
-from rope_dist.files import write_text
 from rope_dist.planning import plan
-from rope_dist.timing import machine, time_interleaved
 
-CASES: dict[str, Callable[[], object]] = {
-    "llama2-7b 4k -> 8k": partial(plan, "llama2-7b", target_length=8192),
-    "llama2-7b 4k -> 16k": partial(plan, "llama2-7b", target_length=16384),
-    "llama2-7b 4k -> 16k, float64": partial(plan, "llama2-7b", target_length=16384, dtype="float64"),
-    "llama2-7b 4k -> 16k, six candidates": partial(
-        plan,
-        "llama2-7b",
-        target_length=16384,
-        candidates=["extrapolation", "pi", "ntk", "dynamic-ntk", "yarn", "llama3"],
-    ),
-    "llama3-8b 8k -> 32k": partial(plan, "llama3-8b", target_length=32768),
-    "llama3.1-8b 128k -> 256k": partial(plan, "llama3.1-8b", target_length=262144),
+from .harness import BenchmarkError, Case, Provider
+from .question import Options, Question, Size
+from .shapes import DTYPES, Shape
+
+CANDIDATES = ("extrapolation", "pi", "ntk", "dynamic-ntk", "yarn", "llama3")
+TRAINED = 4096
+DEFAULT = "two candidates"
+
+
+HEADS = {
+    f"head size {dim}": Shape(f"head size {dim}", 1, 1, dim, dim, dim, 1, 1, 1e4) for dim in (64, 128, 256)
 }
+"""Models of which only the head size matters."""
 
 
-def main() -> None:
-    """Time every case, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--repeats", type=int, default=20, help="timed runs of each case (default: %(default)s)"
+def cases(size: Size, options: Options) -> list[Case]:
+    """Plans from 4k to that length, for that size of a head."""
+    dim = size.shape.head_dim
+    target = max(size.tokens, 2 * TRAINED)
+    make = partial(
+        plan, theta=size.shape.theta, head_dim=dim, original_length=TRAINED, target_length=target
     )
-    parser.add_argument("--output", help="JSON file to write", default="benchmarks/results/planning.json")
-    arguments = parser.parse_args()
-    if arguments.repeats < 2:
-        parser.error("--repeats must be at least 2")
-    torch.set_num_threads(1)
-    times = time_interleaved(CASES, repeats=arguments.repeats)
-    rows = []
-    results = {}
-    for name, seconds in times.items():
-        p20, p50, p80 = (quantiles(seconds, n=10)[i] for i in (1, 4, 7))
-        results[name] = {"p20_s": p20, "median_s": p50, "p80_s": p80}
-        rows.append((name, f"{p50 * 1e3:.1f}", f"{p20 * 1e3:.1f} - {p80 * 1e3:.1f}"))
-    here = machine()
-    print(", ".join(f"{key} {value}" for key, value in here.items()))
-    print(tabulate(rows, ("plan", "median, ms", "20 - 80 %"), colalign=("left", "right", "right")))
-    record = {
-        "command": shlex.join(["python", "-m", "benchmarks.planning", *sys.argv[1:]]),
-        "machine": here,
-        "repeats": arguments.repeats,
-        "results": results,
-    }
-    write_text(arguments.output, json.dumps(record, indent=2) + "\n")
+    if size.dtype != "fp32":
+        raise BenchmarkError(f"--dtypes: plans are made in fp32 (float64 has a row of its own), not {size.dtype}")
+    dtype = "float32"
+    frequencies = size.shape.inv_freq(torch.device("cpu"))
+    positions = torch.arange(TRAINED + target, dtype=torch.float32)
 
+    def angles() -> torch.Tensor:
+        return torch.outer(positions, frequencies).remainder_(2 * math.pi)
+
+    def bound(call):
+        return lambda _: call
+
+    providers = [
+        Provider(DEFAULT, bound(partial(make, dtype=dtype)), kind="stock"),
+        *(
+            Provider(f"{count} candidates", bound(partial(make, dtype=dtype, candidates=CANDIDATES[:number])))
+            for count, number in (("four", 4), ("six", 6))
+        ),
+        Provider("two candidates, float64", bound(partial(make, dtype="float64"))),
+        Provider("yarn", bound(partial(make, strategy="yarn", dtype=dtype))),
+        Provider("angles", bound(angles), kind="limit"),
+    ]
+    case = Case(
+        name=f"head size {dim}, {TRAINED // 1024}k to {target // 1024}k",
+        inputs=lambda: None,
+        providers=lambda _: providers,
+        bytes=positions.numel() * dim // 2 * DTYPES["fp32"].itemsize,
+        labels={"model": size.shape.name, "tokens": target, "dtype": dtype, "head_dim": dim},
+    )
+    return [case]
+
+
+QUESTION = Question(
+    name="planning",
+    doc=__doc__,
+    cases=cases,
+    sizes={
+        "cpu": [
+            (("head size 128",), (8192, 16384, 32768, 131072), ("fp32",)),
+            (("head size 64", "head size 256"), (16384,), ("fp32",)),
+        ]
+    },
+    quick={"cpu": [(("head size 128",), (16384,), ("fp32",))]},
+    sources=(
+        "rope_dist/planning.py",
+        "rope_dist/strategies.py",
+        "rope_dist/distribution.py",
+        "benchmarks/planning.py",
+    ),
+    seconds=30.0,
+    threads=1,
+    shapes=HEADS,
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(QUESTION.main())

@@ -9,8 +9,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +22,7 @@ from rope_dist.files import write_text
 from rope_dist.info import info
 from rope_dist.version import __version__
 
-from .harness import BenchmarkError, Case, measure
+from .harness import BenchmarkError, Case, measure, require_memory
 from .shapes import DTYPES, SHAPES, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,8 @@ class Question:
         seconds: default time of the whole script.
         unit: of the table: ``"ms"`` or ``"tokens/s"``.
         least: rounds at least.
+        threads: of torch; None: as it is.
+        shapes: what ``--models`` knows.
         add: adds the script's own options.
     """
 
@@ -91,6 +93,7 @@ class Question:
     unit: str = "ms"
     least: int = timing.LEAST_ROUNDS
     threads: int | None = None
+    shapes: Mapping[str, Shape] = field(default_factory=lambda: SHAPES)
     add: Callable[[argparse.ArgumentParser], None] | None = None
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
@@ -113,7 +116,7 @@ class Question:
         parser.add_argument(
             "--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)", metavar="NAME"
         )
-        parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES)}")
+        parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of {', '.join(self.shapes)}")
         parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help="tokens of each case")
         parser.add_argument("--dtypes", nargs="+", metavar="NAME", help=f"of {', '.join(DTYPES)}")
         if self.peers:
@@ -147,13 +150,15 @@ class Question:
         if not seconds > 0:
             raise BenchmarkError(f"--seconds must be positive, got {seconds:g}")
         began = time.perf_counter()
-        device = _device(parsed.device)
+        device = self._device(parsed.device)
         peers = self._peers(getattr(parsed, "peers", None))
         options = Options(device, peers, parsed.quick, parsed)
         if self.threads:
             torch.set_num_threads(self.threads)
-        chosen = bool(parsed.models or parsed.lengths)
         cases = [case for size in self._sizes(parsed, device) for case in self.cases(size, options)]
+        if parsed.models or parsed.lengths:
+            for case in cases:
+                require_memory(case, device)
         folder = parsed.output or (None if parsed.quick else RESULTS)
         if folder and not folder.is_dir():
             folder.mkdir(parents=True)
@@ -182,7 +187,7 @@ class Question:
             try:
                 found = measure(case, device, seconds=max(left, 0) / (len(cases) - index), least=self.least)
             except BenchmarkError as error:
-                if chosen or index == len(cases) - 1 and not record["cases"]:
+                if index == len(cases) - 1 and not record["cases"]:
                     raise
                 record["left_out"].append({"name": case.name, "reason": str(error)})
                 continue
@@ -196,9 +201,28 @@ class Question:
             print(f"left out: {left_out['name']}: {left_out['reason']}")
         _write(folder, self.name, device, record)
 
+    def _device(self, name: str | None) -> torch.device:
+        if name is None:
+            on_gpu = "cuda" in self.sizes and torch.cuda.is_available()
+            return torch.device("cuda" if on_gpu else "cpu")
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in self.sizes:
+            raise BenchmarkError(f"--device: no {name!r}; there are {', '.join(self.sizes)}")
+        if device.type == "cuda":
+            count = torch.cuda.device_count()
+            if (device.index or 0) >= count:
+                raise BenchmarkError(
+                    f"--device {name}: torch sees {count or 'no'} GPU{'s' if count > 1 else ''}"
+                )
+            torch.cuda.set_device(device.index or 0)
+        return device
+
     def _sizes(self, parsed: argparse.Namespace, device: torch.device) -> list[Size]:
         rows = (self.quick if parsed.quick else self.sizes)[device.type]
-        known = {"--models": SHAPES, "--dtypes": DTYPES}
+        known = {"--models": self.shapes, "--dtypes": DTYPES}
         for option, names in (("--models", parsed.models), ("--dtypes", parsed.dtypes)):
             for name in names or ():
                 if name not in known[option]:
@@ -209,7 +233,7 @@ class Question:
         if parsed.models and parsed.lengths:
             rows = [(parsed.models, parsed.lengths, rows[0][2])]
         sizes = [
-            Size(SHAPES[model], tokens, dtype)
+            Size(self.shapes[model], tokens, dtype)
             for models, lengths, dtypes in rows
             for model in (parsed.models or models)
             for dtype in (parsed.dtypes or dtypes)
@@ -229,23 +253,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise BenchmarkError(f"--device: no {name!r}; there are cpu, cuda and cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise BenchmarkError(f"--device {name}: torch sees {count or 'no'} GPU{'s' if count > 1 else ''}")
-        torch.cuda.set_device(device.index or 0)
-    return device
 
 
 def _write(folder: Path | None, name: str, device: torch.device, record: dict) -> None:
@@ -268,7 +275,7 @@ def table(case: dict, unit: str = "ms") -> str:
             [
                 name + (" (limit)" if r["kind"] == "limit" else ""),
                 figure(r["seconds"]["p50"], unit, case.get("tokens")),
-                " - ".join(figure(r["seconds"][p], unit, case.get("tokens")) for p in ("p20", "p80")),
+                " - ".join(figure(r["seconds"][p], unit, case.get("tokens")) for p in _ends(unit)),
                 f"{r['to stock']:.3f}" if "to stock" in r else "",
                 f"{r['limit share']:.0%}" if "limit share" in r else "",
                 f"{r['peak_bytes'] / 2**20:.0f}" if r.get("peak_bytes") is not None else "",
@@ -283,6 +290,10 @@ def table(case: dict, unit: str = "ms") -> str:
             if reason in r:
                 text += f"\n{name}: {reason}: {r[reason]}"
     return text
+
+
+def _ends(unit: str) -> tuple[str, str]:
+    return ("p80", "p20") if unit == "tokens/s" else ("p20", "p80")
 
 
 def figure(seconds: float, unit: str, tokens: int | None) -> str:

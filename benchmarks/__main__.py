@@ -1,0 +1,94 @@
+"""Every question in turn within a time limit, each in a process of its own.
+
+    python -m benchmarks [--device cpu] [--seconds 540] [--output benchmarks/results]
+
+A question that crashes or outlasts its share leaves what it has written, and the others go on. The exit status
+is 1 if one did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+SHARES = {
+    "cpu": {
+        "rotary": 34,
+        "projection": 18,
+        "attention_block": 14,
+        "model_prefill": 14,
+        "model_train_step": 12,
+        "decode": 4,
+        "planning": 4,
+    },
+    "cuda": {
+        "rotary": 25,
+        "projection": 30,
+        "decode": 10,
+        "model_prefill": 15,
+        "attention_block": 12,
+        "model_train_step": 8,
+    },
+}
+"""By device, the questions with their share of the time in percent, the most important first."""
+
+
+def main() -> int:
+    """Run the suite; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=tuple(SHARES), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=540, help="for everything (default: %(default)g)")
+    parser.add_argument("--output", type=Path, help="folder of the JSON (default: benchmarks/results)")
+    parser.add_argument("--quick", action="store_true", help="one small case each: no results")
+    parsed = parser.parse_args()
+    if not parsed.seconds > 0:
+        parser.error(f"--seconds must be positive, got {parsed.seconds:g}")
+    # Imported once and inherited; nothing here may touch a GPU or start threads, which a fork does not survive.
+    for name in SHARES[parsed.device]:
+        importlib.import_module(f"benchmarks.{name}")
+    deadline = time.monotonic() + parsed.seconds
+    failed = []
+    shares = SHARES[parsed.device]
+    for index, (name, share) in enumerate(shares.items()):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            failed.append(f"{name} (not begun)")
+            continue
+        rest = sum(list(shares.values())[index:])
+        seconds = left * share / rest
+        print(f"\n== {name}, {seconds:.0f} s", flush=True)
+        arguments = ["--device", parsed.device, "--seconds", f"{seconds:.0f}"]
+        arguments += ["--output", str(parsed.output)] if parsed.output else []
+        arguments += ["--quick"] if parsed.quick else []
+        status = _run(name, arguments, left)
+        if status:
+            failed.append(f"{name} ({status})")
+    if failed:
+        print(f"\nnot finished: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _run(name: str, arguments: list[str], limit: float) -> str | None:
+    """Why the question did not finish, or None."""
+    process = multiprocessing.get_context("fork").Process(target=_ask, args=(name, arguments))
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"stopped after {limit:.0f} s"
+    return f"exit status {process.exitcode}" if process.exitcode else None
+
+
+def _ask(name: str, arguments: list[str]) -> None:
+    sys.exit(importlib.import_module(f"benchmarks.{name}").QUESTION.main(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
