@@ -154,7 +154,11 @@ def providers(size: Size, options: Options, block: Block) -> list[Provider | Abs
                 Provider(
                     f"{name}, {implementation}",
                     partial(_bind, make, implementation, size, device),
-                    kind="ours" if name != "Hugging Face" else "stock" if implementation == "sdpa" else "peer",
+                    kind="ours"
+                    if name != "Hugging Face"
+                    else "stock"
+                    if implementation == "sdpa"
+                    else "peer",
                     need=need,
                 )
             )

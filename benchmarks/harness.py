@@ -160,7 +160,7 @@ def ranking(results: dict[str, dict]) -> list[str]:
 
 def _admit(provider, case, buffers, expected, device, entry) -> list[Callable[[], Any]] | None:
     """The bound calls of a provider that is right, or None with the reason in ``entry``."""
-    room = available_memory(device)
+    room = timing.available_memory(device)
     if room is not None and provider.need > room:
         entry["skipped"] = f"needs {_gib(provider.need)} of memory, {_gib(room)} are free"
         return None
@@ -272,21 +272,9 @@ def _high_water() -> int:
     return int(found[1]) << 10 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken; None where the system does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return int(found[1]) << 10 if found else None
-
-
 def require_memory(case: Case, device: torch.device) -> None:
     """:class:`BenchmarkError` where the case's own tensors do not fit."""
-    room = available_memory(device)
+    room = timing.available_memory(device)
     if room is not None and case.need > room:
         raise BenchmarkError(
             f"{case.name} needs {_gib(case.need)} of memory on {device}, {_gib(room)} are free: "

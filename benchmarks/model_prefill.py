@@ -73,7 +73,10 @@ def cases(size: Size, options: Options) -> list[Case]:
             Provider("products alone", lambda p: models.products(p.model, size.tokens), kind="limit"),
         ]
         if device.type == "cuda" and options.wants(COMPILED):
-            for name, model in ((COMPILED, prompt.model), (f"{COMPILED} of rope_dist.enable", prompt.enabled)):
+            for name, model in (
+                (COMPILED, prompt.model),
+                (f"{COMPILED} of rope_dist.enable", prompt.enabled),
+            ):
                 compiled = torch.compile(model, dynamic=False)
                 kind = "peer" if name == COMPILED else "ours"
                 found.append(Provider(name, lambda p, m=compiled: read(m, p), kind=kind))

@@ -156,7 +156,5 @@ def rotary_peers(options: Options, angles: Angles) -> list[Provider | Absent]:
             found.append(Absent(name, reason))
             continue
         module = importlib.import_module(peer.module)
-        found.append(
-            Provider(name, lambda inputs, p=peer, m=module: p.rotate(m, inputs.q, inputs.k, angles))
-        )
+        found.append(Provider(name, lambda inputs, p=peer, m=module: p.rotate(m, inputs.q, inputs.k, angles)))
     return found

@@ -33,11 +33,11 @@ def cases(size: Size, options: Options) -> list[Case]:
     """Plans from 4k to that length, for that size of a head."""
     dim = size.shape.head_dim
     target = max(size.tokens, 2 * TRAINED)
-    make = partial(
-        plan, theta=size.shape.theta, head_dim=dim, original_length=TRAINED, target_length=target
-    )
+    make = partial(plan, theta=size.shape.theta, head_dim=dim, original_length=TRAINED, target_length=target)
     if size.dtype != "fp32":
-        raise BenchmarkError(f"--dtypes: plans are made in fp32 (float64 has a row of its own), not {size.dtype}")
+        raise BenchmarkError(
+            f"--dtypes: plans are made in fp32 (float64 has a row of its own), not {size.dtype}"
+        )
     dtype = "float32"
     frequencies = size.shape.inv_freq(torch.device("cpu"))
     positions = torch.arange(TRAINED + target, dtype=torch.float32)

@@ -89,9 +89,7 @@ def exact_forward(
     shape = size.shape
     cos, sin = Angles(shape, 1, torch.float32, tokens.device).exact(tokens + offset)
     x = layer.x.detach()[0, tokens].double()
-    q, k, v = (
-        (x @ w.detach().double().T).unflatten(-1, (-1, shape.head_dim)) for w in layer.weights
-    )
+    q, k, v = ((x @ w.detach().double().T).unflatten(-1, (-1, shape.head_dim)) for w in layer.weights)
     return [rotated(q, cos, sin, interleaved=interleaved), rotated(k, cos, sin, interleaved=interleaved), v]
 
 

@@ -133,7 +133,9 @@ class Question:
             f"(default: {self.seconds:g}, {self.seconds / 5:g} with --quick)",
         )
         parser.add_argument(
-            "--quick", action="store_true", help="one small case a type, to see that it works: no results file"
+            "--quick",
+            action="store_true",
+            help="one small case a type, to see that it works: no results file",
         )
         parser.add_argument(
             "--output",
@@ -306,7 +308,8 @@ def hashes(patterns: Sequence[str]) -> dict[str, str]:
     """By file under the repository's root, the beginning of its SHA-256."""
     files = sorted({file for pattern in patterns for file in ROOT.glob(pattern) if file.is_file()})
     return {
-        file.relative_to(ROOT).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files
+        file.relative_to(ROOT).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        for file in files
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,18 @@ def cache_bytes(device: torch.device | str) -> int:
         number = file.read_text().strip().rstrip("K")
         sizes += [int(number) << 10] if number.isdigit() else []
     return max(sizes, default=64 << 20)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken; None where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) << 10 if found else None
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:

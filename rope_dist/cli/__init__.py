@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..version import __version__
-from . import compare, demo, eval, export, info, plan, verify
+from . import bench, compare, demo, eval, export, info, plan, verify
 
-VERBS = (plan, compare, export, verify, eval, demo, info)
+VERBS = (plan, compare, export, verify, eval, bench, demo, info)
 
 
 class _Parser(argparse.ArgumentParser):
