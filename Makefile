@@ -5,7 +5,8 @@
 # make check-native   static checks and sanitizers of the native sources
 # make gate   every Triton kernel compiled for each architecture and held to its limits, without a GPU
 # make lint   formatting and static checks
-# make bench  timings of this machine into benchmarks/results/
+# make bench  timings of this machine into benchmarks/results/, nine minutes
+# make report the README's tables and pictures, and benchmarks/ROOFLINE.md, from those timings
 #
 # An interpreter that has torch is used as it is (PY=... chooses another); otherwise .venv is made with
 # the pinned torch, which has a build without CUDA, and with everything else that these commands need.
@@ -24,7 +25,7 @@ ENV := .venv/.installed
 DEMO_ENV := .venv/.model
 endif
 
-.PHONY: run test test-matrix lint bench native check-native gate clean
+.PHONY: run test test-matrix lint bench report native check-native gate clean
 
 run: $(ENV) $(DEMO_ENV)
 	$(PYTHON) -m rope_dist demo
@@ -54,8 +55,10 @@ lint: $(filter .venv/%,$(ENV))
 	$(PYTHON) -m ruff format --check .
 
 bench: $(ENV)
-	$(PYTHON) -m benchmarks.planning
-	$(PYTHON) -m benchmarks.cpu_rotary
+	$(PYTHON) -m benchmarks
+
+report: $(ENV)
+	$(PYTHON) -m benchmarks.report
 
 .venv/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 	$(PY) -m venv .venv

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU and no network: the kernels' tests on the GPU, then their benchmark.
+# One command for a machine with a GPU and no network: the kernels' tests on the GPU, then the benchmarks.
 #
 #     OUT=results benchmarks/gpu_check.sh
 #
-# Leaves tests.txt, sanitizer.txt (where compute-sanitizer is installed), gate.txt, kernels.json and
-# kernels.txt in $OUT. Takes less than eight minutes; each part has a limit of its own. PY chooses the
-# interpreter, which needs torch, triton, pytest, hypothesis and tabulate. The exit status is that of the
-# first part that failed.
+# Leaves tests.txt, sanitizer.txt (where compute-sanitizer is installed), gate.txt, benchmarks.txt and
+# QUESTION-cuda.json of each benchmark in $OUT. Takes less than eight minutes: each part has a limit of its own,
+# and the benchmarks take what the others have left, each question writing as it goes. PY chooses the
+# interpreter, which needs torch, triton, transformers, pytest, hypothesis and tabulate; peers take part where
+# they are installed. The exit status is that of the first part that failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT="${OUT:-gpu-check}"
@@ -38,11 +39,12 @@ part() { # name, seconds, command...
 workers=()
 "$PY" -c 'import xdist' 2>/dev/null && workers=(-n 4)
 
-part tests 200 "$PY" -m pytest tests/ops tests/test_native.py -q -p no:cacheprovider "${workers[@]}"
+part tests 180 "$PY" -m pytest tests/ops tests/test_native.py -q -p no:cacheprovider "${workers[@]}"
 if command -v compute-sanitizer >/dev/null; then
-    part sanitizer 60 compute-sanitizer --error-exitcode 1 "$PY" -m pytest tests/ops -q -p no:cacheprovider \
+    part sanitizer 40 compute-sanitizer --error-exitcode 1 "$PY" -m pytest tests/ops -q -p no:cacheprovider \
         -k "rounding_differs or writes_the_cache"
 fi
-part gate 60 "$PY" -m rope_dist.ops.static_gate --target sm_90
-part benchmark 150 "$PY" -m benchmarks.kernels --output "$OUT" --seconds 110
+part gate 40 "$PY" -m rope_dist.ops.static_gate --target sm_90
+left=$((460 - SECONDS))
+part benchmarks "$left" "$PY" -m benchmarks --device cuda --output "$OUT" --seconds $((left - 10))
 exit "$status"

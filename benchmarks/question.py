@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import subprocess
@@ -24,9 +23,7 @@ from rope_dist.version import __version__
 
 from .harness import BenchmarkError, Case, measure, require_memory
 from .shapes import DTYPES, SHAPES, Shape
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from .sources import RESULTS, ROOT, hashes
 
 
 @dataclass(frozen=True)
@@ -169,7 +166,7 @@ class Question:
             "command": shlex.join(["python", "-m", f"benchmarks.{self.name}", *arguments]),
             "version": __version__,
             "commit": commit(),
-            "sources": hashes(self.sources),
+            "sources": {"patterns": list(self.sources), "files": hashes(self.sources)},
             "device": device.type,
             "machine": timing.machine(),
             "built": info()["built"],
@@ -300,17 +297,7 @@ def _ends(unit: str) -> tuple[str, str]:
 
 def figure(seconds: float, unit: str, tokens: int | None) -> str:
     """Three digits in the unit."""
-    value = tokens / seconds if unit == "tokens/s" else seconds * 1e3
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def hashes(patterns: Sequence[str]) -> dict[str, str]:
-    """By file under the repository's root, the beginning of its SHA-256."""
-    files = sorted({file for pattern in patterns for file in ROOT.glob(pattern) if file.is_file()})
-    return {
-        file.relative_to(ROOT).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:12]
-        for file in files
-    }
+    return timing.three_digits(tokens / seconds if unit == "tokens/s" else seconds * 1e3)
 
 
 def commit() -> str | None:

@@ -1,58 +1,31 @@
-"""Make the README's tables from ``benchmarks/results/*.json``: no figure in it is typed by hand.
+"""Make the README's tables and pictures and ROOFLINE.md from ``benchmarks/results/*.json``.
 
-    python -m benchmarks.report            rewrite the tables in README.md
-    python -m benchmarks.report --check    fail if a table is not what the results say
+    python -m benchmarks.report            rewrite them
+    python -m benchmarks.report --check    fail if one is not what the results say
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+No figure is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
+question and a device (``rotary-cpu``, ``model_prefill-cuda``) or ``perplexity``. A figure is marked where the files it
+measured are not those of this tree any more.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-from tabulate import tabulate
+from functools import partial
 
 from rope_dist.files import write_text
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-def _result(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
-
-
-def _machine(result: dict[str, Any]) -> str:
-    m = result["machine"]
-    threads = f"{m['threads']} thread{'' if m['threads'] == '1' else 's'}"
-    return f"{m['processor']}, {threads}, torch {m['torch']}, transformers {m['transformers']}"
-
-
-def _markdown(rows: list[list[str]], headers: list[str]) -> str:
-    align = ("left", *("right",) * (len(headers) - 1))
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
-
-
-def planning() -> str:
-    """Planning times."""
-    result = _result("planning.json")
-    rows = [
-        [name, f"{case['median_s'] * 1e3:.0f}", f"{case['p20_s'] * 1e3:.0f} - {case['p80_s'] * 1e3:.0f}"]
-        for name, case in result["results"].items()
-    ]
-    table = _markdown(rows, ["plan", "median, ms", "20 - 80 %"])
-    return f"{table}\n\n`{result['command']}`: {result['repeats']} repeats, {_machine(result)}."
+from . import report_earlier, roofline
+from .sources import RESULTS, ROOT
+from .tables import DEVICES, TITLES, draw, figures, load, machine, markdown, plot_is_current, plot_path
 
 
 def perplexity() -> str:
     """Perplexity by position of the demonstration."""
-    result = _result("demo.json")
+    result = load("demo.json")
     trained = result["trained_length"]
     first = result["readings"][0]["by_position"]
     marked = [f"{b['start']}-{b['end']}{'*' if b['start'] >= trained else ''}" for b in first]
@@ -60,48 +33,13 @@ def perplexity() -> str:
         [r["label"], f"{r['perplexity']:.2f}", *(f"{b['perplexity']:.2f}" for b in r["by_position"])]
         for r in result["readings"]
     ]
-    table = _markdown(rows, ["", "all", *marked])
+    table = markdown(rows, ["", "all", *marked])
     step = result["rotary_step_seconds"]
     return (
         f"{table}\n\n\\* past the {trained} tokens the model was trained on; every extension is to "
         f"{result['target_length']}, without training. {result['tokens']} tokens of {result['text']}; "
-        f"{_machine(result)}. In the same run the rotary step of a layer took "
+        f"{machine(result)}. In the same run the rotary step of a layer took "
         f"{step['rope_dist'] / step['stock']:.2f} of stock's time."
-    )
-
-
-def cpu_rotary() -> str:
-    """The rotary step on a CPU."""
-    result = _result("cpu_rotary.json")
-    rows = []
-    for name, case in result["results"].items():
-        seconds = case["seconds"]
-        rows.append(
-            [
-                name,
-                *(
-                    f"{seconds[p] * 1e3:.0f}"
-                    for p in ("ours, in place", "pass", "ours", "torch.compile", "Hugging Face")
-                ),
-                *(f"{case[r]:.2f}" for r in ("pass / ours",)),
-                *(f"{case[r]:.1f}" for r in ("torch.compile / ours", "Hugging Face / ours")),
-            ]
-        )
-    headers = [
-        "",
-        "in place, ms",
-        "memory pass",
-        "new tensors",
-        "torch.compile",
-        "Hugging Face",
-        "pass / in place",
-        "torch.compile / in place",
-        "Hugging Face / in place",
-    ]
-    built = result["built"]["CPU library"].removeprefix("yes, ")
-    return (
-        f"{_markdown(rows, headers)}\n\n`{result['command']}`: medians of {result['repeats']} interleaved repeats, "
-        f"{_machine(result)}; {built}."
     )
 
 
@@ -113,10 +51,14 @@ def quality() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "planning": planning,
     "perplexity": perplexity,
-    "cpu_rotary": cpu_rotary,
     "quality": quality,
+    **report_earlier.TABLES,
+    **{
+        f"{question}-{device}": partial(figures, question, device)
+        for question in TITLES
+        for device in DEVICES
+    },
 }
 
 
@@ -132,23 +74,46 @@ def fill(text: str) -> str:
     return re.sub(r"<!-- table: (?P<name>\S+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def pictures() -> list[tuple]:
+    """Path and record of every picture that the results have."""
+    found = []
+    for question in TITLES:
+        for device in DEVICES:
+            if (RESULTS / f"{question}-{device}.json").exists():
+                record = load(f"{question}-{device}.json")
+                if path := plot_path(question, device, record):
+                    found.append((path, record))
+    return found
+
+
 def main() -> int:
-    """Rewrite or check README.md; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Rewrite or check; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
-        "--check", action="store_true", help="change nothing, fail if README.md is out of date"
+        "--check", action="store_true", help="change nothing, fail if something is out of date"
     )
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = fill(before)
-    if arguments.check:
+    out_of_date = []
+    for path, record in pictures():
+        if not plot_is_current(path, record):
+            out_of_date.append(path)
+            if not arguments.check:
+                draw(path, record)
+    for path, make in ((ROOT / "README.md", fill), (roofline.PAGE, lambda _: roofline.page())):
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        after = make(before)
         if before != after:
-            print(
-                "README.md is not what benchmarks/results says: python -m benchmarks.report", file=sys.stderr
-            )
-        return int(before != after)
-    write_text(readme, after)
+            out_of_date.append(path)
+            if not arguments.check:
+                write_text(path, after)
+    if arguments.check and out_of_date:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in out_of_date)
+        print(f"{names}: not what benchmarks/results says: python -m benchmarks.report", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from tabulate import tabulate
 
 from . import ops
-from .timing import Timer, available_memory, error, machine, ratio, sample, spread, timer
+from .timing import Timer, available_memory, error, machine, ratio, sample, spread, three_digits, timer
 
 HEADS, HEAD_DIM, THETA = (32, 8), 128, 500000.0
 """Queries and keys of Llama-3-8B."""
@@ -74,8 +74,8 @@ def text(result: dict[str, Any]) -> str:
         rows = [
             [
                 name,
-                f"{s['p50'] * 1e3:.3g}",
-                f"{s['p20'] * 1e3:.3g} - {s['p80'] * 1e3:.3g}",
+                three_digits(s["p50"] * 1e3),
+                f"{three_digits(s['p20'] * 1e3)} - {three_digits(s['p80'] * 1e3)}",
                 f"{length['times stock'][name]:.3f}",
             ]
             for name, s in length["seconds"].items()

@@ -6,6 +6,7 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +24,13 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+def _save(figure: Any, path: str | os.PathLike[str], **options: Any) -> None:
     suffix = Path(path).suffix.lstrip(".").lower() or "png"
     known = figure.canvas.get_supported_filetypes()
     if suffix not in known:
         raise ValueError(f"cannot plot to {path}: the ending must be one of {', '.join(sorted(known))}")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix, dpi=150)
+    figure.savefig(buffer, format=suffix, dpi=150, **options)
     write_bytes(path, buffer.getvalue())
 
 
@@ -152,3 +153,64 @@ def plot_passkey(
     figure.colorbar(picture, ax=axes, label="right answers", shrink=0.8)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a picture.
+
+    Attributes:
+        xs, ys: its points.
+        lows, highs: the band around them.
+        limit: drawn dashed.
+    """
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    lows: Sequence[float]
+    highs: Sequence[float]
+    limit: bool = False
+
+
+def plot_curves(
+    panels: dict[str, Sequence[Curve]],
+    x_label: str,
+    y_label: str,
+    path: str | os.PathLike[str],
+    note: str = "",
+) -> None:
+    """Curves on logarithmic axes, a panel a title, two panels a row.
+
+    Args:
+        panels: curves by title.
+        path: the picture to write.
+        note: kept in the picture's metadata (SVG only).
+    """
+    rc_context = require("matplotlib", "plot", "a plot").rc_context
+    ticker = require("matplotlib.ticker", "plot", "a plot")
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    # The same curves are the same file, whenever it is made.
+    with rc_context({"svg.hashsalt": "rope_dist", "svg.fonttype": "none"}):
+        figure, axes = _figure(rows, columns, 6.4 * columns, 4.4 * rows)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+            for curve in curves:
+                style = (
+                    {"linestyle": "--", "color": "black"} if curve.limit else {"marker": "o", "markersize": 4}
+                )
+                (line,) = axis.plot(curve.xs, curve.ys, label=curve.label, linewidth=1.4, **style)
+                axis.fill_between(curve.xs, curve.lows, curve.highs, color=line.get_color(), alpha=0.15)
+            ticks = sorted({x for curve in curves for x in curve.xs})
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(ticks, [f"{x // 1024}k" if x % 1024 == 0 else f"{x}" for x in ticks])
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+            axis.set(title=title, xlabel=x_label, ylabel=y_label)
+            axis.grid(alpha=0.3, which="both")
+            axis.legend(fontsize=7)
+        svg = str(path).endswith(".svg")
+        _save(figure, path, **({"metadata": {"Date": None, "Description": note}} if svg else {}))

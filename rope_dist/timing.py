@@ -176,6 +176,11 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 
+def three_digits(value: float) -> str:
+    """``value`` for a table: at least three digits, never an exponent from 0.001 on."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def machine() -> dict[str, str]:
     """Processor, threads and versions, for the head of a table or a result file."""
 
