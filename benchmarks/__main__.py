@@ -9,8 +9,7 @@ is 1 if one did.
 from __future__ import annotations
 
 import argparse
-import importlib
-import multiprocessing
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,9 +48,6 @@ def main() -> int:
     parsed = parser.parse_args()
     if not parsed.seconds > 0:
         parser.error(f"--seconds must be positive, got {parsed.seconds:g}")
-    # Imported once and inherited; nothing here may touch a GPU or start threads, which a fork does not survive.
-    for name in SHARES[parsed.device]:
-        importlib.import_module(f"benchmarks.{name}")
     deadline = time.monotonic() + parsed.seconds
     failed = []
     shares = SHARES[parsed.device]
@@ -77,18 +73,12 @@ def main() -> int:
 
 def _run(name: str, arguments: list[str], limit: float) -> str | None:
     """Why the question did not finish, or None."""
-    process = multiprocessing.get_context("fork").Process(target=_ask, args=(name, arguments))
-    process.start()
-    process.join(limit)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    try:
+        # A process of its own: what a kernel breaks on a GPU stays broken for its process.
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], timeout=limit)
+    except subprocess.TimeoutExpired:
         return f"stopped after {limit:.0f} s"
-    return f"exit status {process.exitcode}" if process.exitcode else None
-
-
-def _ask(name: str, arguments: list[str]) -> None:
-    sys.exit(importlib.import_module(f"benchmarks.{name}").QUESTION.main(arguments))
+    return f"exit status {done.returncode}" if done.returncode else None
 
 
 if __name__ == "__main__":

@@ -87,7 +87,8 @@ class Case:
         tolerance: the largest :func:`rope_dist.timing.error`.
         bytes, flops: that must be moved and computed, for the roofline page.
         need: bytes that the inputs and the results take.
-        graphs: whether calls may be captured (whole models are not).
+        kernel: whether it is one step of a layer, captured in a CUDA graph and timed with the cache overwritten;
+            a whole model is timed as it is.
         labels: model, tokens, dtype and the like, kept in the JSON.
     """
 
@@ -100,7 +101,7 @@ class Case:
     bytes: int = 0
     flops: int = 0
     need: int = 0
-    graphs: bool = True
+    kernel: bool = True
     gradients: bool = False
     labels: dict[str, Any] = field(default_factory=dict)
 
@@ -187,7 +188,7 @@ def _admit(provider, case, buffers, expected, device, entry) -> list[Callable[[]
         return None
     finally:
         _reset(buffers[0])
-    if device.type == "cuda" and case.graphs and provider.graph:
+    if device.type == "cuda" and case.kernel and provider.graph:
         try:
             # A graph keeps its own addresses, so each copy of the inputs has one.
             calls = [captured(call).replay for call in calls]
@@ -201,9 +202,9 @@ def _times(running, case, device, seconds, least, results) -> dict[str, dict]:
     if not running:
         return {}
     # On a CPU two copies of large tensors push each other out of the cache.
-    overwrite = device.type == "cuda" or case.bytes < 2 * timing.cache_bytes(device)
+    overwrite = case.kernel and (device.type == "cuda" or case.bytes < 2 * timing.cache_bytes(device))
     modes = {"seconds": overwrite}
-    if device.type == "cuda" and case.graphs:
+    if device.type == "cuda" and case.kernel:
         modes["warm_seconds"] = False
     found: dict[str, dict] = {name: {} for name in running}
     base = next((name for name in running if results[name]["kind"] == "stock"), None)

@@ -94,7 +94,7 @@ def cases(size: Size, options: Options) -> list[Case]:
         bytes=weights,
         flops=models.linear_flops(size, layers) + models.attention_flops(size, layers),
         need=weights + length + 12 * size.tokens * size.shape.intermediate * 2,
-        graphs=False,
+        kernel=False,
         labels={"model": size.shape.name, "layers": layers, "tokens": size.tokens, "dtype": size.dtype},
     )
     return [case]

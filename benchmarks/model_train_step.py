@@ -90,7 +90,7 @@ def cases(size: Size, options: Options) -> list[Case]:
         bytes=8 * weights,
         flops=3 * (models.linear_flops(size, layers) + models.attention_flops(size, layers)),
         need=4 * weights + 4 * activations,
-        graphs=False,
+        kernel=False,
         gradients=True,
         labels={"model": size.shape.name, "layers": layers, "tokens": size.tokens, "dtype": size.dtype},
     )

@@ -63,6 +63,7 @@ def cases(size: Size, options: Options) -> list[Case]:
         inputs=lambda: None,
         providers=lambda _: providers,
         bytes=positions.numel() * dim // 2 * DTYPES["fp32"].itemsize,
+        kernel=False,
         labels={"model": size.shape.name, "tokens": target, "dtype": dtype, "head_dim": dim},
     )
     return [case]

@@ -109,8 +109,8 @@ def page() -> str:
                 "# Roofline",
                 "Made by `python -m benchmarks.report`; no figure is typed by hand.",
                 "## GPUs, bfloat16",
-                "Predicted milliseconds: for what runs one after the other, the larger of bytes over memory bandwidth and operations over the tensor "
-                "cores' peak, both from NVIDIA's data sheets ("
+                "Predicted milliseconds: for what runs one after the other, the larger of bytes over "
+                "memory bandwidth and operations over the tensor cores' peak, both from NVIDIA's data sheets ("
                 + "; ".join(
                     f"{g.name} {g.bandwidth / 1e12:g} TB/s, {g.operations / 1e12:g} TFLOP/s" for g in GPUS
                 )

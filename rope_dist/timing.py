@@ -114,10 +114,12 @@ def timer(device: torch.device | str, *, cold: bool = False) -> Timer:
     """Seconds of a call: wall time on a CPU, between two events of the current stream on a GPU.
 
     Args:
-        cold: a buffer twice the last level of cache is overwritten before each call, not timed.
+        cold: a buffer as large as the last level of cache (on a GPU, twice that) is overwritten before each
+            call, not timed.
     """
     device = torch.device(device)
-    flush = torch.empty(2 * cache_bytes(device) if cold else 0, dtype=torch.int8, device=device)
+    size = cache_bytes(device) * (2 if device.type == "cuda" else 1) if cold else 0
+    flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def wall(call: Callable[[], object]) -> float:
         flush.zero_()
