@@ -49,6 +49,15 @@ def at_least_one(text: str) -> int:
     return number
 
 
+def quieten() -> None:
+    """Loading notes and length warnings would stand between the lines of an example; bars are for terminals."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 def run(main: Callable[[argparse.Namespace], int | None], parser: Parser) -> NoReturn:
     """Parse, call ``main`` and exit: 2 with one line for bad input, 130 when interrupted."""
     parsed = parser.parse_args()

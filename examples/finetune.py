@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import Parser, at_least_one, extension, run
+from command_line import Parser, at_least_one, extension, quieten, run
 from torch.utils.data import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import is_flash_attn_2_available
 
 import rope_dist
 from rope_dist.evaluation import load_model, load_text
@@ -162,7 +162,7 @@ def check_same_plan(checkpoint: Path, config: Any) -> None:
 
 
 def main(parsed: argparse.Namespace) -> None:
-    logging.set_verbosity_error()
+    quieten()
     if not parsed.learning_rate > 0:
         raise ValueError(f"--learning-rate must be positive, got {parsed.learning_rate:g}")
     output = Path(parsed.output)

@@ -12,9 +12,8 @@ import time
 from typing import Any
 
 import torch
-from command_line import Parser, at_least_one, extension, run
+from command_line import Parser, at_least_one, extension, quieten, run
 from transformers import TextStreamer
-from transformers.utils import logging
 
 import rope_dist
 from rope_dist.evaluation import load_model, load_text
@@ -52,8 +51,7 @@ def build_parser() -> Parser:
 
 
 def main(parsed: argparse.Namespace) -> None:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quieten()
     if parsed.temperature < 0:
         raise ValueError(f"--temperature must be at least 0, got {parsed.temperature:g}")
     title, text = load_text(parsed.text)

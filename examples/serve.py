@@ -15,8 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from command_line import Parser, at_least_one, extension, run
-from transformers.utils import logging
+from command_line import Parser, at_least_one, extension, quieten, run
 from transformers.utils.import_utils import is_serve_available
 
 import rope_dist
@@ -47,8 +46,7 @@ def commands(directory: str, length: int, host: str, port: int) -> dict[str, lis
 
 
 def main(parsed: argparse.Namespace) -> int:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quieten()
     output = Path(parsed.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already and not an empty folder: choose another --output")

@@ -1,0 +1,262 @@
+"""The examples, run as their users run them, on a small random model."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Runs an example within this process, which has torch and transformers already; returns its exit code."""
+    from transformers.utils import logging
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    before = logging.get_verbosity()
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return ended.value.code or 0
+
+    yield run
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
+def text(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(97 + int(i)) for i in torch.randint(26, (4000,), generator=generator)))
+    return path
+
+
+def training(model, text, output, *more):
+    arguments = ["--model", model, "--text", text, "--batch", 2, "--save-steps", 2, "-o", output, *more]
+    return [str(argument) for argument in arguments]
+
+
+def losses(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def weights(output):
+    from safetensors.torch import load_file
+
+    return load_file(output / "model.safetensors")
+
+
+# --- generate.py -------------------------------------------------------------------------------
+
+
+def test_generate_reads_past_the_trained_length_and_continues(example, model_directory, text, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import rope_dist
+
+    arguments = ("--model", model_directory, "--text", text, "--tokens", 100, "--new-tokens", 12)
+    assert example("generate", *arguments, "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "64 -> 128" in out
+    assert "100 tokens of text.txt; the model was trained on 64" in out
+    assert "tokens/s" in out
+
+    model = AutoModelForCausalLM.from_pretrained(model_directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    rope_dist.enable(model, factor=2)
+    ids = tokenizer(text.read_text(), return_tensors="pt").input_ids[:, :100]
+    for _ in range(12):
+        following = model(ids, use_cache=False).logits[:, -1:].argmax(-1)
+        ids = torch.cat([ids, following], dim=1)
+        if following == model.config.eos_token_id:
+            break
+    assert tokenizer.decode(ids[0, 100:], skip_special_tokens=True) in out
+
+
+# --- finetune.py -------------------------------------------------------------------------------
+
+READ_WITHOUT_THE_PACKAGE = """
+import sys
+
+sys.modules["rope_dist"] = None  # an import of it fails
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+logits = model(torch.arange(3, 103)[None]).logits
+torch.save({"length": model.config.max_position_embeddings, "logits": logits.detach()}, sys.argv[2])
+"""
+
+
+def test_a_trained_model_is_read_by_stock_transformers(example, model_directory, text, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    import rope_dist
+
+    assert example("finetune", *training(model_directory, text, tmp_path / "out", "--steps", 2)) == 0
+    subprocess.run(
+        [sys.executable, "-c", READ_WITHOUT_THE_PACKAGE, tmp_path / "out", tmp_path / "read.pt"],
+        check=True,
+        env={**ENVIRONMENT, "PYTHONPATH": ""},
+        cwd=tmp_path,
+    )
+    read = torch.load(tmp_path / "read.pt")
+    assert read["length"] == 128
+
+    before = AutoModelForCausalLM.from_pretrained(model_directory)
+    assert any(not torch.equal(p, weights(tmp_path / "out")[n]) for n, p in before.named_parameters())
+    # The same weights with the plan enabled anew.
+    before.load_state_dict(weights(tmp_path / "out"), strict=False)
+    rope_dist.enable(before, factor=2)
+    torch.testing.assert_close(before.eval()(torch.arange(3, 103)[None]).logits, read["logits"])
+
+
+def test_a_killed_training_resumes_to_the_same_end(example, model_directory, text, tmp_path):
+    arguments = ("--steps", 40, "--seed", 3)
+    assert example("finetune", *training(model_directory, text, tmp_path / "whole", *arguments)) == 0
+
+    killed = tmp_path / "killed"
+    command = [sys.executable, EXAMPLES / "finetune.py", *training(model_directory, text, killed, *arguments)]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
+    while process.poll() is None and not list(killed.glob("checkpoint-*/trainer_state.json")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert not (killed / "model.safetensors").exists()
+    # What a run leaves that is killed while it writes a checkpoint.
+    (killed / "checkpoint-39").mkdir()
+
+    assert example("finetune", *training(model_directory, text, killed, *arguments, "--resume")) == 0
+    assert losses(killed) == losses(tmp_path / "whole")
+    assert list(losses(killed)) == list(range(1, 41))
+    whole = weights(tmp_path / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(killed).items())
+
+
+def test_two_processes_train_as_one(example, model_directory, text, tmp_path):
+    arguments = ("--steps", 2, "--batch", 4)
+    assert example("finetune", *training(model_directory, text, tmp_path / "one", *arguments)) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        *launch,
+        EXAMPLES / "finetune.py",
+        *training(model_directory, text, tmp_path / "two", *arguments),
+    ]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begins with the first step") == 1
+    two = weights(tmp_path / "two")
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(two[name], tensor, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_the_defaults_are_the_papers(example, model_directory, text, tmp_path, monkeypatch, factor):
+    from transformers import Trainer
+
+    seen = []
+
+    def note(trainer, *_, **__):
+        seen.append(trainer)
+        raise ValueError("noted")
+
+    monkeypatch.setattr(Trainer, "train", note)
+    arguments = ("--model", model_directory, "--text", text, "-o", tmp_path / "out", "--factor", factor)
+    assert example("finetune", *arguments) == 2
+    (trainer,) = seen
+    args = trainer.args
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay) == (0.9, 0.999, 0.0)
+    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (2e-5, "constant", 0)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert args.max_steps == {2: 1000, 4: 500}[factor]
+    assert len(trainer.train_dataset) == 64 * args.max_steps
+    assert {len(trainer.train_dataset[i]["input_ids"]) for i in (0, 1, 999)} == {64 * factor}
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_the_configurations_are_accelerates(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(EXAMPLES / f"{name}.yaml"))
+    assert config.num_processes == 8
+    assert config.mixed_precision == "bf16"
+
+
+# --- serve.py ----------------------------------------------------------------------------------
+
+
+def test_serve_saves_a_stock_model_and_prints_what_serves_it(
+    example, model_directory, tmp_path, capsys, monkeypatch
+):
+    from transformers import AutoConfig, AutoTokenizer
+
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    output = tmp_path / "served"
+    arguments = ("--model", model_directory, "--factor", 4, "-o", output, "--port", 9000)
+    assert example("serve", *arguments, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert f"transformers serve {output} --host localhost --port 9000" in out
+    assert f"vllm serve {output} --max-model-len 256" in out
+    assert not output.exists()
+
+    assert example("serve", *arguments) == 0
+    config = AutoConfig.from_pretrained(output)
+    assert config.max_position_embeddings == 256
+    assert config.rope_parameters["rope_type"] == "longrope"
+    assert AutoTokenizer.from_pretrained(output).encode("abc") == [97, 98, 99]
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("generate", ("--text", "no-such-text"), "neither a text file nor a corpus"),
+        ("generate", ("--tokens", "120", "--new-tokens", "9"), "more than the target of 128"),
+        ("generate", ("--factor", "0.5"), "below"),
+        ("generate", ("--model", "no-such-model"), "cannot load no-such-model"),
+        ("generate", ("--tokens", "0"), "must be at least 1"),
+        ("finetune", ("--batch", "3", "--per-device-batch", "2"), "not a multiple"),
+        ("finetune", ("--learning-rate", "0"), "must be positive"),
+        ("finetune", ("--length", "129"), "more than the target of 128"),
+        ("finetune", ("--factor", "2", "--target", "256"), "not allowed with"),
+        ("serve", ("-o", __file__), "choose another --output"),
+        ("serve", ("--strategy", "linear"), "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    example, model_directory, tmp_path, monkeypatch, capsys, name, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    # An option that is given twice has its second value.
+    assert example(name, "--model", model_directory, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith(f"{name}.py: error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_training_never_mixes_two_plans(example, model_directory, text, tmp_path, capsys):
+    arguments = training(model_directory, text, tmp_path / "out", "--steps", 2)
+    assert example("finetune", *arguments) == 0
+    capsys.readouterr()
+    assert example("finetune", *arguments) == 2
+    assert "--resume goes on from it" in capsys.readouterr().err
+    assert example("finetune", *arguments, "--resume", "--strategy", "pi") == 2
+    assert "was trained with another plan" in capsys.readouterr().err
