@@ -40,7 +40,9 @@ class TestPeft:
             torch.manual_seed(7)
             # Half of LoRA starts as zeros, which would hide the adapter's part.
             options = {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj"], "init_lora_weights": False}
-            return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **{**options, **changes}))
+            return peft.get_peft_model(
+                model, peft.LoraConfig(task_type="CAUSAL_LM", **{**options, **changes})
+            )
 
         return attach
 
