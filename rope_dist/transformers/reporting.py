@@ -38,7 +38,7 @@ def report(
     """What each attention layer of ``model`` does at this moment, in the order of the model.
 
     An adapter that is attached, a layer that is quantised or a hook shows from then on, and no longer once it
-    is gone.
+    is gone. FSDP2 gathers weights only while their layer runs: it is fused then, though sharded when asked here.
 
     Args:
         model: enabled or not, a module of ``transformers`` or one that holds one.
