@@ -151,6 +151,10 @@ class TestFiles:
         out = export.hf(source, plan, tmp_path / "out", config_only=True)
         assert not list(out.glob("*.safetensors"))
         assert export.verify(out, plan)
+        llama.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+        shards = export.hf(tmp_path / "shards", plan, tmp_path / "of-shards", config_only=True)
+        assert export.verify(shards, plan)
+        assert not list(shards.glob("*index*"))
         export.hf(llama, plan, tmp_path / "of-model", config_only=True)
         assert export.verify(tmp_path / "of-model", plan)
 
@@ -255,6 +259,9 @@ class TestBadInput:
     def test_a_target_that_cannot_be_written(self, fails, source):
         assert "not a directory" in fails(out="no/such/folder")
         assert "holds the source" in fails("--force", out="model")
+        (source.parent / "loop").symlink_to("loop")
+        assert "exists" in fails(out="loop")
+        assert "left alone" in fails("--force", out="loop")
         if os.path.isdir("/proc"):
             assert "/proc" in fails(out="/proc/out")  # Not even root makes one there.
 

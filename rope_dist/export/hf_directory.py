@@ -20,7 +20,7 @@ from .verification import CONFIG, check_weights, read_json, verify
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model*.bin.index.json")
 # Other formats of the same model know nothing of the plan, and some engines prefer them to config.json.
 OTHER_FORMATS = ("consolidated*", "params.json", "*.gguf", "*.onnx*", "*.msgpack", "*.h5", "*.pth")
 FOLDERS = ("additional_chat_templates",)
@@ -86,8 +86,9 @@ def hf(
         ValueError: the plan is of another model, an engine cannot run it, the source is not whole, or ``out`` exists.
         OSError: the disk is full or not writable. The source is never changed.
     """
-    out = Path(out)
+    out, engines = Path(out), tuple(engines)
     check_engines(plan, engines)
+    check_target(out, force=force, directory=True)
     if isinstance(model_or_dir, (str, os.PathLike)):
         source = Path(model_or_dir)
         config = read_json(source / CONFIG)
@@ -96,7 +97,6 @@ def hf(
         real = source.resolve()
         if out.resolve() == real or out.resolve() in real.parents:
             raise ValueError(f"{out} holds the source {source}: write to another directory")
-        check_target(out, force=force, directory=True)
         if not config_only:
             check_weights(source)
         with new_directory(out, force=force) as temporary:
