@@ -119,10 +119,18 @@ def extended_config(config: Mapping[str, Any], plan: RopePlan) -> dict[str, Any]
     """A copy of a ``config.json`` with the plan's entries and without those that would contradict them."""
     if "text_config" in config:
         raise ValueError("the model has parts (text_config); export its language model alone")
+    if any(isinstance(value, Mapping) for value in (config.get("rope_parameters") or {}).values()):
+        raise ValueError(
+            "the model has a rotary embedding per layer type, for which engines have no common form: enable() it and "
+            "save_pretrained(), which transformers 5 reads"
+        )
     new = {k: v for k, v in config.items() if k != "original_max_position_embeddings"}
     for key in LENGTH_KEYS:
         if isinstance(new.get(key), int):
             new[key] = max(new[key], plan.target_length)
+    if new.get("head_dim") is None:
+        # Open, transformers' longrope would multiply None (Mixtral).
+        new["head_dim"] = plan.head_dim
     return {**new, **config_entries(plan)}
 
 
