@@ -83,7 +83,7 @@ def providers(size: Size, options: Options, layer: Layer) -> list[Provider]:
         Provider("weights moved", read, kind="limit"),
         Provider("products alone", lambda inputs: partial(inputs.project, shape.head_dim), kind="limit"),
     ]
-    if device.type == "cuda":
+    if ops.backend_for(layer.x) == "triton":
         found.append(Provider("rope_dist", bound(fused), kind="ours"))
         rotary_dim = 2 * angles.words.shape[1]
         for path in dispatch_projection.candidates(layer.x, *layer.weights, shape.head_dim, rotary_dim):

@@ -142,7 +142,7 @@ def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> li
         return Provider(name, bind, kind=kind, graph=graph, **more)
 
     found: list[Provider | Absent] = [timed(STOCK, stock_way, "stock")]
-    if device.type == "cuda":
+    if ops.backend_for(layer.x) == "triton":
         found.append(timed("rope_dist", fused, "ours"))
         rotary_dim = 2 * angles.words.shape[1]
         weights = [w.detach() for w in layer.weights]
