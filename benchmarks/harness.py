@@ -121,8 +121,10 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = ti
         BenchmarkError: the inputs do not fit into memory.
     """
     began = time.perf_counter()
-    require_memory(case, device)
+    # What the compiler keeps of the case before holds its tensors.
     torch.compiler.reset()
+    release(device)
+    require_memory(case, device)
     results: dict[str, dict] = {}
     with torch.enable_grad() if case.gradients else torch.inference_mode():
         buffers = [case.inputs() for _ in range(BUFFERS)]
