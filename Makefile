@@ -31,7 +31,7 @@ run: $(ENV) $(DEMO_ENV)
 	$(PYTHON) -m rope_dist demo
 
 test: $(ENV)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 2")' 2>/dev/null)
 
 # Environments of their own: nox keeps them in .nox.
 test-matrix: $(ENV)
