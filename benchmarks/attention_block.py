@@ -209,7 +209,6 @@ QUESTION = Question(
     ),
     peers=IMPLEMENTATIONS[1:],
     seconds=75.0,
-    least=3,
 )
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ that is wrong, fails, or needs more memory than there is, is named with the reas
 How it is timed, and what keeps figures of a busy machine comparable:
 
 - Providers run in turn, forwards and backwards (A B B A ...), on two copies of the inputs by turns.
-- Rounds go on until the median of each is known to 3 %, at least five and as long as the case's time lasts.
+- Rounds go on until the median of each is known to 3 %, at least five; three where the case's time is over.
 - Quoted are the median with the 20th and 80th percentile. A comparison is the median of the rounds' ratios,
   since a round's providers share what slowed it. ``quiet`` is the lowest median of three rounds in a row.
 - On a GPU each call is captured in a CUDA graph and timed between events, first with the L2 cache overwritten
@@ -106,12 +106,12 @@ class Case:
     labels: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(case: Case, device: torch.device, *, seconds: float, least: int = timing.LEAST_ROUNDS) -> dict:
+def measure(case: Case, device: torch.device, *, seconds: float) -> dict:
     """Check and time every provider of ``case``.
 
     Args:
-        seconds: for preparing and timing; a third of it is for timing whatever the preparation took, and the
-            least rounds are made in any case.
+        seconds: for preparing and timing; a third of it is for timing whatever the preparation took, and
+            three rounds are made in any case.
 
     Returns:
         The case's labels, ``bytes``, ``flops``, and ``results``: by provider its kind, and seconds, ratios and
@@ -140,7 +140,7 @@ def measure(case: Case, device: torch.device, *, seconds: float, least: int = ti
                 running[provider.name] = found
         # Compiling may have taken all of it.
         left = max(began + seconds - time.perf_counter(), seconds / 3)
-        for name, times in _times(running, case, device, left, least, results).items():
+        for name, times in _times(running, case, device, left, results).items():
             results[name] |= times
         del running, buffers
     release(device)
@@ -181,8 +181,7 @@ def _admit(provider, case, buffers, expected, device, entry) -> list[Callable[[]
                 )
                 return None
         del outputs
-        entry["peak_bytes"] = peak_memory(calls[0], device)
-        calls[1]()
+        entry["peak_bytes"] = peak_memory(calls[1], device)
     except Exception as failure:
         # Whatever a peer raises is its result here; the others go on.
         entry["failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
@@ -200,7 +199,7 @@ def _admit(provider, case, buffers, expected, device, entry) -> list[Callable[[]
     return calls
 
 
-def _times(running, case, device, seconds, least, results) -> dict[str, dict]:
+def _times(running, case, device, seconds, results) -> dict[str, dict]:
     if not running:
         return {}
     # On a CPU two copies of large tensors push each other out of the cache.
@@ -213,9 +212,7 @@ def _times(running, case, device, seconds, least, results) -> dict[str, dict]:
     for mode, cold in modes.items():
         turns = {name: cycle(calls) for name, calls in running.items()}
         calls = {name: partial(_next, turn) for name, turn in turns.items()}
-        times = timing.sample(
-            calls, timing.timer(device, cold=cold), least=least, seconds=seconds / len(modes)
-        )
+        times = timing.sample(calls, timing.timer(device, cold=cold), seconds=seconds / len(modes))
         for name, values in times.items():
             found[name][mode] = asdict(timing.spread(values))
             if mode == "seconds" and base:

@@ -124,7 +124,6 @@ QUESTION = Question(
     peers=(COMPILED,),
     seconds=75.0,
     unit="tokens/s",
-    least=3,
     add=add_layers,
 )
 

@@ -73,7 +73,6 @@ class Question:
         peers: names that ``--peers`` knows.
         seconds: default time of the whole script.
         unit: of the table: ``"ms"`` or ``"tokens/s"``.
-        least: rounds at least.
         threads: of torch; None: as it is.
         shapes: what ``--models`` knows.
         add: adds the script's own options.
@@ -88,7 +87,6 @@ class Question:
     peers: tuple[str, ...] = ()
     seconds: float = 60.0
     unit: str = "ms"
-    least: int = timing.LEAST_ROUNDS
     threads: int | None = None
     shapes: Mapping[str, Shape] = field(default_factory=lambda: SHAPES)
     add: Callable[[argparse.ArgumentParser], None] | None = None
@@ -186,7 +184,7 @@ class Question:
                 record["left_out"].append({"name": case.name, "reason": f"not begun within {seconds:g} s"})
                 continue
             try:
-                found = measure(case, device, seconds=max(left, 0) / (len(cases) - index), least=self.least)
+                found = measure(case, device, seconds=max(left, 0) / (len(cases) - index))
             except BenchmarkError as error:
                 if index == len(cases) - 1 and not record["cases"]:
                     raise

@@ -34,7 +34,7 @@ def bench(
         tokens: lengths.
         dtype: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         device: by default a GPU if there is one.
-        seconds: about how long to measure; at least five rounds of each length are made.
+        seconds: about how long to measure; at least three rounds of each length are made.
 
     Returns:
         ``machine``, ``device``, ``dtype`` and ``lengths``: by length the seconds of each way (see

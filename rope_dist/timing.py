@@ -21,6 +21,7 @@ import torch
 Timer = Callable[[Callable[[], object]], float]
 """Seconds of one call."""
 
+FEWEST_ROUNDS = 3
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 60
 TOLERANCE = 0.03
@@ -58,9 +59,9 @@ def sample(
     Args:
         calls: what to time, by name, each called before and so compiled and warm.
         timer: seconds of one call, from :func:`timer`.
-        least: rounds at least, whatever they take.
+        least: rounds before medians may count as known.
         most: rounds at most.
-        seconds: no round is begun after this.
+        seconds: no round is begun after this, but for the first three.
         tolerance: enough rounds when every median is known to this share (:func:`uncertainty`).
 
     Returns:
@@ -73,10 +74,9 @@ def sample(
         for name in order:
             times[name].append(timer(calls[name]))
         order.reverse()
-        if done >= least and (
-            time.perf_counter() - began >= seconds
-            or all(uncertainty(values) <= tolerance for values in times.values())
-        ):
+        late = time.perf_counter() - began >= seconds
+        known = done >= least and all(uncertainty(values) <= tolerance for values in times.values())
+        if known or (late and done >= FEWEST_ROUNDS):
             break
     return times
 

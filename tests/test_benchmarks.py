@@ -170,8 +170,8 @@ class TestHarness:
         stock = found["results"]["stock"]
         assert found["ranking"] == ["stock", "slow"]
         assert stock["peak_bytes"] == 250
-        assert stock["seconds"]["rounds"] >= 5
-        assert stock["warm_seconds"]["rounds"] >= 5
+        assert stock["seconds"]["rounds"] >= 3
+        assert stock["warm_seconds"]["rounds"] >= 3
         # A buffer of twice the cache is overwritten for the first, none for the second.
         assert flushes == [2 << 20, 0]
         assert said.count("replay") == said.count("synchronize")
@@ -202,7 +202,7 @@ class TestTiming:
         uneven = iter([1.0, 2.0] * 50)
         assert len(sample({"a": lambda: None}, lambda call: next(uneven), most=50)["a"]) == 50
         uneven = iter([1.0, 2.0] * 50)
-        assert len(sample({"a": lambda: None}, lambda call: next(uneven), seconds=0.0)["a"]) == 5
+        assert len(sample({"a": lambda: None}, lambda call: next(uneven), seconds=0.0)["a"]) == 3
 
     def test_order_is_forwards_and_backwards(self):
         from rope_dist.timing import sample
