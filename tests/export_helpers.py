@@ -112,7 +112,7 @@ class LlamaCpp:
         p = xllamacpp.CommonParams()
         p.model.path = str(path)
         p.n_ctx, p.n_parallel, p.warmup, p.verbosity = n_ctx, 1, False, -1
-        p.fit_params = False
+        p.fit_params, p.cache_ram_mib, p.n_ctx_checkpoints = False, 0, 0
         p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads

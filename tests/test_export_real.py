@@ -23,7 +23,7 @@ pytestmark = [
     ),
 ]
 START, GREEDY, READ = 8256, 64, 64
-THREADS = 2
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 
 @pytest.fixture(scope="module")
