@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from .tables import load, machine, markdown
 
+EARLIER = "By an earlier script"
+
 
 def planning() -> str:
     """Planning times."""
@@ -13,7 +15,7 @@ def planning() -> str:
         for name, case in result["results"].items()
     ]
     table = markdown(rows, ["plan", "median, ms", "20 - 80 %"])
-    return f"{table}\n\n`{result['command']}`: {result['repeats']} repeats, {machine(result)}."
+    return f"{table}\n\n{EARLIER} (`{result['command']}`): {result['repeats']} repeats, {machine(result)}."
 
 
 def cpu_rotary() -> str:
@@ -46,7 +48,7 @@ def cpu_rotary() -> str:
     ]
     built = result["built"]["CPU library"].removeprefix("yes, ")
     return (
-        f"{markdown(rows, headers)}\n\n`{result['command']}`: medians of {result['repeats']} interleaved repeats, "
+        f"{markdown(rows, headers)}\n\n{EARLIER} (`{result['command']}`), before heads were prefetched: medians of {result['repeats']} interleaved repeats, "
         f"{machine(result)}; {built}."
     )
 
