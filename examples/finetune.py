@@ -129,6 +129,7 @@ def training_arguments(parsed: argparse.Namespace, steps: int, batch: int) -> Tr
         lr_scheduler_type="constant",
         weight_decay=0.0,
         bf16=gpu and torch.cuda.is_bf16_supported(),
+        use_cpu=not gpu,
         dataloader_pin_memory=gpu,
         logging_steps=1,
         save_steps=parsed.save_steps,
