@@ -1,6 +1,11 @@
 """Fixtures shared by the suite: no network, small random models."""
 
+import contextlib
 import os
+
+# torch's compiler imports setuptools, which refuses to where the standard library's distutils came first.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 # Nothing in the suite may wait for a hub that is not there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
