@@ -48,8 +48,8 @@ def cpu_rotary() -> str:
     ]
     built = result["built"]["CPU library"].removeprefix("yes, ")
     return (
-        f"{markdown(rows, headers)}\n\n{EARLIER} (`{result['command']}`), before heads were prefetched: medians of {result['repeats']} interleaved repeats, "
-        f"{machine(result)}; {built}."
+        f"{markdown(rows, headers)}\n\n{EARLIER} (`{result['command']}`), before heads were prefetched: "
+        f"medians of {result['repeats']} interleaved repeats, {machine(result)}; {built}."
     )
 
 
