@@ -144,6 +144,13 @@ def providers(size: Size, options: Options, block: Block) -> list[Provider | Abs
         if implementation != "sdpa" and not options.wants(implementation):
             continue
         reason = unavailable(implementation, options)
+        if (
+            implementation == "eager"
+            and device.type == "cpu"
+            and size.tokens > 4096
+            and options.peers is None
+        ):
+            reason = "takes seconds at this length on a CPU: ask with --peers eager"
         if reason:
             found.append(Absent(implementation, reason))
             continue

@@ -229,7 +229,7 @@ def _compare(results: dict[str, dict]) -> None:
     limits = [r["seconds"]["p50"] for r in results.values() if r["kind"] == "limit" and "seconds" in r]
     for result in results.values():
         if limits and "seconds" in result and result["kind"] != "limit":
-            result["limit share"] = max(limits) / result["seconds"]["p50"]
+            result["limit share"] = min(limits) / result["seconds"]["p50"]
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -161,7 +161,7 @@ class Question:
             folder.mkdir(parents=True)
         record: dict[str, Any] = {
             "question": self.name,
-            "command": shlex.join(["python", "-m", f"benchmarks.{self.name}", *arguments]),
+            "command": shlex.join(["python", "-m", f"benchmarks.{self.name}", *_without_output(arguments)]),
             "version": __version__,
             "commit": commit(),
             "sources": {"patterns": list(self.sources), "files": hashes(self.sources)},
@@ -252,6 +252,14 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def _without_output(arguments: list[str]) -> list[str]:
+    """Where the file was written is no part of what was measured."""
+    if "--output" not in arguments:
+        return arguments
+    at = arguments.index("--output")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def _write(folder: Path | None, name: str, device: torch.device, record: dict) -> None:

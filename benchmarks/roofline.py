@@ -174,7 +174,7 @@ def _cpu() -> str:
     """Predicted from the copy and the product of the same run."""
     blocks = []
     for name, what, provider in (
-        ("rotary", "a copy of the same bytes", "rope_dist, in place"),
+        ("rotary", "the faster of a copy of the same bytes and a pass in place", "rope_dist, in place"),
         ("projection", "the matrix products alone", "rope_dist"),
     ):
         if not (RESULTS / f"{name}-cpu.json").exists():
@@ -183,13 +183,15 @@ def _cpu() -> str:
         record = load(f"{name}-cpu.json")
         rows = []
         for case in record["cases"]:
-            limit = next(
-                (r for r in case["results"].values() if r["kind"] == "limit" and "seconds" in r), None
-            )
+            limits = [
+                r["seconds"]["p50"]
+                for r in case["results"].values()
+                if r["kind"] == "limit" and "seconds" in r
+            ]
             ours, stock = (case["results"].get(p, {}).get("seconds") for p in (provider, "Hugging Face"))
-            if not (limit and ours and stock):
+            if not (limits and ours and stock):
                 continue
-            least = limit["seconds"]["p50"]
+            least = min(limits)
             work = case["bytes"] if name == "rotary" else case["flops"]
             rows.append(
                 [

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +163,7 @@ class Curve:
     Attributes:
         xs, ys: its points.
         lows, highs: the band around them.
-        limit: drawn dashed.
+        limit: drawn black and dashed.
     """
 
     label: str
@@ -197,9 +198,12 @@ def plot_curves(
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+            dashes = cycle(("--", ":", "-."))
             for curve in curves:
                 style = (
-                    {"linestyle": "--", "color": "black"} if curve.limit else {"marker": "o", "markersize": 4}
+                    {"linestyle": next(dashes), "color": "black"}
+                    if curve.limit
+                    else {"marker": "o", "markersize": 4}
                 )
                 (line,) = axis.plot(curve.xs, curve.ys, label=curve.label, linewidth=1.4, **style)
                 axis.fill_between(curve.xs, curve.lows, curve.highs, color=line.get_color(), alpha=0.15)
