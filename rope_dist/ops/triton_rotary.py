@@ -51,9 +51,10 @@ def _heads(
             else:
                 mask = known & (column < HALF)
                 first = tl.load(source + column * stride_d, mask=mask).to(tl.float32)
-                second = tl.load(source + (column + HALF) * stride_d, mask=mask).to(tl.float32)
                 if BIAS:
                     first += tl.load(added + column, mask=mask).to(tl.float32)
+                second = tl.load(source + (column + HALF) * stride_d, mask=mask).to(tl.float32)
+                if BIAS:
                     second += tl.load(added + column + HALF, mask=mask).to(tl.float32)
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
                 tl.store(target + column * out_d, first.to(out.dtype.element_ty), mask=mask)
