@@ -292,11 +292,12 @@ def table(case: dict, unit: str = "ms") -> str:
     headers = ["", unit, "20 - 80 %", "time to stock", "of the limit", "peak, MiB", "rounds"]
     align = ("left", *("right",) * 6)
     text = tabulate(rows, headers, disable_numparse=True, colalign=align) if rows else ""
+    absent: dict[str, list[str]] = {}
     for name, r in results.items():
         for reason in ("skipped", "refused", "failed"):
             if reason in r:
-                text += f"\n{name}: {reason}: {r[reason]}"
-    return text
+                absent.setdefault(f"{reason}: {r[reason]}", []).append(name)
+    return "\n".join([text, *(f"{', '.join(names)}: {reason}" for reason, names in absent.items())])
 
 
 def _ends(unit: str) -> tuple[str, str]:
