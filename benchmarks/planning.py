@@ -82,7 +82,7 @@ QUESTION = Question(
     quick={"cpu": [(("head size 128",), (16384,), ("fp32",))]},
     sources=(
         "rope_dist/planning.py",
-        "rope_dist/strategies.py",
+        "rope_dist/strategies/*.py",
         "rope_dist/distribution.py",
         "benchmarks/planning.py",
     ),

@@ -524,9 +524,10 @@ def plan(
     intervals = check_intervals(intervals)
     dtype = check_dtype(dtype)
     measure = {"intervals": intervals, "divergence": divergence, "dtype": dtype}
-    if strategy == "dprope":
-        settings = {**measure, **settings}
-    scaling = get_strategy(strategy)(rope, target_length, **settings)
+    function = get_strategy(strategy)
+    # A strategy that looks at the disturbance looks at the one that is reported.
+    measured = {n: v for n, v in measure.items() if n in inspect.signature(function).parameters}
+    scaling = function(rope, target_length, **{**measured, **settings})
     per_pair = scaling.disturbance
     if per_pair is None:
         per_pair = disturbances(rope.inv_freq, rope.length, [scaling.factors], target_length, **measure)[0]

@@ -67,7 +67,7 @@ def test_llama_cpp_reads_on_as_the_enabled_model(dequantised, tmp_path, strategy
 
         def continuation(following):
             out = model(torch.tensor([[ids[START - 1], *following]]), past_key_values=cache, use_cache=True)
-            cache.crop(START - 1)
+            cache.crop(-1 - len(following))
             return out.logits[0, : len(following)].double().log_softmax(-1)
 
         greedy, read_on = continuation(tokens), continuation(ids[START:])

@@ -258,3 +258,34 @@ def test_an_unknown_strategy_names_the_known_ones():
 def test_a_bad_embedding_is_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
         PretrainedRope(*numbers)
+
+
+@given(
+    st.sampled_from([1e4, 5e5, 1e6]),
+    st.sampled_from([64, 80, 128, 256]),
+    st.sampled_from([256, 4096, 8192, 131072]),
+    st.floats(1, 32),
+)
+def test_auto_is_monotone_and_between_1_and_s(theta, dim, length, scale):
+    rope, target = PretrainedRope(theta, dim, length), round(length * scale)
+    s = target / length
+    scaling = get_strategy("auto")(rope, target)
+    assert torch.all(scaling.factors.diff() >= 0)
+    turns = length * theta ** -(torch.arange(0, dim, 2).double() / dim) / (2 * math.pi)
+    assert torch.all(scaling.factors[turns > 64.001] == 1)
+    assert torch.allclose(scaling.factors[turns < 0.999], torch.tensor(s, dtype=torch.float64))
+    # Slower pairs first: the order of frequencies, and so of wavelengths, stays.
+    assert torch.all((rope.inv_freq / scaling.factors).diff() < 0)
+    # Neighbours within the ramp change against each other by one ratio.
+    steps = scaling.factors.log().diff()[(turns[:-1] < 64) & (turns[1:] > 1)]
+    if len(steps) > 1:
+        assert torch.allclose(steps, steps[:1].expand_as(steps), rtol=1e-3, atol=1e-6)
+    assert scaling.attention_scaling == pytest.approx(math.sqrt(math.log(target) / math.log(length)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"fast_turns": 1}, {"slow_turns": 0}, {"attention_factor": 0}, {"fast_turns": math.inf}]
+)
+def test_auto_refuses(options):
+    with pytest.raises(ValueError, match="auto"):
+        get_strategy("auto")(LLAMA2, 8192, **options)

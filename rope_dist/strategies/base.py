@@ -1,0 +1,140 @@
+"""What every strategy takes and gives: the trained embedding, the factors, and the checks they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+def default_inv_freq(theta: float, rotary_dim: int, factors: torch.Tensor | None = None) -> torch.Tensor:
+    """``1 / (factors * theta ** (2i / rotary_dim))`` in float32, in Hugging Face's order of operations.
+
+    Where a factor is 1 the result equals a stock model's ``inv_freq`` bit for bit, and with factors it
+    equals what stock ``longrope`` computes from them.
+
+    Args:
+        theta: RoPE base, e.g. 10000.0.
+        rotary_dim: even number of rotated dimensions of a head.
+        factors: ``[rotary_dim / 2]``, or None for all ones.
+
+    Returns:
+        ``[rotary_dim / 2]`` float32, radians a token.
+    """
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    wavelengths = theta**exponents
+    if factors is not None:
+        wavelengths = factors.to(torch.float32) * wavelengths
+    return 1.0 / wavelengths
+
+
+@dataclass(frozen=True)
+class PretrainedRope:
+    """The rotary embedding that a model was trained with.
+
+    Attributes:
+        theta: RoPE base, above 1.
+        rotary_dim: rotated dimensions of a head, even.
+        length: trained length in tokens (``max_position_embeddings``).
+        factors: per-pair factors that are part of the trained model already (Llama 3.1's
+            scaling, a YaRN checkpoint), or None for all ones.
+        attention_scaling: what the trained model multiplies cos and sin by.
+
+    Raises:
+        ValueError: a number out of range, or factors of another length.
+    """
+
+    theta: float
+    rotary_dim: int
+    length: int
+    factors: tuple[float, ...] | None = None
+    attention_scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.theta) and self.theta > 1):
+            raise ValueError(f"theta (the RoPE base) must be a finite number above 1, got {self.theta!r}")
+        check_rotary_dim(self.rotary_dim, "head_dim")
+        check_length(self.length, "the original length")
+        if self.factors is not None:
+            check_factors(torch.tensor(self.factors, dtype=torch.float64), self.pairs)
+        if not (math.isfinite(self.attention_scaling) and self.attention_scaling > 0):
+            raise ValueError(f"attention_scaling must be positive, got {self.attention_scaling!r}")
+
+    @property
+    def pairs(self) -> int:
+        """Number of rotary pairs, ``rotary_dim / 2``."""
+        return self.rotary_dim // 2
+
+    @property
+    def base_factors(self) -> torch.Tensor:
+        """``[pairs]`` float64, the factors of the trained model (ones where it has none)."""
+        if self.factors is None:
+            return torch.ones(self.pairs, dtype=torch.float64)
+        return torch.tensor(self.factors, dtype=torch.float64)
+
+    @property
+    def inv_freq(self) -> torch.Tensor:
+        """``[pairs]`` float32, radians a token."""
+        return default_inv_freq(self.theta, self.rotary_dim, self.base_factors if self.factors else None)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a strategy decides.
+
+    Attributes:
+        factors: ``[pairs]`` float64, relative to the trained frequencies; all finite and positive.
+        attention_scaling: what cos and sin are to be multiplied by, relative to the trained model.
+        settings: every setting the strategy ran with, defaults included; JSON types only.
+        disturbance: ``[pairs]``, where the strategy had to compute it; None otherwise.
+    """
+
+    factors: torch.Tensor
+    attention_scaling: float = 1.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    disturbance: torch.Tensor | None = None
+
+
+Strategy = Callable[..., Scaling]
+"""``(rope: PretrainedRope, target_length: int, **settings) -> Scaling``"""
+
+
+def check_rotary_dim(rotary_dim: int, name: str) -> int:
+    """Return ``rotary_dim`` if it is a positive even whole number, else raise ``ValueError``."""
+    if isinstance(rotary_dim, bool) or int(rotary_dim) != rotary_dim or rotary_dim < 2 or rotary_dim % 2:
+        raise ValueError(f"{name} must be a positive even number (rotary pairs), got {rotary_dim!r}")
+    return int(rotary_dim)
+
+
+def check_length(length: int, name: str) -> int:
+    """Return ``length`` if it is a whole number of at least 2 tokens, else raise ``ValueError``."""
+    if isinstance(length, bool) or not math.isfinite(length) or int(length) != length or length < 2:
+        raise ValueError(f"{name} must be a whole number of at least 2 tokens, got {length!r}")
+    return int(length)
+
+
+def check_factors(factors: torch.Tensor, pairs: int) -> torch.Tensor:
+    """Return ``factors`` if it is ``[pairs]`` finite positive numbers, else raise ``ValueError``."""
+    if factors.ndim != 1 or factors.numel() != pairs:
+        raise ValueError(
+            f"factors must be {pairs} numbers, one a rotary pair, got shape {list(factors.shape)}"
+        )
+    bad = torch.nonzero(~(torch.isfinite(factors) & (factors > 0))).flatten()
+    if bad.numel():
+        i = int(bad[0])
+        raise ValueError(f"factors must be finite and positive, got {float(factors[i])} for pair {i}")
+    return factors
+
+
+def scale_of(rope: PretrainedRope, target_length: int) -> float:
+    """``s = target_length / rope.length``; ``ValueError`` where the target is not a length or below 1."""
+    check_length(target_length, "the target length")
+    if target_length < rope.length:
+        raise ValueError(
+            f"the target length {target_length} is below the original length {rope.length}: "
+            "a strategy only extends, give a target of at least the original length"
+        )
+    return target_length / rope.length

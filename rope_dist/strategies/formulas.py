@@ -1,0 +1,169 @@
+"""Strategies with a formula: what others have published, as Hugging Face computes it where it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .base import PretrainedRope, Scaling, check_factors, scale_of
+
+
+def _pair_index(rope: PretrainedRope) -> torch.Tensor:
+    return torch.arange(rope.pairs, dtype=torch.float64)
+
+
+def extrapolation(rope: PretrainedRope, target_length: int) -> Scaling:
+    """Leave every frequency as trained and read on (Press et al. 2022 call it direct extrapolation)."""
+    scale_of(rope, target_length)
+    return Scaling(torch.ones(rope.pairs, dtype=torch.float64))
+
+
+def pi(rope: PretrainedRope, target_length: int) -> Scaling:
+    """Position interpolation (Chen et al. 2023): every factor is ``s``."""
+    s = scale_of(rope, target_length)
+    return Scaling(torch.full((rope.pairs,), s, dtype=torch.float64))
+
+
+def ntk(rope: PretrainedRope, target_length: int) -> Scaling:
+    """NTK-aware scaling (bloc97 2023): the base becomes ``theta * s ** (d / (d - 2))``.
+
+    The fastest pair keeps its frequency, the slowest is interpolated by ``s`` in full, and the
+    factor rises geometrically between.
+    """
+    s = scale_of(rope, target_length)
+    return Scaling(_base_change(rope, s))
+
+
+def dynamic_ntk(rope: PretrainedRope, target_length: int, *, factor: float | None = None) -> Scaling:
+    """Dynamic NTK (emozilla 2023) frozen at the target length, as Hugging Face's ``dynamic`` computes it.
+
+    The base becomes ``theta * (factor * s - (factor - 1)) ** (d / (d - 2))``.
+
+    Args:
+        factor: Hugging Face's ``factor``, at least 1; by default ``s``. With 1 it equals :func:`ntk`.
+    """
+    s = scale_of(rope, target_length)
+    factor = s if factor is None else float(factor)
+    if not (math.isfinite(factor) and factor >= 1):
+        raise ValueError(f"dynamic-ntk's factor must be at least 1, got {factor}")
+    return Scaling(_base_change(rope, factor * s - (factor - 1)), settings={"factor": factor})
+
+
+def _base_change(rope: PretrainedRope, scale: float) -> torch.Tensor:
+    """Factors of ``theta -> theta * scale ** (d / (d - 2))``: pair i gets ``scale ** (2i / (d - 2))``."""
+    if rope.rotary_dim == 2:
+        # One pair is fastest and slowest at once; the formula divides by zero there.
+        raise ValueError("NTK-aware scaling needs at least 4 rotary dimensions, got 2")
+    return scale ** (2 * _pair_index(rope) / (rope.rotary_dim - 2))
+
+
+def yarn(
+    rope: PretrainedRope,
+    target_length: int,
+    *,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
+    attention_factor: float | None = None,
+    truncate: bool = True,
+) -> Scaling:
+    """YaRN (Peng et al. 2023) with the ramp over the dimension index that Hugging Face ships.
+
+    Pairs that turn more than ``beta_fast`` times within the trained length stay, pairs that turn less
+    than ``beta_slow`` times are interpolated by ``s``; between, the frequency is mixed linearly in the
+    dimension index. cos and sin are multiplied by ``0.1 ln s + 1`` (the paper's temperature, eq. 22).
+
+    Args:
+        beta_fast, beta_slow: turns within the trained length, ``beta_fast > beta_slow > 0``.
+        attention_factor: replaces ``0.1 ln s + 1``.
+        truncate: round the ramp's bounds outwards to whole dimensions, as Hugging Face does.
+    """
+    s = scale_of(rope, target_length)
+    if not (math.isfinite(beta_fast) and beta_fast > beta_slow > 0):
+        raise ValueError(f"yarn needs beta_fast > beta_slow > 0, got {beta_fast} and {beta_slow}")
+    if attention_factor is None:
+        attention_factor = 0.1 * math.log(s) + 1.0
+    if not (math.isfinite(attention_factor) and attention_factor > 0):
+        raise ValueError(f"yarn's attention_factor must be positive, got {attention_factor}")
+
+    def dimension_of(turns: float) -> float:
+        return rope.rotary_dim * math.log(rope.length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(beta_fast), dimension_of(beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
+    if low == high:
+        high += 0.001
+    interpolated = ((_pair_index(rope) - low) / (high - low)).clamp(0, 1)
+    factors = 1 / (interpolated / s + (1 - interpolated))
+    settings = {
+        "beta_fast": float(beta_fast),
+        "beta_slow": float(beta_slow),
+        "attention_factor": float(attention_factor),
+        "truncate": bool(truncate),
+    }
+    return Scaling(factors, float(attention_factor), settings)
+
+
+def llama3(
+    rope: PretrainedRope,
+    target_length: int,
+    *,
+    factor: float | None = None,
+    low_freq_factor: float = 1.0,
+    high_freq_factor: float = 4.0,
+) -> Scaling:
+    """Llama 3.1's scaling (Meta 2024), as Hugging Face's ``llama3`` computes it.
+
+    Pairs that turn more than ``high_freq_factor`` times within the trained length stay, pairs that turn
+    less than ``low_freq_factor`` times are interpolated; between, linear in the number of turns.
+
+    Args:
+        factor: what slow pairs are divided by, at least 1; by default ``s`` (Llama 3.1 itself takes 8
+            for 16 times the length).
+        low_freq_factor, high_freq_factor: turns within the trained length, the second the larger.
+    """
+    s = scale_of(rope, target_length)
+    factor = s if factor is None else float(factor)
+    if not (math.isfinite(factor) and factor >= 1):
+        raise ValueError(f"llama3's factor must be at least 1, got {factor}")
+    if not (math.isfinite(high_freq_factor) and high_freq_factor > low_freq_factor > 0):
+        raise ValueError(
+            f"llama3 needs high_freq_factor > low_freq_factor > 0, got {high_freq_factor} and {low_freq_factor}"
+        )
+    turns = rope.length * rope.inv_freq.double() / (2 * math.pi)
+    smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    factors = 1 / ((1 - smooth) / factor + smooth)
+    settings = {
+        "factor": factor,
+        "low_freq_factor": float(low_freq_factor),
+        "high_freq_factor": float(high_freq_factor),
+    }
+    return Scaling(factors, settings=settings)
+
+
+def longrope(
+    rope: PretrainedRope,
+    target_length: int,
+    *,
+    factors: Sequence[float] | torch.Tensor | None = None,
+    attention_factor: float | None = None,
+) -> Scaling:
+    """LongRoPE (Ding et al. 2024): per-pair factors found elsewhere, here given.
+
+    Args:
+        factors: ``[pairs]``, e.g. the ``long_factor`` of a published config. Required.
+        attention_factor: by default ``sqrt(1 + ln s / ln L)``, as Hugging Face's ``longrope``.
+    """
+    s = scale_of(rope, target_length)
+    if factors is None:
+        raise ValueError(f"longrope needs factors={rope.pairs} numbers (the config's long_factor)")
+    given = check_factors(torch.as_tensor(factors, dtype=torch.float64), rope.pairs)
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(s) / math.log(rope.length))
+    if not (math.isfinite(attention_factor) and attention_factor > 0):
+        raise ValueError(f"longrope's attention_factor must be positive, got {attention_factor}")
+    settings = {"factors": given.tolist(), "attention_factor": float(attention_factor)}
+    return Scaling(given.clone(), float(attention_factor), settings)

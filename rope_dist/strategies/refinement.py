@@ -1,0 +1,301 @@
+"""``refined``: the factor of each pair that disturbs its rotary angle distribution least, found by search.
+
+Wu et al. (EMNLP 2024, Limitations) name what eq. 9 leaves: with two factors to choose from, 1 and ``s``, the
+disturbance does not reach 0. Most of it sits in pairs that nearly repeat themselves: where a token turns by
+``alpha = p / q + delta`` of a circle with a small ``delta``, positions ``m`` and ``m + q`` have almost one angle,
+and the trained positions fill ``q`` narrow arcs only. Read on, the arcs grow by ``s``; interpolated, there are
+other arcs. What keeps them is to interpolate the drift and not the rotation:
+
+    alpha' = p / q + (alpha - p / q) / s
+
+Position interpolation is the case ``p / q = 0``. :func:`refined` tries the best rational approximations of every
+pair, which for a fast pair changes its frequency by less than a part in a thousand. A slow pair has an angle in
+every interval; what remains of its disturbance is in how the positions divide among the intervals, and for those a
+grid is searched, by exact counts that need no pass over the positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from tqdm import tqdm
+
+from ..distribution import (
+    DEFAULT_INTERVALS,
+    DEFAULT_SMOOTHING,
+    Divergence,
+    check_divergence,
+    check_dtype,
+    check_intervals,
+    disturbance,
+    rotary_angle_distribution,
+)
+from .base import PretrainedRope, Scaling, scale_of
+
+DEFAULT_TOLERANCE = 6e-4
+"""Nats a pair: a pair that 1 or ``s`` disturbs by no more is not searched."""
+
+DEFAULT_SLACK = 0.01
+"""How far a factor may leave ``[1, s]``: keeping a resonance may need a slightly faster pair."""
+
+# With fewer turns within the trained length than this a pair has neighbouring positions in each interval, and
+# few enough boundaries to search a grid.
+_SLOW = 12.0
+# Around the best factor of a fast pair: how far the last position moves, in intervals, and in how many steps.
+_NEARBY = ((4.0, 41), (0.4, 17), (0.05, 9))
+# The grid: points at most, how many of the best are refined, how often and into how many points each, and how
+# many of the best are then measured as everything else is.
+_POINTS, _BEST, _LEVELS, _FINER, _MEASURED = 8192, 24, 4, 33, 6
+# Boundaries at a time: a megabyte, which stays in the second cache.
+_BOUNDARIES = 1 << 18
+# An interval that no position visits must have a logarithm where the grid is searched.
+_LEAST_SMOOTHING = 1e-6
+
+
+def refined(
+    rope: PretrainedRope,
+    target_length: int,
+    *,
+    tolerance: float = DEFAULT_TOLERANCE,
+    slack: float = DEFAULT_SLACK,
+    intervals: int = DEFAULT_INTERVALS,
+    smoothing: float = DEFAULT_SMOOTHING,
+    divergence: Divergence = "pretrained-extended",
+    dtype: torch.dtype | str = torch.float32,
+) -> Scaling:
+    """The least disturbing factor of each pair (eq. 8 of Wu et al., EMNLP 2024, minimised past eq. 9).
+
+    The candidates are 1, ``s``, the factors that interpolate the drift from a near resonance, and for slow pairs
+    a grid over ``[1, s]`` that is refined around its best; the least disturbed wins, of equals the least change.
+    The result depends on nothing else, and is the same at every run. It minimises the paper's criterion; whether
+    that helps a model is another question, see ``rope-dist eval``.
+
+    Args:
+        tolerance: nats a pair, at least 0; a pair that 1 or ``s`` disturbs by no more keeps that factor.
+        slack: factors lie in ``[1 - slack, s * (1 + slack)]``; 0 to 0.5.
+        intervals, smoothing, divergence, dtype: of the disturbance, see :mod:`rope_dist.distribution`.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+    s = scale_of(rope, target_length)
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance must be a finite number of at least 0 (nats a pair), got {tolerance!r}")
+    if not (math.isfinite(slack) and 0 <= slack <= 0.5):
+        raise ValueError(f"slack must be 0 to 0.5, got {slack!r}")
+    search = _Search(
+        rope,
+        target_length,
+        low=1 - slack,
+        high=s * (1 + slack),
+        intervals=check_intervals(intervals),
+        smoothing=smoothing,
+        divergence=check_divergence(divergence),
+        dtype=check_dtype(dtype),
+    )
+    search.try_factors(dict.fromkeys((1.0, s)))
+    if s > 1:
+        search.try_resonances(search.above(tolerance))
+        slow = search.turns * rope.length < _SLOW
+        search.try_nearby(search.above(tolerance) & ~slow)
+        search.try_grid(search.above(tolerance) & slow)
+    settings = {
+        "tolerance": float(tolerance),
+        "slack": float(slack),
+        "intervals": search.intervals,
+        "smoothing": float(smoothing),
+        "divergence": divergence,
+        "dtype": str(search.dtype).removeprefix("torch."),
+    }
+    return Scaling(search.factors, settings=settings, disturbance=search.least.to(search.dtype))
+
+
+@dataclass
+class _Search:
+    """The best factor of each pair so far, and how candidates are measured.
+
+    Attributes:
+        low, high: bounds of the factors.
+        turns: ``[pairs]`` float64, of a token, in circles.
+        before: ``[pairs, intervals]``, distributions of the trained embedding.
+        factors, least: ``[pairs]`` float64, the best factors and what they disturb.
+    """
+
+    rope: PretrainedRope
+    target_length: int
+    low: float
+    high: float
+    intervals: int
+    smoothing: float
+    divergence: Divergence
+    dtype: torch.dtype
+    turns: torch.Tensor = field(init=False)
+    before: torch.Tensor = field(init=False)
+    factors: torch.Tensor = field(init=False)
+    least: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.turns = self.rope.inv_freq.double() / (2 * math.pi)
+        self.before = self._distribution(self.rope.inv_freq, self.rope.length)
+        self.factors = torch.ones(self.rope.pairs, dtype=torch.float64)
+        self.least = torch.full((self.rope.pairs,), math.inf, dtype=torch.float64)
+
+    def above(self, tolerance: float) -> torch.Tensor:
+        """``[pairs]`` bool: which are disturbed more."""
+        return self.least > tolerance
+
+    def try_factors(self, factors) -> None:
+        """The same factors for every pair."""
+        pairs = torch.arange(self.rope.pairs)
+        for factor in factors:
+            self._offer(pairs, torch.full((self.rope.pairs,), factor, dtype=torch.float64))
+
+    def try_resonances(self, which: torch.Tensor) -> None:
+        """Interpolate the drift from the resonances of these pairs."""
+        pairs, factors = [], []
+        for i in which.nonzero().flatten().tolist():
+            found = self._resonant_factors(float(self.turns[i]))
+            pairs += [i] * len(found)
+            factors += found
+        self._offer(torch.tensor(pairs, dtype=torch.int64), torch.tensor(factors, dtype=torch.float64))
+
+    def try_nearby(self, which: torch.Tensor) -> None:
+        """Factors around the best of these pairs, closer and closer."""
+        pairs = which.nonzero().flatten()
+        for reach, points in _NEARBY:
+            steps = torch.linspace(-reach, reach, points, dtype=torch.float64)
+            drifts = (self.turns[pairs] / self.factors[pairs])[:, None] + steps / (
+                self.intervals * self.target_length
+            )
+            factors = (self.turns[pairs][:, None] / drifts).clamp(self.low, self.high)
+            self._offer(pairs.repeat_interleave(points), factors.flatten())
+
+    def try_grid(self, which: torch.Tensor) -> None:
+        """The whole range of factors, for each of these pairs."""
+        chosen = which.nonzero().flatten().tolist()
+        for i in tqdm(chosen, desc="searching factors", delay=1.0, disable=None, leave=False):
+            found = self._best_of_grid(float(self.turns[i]), float(self.factors[i]))
+            self._offer(torch.full((found.numel(),), i), found)
+
+    def _offer(self, pairs: torch.Tensor, factors: torch.Tensor) -> None:
+        """Measure pairs with the factors beside them, and keep what disturbs a pair less than its best so far."""
+        for pair, factor in zip(pairs.split(256), factors.split(256), strict=True):
+            if pair.numel() == 0:
+                continue
+            after = self._distribution(self.rope.inv_freq[pair] / factor.to(self.dtype), self.target_length)
+            found = disturbance(self.before[pair], after, divergence=self.divergence)
+            for i, f, d in zip(pair.tolist(), factor.tolist(), found.tolist(), strict=True):
+                if d < self.least[i]:
+                    self.factors[i], self.least[i] = f, d
+
+    def _distribution(self, frequencies: torch.Tensor, length: int) -> torch.Tensor:
+        return rotary_angle_distribution(
+            frequencies, length, intervals=self.intervals, smoothing=self.smoothing, dtype=self.dtype
+        )
+
+    def _resonant_factors(self, turns: float) -> list[float]:
+        """Factors that interpolate a pair's drift from ``p / q``, the least change first."""
+        length, target = self.rope.length, self.target_length
+        drifts = [p / q + (turns - p / q) * length / target for p, q in approximations(turns, length)]
+        # As many whole turns more as end in the same part of a circle: with none that is position interpolation.
+        whole = math.floor((target - length) * turns)
+        drifts += [(turns * length + k) / target for k in range(min(whole, 256) + 1)]
+        # Two that end within a sixty-fourth of an interval are one candidate.
+        factors = {round(64 * self.intervals * target * d): turns / d for d in drifts if d > 0}
+        within = (f for f in factors.values() if self.low <= f <= self.high)
+        return sorted(within, key=lambda f: abs(math.log(f)))
+
+    def _best_of_grid(self, turns: float, known: float) -> torch.Tensor:
+        """The least disturbing factors of a slow pair on a refined grid, by exact counts: best first."""
+        slowest, fastest = turns / self.high, turns / self.low
+        smoothing = max(self.smoothing, _LEAST_SMOOTHING)
+        before = interval_shares(
+            torch.tensor([turns], dtype=torch.float64), self.rope.length, self.intervals, smoothing
+        )[0]
+
+        def best(candidates: torch.Tensor) -> torch.Tensor:
+            after = interval_shares(candidates, self.target_length, self.intervals, smoothing)
+            if self.divergence == "pretrained-extended":
+                disturbed = -(after.log() @ before)  # but for a constant
+            else:
+                disturbed = (after * (after / before).log()).sum(1)
+            return candidates[torch.argsort(disturbed, stable=True)[:_BEST]]
+
+        # From one point to the next the last position moves by a quarter of an interval, if that is not too many.
+        points = math.ceil(4 * self.intervals * self.target_length * (fastest - slowest)) + 2
+        points = min(points, _POINTS)
+        ends = [turns, turns * self.rope.length / self.target_length, turns / known]
+        step = (fastest - slowest) / (points - 1)
+        found = best(
+            torch.cat(
+                (
+                    torch.linspace(slowest, fastest, points, dtype=torch.float64),
+                    torch.tensor(ends, dtype=torch.float64),
+                )
+            )
+        )
+        for _ in range(_LEVELS):
+            around = step * torch.linspace(-1, 1, _FINER, dtype=torch.float64)
+            found = best((found[:, None] + around).flatten().clamp(slowest, fastest))
+            step *= 4 / _FINER
+        return turns / found[:_MEASURED]
+
+
+def approximations(number: float, most: int) -> list[tuple[int, int]]:
+    """The best rational approximations of a positive number: convergents and semiconvergents.
+
+    Args:
+        number: of which the continued fraction is taken.
+        most: the largest denominator.
+
+    Returns:
+        Pairs ``p, q`` of which ``p / q`` approximates it, ``q`` rising from 1.
+    """
+    rest = Fraction(number)
+    before, last = (1, 0), (math.floor(rest), 1)
+    found = [last]
+    rest -= last[0]
+    while rest:
+        rest = 1 / rest
+        steps = math.floor(rest)
+        rest -= steps
+        for step in range(1, steps + 1):
+            p, q = before[0] + step * last[0], before[1] + step * last[1]
+            if q > most:
+                return found
+            found.append((p, q))
+        before, last = last, found[-1]
+    return found
+
+
+def interval_shares(turns: torch.Tensor, length: int, intervals: int, smoothing: float) -> torch.Tensor:
+    """Rotary angle distributions by where an angle passes from one interval into the next.
+
+    Counted on over all turns, the angle of position ``m`` is in interval ``k`` from ``m = ceil(k / (turns *
+    intervals))`` on: a few operations a boundary, whatever the length. Boundaries are float32, so that a position
+    within about 1e-7 of ``m`` of a boundary may fall on its other side.
+
+    Args:
+        turns: ``[candidates]`` float64, of a token, in circles; rising order is fastest.
+        length, intervals, smoothing: as in :func:`rope_dist.distribution.rotary_angle_distribution`.
+
+    Returns:
+        ``[candidates, intervals]`` float32.
+    """
+    rows = []
+    # Candidates of about one speed have about as many boundaries.
+    for part in turns.split(64):
+        whole = math.floor(float(part.min()) * length)
+        circles = math.ceil(float(part.max()) * length) + 1
+        boundary = torch.arange(circles * intervals, dtype=torch.float32)
+        tokens = (1 / (part * intervals)).float()[:, None]
+        for some in tokens.split(max(1, _BOUNDARIES // boundary.numel())):
+            first = (boundary * some).ceil_()
+            first[:, whole * intervals :].clamp_(max=length)
+            # An interval's positions on every turn are the differences of these; summed first, taken once.
+            passed = first.view(-1, circles, intervals).sum(1)
+            rows.append(torch.cat((passed, passed[:, :1] + length), dim=1).diff(dim=1))
+    return (torch.cat(rows) + smoothing) / length
