@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality.study [--seconds 7200] [--quick]
 
-Reads several texts to 2x and 4x of the trained length (perplexity by position) and asks for passkeys at
-lengths up to there and beyond. It takes hours on a CPU, so it may be stopped at any time, or by ``--seconds``:
+Reads several texts to 1.5x, 2x and 4x of the trained length (perplexity by position) and asks for passkeys at
+lengths up to there. It takes hours on a CPU, so it may be stopped at any time, or by ``--seconds``:
 the same command goes on where it stopped. What is not installed of the texts is left out and named.
 Results: ``quality_perplexity.json``, ``quality_passkey.json`` and ``quality.png``; ``python -m benchmarks.report``
 makes the README's tables of them.
@@ -37,30 +37,24 @@ from rope_dist.optional import MissingPackageError
 from rope_dist.plots import plot_perplexity
 
 MODEL = "smollm2-135m"
-STRATEGIES = (
-    "stock",
-    "pi",
-    "ntk",
-    "dynamic-ntk",
-    "yarn",
-    "llama3",
-    "dprope:threshold=0",
-    "dprope:threshold=5e-4",
-    "dprope:threshold=2e-3",
-)
-# In an order in which the first few are of different kinds: a study that is stopped early has those.
+STRATEGIES = ("stock", "pi", "ntk", "yarn", "dprope:threshold=5e-4", "refined", "auto")
+CLOSEST = ("stock", "ntk", "yarn", "auto")
+# In an order in which the first few are of different kinds: a study that is stopped early has those. The constants of
+# "auto" were chosen on emma, which is therefore the last.
 TEXTS = (
-    "emma",
+    "persuasion",
     "moby-dick",
     "state-of-the-union",
     "python",
     "pride-and-prejudice",
-    "persuasion",
     "northanger-abbey",
     "mansfield-park",
     "sense-and-sensibility",
+    "emma",
 )
 SEED = 0
+# What models are run in; against float32 all of emma differs by less than 0.1 %, and it takes half the time.
+DTYPE = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -70,14 +64,19 @@ class Part:
     target: int
     texts: tuple[str, ...]
     tokens: int
-    passkey_lengths: tuple[int, ...]
-    depths: tuple[float, ...]
+    passkey_lengths: tuple[int, ...] = ()
+    depths: tuple[float, ...] = ()
     strategies: tuple[str, ...] = STRATEGIES
 
 
+DEPTHS = (0.1, 0.5, 0.9)
 PARTS = (
-    Part(2 * TRAINED, TEXTS, 2 * TRAINED, (8192, 12288, 16384, 20480), (0, 0.25, 0.5, 0.75, 1)),
-    Part(4 * TRAINED, TEXTS[:3], 4 * TRAINED, (32768,), (0, 0.5, 1)),
+    Part(2 * TRAINED, TEXTS[:3], 2 * TRAINED),
+    Part(2 * TRAINED, (), 0, (12288, 16384), DEPTHS, CLOSEST),
+    Part(4 * TRAINED, TEXTS[:1], 4 * TRAINED, strategies=CLOSEST),
+    Part(3 * TRAINED // 2, TEXTS[:3], 3 * TRAINED // 2, strategies=CLOSEST),
+    Part(2 * TRAINED, TEXTS[3:], 2 * TRAINED),
+    Part(4 * TRAINED, TEXTS[1:3], 4 * TRAINED, (32768,), DEPTHS, CLOSEST),
 )
 QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),)
 
@@ -114,18 +113,22 @@ def main() -> None:
 
 def _readings(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
     transformers_logging.set_verbosity_error()
-    model, tokenizer = load_model(MODEL)
+    model, tokenizer = load_model(MODEL, dtype=DTYPE)
     identity = describe(model, MODEL)
     perplexity = Record(output / "quality_perplexity.json", "perplexity", identity)
     passkey = Record(output / "quality_passkey.json", "passkey", identity)
     for part in parts:
         variants = make_variants(model, part.strategies, part.target)
-        texts = passages(tokenizer, _installed(part.texts), part.tokens)
-        readings: Iterator[Any] = measure_perplexity(
-            model, texts, variants, perplexity, lengths=[part.tokens], methods=["whole"], progress=True
-        )
+        texts = passages(tokenizer, _installed(part.texts), part.tokens) if part.texts else []
+        readings: Iterator[Any] = iter(())
+        if texts:
+            readings = measure_perplexity(
+                model, texts, variants, perplexity, lengths=[part.tokens], methods=["whole"], progress=True
+            )
         for variant, m, finished in readings:
             yield _line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
+        if not part.passkey_lengths:
+            continue
         cases = make_cases(part.passkey_lengths, part.depths, seed=SEED)
         answers = measure_passkey(
             model, tokenizer, cases, variants, passkey, scorings=["generate", "decoys"], progress=True

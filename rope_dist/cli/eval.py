@@ -45,6 +45,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--device", help="where the model works, e.g. cuda:0 (default: a GPU if there is one)"
     )
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        help="of the model; auto is as it was saved (default: float32 on a CPU, else auto)",
+    )
+    parser.add_argument(
         "-o",
         "--output",
         default="rope-dist-eval",
@@ -182,7 +187,7 @@ def _load(parsed: argparse.Namespace) -> tuple[Any, Any, int, int]:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     device = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_model(parsed.model, device)
+    model, tokenizer = load_model(parsed.model, device, parsed.dtype)
     trained = pretrained_rope(model.config)[0].length
     target = parsed.target or round(trained * (parsed.factor or 2.0))
     return model, tokenizer, trained, target

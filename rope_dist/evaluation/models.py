@@ -39,13 +39,15 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 
 
 def load_model(
-    name_or_path: str, device: torch.device | str = "cpu"
+    name_or_path: str, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, ready to read: float32 on a CPU, else as it was saved.
+    """A causal language model and its tokenizer, ready to read.
 
     Args:
         name_or_path: a name of :data:`PACKAGED_MODELS`, a directory or a hub id.
         device: where the model goes.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``, as it was saved. None: float32 on a CPU,
+            else as it was saved.
 
     Raises:
         MissingPackageError: the packaged model, or what reads it, is not installed.
@@ -66,7 +68,8 @@ def load_model(
         tokenizer_options = {"gguf_file": packaged.file}
         options = {"gguf_file": packaged.file, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
     except (OSError, ValueError) as error:
