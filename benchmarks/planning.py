@@ -56,6 +56,12 @@ def cases(size: Size, options: Options) -> list[Case]:
         ),
         Provider("two candidates, float64", bound(partial(make, dtype="float64"))),
         Provider("yarn", bound(partial(make, strategy="yarn", dtype=dtype))),
+        Provider("auto", bound(partial(make, strategy="auto", dtype=dtype))),
+        *(
+            [Provider("refined", bound(partial(make, strategy="refined", dtype=dtype)))]
+            if target <= 4 * TRAINED
+            else []
+        ),
         Provider("angles", bound(angles), kind="limit"),
     ]
     case = Case(
@@ -79,7 +85,7 @@ QUESTION = Question(
             (("head size 64", "head size 256"), (16384,), ("fp32",)),
         ]
     },
-    quick={"cpu": [(("head size 128",), (16384,), ("fp32",))]},
+    quick={"cpu": [(("head size 128",), (8192,), ("fp32",))]},
     sources=(
         "rope_dist/planning.py",
         "rope_dist/strategies/*.py",

@@ -18,7 +18,7 @@ from functools import partial
 
 from rope_dist.files import write_text
 
-from . import report_earlier, roofline
+from . import roofline
 from .sources import RESULTS, ROOT
 from .tables import DEVICES, TITLES, draw, figures, load, machine, markdown, plot_is_current, plot_path
 
@@ -50,10 +50,17 @@ def quality() -> str:
     return block(RESULTS)
 
 
+def tuning() -> str:
+    """What the constants of ``auto`` were chosen on."""
+    from benchmarks.quality.summary import tuning
+
+    return tuning(RESULTS)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "perplexity": perplexity,
     "quality": quality,
-    **report_earlier.TABLES,
+    "tuning": tuning,
     **{
         f"{question}-{device}": partial(figures, question, device)
         for question in TITLES

@@ -93,12 +93,16 @@ def case_table(record: dict[str, Any]) -> str:
         for name in compared:
             share = results.get(name, {}).get("to stock")
             row.append(f"{1 / share:.2f}" if share else "")
+        for name in compared[-1:]:
+            share = results.get(name, {}).get("limit share")
+            row.append(f"{share:.2f}" if share else "")
         if whole:
             row += [_peak(results.get(name, {})) for name in names if kinds[name] in ("stock", "ours")]
         rows.append(row)
     headers = ["", *(f"{name} (limit)" if kinds[name] == "limit" else name for name in names)]
     headers[1:2] = [f"{headers[1]}, {unit}"] if len(headers) > 1 else []
     headers += [f"stock's time / {name}" for name in compared]
+    headers += [f"limit's time / {name}" for name in compared[-1:]]
     if whole:
         headers += [f"peak MiB, {name}" for name in names if kinds[name] in ("stock", "ours")]
     return markdown(rows, headers)

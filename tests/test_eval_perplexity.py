@@ -308,8 +308,8 @@ class TestCommand:
         record = json.loads((tmp_path / "out" / "perplexity.json").read_text())
         assert record["model"]["name"] == "model"
         assert str(tmp_path) not in json.dumps(record)
-        assert len(record["measurements"]) == 4 * 3  # strategies; one whole, two windows
-        assert {p["strategy"] for p in record["plans"].values()} == {"pi", "yarn", "dprope"}
+        assert len(record["measurements"]) == 5 * 3  # strategies; one whole, two windows
+        assert {p["strategy"] for p in record["plans"].values()} == {"pi", "yarn", "dprope", "auto"}
 
     def test_an_interrupted_command_goes_on(self, command, monkeypatch):
         original = sweep.token_nll

@@ -78,9 +78,9 @@ class TestTables:
         table = summary.perplexity_table(record, 16384)
         stock = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
         overall, past = math.exp((1.5 + 3.0) / 2), math.exp((2.0 + 4.0) / 2)
-        assert stock[:3] == ["stock", f"{overall:.1f}", f"{past:.1f}"]
-        assert stock[3] == f"{math.exp(2):.1f} - {math.exp(4):.1f}"
-        assert stock[4:] == [f"{math.exp(1.5):.1f}"] * 4 + [f"{past:.1f}"] * 4
+        assert stock[:3] == ["stock", f"{overall:.2f}", f"{past:.2f}"]
+        assert stock[3] == f"{math.exp(2):.2f} - {math.exp(4):.2f}"
+        assert stock[4:] == [f"{math.exp(1.5):.2f}"] * 4 + [f"{past:.2f}"] * 4
         assert "6-8k |" in table.splitlines()[0]
         assert "8-10k* |" in table.splitlines()[0]
 

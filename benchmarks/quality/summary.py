@@ -20,7 +20,8 @@ def load(folder: Path, kind: str) -> dict[str, Any]:
     """A record of the study; ``ValueError`` names the command that makes it."""
     path = folder / f"quality_{kind}.json"
     if not path.exists():
-        raise ValueError(f"there is no {path}: python -m benchmarks.quality.study")
+        script = "tuning" if kind == "tuning" else "study"
+        raise ValueError(f"there is no {path}: python -m benchmarks.quality.{script}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -70,8 +71,8 @@ def perplexity_table(record: dict[str, Any], tokens: int) -> str:
     for label, buckets in curves.items():
         texts = [_past(average_buckets([r[label]], _width(tokens))) for r in by_text.values()]
         overall = math.exp(sum(r[label]["nll"] for r in by_text.values()) / len(by_text))
-        row = [label, f"{overall:.1f}", f"{_past(buckets):.1f}", f"{min(texts):.1f} - {max(texts):.1f}"]
-        rows.append(row + [f"{b.perplexity:.1f}" for b in buckets])
+        row = [label, f"{overall:.2f}", f"{_past(buckets):.2f}", f"{min(texts):.2f} - {max(texts):.2f}"]
+        rows.append(row + [f"{b.perplexity:.2f}" for b in buckets])
     return _markdown(rows, headers)
 
 
@@ -148,6 +149,18 @@ def block(folder: Path) -> str:
         f"{', '.join(map(str, seeds))}, five digits, one key a length and depth; {machines}."
     )
     return "\n\n".join(parts)
+
+
+def tuning(folder: Path) -> str:
+    """The README's table of what the constants of ``auto`` were chosen on."""
+    record = load(folder, "tuning")
+    tokens = 2 * TRAINED
+    model, machine = record["model"], record["machines"][0]
+    return (
+        f"{perplexity_table(record, tokens)}\n\n\\* past the {TRAINED} tokens that the model was trained on. "
+        f"`python -m benchmarks.quality.tuning`: {model['name']}, {model['dtype']}, {machine['processor']}, torch "
+        f"{machine['torch']}, transformers {machine['transformers']}."
+    )
 
 
 def _markdown(rows: list[list[str]], headers: list[str]) -> str:

@@ -11,7 +11,7 @@ DESCRIPTION = (
     "Measure what an extension does to a model. A run that was stopped goes on where it stopped when the same "
     "command is given again: finished measurements are kept in a JSON file in the output folder."
 )
-STRATEGIES = ("stock", "pi", "yarn", "dprope")
+STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")
 QUICK_STRATEGIES = ("stock", "yarn", "dprope")
 
 
