@@ -1,6 +1,6 @@
 # make run    a real model reads past its trained length: tables and plots, five to ten minutes on two cores
 # make test   the test suite
-# make test-matrix   the tests of enabled models on the oldest and the newest transformers
+# make test-matrix   the tests of enabled models on the oldest and the newest versions of transformers
 # make native the C++ and CUDA libraries, where their compilers are
 # make check-native   static checks and sanitizers of the native sources
 # make gate   every Triton kernel compiled for each architecture and held to its limits, without a GPU

@@ -20,6 +20,7 @@ from rope_dist.evaluation import (
     token_nll,
 )
 from rope_dist.evaluation.memory import cache_bytes, check_memory, memory_errors_in_words
+from rope_dist.evaluation.models import cache_option
 from rope_dist.evaluation.perplexity import sliding_windows
 from rope_dist.evaluation.sweep import average_buckets, average_perplexity
 from rope_dist.optional import MissingPackageError
@@ -225,7 +226,7 @@ class TestMemory:
 
         cache = DynamicCache(config=llama.config)
         with torch.no_grad():
-            llama(ids, past_key_values=cache)
+            llama(ids, **cache_option(llama, cache))
         taken = sum(
             t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
         )

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from export_helpers import LlamaCpp
+from transformers import DynamicCache
 
 import rope_dist
 from rope_dist import export
 from rope_dist.evaluation import PACKAGED_MODELS, load_model, load_text
+from rope_dist.evaluation.models import cache_option
 
 pytestmark = [
     pytest.mark.skipif(
@@ -63,10 +65,12 @@ def test_llama_cpp_reads_on_as_the_enabled_model(dequantised, tmp_path, strategy
     read = torch.tensor([engine.log_probability(ids[:i], ids[i]) for i in range(START, START + READ)])
 
     with rope_dist.enable(model, plan=plan), torch.no_grad():
-        cache = model(torch.tensor([ids[: START - 1]]), logits_to_keep=1, use_cache=True).past_key_values
+        cache = DynamicCache(config=model.config)
+        option = cache_option(model, cache)
+        model(torch.tensor([ids[: START - 1]]), logits_to_keep=1, **option)
 
         def continuation(following):
-            out = model(torch.tensor([[ids[START - 1], *following]]), past_key_values=cache, use_cache=True)
+            out = model(torch.tensor([[ids[START - 1], *following]]), **option)
             cache.crop(-1 - len(following))
             return out.logits[0, : len(following)].double().log_softmax(-1)
 

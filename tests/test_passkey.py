@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 from rope_dist.cli import main
 from rope_dist.evaluation import Record, describe, make_cases, make_variants, measure_passkey, passkey_tables
 from rope_dist.evaluation import passkey as passkey_module
+from rope_dist.evaluation.models import cache_option
 from rope_dist.evaluation.passkey import PromptReader, accuracy, answered_key, grids, passkey_prompt
 
 LENGTHS = (900, 1500)
@@ -19,13 +20,12 @@ LENGTHS = (900, 1500)
 class PlantedLlama(LlamaForCausalLM):
     """A LLaMA that reads and caches as any other, but whose logits are of ``next_letter(text so far)``."""
 
-    def forward(self, input_ids, past_key_values=None, logits_to_keep=0, **options):
-        past = past_key_values.get_seq_length()
-        out = super().forward(
-            input_ids, past_key_values=past_key_values, logits_to_keep=logits_to_keep, **options
-        )
+    def forward(self, input_ids, cache=None, past_key_values=None, **options):
+        cache = cache if cache is not None else past_key_values
+        past = cache.get_seq_length()
+        out = super().forward(input_ids, **cache_option(super(), cache), **options)
         self.seen = [*getattr(self, "seen", [])[:past], *input_ids[0].tolist()]
-        assert len(self.seen) == past_key_values.get_seq_length()
+        assert len(self.seen) == cache.get_seq_length()
         kept = out.logits.shape[1]
         out.logits = torch.zeros_like(out.logits)
         for i in range(kept):

@@ -8,11 +8,13 @@ import pytest
 import torch
 from families import model_of
 from torch import nn
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rope_dist
 from rope_dist import ops
 from rope_dist.cli import main
+from rope_dist.evaluation.models import cache_option
 
 NAMES = ("Llama", "Mistral", "Qwen2")
 
@@ -78,8 +80,9 @@ def test_generation_goes_on_from_a_cache(name, ids):
     stock, enabled = pair(name)
     states = []
     for model in (stock, enabled):
-        first = model(ids[:, :15], use_cache=True)
-        states.append(model(ids[:, 15:], past_key_values=first.past_key_values).logits)
+        option = cache_option(model, DynamicCache(config=model.config))
+        model(ids[:, :15], **option)
+        states.append(model(ids[:, 15:], **option).logits)
     torch.testing.assert_close(states[1], states[0], rtol=1e-5, atol=1e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ import torch
 from ..optional import MissingPackageError, require
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot load {name_or_path}: {str(error).strip().splitlines()[0]}") from None
     return model.eval().to(device), tokenizer
+
+
+def cache_option(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """``cache`` under the name that the model's forward has for it: ``past_key_values`` until transformers 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache}
 
 
 def describe(model: PreTrainedModel, name_or_path: str) -> dict[str, str]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .memory import check_memory, memory_errors_in_words
+from .models import cache_option
 from .records import Record
 from .variants import Variant
 
@@ -156,7 +157,7 @@ class PromptReader:
         out = self.model.generate(
             batch,
             attention_mask=torch.ones_like(batch),
-            past_key_values=self._cache,
+            **cache_option(self.model, self._cache),
             generation_config=greedy,
         )
         self._crop(len(ids) - 1)
@@ -174,7 +175,9 @@ class PromptReader:
         result = []
         for ids in whole:
             rest = ids[None, shared - 1 :].to(self.model.device)
-            logits = self.model(rest[:, :-1], past_key_values=self._cache, use_cache=True).logits[0]
+            logits = self.model(rest[:, :-1], **cache_option(self.model, self._cache), use_cache=True).logits[
+                0
+            ]
             self._crop(shared - 1)
             chosen = logits.float().log_softmax(-1).gather(1, rest[0, 1:, None])
             result.append(chosen.double().sum().item())
@@ -189,7 +192,12 @@ class PromptReader:
         device = self.model.device
         for start in range(len(self._ids), len(ids), self.chunk):
             part = ids[start : start + self.chunk]
-            self.model(part[None].to(device), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            self.model(
+                part[None].to(device),
+                **cache_option(self.model, self._cache),
+                use_cache=True,
+                logits_to_keep=1,
+            )
             self._ids = ids[: start + len(part)]
             if progress is not None:
                 progress.update(len(part))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from ..planning import RopePlan
+from .models import cache_option
 from .variants import make_variants
 
 
@@ -157,7 +158,7 @@ def _nll(
         scored = end - max(start, first - 1)
         # Logits are as wide as the vocabulary: only of what is scored, and never none (0 asks for all).
         logits = model(
-            ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=max(scored, 1)
+            ids[:, start:end], **cache_option(model, cache), use_cache=True, logits_to_keep=max(scored, 1)
         ).logits[0]
         if scored > 0:
             targets = ids[0, end + 1 - scored : end + 1]

@@ -168,11 +168,19 @@ class RotatedAttention:
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any | None = None,
+        *,
+        cache: Any | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As the stock forward: ``hidden_states`` ``[B, S, hidden]`` to the output and the attention weights."""
+        """As the stock forward: ``hidden_states`` ``[B, S, hidden]`` to the output and the attention weights.
+
+        The key/value cache is ``past_key_values`` to transformers up to 5.23 and ``cache`` from 5.24 on, which hands
+        it what the attention function gets as well.
+        """
         q, k, v = (x.transpose(1, 2) for x in self.heads(hidden_states, *position_embeddings))
-        if past_key_values is not None:
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
+        elif past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, self._stock_module().eager_attention_forward
