@@ -146,6 +146,44 @@ def test_offloaded_before_it_is_enabled(ids, tmp_path):
     assert torch.equal(model(ids).logits, expected)
 
 
+def test_device_map_with_a_layer_on_disk(ids, tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = model_of("Llama")
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    with rope_dist.enable():
+        split = type(model).from_pretrained(
+            tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded"
+        )
+        assert split.model.layers[1].self_attn.q_proj.weight.is_meta
+        assert torch.equal(split(ids).logits, expected)
+        with ops.use_backend("triton"):
+            layers = rope_dist.report(split, dtype=torch.bfloat16)
+    assert layers[1].does == "rotary"
+
+
+def test_a_part_of_a_sequence_is_rotated_by_its_own_positions(ids):
+    """Context parallelism: a rank holds a first and a last piece of the text, and hands their positions over."""
+    seen = []
+
+    def probe(module, query, key, value, attention_mask, **options):
+        seen.append((query, key))
+        return torch.zeros(*query.transpose(1, 2).shape), None
+
+    ALL_ATTENTION_FUNCTIONS.register("parts", probe)
+    stock, enabled = pair("Llama")
+    positions = torch.arange(24)[None]
+    mine = torch.cat((torch.arange(6), torch.arange(18, 24)))
+    for model in (stock, enabled):
+        model.set_attn_implementation("parts")
+    stock(ids, position_ids=positions, use_cache=False)
+    enabled(ids[:, mine], position_ids=positions[:, mine], use_cache=False)
+    for whole, part in zip(seen[0], seen[2], strict=True):
+        torch.testing.assert_close(part, whole[:, :, mine], rtol=1e-5, atol=1e-5)
+
+
 def test_quantised_projections_stay_their_own(ids):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     stock, enabled = pair("Llama")
