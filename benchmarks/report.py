@@ -15,12 +15,27 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import rope_dist
 from rope_dist.files import write_text
+from rope_dist.plots import plot_plans
 
 from . import roofline
 from .sources import RESULTS, ROOT
-from .tables import DEVICES, TITLES, draw, figures, load, machine, markdown, plot_is_current, plot_path
+from .tables import (
+    DEVICES,
+    PLOTS,
+    TITLES,
+    digest,
+    draw,
+    figures,
+    load,
+    machine,
+    markdown,
+    plot_is_current,
+    plot_path,
+)
 
 
 def perplexity() -> str:
@@ -81,6 +96,22 @@ def fill(text: str) -> str:
     return re.sub(r"<!-- table: (?P<name>\S+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def factors() -> tuple[Path, dict, Callable[[Path, dict], None]]:
+    """Path, figures and drawing of what ``auto`` does pair by pair, beside YaRN and DPRoPE."""
+    plans = [
+        rope_dist.plan("llama2-7b", target_length=length, strategy=strategy)
+        for length in (8192, 16384)
+        for strategy in ("yarn", "dprope", "auto")
+    ]
+    # Six decimals: another CPU's pow may differ in the last of a double.
+    shown = [[p.strategy, p.target_length, [round(f, 6) for f in p.factors]] for p in plans]
+    return (
+        PLOTS / "factors.svg",
+        {"cases": shown},
+        lambda path, record: plot_plans(plans, path, digest(record)),
+    )
+
+
 def pictures() -> list[tuple]:
     """Path and record of every picture that the results have."""
     found = []
@@ -105,11 +136,12 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     out_of_date = []
-    for path, record in pictures():
+    for path, record, make in (factors(), *((*picture, draw) for picture in pictures())):
         if not plot_is_current(path, record):
             out_of_date.append(path)
             if not arguments.check:
-                draw(path, record)
+                path.parent.mkdir(exist_ok=True)
+                make(path, record)
     for path, make in ((ROOT / "README.md", fill), (roofline.PAGE, lambda _: roofline.page())):
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         after = make(before)

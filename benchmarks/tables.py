@@ -203,5 +203,4 @@ def plot_is_current(path: Path, record: dict[str, Any]) -> bool:
 
 def draw(path: Path, record: dict[str, Any]) -> None:
     """Write the picture of a record."""
-    path.parent.mkdir(exist_ok=True)
     plot_curves(panels(record), "tokens", record["unit"], path, note=digest(record))

@@ -25,22 +25,27 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _save(figure: Any, path: str | os.PathLike[str], **options: Any) -> None:
+def _save(figure: Any, path: str | os.PathLike[str], note: str = "") -> None:
+    rc_context = require("matplotlib", "plot", "a plot").rc_context
     suffix = Path(path).suffix.lstrip(".").lower() or "png"
     known = figure.canvas.get_supported_filetypes()
     if suffix not in known:
         raise ValueError(f"cannot plot to {path}: the ending must be one of {', '.join(sorted(known))}")
+    metadata = {"Date": None, "Description": note} if suffix == "svg" else {}
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix, dpi=150, **options)
+    # The same picture is the same file, whenever it is made.
+    with rc_context({"svg.hashsalt": "rope_dist", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
     write_bytes(path, buffer.getvalue())
 
 
-def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str]) -> None:
+def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str], note: str = "") -> None:
     """Disturbance and factor of every pair (the paper's Figures 7 and 8), a column a target length.
 
     Args:
         plans: of one model.
         path: the picture to write; its ending chooses the format.
+        note: kept in the picture's metadata (SVG only).
 
     Raises:
         ValueError: an ending that matplotlib does not know.
@@ -69,7 +74,7 @@ def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str]) -> None:
         for axis in (above, below):
             axis.grid(alpha=0.3)
         above.legend(fontsize=8, loc="lower left")
-    _save(figure, path)
+    _save(figure, path, note)
 
 
 def plot_perplexity(
@@ -188,33 +193,29 @@ def plot_curves(
         path: the picture to write.
         note: kept in the picture's metadata (SVG only).
     """
-    rc_context = require("matplotlib", "plot", "a plot").rc_context
     ticker = require("matplotlib.ticker", "plot", "a plot")
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    # The same curves are the same file, whenever it is made.
-    with rc_context({"svg.hashsalt": "rope_dist", "svg.fonttype": "none"}):
-        figure, axes = _figure(rows, columns, 6.4 * columns, 4.4 * rows)
-        for axis in axes.flat[len(panels) :]:
-            axis.set_visible(False)
-        for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
-            dashes = cycle(("--", ":", "-."))
-            for curve in curves:
-                style = (
-                    {"linestyle": next(dashes), "color": "black"}
-                    if curve.limit
-                    else {"marker": "o", "markersize": 4}
-                )
-                (line,) = axis.plot(curve.xs, curve.ys, label=curve.label, linewidth=1.4, **style)
-                axis.fill_between(curve.xs, curve.lows, curve.highs, color=line.get_color(), alpha=0.15)
-            ticks = sorted({x for curve in curves for x in curve.xs})
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_xticks(ticks, [f"{x // 1024}k" if x % 1024 == 0 else f"{x}" for x in ticks])
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(ticker.NullFormatter())
-            axis.set(title=title, xlabel=x_label, ylabel=y_label)
-            axis.grid(alpha=0.3, which="both")
-            axis.legend(fontsize=7)
-        svg = str(path).endswith(".svg")
-        _save(figure, path, **({"metadata": {"Date": None, "Description": note}} if svg else {}))
+    figure, axes = _figure(rows, columns, 6.4 * columns, 4.4 * rows)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
+        dashes = cycle(("--", ":", "-."))
+        for curve in curves:
+            style = (
+                {"linestyle": next(dashes), "color": "black"}
+                if curve.limit
+                else {"marker": "o", "markersize": 4}
+            )
+            (line,) = axis.plot(curve.xs, curve.ys, label=curve.label, linewidth=1.4, **style)
+            axis.fill_between(curve.xs, curve.lows, curve.highs, color=line.get_color(), alpha=0.15)
+        ticks = sorted({x for curve in curves for x in curve.xs})
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(ticks, [f"{x // 1024}k" if x % 1024 == 0 else f"{x}" for x in ticks])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+        axis.set(title=title, xlabel=x_label, ylabel=y_label)
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=7)
+    _save(figure, path, note)

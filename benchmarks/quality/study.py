@@ -130,7 +130,8 @@ def _readings(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
                 perplexity,
                 lengths=[part.tokens],
                 methods=["whole"],
-                chunk=min(part.tokens, 2 * TRAINED),  # at once: half the time of 512 at a time, and gigabytes of logits
+                # At once: half the time of 512 at a time, and gigabytes of logits.
+                chunk=min(part.tokens, 2 * TRAINED),
                 progress=True,
             )
         for variant, m, finished in readings:

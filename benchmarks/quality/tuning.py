@@ -2,8 +2,9 @@
 
     python -m benchmarks.quality.tuning
 
-Reads *Emma* with ``auto`` and its constants varied one at a time, beside what it competes with. As the study, it
-goes on where it was stopped. Result: ``quality_tuning.json``; ``python -m benchmarks.report`` makes the table.
+Reads *Emma* with ``auto`` and its constants varied one at a time, beside what it competes with and what other criteria
+of the rotary angles choose. As the study, it goes on where it was stopped. Result: ``quality_tuning.json``;
+``python -m benchmarks.report`` makes the table.
 """
 
 from __future__ import annotations
@@ -11,11 +12,22 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+import rope_dist
+from benchmarks.quality.criteria import by_distance, of_neighbours
 from benchmarks.quality.study import DTYPE, MODEL
 from benchmarks.quality.summary import TRAINED
-from rope_dist.evaluation import Record, describe, load_model, make_variants, measure_perplexity, passages
+from rope_dist.evaluation import (
+    Record,
+    Variant,
+    describe,
+    load_model,
+    make_variants,
+    measure_perplexity,
+    passages,
+)
 
 TEXT = "emma"
 STRATEGIES = (
@@ -29,14 +41,33 @@ STRATEGIES = (
     "auto:fast_turns=32",
     "auto:slow_turns=0.5",
     "yarn:attention_factor=1.0377",  # that of auto
+    "dprope:threshold=0",
+    "dprope:threshold=0,intervals=36",
 )
+CRITERIA = {"by distance": by_distance, "of neighbours": of_neighbours}
+TARGET = 2 * TRAINED
+
+
+def criteria_variants(model: PreTrainedModel) -> list[Variant]:
+    """What each criterion of ``criteria.py`` chooses for ``model``."""
+    inv_freq = rope_dist.plan(model, target_length=TARGET, strategy="extrapolation").inv_freq
+    plans = {
+        label: rope_dist.plan(
+            model,
+            target_length=TARGET,
+            strategy="longrope",
+            factors=choose(inv_freq, TRAINED, TARGET),
+            attention_factor=1.0,
+        )
+        for label, choose in CRITERIA.items()
+    }
+    return [Variant(label, plan) for label, plan in plans.items()]
 
 
 def main() -> None:
     """Read what is not yet on record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="benchmarks/results", help="folder (default: %(default)s)")
-    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, metavar="NAME", help="to read with")
     arguments = parser.parse_args()
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -45,12 +76,12 @@ def main() -> None:
     record = Record(output / "quality_tuning.json", "perplexity", describe(model, MODEL))
     readings = measure_perplexity(
         model,
-        passages(tokenizer, [TEXT], 2 * TRAINED),
-        make_variants(model, arguments.strategies, 2 * TRAINED),
+        passages(tokenizer, [TEXT], TARGET),
+        make_variants(model, STRATEGIES, TARGET) + criteria_variants(model),
         record,
-        lengths=[2 * TRAINED],
+        lengths=[TARGET],
         methods=["whole"],
-        chunk=2 * TRAINED,
+        chunk=TARGET,
         progress=True,
     )
     for variant, measurement, finished in readings:
