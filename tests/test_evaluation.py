@@ -176,3 +176,12 @@ class TestDemo:
     def test_a_missing_model_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="cannot load"):
             load_model(str(tmp_path))
+
+    def test_weights_cut_short_and_absent_devices_are_refused(self, model_directory):
+        for device in ("nonsense", "cuda:99"):
+            with pytest.raises(ValueError, match=f"there is no device {device}"):
+                load_model(str(model_directory), device)
+        weights = model_directory / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"cannot load .*model: "):
+            load_model(str(model_directory))

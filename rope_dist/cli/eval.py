@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,18 @@ def _load(parsed: argparse.Namespace) -> tuple[Any, Any, int, int]:
     device = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(parsed.model, device, parsed.dtype)
     trained = pretrained_rope(model.config)[0].length
-    target = parsed.target or round(trained * (parsed.factor or 2.0))
-    return model, tokenizer, trained, target
+    return model, tokenizer, trained, _target(parsed, trained)
+
+
+def _target(parsed: argparse.Namespace, trained: int) -> int:
+    factor = 2.0 if parsed.factor is None else parsed.factor
+    if not math.isfinite(factor):
+        raise ValueError(f"--factor must be a positive number, got {factor}")
+    target = round(trained * factor) if parsed.target is None else parsed.target
+    # Also where only the stock model is read, which no strategy refuses.
+    if target < trained:
+        raise ValueError(f"the target length {target} is below the trained length {trained}")
+    return target
 
 
 def _record(parsed: argparse.Namespace, kind: str, model: Any) -> Any:
@@ -245,7 +256,7 @@ def _perplexity(parsed: argparse.Namespace) -> None:
     width = bucket_width(max(lengths)) if parsed.bucket is None else check_width(parsed.bucket)
     tokens = max(lengths)
     if "sliding" in methods:
-        tokens = parsed.tokens or tokens + strides * parsed.stride
+        tokens = tokens + strides * parsed.stride if parsed.tokens is None else parsed.tokens
     read = passages(tokenizer, parsed.text, tokens, parsed.pieces)
     variants = make_variants(model, _names(parsed), target)
     record = _record(parsed, "perplexity", model)
@@ -336,7 +347,7 @@ def _tasks(parsed: argparse.Namespace) -> None:
             include_path=parsed.include_path,
             limit=parsed.limit,
             batch_size=parsed.batch_size,
-            max_length=parsed.max_length or target,
+            max_length=target if parsed.max_length is None else parsed.max_length,
             ruler_lengths=parsed.ruler_lengths,
             chat_template=parsed.chat_template,
         ),

@@ -52,10 +52,12 @@ def load_model(
 
     Raises:
         MissingPackageError: the packaged model, or what reads it, is not installed.
-        ValueError: there is no such model.
+        ValueError: there is no such model or device, or the model's files are damaged.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    _check_device(device)
     source, options, tokenizer_options = name_or_path, {}, {}
     packaged = PACKAGED_MODELS.get(name_or_path)
     if packaged is not None:
@@ -73,9 +75,21 @@ def load_model(
             dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {name_or_path}: {str(error).strip().splitlines()[0]}") from None
-    return model.eval().to(device), tokenizer
+        return model.eval().to(device), tokenizer
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load {name_or_path}: {_first_line(error)}") from None
+
+
+def _check_device(device: torch.device | str) -> None:
+    # A large model is not read first.
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # A torch without CUDA asserts.
+        raise ValueError(f"there is no device {device}: {_first_line(error)}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def cache_option(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:

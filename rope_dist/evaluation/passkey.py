@@ -26,6 +26,8 @@ from .variants import Variant
 
 SCORINGS = ("generate", "decoys")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MOST_DIGITS = 18
+"""Of a key: numbers that a Python range can count."""
 
 _TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -63,7 +65,8 @@ def make_cases(
     same keys, and a case that is added changes no other.
 
     Raises:
-        ValueError: a depth outside [0, 1], fewer than one trial, digit or decoy, more decoys than numbers.
+        ValueError: a depth outside [0, 1], fewer than one trial, digit or decoy, more decoys than numbers, more
+            than :data:`MOST_DIGITS` digits.
     """
     if not lengths or not depths:
         raise ValueError("give at least one length and one depth")
@@ -73,6 +76,8 @@ def make_cases(
     for name, value in (("trials", trials), ("digits", digits), ("decoys", decoys)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if digits > MOST_DIGITS:
+        raise ValueError(f"digits must be at most {MOST_DIGITS}, got {digits}")
     numbers = range(10 ** (digits - 1), 10**digits)
     if decoys + 1 > len(numbers):
         raise ValueError(f"there are only {len(numbers)} numbers of {digits} digits, for {decoys} decoys")
