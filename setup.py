@@ -4,7 +4,8 @@ No torch is imported: the libraries are bound by ctypes, so one build serves eve
 are optional. What cannot be built is said in one line, kept in ``rope_dist/_native/build.json`` for
 ``rope-dist info``, and left out.
 
-Environment: CXX, CUDA_HOME, ROPE_DIST_CUDA_ARCHS (such as "80 90"; empty: no CUDA library).
+Environment: CXX, CUDA_HOME, ROPE_DIST_CUDA_ARCHS (such as "80 90"; empty: no CUDA library; default: those of
+80, 90, 100 and 120 that nvcc knows). The last is there as PTX too, for every later GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # code is left unvectorized; the loops are what counts here.
 CPU_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-tree-slp-vectorize", "-fvisibility=hidden"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
-ARCHITECTURES = "80 90 100 120"
+ARCHITECTURES = (80, 90, 100, 120)
 
 
 class NotBuilt(Exception):
@@ -44,12 +45,10 @@ class NotBuilt(Exception):
 
 def cpu_command() -> list[str]:
     """The C++ compiler and its flags, without target and source."""
-    given = os.environ.get("CXX")
-    if given:
-        compiler = shlex.split(given)
-        if not compiler or not shutil.which(compiler[0]):
-            raise NotBuilt(f"CXX={given} is not found")
-    else:
+    compiler = _given_compiler()
+    if compiler and not shutil.which(compiler[0]):
+        raise NotBuilt(f"CXX={compiler[0]} is not found")
+    if not compiler:
         found = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
         if found is None:
             raise NotBuilt("no C++ compiler (c++, g++ or clang++; CXX names another)")
@@ -60,22 +59,54 @@ def cpu_command() -> list[str]:
 
 def cuda_command() -> list[str]:
     """nvcc and its flags, without target and source."""
-    wanted = os.environ.get("ROPE_DIST_CUDA_ARCHS", ARCHITECTURES)
-    numbers = sorted({int(n.replace(".", "")) for n in re.split(r"[\s,;]+", wanted.strip()) if n})
-    if not numbers:
-        raise NotBuilt("ROPE_DIST_CUDA_ARCHS is empty")
+    wanted = os.environ.get("ROPE_DIST_CUDA_ARCHS")
+    numbers = list(ARCHITECTURES) if wanted is None else _numbers(wanted)
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
     if nvcc is None:
         raise NotBuilt(f"no nvcc in {Path(home, 'bin')}" if home else "no nvcc (PATH, CUDA_HOME)")
+    if wanted is None:
+        numbers = _known(nvcc, numbers)
     codes = []
     for number in numbers:
         code = f"sm_{number}" if number != numbers[-1] else f"[sm_{number},compute_{number}]"
         codes += ["-gencode", f"arch=compute_{number},code={code}"]
-    given = shlex.split(os.environ.get("CXX", ""))
-    host = ["-ccbin", given[0]] if given else []
+    given = _given_compiler()
+    # Of a launcher and its compiler (ccache g++) nvcc would take the launcher alone.
+    host = ["-ccbin", given[0]] if given and all(word.startswith("-") for word in given[1:]) else []
     position = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC"]
     return [nvcc, *CUDA_FLAGS, *position, *host, "--threads", "0", *codes, "-shared"]
+
+
+def _given_compiler() -> list[str]:
+    """The words of CXX; none where it is not set."""
+    text = os.environ.get("CXX", "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise NotBuilt(f"CXX={text}: {error}") from None
+
+
+def _numbers(text: str) -> list[int]:
+    """Compute capabilities as nvcc counts them, of ``"8.0 90"``."""
+    words = [word for word in re.split(r"[\s,;]+", text.strip()) if word]
+    if not words:
+        raise NotBuilt("ROPE_DIST_CUDA_ARCHS is empty")
+    if not all(re.fullmatch(r"\d+(\.\d)?", word) for word in words):
+        raise NotBuilt(f"ROPE_DIST_CUDA_ARCHS={text} is not numbers such as 80 90")
+    return sorted({int(word.replace(".", "")) for word in words})
+
+
+def _known(nvcc: str, numbers: list[int]) -> list[int]:
+    """Those that this nvcc compiles for; all where it does not say, so that its own error is told."""
+    try:
+        said = subprocess.run(
+            [nvcc, "--list-gpu-arch"], capture_output=True, text=True, errors="replace"
+        ).stdout
+    except OSError:
+        said = ""
+    known = {int(number) for number in re.findall(r"compute_(\d+)", said)}
+    return [number for number in numbers if number in known] or numbers
 
 
 class BuildNative(build_ext):
@@ -85,6 +116,14 @@ class BuildNative(build_ext):
         """No Python version in the name: these are not Python modules."""
         return os.path.join(*fullname.split(".")) + SUFFIX
 
+    def run(self) -> None:
+        """Without the compiler that setuptools would set up, and stumble over: none of it is used."""
+        inplace, self.inplace = self.inplace, False
+        self.build_extensions()
+        self.inplace = inplace
+        if inplace:
+            self.copy_extensions_to_source()
+
     def build_extensions(self) -> None:
         said: dict[str, str] = {}
         commands: dict[str, tuple[Extension, list[str], Path]] = {}
@@ -93,7 +132,7 @@ class BuildNative(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 line = [*command(), "-o", str(target), *extension.sources]
-            except (NotBuilt, ValueError) as error:
+            except NotBuilt as error:
                 said[name] = str(error)
                 target.unlink(missing_ok=True)
                 continue
@@ -129,15 +168,19 @@ class BuildNative(build_ext):
 
     def _one_by_one(self, commands: dict[str, tuple[Extension, list[str], Path]]) -> dict[str, str]:
         failures = {}
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, (extension, line, target) in commands.items():
-            newest = max(
-                Path(p).stat().st_mtime for p in [*extension.sources, *extension.depends, "setup.py"]
-            )
-            if not self.force and target.exists() and target.stat().st_mtime > newest:
+            newest = max(Path(p).stat().st_mtime for p in [*extension.sources, *extension.depends])
+            # Other architectures or another compiler make another library of the same sources.
+            before, command = folder / f"{name}.command", shlex.join(line)
+            same = before.exists() and before.read_text(encoding="utf-8") == command
+            if not self.force and same and target.exists() and target.stat().st_mtime > newest:
                 continue
-            done = subprocess.run(line, capture_output=True, text=True)
-            if done.returncode or not target.exists():
-                failures[name] = _failure(line, done.stdout + done.stderr)
+            failure = _compile(line, target)
+            if failure:
+                failures[name] = failure
+            before.write_text(command, encoding="utf-8")
         return failures
 
     def _with_ninja(self, commands: dict[str, tuple[Extension, list[str], Path]]) -> dict[str, str]:
@@ -159,9 +202,11 @@ class BuildNative(build_ext):
             return {}
         failures = {}
         for name, (_, line, target) in commands.items():
-            done = subprocess.run([*ninja, str(target)], capture_output=True, text=True)
-            if done.returncode or not target.exists():
-                failures[name] = _failure(line, done.stdout)
+            if subprocess.run([*ninja, str(target)], capture_output=True).returncode:
+                # By itself: the compiler's own words, and no loss where it is ninja that does not work.
+                failure = _compile(line, target)
+                if failure:
+                    failures[name] = failure
         return failures
 
 
@@ -169,11 +214,17 @@ def _ninja(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
-def _failure(line: list[str], output: str) -> str:
-    """The compiler's first error, or that it failed."""
-    errors = [
-        text.strip() for text in output.splitlines() if "error" in text.lower() and "ninja:" not in text
-    ]
+def _compile(line: list[str], target: Path) -> str | None:
+    """Why that command has not made the library, with the compiler's first error; or None: it has."""
+    target.unlink(missing_ok=True)
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        return f"{line[0]} cannot be run: {error.strerror}"
+    if done.returncode == 0 and target.exists():
+        return None
+    said = (done.stdout + done.stderr).splitlines()
+    errors = [text.strip() for text in said if re.search("error|fatal", text, re.IGNORECASE)]
     return f"{line[0]} failed" + (f" ({errors[0]})" if errors else "")
 
 
