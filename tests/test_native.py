@@ -3,10 +3,10 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -133,18 +133,20 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, interleave
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_number_of_threads_gives_the_same_bits(dtype):
+def test_1_to_64_threads_give_the_same_bits(dtype):
     # 32 MiB: from 512 KiB a thread on, as many run as are asked for.
     length = 2050 if dtype == torch.float32 else 4099
     q = torch.randn(1, length, 32, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     k = q[:, :, :3].clone()
     cos, sin = tables(q.shape[1], 64)
     expected = reference.rotary(q, k, cos, sin)
-    for threads in (1, 2, 7, 64):
-        outs = (torch.empty_like(q), torch.empty_like(k))
+    outs = (torch.empty_like(q), torch.empty_like(k))
+    for threads in (1, 2, 3, 5, 8, 13, 32, 63, 64):
+        for out in outs:
+            out.zero_()
         native.rotate(q, k, *outs, cos=cos, sin=sin, threads=threads)
         for out, right in zip(outs, expected, strict=True):
-            assert same_bits(out, right)
+            assert torch.equal(out.view(BITS[out.element_size()]), right.view(BITS[out.element_size()]))
 
 
 @needs_library
@@ -248,6 +250,15 @@ def test_the_cuda_library_loads_where_cuda_is_absent():
         *(torch.empty(1, 0, 2, 8),) * 4, *(torch.empty(1, 0, 4),) * 2, *(None,) * 4, 0, 1.0, False, False
     )
     assert built.library.rope_dist_cuda_rotary(empty, 0) == 0
+    if torch.cuda.is_available():
+        return
+    # A launch is refused before anything is read: the pointers here are the host's.
+    q, table = torch.ones(1, 3, 2, 8), torch.ones(1, 3, 4)
+    call = native.pack(*(q,) * 4, table, table, *(None,) * 4, 0, 1.0, False, False)
+    status = built.library.rope_dist_cuda_rotary(call, 0)
+    assert status > 0
+    assert re.search("driver|device", built.library.rope_dist_cuda_error(status).decode())
+    assert q.eq(1).all()
 
 
 @pytest.fixture(scope="module")
@@ -319,48 +330,3 @@ def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dty
         for out, right in zip(outs, expected, strict=True):
             tolerance = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
             torch.testing.assert_close(out.float(), right, rtol=tolerance, atol=2e-6)
-
-
-@pytest.mark.parametrize(
-    ("environment", "said"),
-    [
-        ({"CXX": "/bin/false"}, {"cpu": "/bin/false failed", "cuda": "ROPE_DIST_CUDA_ARCHS is empty"}),
-        ({"CXX": "/no/such/compiler"}, {"cpu": "CXX=/no/such/compiler is not found"}),
-    ],
-)
-def test_without_a_compiler_it_installs_works_and_says_so(tmp_path, environment, said):
-    pytest.importorskip("pip")
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("rope_dist", "csrc"):
-        shutil.copytree(
-            ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "build.json", "__pycache__")
-        )
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, source / name)
-    environment = {**os.environ, **environment, "ROPE_DIST_CUDA_ARCHS": "", "PYTHONPATH": ""}
-    offline = ["--no-index", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "installed")]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", *offline, str(source)],
-        env=environment,
-        check=True,
-        timeout=120,
-    )
-    code = (
-        "import torch, rope_dist; x = torch.randn(1, 2, 1, 4); t = torch.randn(1, 2, 2); rope_dist.rotary(x, x, t, t);"
-        "from rope_dist.info import info; print(info()['built']['CPU library'], '|', info()['built']['CUDA library'])"
-    )
-    environment["PYTHONPATH"] = str(tmp_path / "installed")
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    cpu, _, cuda = done.stdout.strip().partition(" | ")
-    assert said["cpu"] in cpu
-    assert said.get("cuda", "") in cuda
-    assert done.stderr.count("RuntimeWarning: rope_dist:") == 1
