@@ -47,7 +47,8 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[P
     """
     path = Path(path)
     check_target(path, force=force, directory=False)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with _said_of(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -66,7 +67,8 @@ def new_directory(path: str | os.PathLike[str], *, force: bool = False) -> Itera
     """:func:`new_file` for a directory; with ``force`` one already there is removed once the new one is in place."""
     path = Path(path)
     check_target(path, force=force, directory=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with _said_of(path):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
         _give_mode(temporary, 0o777)
@@ -123,6 +125,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _said_of(path: Path) -> Iterator[None]:
+    # The name in the system's message is that of a temporary, which the user has never heard of.
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from None
 
 
 def _give_mode(path: str | Path, mode: int) -> None:

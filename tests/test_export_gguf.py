@@ -1,6 +1,7 @@
 """GGUF with the plan's factors: every other byte as before, and llama.cpp computes what the enabled model computes."""
 
 import errno
+import os
 import tracemalloc
 from random import Random
 
@@ -203,6 +204,15 @@ class TestBadInput:
         other = write_gguf(model, tmp_path / "other.gguf", arch="qwen2")
         assert "no slot for factors in the architecture 'qwen2'" in fails(of=other)
 
+    def test_factors_in_an_architecture_without_a_slot(self, source, model, plan, tmp_path):
+        """llama.cpp would not use them: verify says so although the tensor is there."""
+        done = export.gguf(source, plan, tmp_path / "done.gguf").read_bytes()
+        assert export.verify(tmp_path / "done.gguf", plan)
+        other = tmp_path / "other.gguf"
+        other.write_bytes(done.replace(b"llama", b"qwen2"))
+        (check,) = export.verify(other, plan).checks
+        assert "no slot for factors in the architecture 'qwen2'" in check.reason
+
     def test_a_plan_for_another_model(self, fails, model, plan, source, tmp_path):
         for name, numbers in (
             ("theta", {"theta": 5e5, "head_dim": 16, "original_length": 64}),
@@ -234,6 +244,9 @@ class TestBadInput:
         assert "not a directory" in fails(out="no/such.gguf")
         (tmp_path / "loop").symlink_to("loop")
         assert "not a file" in fails(of=tmp_path / "loop")
+        if os.path.isdir("/proc"):
+            # Not even root makes one there; the name is the user's, not that of the temporary.
+            assert "'/proc/out.gguf'" in fails(out="/proc/out.gguf")
 
     @pytest.mark.parametrize(
         "failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]

@@ -263,7 +263,7 @@ class TestBadInput:
         assert "exists" in fails(out="loop")
         assert "left alone" in fails("--force", out="loop")
         if os.path.isdir("/proc"):
-            assert "/proc" in fails(out="/proc/out")  # Not even root makes one there.
+            assert "'/proc/out'" in fails(out="/proc/out")  # Not even root makes one there.
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
     def test_a_read_only_target(self, fails, tmp_path):

@@ -21,9 +21,6 @@ from ..version import __version__
 from .gguf_reading import F32, FACTORS, FLOAT32, MAGIC, STRING, UINT32, GgufFile, read
 from .verification import verify
 
-SLOTS = ("llama",)
-"""Architectures of GGUF whose loader takes the factor tensor and whose graph uses it and ``attn_factor``."""
-
 
 def gguf(
     path: str | os.PathLike[str], plan: RopePlan, out: str | os.PathLike[str], *, force: bool = False
@@ -49,11 +46,6 @@ def gguf(
     """
     out = Path(out)
     source = read(path)
-    if source.architecture not in SLOTS:
-        raise ValueError(
-            f"llama.cpp has no slot for factors in the architecture {source.architecture!r} that is known to work; it "
-            f"has one in {', '.join(SLOTS)}"
-        )
     _check_plan(source, plan)
     check_target(out, force=force, directory=False)
     if out.exists() and os.path.samefile(out, source.path):

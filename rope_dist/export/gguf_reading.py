@@ -20,6 +20,8 @@ from ..strategies import default_inv_freq
 from .engines import Reading
 
 FACTORS = "rope_freqs.weight"
+SLOTS = ("llama",)
+"""Architectures of GGUF whose loader takes the factor tensor and whose graph uses it and ``attn_factor``."""
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 F32 = 0
@@ -84,7 +86,12 @@ class GgufFile:
         return default if field is None else field.value
 
     def reading(self) -> Reading:
-        """What llama.cpp computes from the file; ``ValueError`` where it would choose by the context."""
+        """What llama.cpp computes from the file; ``ValueError`` where that is not known or depends on the context."""
+        if self.architecture not in SLOTS:
+            raise ValueError(
+                f"llama.cpp has no slot for factors in the architecture {self.architecture!r} that is known to work; "
+                f"it has one in {', '.join(SLOTS)}"
+            )
         kind = self.value("rope.scaling.type", "linear")
         if kind not in ("none", "linear"):
             raise ValueError(f"its rope.scaling.type is {kind!r}, which changes the frequencies at run time")
