@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -102,19 +103,23 @@ torch.save({"length": model.config.max_position_embeddings, "logits": logits.det
 """
 
 
+def read_without_the_package(directory, tmp_path):
+    subprocess.run(
+        [sys.executable, "-c", READ_WITHOUT_THE_PACKAGE, directory, tmp_path / "read.pt"],
+        check=True,
+        env={**ENVIRONMENT, "PYTHONPATH": ""},
+        cwd=tmp_path,
+    )
+    return torch.load(tmp_path / "read.pt")
+
+
 def test_a_trained_model_is_read_by_stock_transformers(example, model_directory, text, tmp_path):
     from transformers import AutoModelForCausalLM
 
     import rope_dist
 
     assert example("finetune", *training(model_directory, text, tmp_path / "out", "--steps", 2)) == 0
-    subprocess.run(
-        [sys.executable, "-c", READ_WITHOUT_THE_PACKAGE, tmp_path / "out", tmp_path / "read.pt"],
-        check=True,
-        env={**ENVIRONMENT, "PYTHONPATH": ""},
-        cwd=tmp_path,
-    )
-    read = torch.load(tmp_path / "read.pt")
+    read = read_without_the_package(tmp_path / "out", tmp_path)
     assert read["length"] == 128
 
     before = AutoModelForCausalLM.from_pretrained(model_directory)
@@ -125,27 +130,59 @@ def test_a_trained_model_is_read_by_stock_transformers(example, model_directory,
     torch.testing.assert_close(before.eval()(torch.arange(3, 103)[None]).logits, read["logits"])
 
 
-def test_a_killed_training_resumes_to_the_same_end(example, model_directory, text, tmp_path):
-    arguments = ("--steps", 40, "--seed", 3)
-    assert example("finetune", *training(model_directory, text, tmp_path / "whole", *arguments)) == 0
+def started(count, arguments, log):
+    """``finetune.py`` in ``count`` processes, with what torchrun tells each: none outlives a kill of these."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    ranks = [
+        {**shared, "LOCAL_WORLD_SIZE": str(count), "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)
+    ]
+    with log.open("a") as output:
+        return [
+            subprocess.Popen(
+                [sys.executable, EXAMPLES / "finetune.py", *arguments],
+                env={**ENVIRONMENT, **(rank if count > 1 else {})},
+                stdout=output,
+                stderr=output,
+            )
+            for rank in ranks
+        ]
 
-    killed = tmp_path / "killed"
-    command = [sys.executable, EXAMPLES / "finetune.py", *training(model_directory, text, killed, *arguments)]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
-    while process.poll() is None and not list(killed.glob("checkpoint-*/trainer_state.json")):
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_killed_training_resumes_to_the_same_end(model_directory, text, tmp_path, count):
+    """In one process, and in two over gloo."""
+    log, whole, killed = tmp_path / "log", tmp_path / "whole", tmp_path / "killed"
+
+    def train(output, *more):
+        arguments = ("--steps", 40, "--seed", 3, *more)
+        return started(count, training(model_directory, text, output, *arguments), log)
+
+    processes = train(whole)
+    assert [process.wait(300) for process in processes] == [0] * count, log.read_text()
+
+    processes = train(killed)
+    while all(p.poll() is None for p in processes) and not list(
+        killed.glob("checkpoint-*/trainer_state.json")
+    ):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    assert [process.wait() for process in processes] == [-signal.SIGKILL] * count, log.read_text()
     assert not (killed / "model.safetensors").exists()
     # What a run leaves that is killed while it writes a checkpoint.
     (killed / "checkpoint-39").mkdir()
 
-    assert example("finetune", *training(model_directory, text, killed, *arguments, "--resume")) == 0
-    assert losses(killed) == losses(tmp_path / "whole")
+    processes = train(killed, "--resume")
+    assert [process.wait(300) for process in processes] == [0] * count, log.read_text()
+    assert "goes on from" in log.read_text()
+    assert losses(killed) == losses(whole)
     assert list(losses(killed)) == list(range(1, 41))
-    whole = weights(tmp_path / "whole")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(killed).items())
+    unbroken = weights(whole)
+    assert all(torch.equal(tensor, unbroken[name]) for name, tensor in weights(killed).items())
+    assert read_without_the_package(killed, tmp_path)["length"] == 128
 
 
 def test_two_processes_train_as_one(example, model_directory, text, tmp_path):
