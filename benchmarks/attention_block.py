@@ -84,7 +84,6 @@ def _mask(implementation: str, size: Size, device: torch.device) -> Any:
 def cases(size: Size, options: Options) -> list[Case]:
     """The case of that size."""
     shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
-    tokens = checked_tokens(size.tokens, device)
     shared: list[Block] = []
 
     def inputs() -> Block:
@@ -93,7 +92,10 @@ def cases(size: Size, options: Options) -> list[Case]:
         return shared[0]
 
     def exact(block: Block) -> list[torch.Tensor]:
-        return [_exact(block, size, tokens)]
+        return [_exact(block, size, checked_tokens(size.tokens, device))]
+
+    def pick(out: torch.Tensor) -> list[torch.Tensor]:
+        return [out[0, checked_tokens(size.tokens, device)]]
 
     scores = shape.q_heads * size.tokens**2
     width = sum(shape.widths) + shape.widths[0]
@@ -102,7 +104,7 @@ def cases(size: Size, options: Options) -> list[Case]:
         inputs=inputs,
         providers=partial(providers, size, options),
         exact=exact,
-        pick=lambda out: [out[0, tokens]],
+        pick=pick,
         # A softmax of rounded scores, and the output's product after it.
         tolerance=2 * TOLERANCES[dtype],
         bytes=(size.tokens * (2 * shape.hidden + 2 * width) + shape.hidden * width) * dtype.itemsize,
@@ -199,7 +201,10 @@ QUESTION = Question(
     cases=cases,
     sizes={
         "cpu": [(("four heads",), (8192, 16384, 1024, 4096), ("bf16",))],
-        "cuda": [(("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",))],
+        "cuda": [
+            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
+            (("Llama-3-8B",), (1024, 4096, 32768), ("bf16",)),
+        ],
     },
     quick={
         "cpu": [(("four heads",), (1024,), ("bf16",))],

@@ -16,7 +16,7 @@ from rope_dist.ops import dispatch_projection
 
 from .harness import TOLERANCES, Case, Provider
 from .peers import COMPILED, STOCK, stock
-from .projection import Layer, exact_forward, pick
+from .projection import Layer, exact_forward
 from .question import Options, Question, Size
 from .shapes import DTYPES, Angles
 
@@ -25,17 +25,22 @@ def cases(size: Size, options: Options) -> list[Case]:
     """The case of that many tokens."""
     shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
     weights = sum(shape.widths) * shape.hidden
-    tokens = torch.arange(size.tokens, device=device)
+    moved = size.tokens * (shape.hidden + sum(shape.widths))
+
+    def exact(layer: Layer) -> list[torch.Tensor]:
+        return exact_forward(size, torch.arange(size.tokens, device=device), layer)
+
     case = Case(
         name=f"{shape.name}, {size.tokens} token{'s' * (size.tokens > 1)}, {size.dtype}",
         inputs=partial(Layer, size, dtype, device, False),
         providers=lambda layer: providers(size, options, layer),
-        exact=partial(exact_forward, size, tokens),
-        pick=partial(pick, tokens),
+        exact=exact,
+        pick=lambda outputs: [y[0] for y in outputs],
         tolerance=2 * TOLERANCES[dtype],
         bytes=weights * dtype.itemsize,
         flops=2 * size.tokens * weights,
-        need=4 * weights * dtype.itemsize,
+        # Two copies of the weights, what the limit moves of them, and every result also in float64.
+        need=4 * weights * dtype.itemsize + moved * (4 * dtype.itemsize + 8),
         labels={"model": shape.name, "tokens": size.tokens, "dtype": size.dtype},
     )
     return [case]

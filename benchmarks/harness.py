@@ -127,8 +127,13 @@ def measure(case: Case, device: torch.device, *, seconds: float) -> dict:
     require_memory(case, device)
     results: dict[str, dict] = {}
     with torch.enable_grad() if case.gradients else torch.inference_mode():
-        buffers = [case.inputs() for _ in range(BUFFERS)]
-        expected = case.exact(buffers[0]) if case.exact else None
+        try:
+            buffers = [case.inputs() for _ in range(BUFFERS)]
+            expected = case.exact(buffers[0]) if case.exact else None
+        except (torch.OutOfMemoryError, MemoryError) as failure:
+            raise BenchmarkError(
+                f"{case.name} ran out of memory on {device}: choose smaller --lengths or --models"
+            ) from failure
         running: dict[str, list[Callable[[], Any]]] = {}
         for provider in case.providers(buffers[0]):
             if isinstance(provider, Absent):

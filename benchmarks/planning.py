@@ -40,9 +40,10 @@ def cases(size: Size, options: Options) -> list[Case]:
         )
     dtype = "float32"
     frequencies = size.shape.inv_freq(torch.device("cpu"))
-    positions = torch.arange(TRAINED + target, dtype=torch.float32)
+    size_of_angles = (TRAINED + target) * dim // 2 * DTYPES["fp32"].itemsize
 
     def angles() -> torch.Tensor:
+        positions = torch.arange(TRAINED + target, dtype=torch.float32)
         return torch.outer(positions, frequencies).remainder_(2 * math.pi)
 
     def bound(call):
@@ -68,7 +69,8 @@ def cases(size: Size, options: Options) -> list[Case]:
         name=f"head size {dim}, {TRAINED // 1024}k to {target // 1024}k",
         inputs=lambda: None,
         providers=lambda _: providers,
-        bytes=positions.numel() * dim // 2 * DTYPES["fp32"].itemsize,
+        bytes=size_of_angles,
+        need=size_of_angles,
         kernel=False,
         labels={"model": size.shape.name, "tokens": target, "dtype": dtype, "head_dim": dim},
     )

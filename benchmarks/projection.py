@@ -64,14 +64,13 @@ def _case(size: Size, options: Options, gradients: bool) -> Case:
     total = sum(shape.widths)
     moved = size.tokens * (shape.hidden + total) + total * shape.hidden
     products = 3 if gradients else 1
-    tokens = checked_tokens(size.tokens, device)
     what = "forward + backward" if gradients else "forward"
     return Case(
         name=f"{size}, {what}",
         inputs=partial(Layer, size, dtype, device, gradients),
         providers=lambda layer: providers(size, options, layer, gradients),
-        exact=partial(_exact_gradients if gradients else exact_forward, size, tokens),
-        pick=partial(_pick_gradients, shape.head_dim, tokens) if gradients else partial(pick, tokens),
+        exact=partial(_exact_gradients if gradients else _exact_some, size),
+        pick=partial(_pick_gradients, size) if gradients else partial(_pick_some, size),
         # A product's rounding adds to the rotation's.
         tolerance=2 * TOLERANCES[dtype],
         bytes=products * moved * dtype.itemsize,
@@ -93,13 +92,18 @@ def exact_forward(
     return [rotated(q, cos, sin, interleaved=interleaved), rotated(k, cos, sin, interleaved=interleaved), v]
 
 
-def pick(tokens: torch.Tensor, outputs) -> list[torch.Tensor]:
-    """The same of what a provider returned."""
+def _exact_some(size: Size, layer: Layer) -> list[torch.Tensor]:
+    return exact_forward(size, checked_tokens(size.tokens, layer.x.device), layer)
+
+
+def _pick_some(size: Size, outputs) -> list[torch.Tensor]:
+    tokens = checked_tokens(size.tokens, outputs[0].device)
     return [y[0, tokens] for y in outputs]
 
 
-def _exact_gradients(size: Size, tokens: torch.Tensor, layer: Layer) -> list[torch.Tensor]:
+def _exact_gradients(size: Size, layer: Layer) -> list[torch.Tensor]:
     """In float64: the input's gradient at some tokens, and that of the first head's rows of each weight."""
+    tokens = checked_tokens(size.tokens, layer.x.device)
     shape, everywhere = size.shape, torch.arange(size.tokens, device=tokens.device)
     angles = Angles(shape, 1, torch.float32, tokens.device)
     (cos, sin), (all_cos, all_sin) = angles.exact(tokens), angles.exact(everywhere)
@@ -115,9 +119,10 @@ def _exact_gradients(size: Size, tokens: torch.Tensor, layer: Layer) -> list[tor
     return [d_x, *d_weights]
 
 
-def _pick_gradients(head_dim: int, tokens: torch.Tensor, outputs) -> list[torch.Tensor]:
+def _pick_gradients(size: Size, outputs) -> list[torch.Tensor]:
     d_x, *d_weights = outputs
-    return [d_x[0, tokens], *(w[:head_dim] for w in d_weights)]
+    tokens = checked_tokens(size.tokens, d_x.device)
+    return [d_x[0, tokens], *(w[: size.shape.head_dim] for w in d_weights)]
 
 
 def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> list[Provider | Absent]:

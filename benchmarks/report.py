@@ -125,7 +125,7 @@ def pictures() -> list[tuple]:
 
 
 def main() -> int:
-    """Rewrite or check; returns the exit code."""
+    """Rewrite or check; the exit status (1: something is out of date, 2: a result that is needed is not there)."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
         description=__doc__,
@@ -135,11 +135,25 @@ def main() -> int:
         "--check", action="store_true", help="change nothing, fail if something is out of date"
     )
     arguments = parser.parse_args()
+    try:
+        out_of_date = renew(check=arguments.check)
+    except ValueError as error:
+        print(f"benchmarks.report: error: {error}", file=sys.stderr)
+        return 2
+    if arguments.check and out_of_date:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in out_of_date)
+        print(f"{names}: not what benchmarks/results says: python -m benchmarks.report", file=sys.stderr)
+        return 1
+    return 0
+
+
+def renew(*, check: bool) -> list[Path]:
+    """What was not as the results say, and is now unless ``check``; ``ValueError`` where a result is not there."""
     out_of_date = []
     for path, record, make in (factors(), *((*picture, draw) for picture in pictures())):
         if not plot_is_current(path, record):
             out_of_date.append(path)
-            if not arguments.check:
+            if not check:
                 path.parent.mkdir(exist_ok=True)
                 make(path, record)
     for path, make in ((ROOT / "README.md", fill), (roofline.PAGE, lambda _: roofline.page())):
@@ -147,13 +161,9 @@ def main() -> int:
         after = make(before)
         if before != after:
             out_of_date.append(path)
-            if not arguments.check:
+            if not check:
                 write_text(path, after)
-    if arguments.check and out_of_date:
-        names = ", ".join(str(path.relative_to(ROOT)) for path in out_of_date)
-        print(f"{names}: not what benchmarks/results says: python -m benchmarks.report", file=sys.stderr)
-        return 1
-    return 0
+    return out_of_date
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ TITLES = {
     "decode": "Decoding: projection and rotary of a few tokens",
     "attention_block": "LLaMA's attention block",
     "model_prefill": "Prefill of a whole model",
+    "model_decode": "Decoding with a whole model",
     "model_train_step": "A training step",
     "planning": "Planning",
 }
@@ -31,6 +32,7 @@ COMPARED = {
     "decode": ("rope_dist",),
     "attention_block": ("rope_dist.enable, sdpa",),
     "model_prefill": ("rope_dist.enable",),
+    "model_decode": ("rope_dist.enable",),
     "model_train_step": ("rope_dist.enable",),
     "planning": (),
 }

@@ -18,6 +18,7 @@ QUESTIONS = (
     "decode",
     "attention_block",
     "model_prefill",
+    "model_decode",
     "model_train_step",
     "planning",
 )
@@ -120,6 +121,17 @@ class TestHarness:
 
         with pytest.raises(BenchmarkError, match=r"needs .* GiB of memory on cpu, .* are free"):
             measure(doubling(need=1 << 60, inputs=None), CPU, seconds=1.0)
+
+    def test_memory_that_runs_out_is_said_in_one_line(self):
+        from benchmarks.harness import BenchmarkError, measure
+
+        def too_much():
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate ...")
+
+        with pytest.raises(
+            BenchmarkError, match=r"^twice ran out of memory on cpu: choose smaller --lengths"
+        ):
+            measure(doubling(inputs=too_much), CPU, seconds=1.0)
 
     def test_on_a_gpu_graphs_are_captured_and_timed_cold_and_warm(self, monkeypatch):
         """The calls of the GPU's path, with a GPU's functions played by what this machine has."""
@@ -262,13 +274,45 @@ class TestScripts:
         assert record["quick"] is True
         assert case["ranking"][0] in capsys.readouterr().out
 
-    def test_help(self, capsys):
-        from benchmarks.rotary import QUESTION
-
+    @pytest.mark.parametrize("question", QUESTIONS)
+    def test_help(self, question, capsys):
         with pytest.raises(SystemExit) as leaving:
-            QUESTION.main(["--help"])
+            self.main_of(question)(["--help"])
         assert leaving.value.code == 0
-        assert "--quick" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "--quick" in printed
+        assert "--device" in printed
+
+    @staticmethod
+    def main_of(question):
+        import importlib
+
+        return importlib.import_module(f"benchmarks.{question}").QUESTION.main
+
+    @staticmethod
+    def refused(main, arguments, message, capsys):
+        """One line, and exit status 2."""
+        try:
+            code = main(arguments)
+        except SystemExit as leaving:
+            code = leaving.code
+        assert code == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
+
+    @pytest.mark.parametrize("question", QUESTIONS)
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--device", "cuda:63"], "--device"),
+            (["--peers", "Ligre"], "Ligre"),
+            # Before anything of that size is made.
+            (["--device", "cpu", "--lengths", "4000000000"], "GiB of memory on cpu"),
+        ],
+    )
+    def test_every_script_fails_clearly(self, question, arguments, message, capsys):
+        self.refused(self.main_of(question), arguments, message, capsys)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -284,16 +328,37 @@ class TestScripts:
         ],
     )
     def test_bad_input_is_one_line_and_exit_2(self, arguments, message, capsys):
-        from benchmarks.rotary import QUESTION
+        self.refused(self.main_of("rotary"), arguments, message, capsys)
 
-        try:
-            code = QUESTION.main(arguments)
-        except SystemExit as leaving:
-            code = leaving.code
-        assert code == 2
-        printed = capsys.readouterr().err
-        assert message in printed
-        assert printed.count("\n") == 1
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [(["--seconds", "0"], "must be positive"), (["--device", "cuda"], "torch sees no GPU")],
+    )
+    def test_the_suite_fails_clearly(self, arguments, message, capsys, monkeypatch):
+        from benchmarks import __main__ as suite
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(suite, "_run", None)
+        self.refused(suite.main, arguments, message, capsys)
+
+    def test_the_suite_asks_every_question_and_names_who_did_not_finish(self, capsys, monkeypatch):
+        from benchmarks import __main__ as suite
+
+        ran = {}
+
+        def run(name, arguments, limit):
+            ran[name] = float(arguments[arguments.index("--seconds") + 1])
+            return "exit status 3" if name == "decode" else None
+
+        monkeypatch.setattr(suite, "_run", run)
+        assert suite.main(["--seconds", "540"]) == 1
+        assert "not finished: decode (exit status 3)" in capsys.readouterr().err
+        assert set(ran) == set(QUESTIONS) - {"model_decode"}
+        assert min(ran.values()) > 10
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        ran.clear()
+        suite.main(["--device", "cuda"])
+        assert set(ran) == set(QUESTIONS) - {"planning"}
 
     def test_the_gpu_check_needs_a_gpu(self, tmp_path):
         if torch.cuda.is_available():
@@ -366,6 +431,18 @@ class TestReport:
 
         monkeypatch.setattr(sys, "argv", ["report", "--check"])
         assert report.main() == 0, capsys.readouterr().err
+
+    def test_a_result_that_is_not_there_is_one_line(self, monkeypatch, capsys):
+        from benchmarks import report
+
+        def absent(text):
+            raise ValueError("there is no result")
+
+        monkeypatch.setattr(report, "fill", absent)
+        monkeypatch.setattr(report, "pictures", list)
+        monkeypatch.setattr(sys, "argv", ["report", "--check"])
+        assert report.main() == 2
+        assert capsys.readouterr().err == "benchmarks.report: error: there is no result\n"
 
     def test_a_figure_that_no_result_holds_is_found(self):
         from benchmarks import report
