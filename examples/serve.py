@@ -1,4 +1,4 @@
-"""Extend a model, save it as a stock model directory, and serve that.
+"""Extend a model, export it as a directory that stock engines read, and serve that.
 
     python examples/serve.py --model meta-llama/Llama-2-7b-hf --factor 4 --output llama2-16k
     python examples/serve.py --dry-run          # only the commands
@@ -19,12 +19,13 @@ from command_line import Parser, at_least_one, extension, quieten, run
 from transformers.utils.import_utils import is_serve_available
 
 import rope_dist
+from rope_dist import export
 from rope_dist.evaluation import PACKAGED_MODELS, load_model
 from rope_dist.planning import load_config
 
 
 def build_parser() -> Parser:
-    parser = Parser("Extend a model, save it as a stock model directory, and serve that.")
+    parser = Parser("Extend a model, export it as a directory that stock engines read, and serve that.")
     parser.add_argument(
         "-o", "--output", default="extended-model", metavar="DIR", help="for the model (default: %(default)s)"
     )
@@ -51,21 +52,21 @@ def main(parsed: argparse.Namespace) -> int:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already and not an empty folder: choose another --output")
     model, tokenizer = load_model(parsed.model, "cpu")
-    plan = rope_dist.enable(model, **extension(parsed)).plan
+    plan = rope_dist.plan(model, **extension(parsed))
     print(f"{plan!r}\n")
     if not parsed.dry_run:
         if parsed.model not in PACKAGED_MODELS:
             # Read on a CPU the weights are float32: written back as they were, they keep their size.
             model.to(load_config(parsed.model).dtype or model.dtype)
-        model.save_pretrained(output)
+        # An empty folder may be there.
+        export.hf(model, plan, output, force=True)
+        tokenizer.model_max_length = max(tokenizer.model_max_length, plan.target_length)
         tokenizer.save_pretrained(output)
-        print(f"saved to {output}")
+        print(f"exported to {output}")
 
     serving = commands(parsed.output, plan.target_length, parsed.host, parsed.port)
     for engine, command in serving.items():
         print(f"{engine + ':':14}{shlex.join(command)}")
-    if plan.attention_scaling != 1:
-        print(f"vLLM and SGLang leave out this plan's attention scaling of {plan.attention_scaling:.4g}")
     if parsed.dry_run:
         return 0
     if not is_serve_available():

@@ -117,6 +117,7 @@ def test_a_trained_model_is_read_by_stock_transformers(example, model_directory,
     from transformers import AutoModelForCausalLM
 
     import rope_dist
+    from rope_dist import export
 
     assert example("finetune", *training(model_directory, text, tmp_path / "out", "--steps", 2)) == 0
     read = read_without_the_package(tmp_path / "out", tmp_path)
@@ -128,6 +129,11 @@ def test_a_trained_model_is_read_by_stock_transformers(example, model_directory,
     before.load_state_dict(weights(tmp_path / "out"), strict=False)
     rope_dist.enable(before, factor=2)
     torch.testing.assert_close(before.eval()(torch.arange(3, 103)[None]).logits, read["logits"])
+    # Its config has the plan in transformers 5's words; the others' are an export away.
+    plan = rope_dist.plan(model_directory, factor=2)
+    assert export.verify(
+        export.hf(tmp_path / "out", plan, tmp_path / "exported"), plan, engines=export.ENGINES
+    )
 
 
 def started(count, arguments, log):
@@ -236,22 +242,32 @@ def test_the_configurations_are_accelerates(name):
 
 # --- serve.py ----------------------------------------------------------------------------------
 
+SERVING = ("transformers-4", "vllm", "sglang")
+
 
 def test_serve_saves_a_stock_model_and_prints_what_serves_it(
     example, model_directory, tmp_path, capsys, monkeypatch
 ):
     from transformers import AutoConfig, AutoTokenizer
 
+    import rope_dist
+    from rope_dist import export
+
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
     output = tmp_path / "served"
-    arguments = ("--model", model_directory, "--factor", 4, "-o", output, "--port", 9000)
+    # Cos and sin are scaled by it, which vLLM and SGLang read in their own way.
+    plan = rope_dist.plan(model_directory, factor=4, strategy="yarn")
+    extension = ("--factor", 4, "--strategy", "yarn")
+    arguments = ("--model", model_directory, *extension, "-o", output, "--port", 9000)
     assert example("serve", *arguments, "--dry-run") == 0
     out = capsys.readouterr().out
     assert f"transformers serve {output} --host localhost --port 9000" in out
     assert f"vllm serve {output} --max-model-len 256" in out
     assert not output.exists()
 
+    output.mkdir()  # An empty folder is no reason to refuse.
     assert example("serve", *arguments) == 0
+    assert export.verify(output, plan, engines=SERVING)
     config = AutoConfig.from_pretrained(output)
     assert config.max_position_embeddings == 256
     assert config.rope_parameters["rope_type"] == "longrope"
