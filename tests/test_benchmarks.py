@@ -374,6 +374,84 @@ class TestScripts:
         assert "no GPU" in script.stderr
 
 
+class TestGpuCheck:
+    """The script's course, with a Python and a compute-sanitizer that only say what they were asked."""
+
+    PYTHON = """#!/bin/sh
+echo "$*" >>"$LOG"
+case "$*" in
+    *native.load*) exit "${BUILT:-0}" ;;
+    *"-m pytest "*) echo "7 passed"; exit "${TESTS:-0}" ;;
+    "-m benchmarks "*) exit "${BENCHMARKS:-0}" ;;
+esac
+"""
+
+    def check(self, tmp_path, sanitizer=True, **more):
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        programs = {"python": self.PYTHON}
+        if sanitizer:
+            programs["compute-sanitizer"] = '#!/bin/sh\necho "$*" >>"$LOG"\n'
+        for name, script in programs.items():
+            (tools / name).write_text(script)
+            (tools / name).chmod(0o755)
+        done = subprocess.run(
+            [ROOT / "benchmarks" / "gpu_check.sh"],
+            env={
+                "OUT": str(tmp_path / "out"),
+                "PY": str(tools / "python"),
+                "PATH": f"{tools}:/usr/bin:/bin",
+                "LOG": str(tmp_path / "log"),
+                **more,
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return done, (tmp_path / "log").read_text().splitlines()
+
+    def test_every_part_runs_within_eight_minutes(self, tmp_path):
+        done, log = self.check(tmp_path)
+        assert done.returncode == 0
+        assert "7 passed" in done.stdout
+        asked = "\n".join(log)
+        for part in (
+            "tests/ops tests/test_native.py",
+            "--error-exitcode 1",
+            "agrees_with_tritons",
+            "rope_dist.ops.static_gate",
+            "-m benchmarks --device cuda",
+        ):
+            assert part in asked
+        assert "build_ext" not in asked
+        written = {file.name for file in (tmp_path / "out").iterdir()}
+        assert written == {"tests.txt", "sanitizer.txt", "gate.txt", "benchmarks.txt"}
+        # Each limit, and no question begun later than the last of it, even where all parts take theirs.
+        script = (ROOT / "benchmarks" / "gpu_check.sh").read_text()
+        limits = [int(n) for n in re.findall(r"^ *part \w+ (\d+)", script, re.MULTILINE)]
+        (total,) = re.findall(r"left=\$\(\((\d+) - SECONDS", script)
+        assert len(limits) == 4
+        assert sum(limits) + 120 <= int(total) <= 470
+        (seconds,) = re.findall(r"-m benchmarks .*--seconds (\d+)", asked)
+        assert int(total) - 60 < int(seconds) < int(total)
+
+    def test_a_part_that_fails_gives_the_status_and_the_others_run(self, tmp_path):
+        done, log = self.check(tmp_path, sanitizer=False, BUILT="1", TESTS="3", BENCHMARKS="4")
+        assert done.returncode == 3
+        assert "tests failed with status 3" in done.stdout
+        assert "benchmarks failed with status 4" in done.stdout
+        assert "compute-sanitizer is not installed" in done.stdout
+        assert any("build_ext --inplace" in line for line in log)
+
+    def test_what_it_selects_by_name_is_there(self):
+        """A test that is renamed must not silently leave the run under compute-sanitizer."""
+        script = (ROOT / "benchmarks" / "gpu_check.sh").read_text()
+        (names,) = re.findall(r'-k "(.*)"', script)
+        tests = "".join(file.read_text() for file in (ROOT / "tests" / "ops").glob("test_*.py"))
+        for name in names.split(" or "):
+            assert re.search(rf"def test_\w*{name}", tests)
+
+
 class TestPeers:
     """Adapters against functions that behave as their packages document."""
 
