@@ -19,6 +19,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    # An older one stumbles over pyproject.toml, and says so in twenty lines.
+    sys.exit(f"rope_dist is built with setuptools 77 or later, here is {setuptools.__version__}")
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext

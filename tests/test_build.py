@@ -189,6 +189,19 @@ class TestBuild:
             line = f"warning: rope_dist is built without its native {kind} library: {said[name]}"
             assert line in warnings
 
+    def test_an_old_setuptools_is_one_line(self, source, tools, tmp_path):
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / "setuptools.py").write_text('__version__ = "65.5.0"')
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=source,
+            env=environment(tools, PYTHONPATH=tmp_path / "old"),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert done.stderr == "rope_dist is built with setuptools 77 or later, here is 65.5.0\n"
+
     def test_a_compiler_of_another_machine(self, source, tools):
         other = tools("c++", "\x7fELF of another machine")
         said, _ = build(source, environment(tools))
