@@ -40,9 +40,9 @@ COMPARED = {
 REASONS = ("skipped", "refused", "failed")
 
 
-def load(name: str) -> dict[str, Any]:
-    """A result file."""
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+def load(name: str, folder: Path | None = None) -> dict[str, Any]:
+    """A result file; by default of ``benchmarks/results``."""
+    return json.loads(((folder or RESULTS) / name).read_text(encoding="utf-8"))
 
 
 def markdown(rows: list[list[str]], headers: list[str], text: int = 1) -> str:

@@ -596,6 +596,34 @@ class TestReport:
             assert by_name["rotary of Hugging Face"] == pytest.approx(stock, rel=0.01)
 
 
+class TestAgreement:
+    """Two runs beside each other."""
+
+    @staticmethod
+    def folder(path, share):
+        path.mkdir()
+        results = {"rope_dist, in place": {"to stock": share}, "copy": {"seconds": {"p50": 1.0}}}
+        record = {"cases": [{"name": "Llama-3-8B, 8k, bf16", "results": results}]}
+        (path / "rotary-cpu.json").write_text(json.dumps(record))
+        return str(path)
+
+    @pytest.mark.parametrize(("second", "status"), [(0.052, 0), (0.06, 1)])
+    def test_ratios_farther_apart_than_a_tenth_are_found(self, tmp_path, capsys, second, status):
+        from benchmarks.agreement import main
+
+        folders = [self.folder(tmp_path / "a", 0.05), self.folder(tmp_path / "b", second)]
+        assert main(folders) == status
+        printed = capsys.readouterr().out
+        assert f"{1 - status} of 1 ratios agree within 10%" in printed
+        assert "20.00" in printed
+
+    def test_nothing_in_common_is_one_line(self, tmp_path, capsys):
+        from benchmarks.agreement import main
+
+        assert main([self.folder(tmp_path / "a", 0.05), str(tmp_path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
 class TestShort:
     def test_table_and_sentence(self, capsys):
         from rope_dist.cli import main
