@@ -68,6 +68,19 @@ class TestFile:
         assert main(["verify", str(tmp_path / "out.gguf"), "--plan", str(tmp_path / "plan.json")]) == 0
         assert tensors(tmp_path / "out.gguf")[FACTORS]
 
+    def test_one_command_plans_from_the_file(self, source, model, tmp_path, capsys):
+        out = tmp_path / "out.gguf"
+        options = ("--target", "128", "--strategy", "yarn", "-o", str(out))
+        assert main(["export", "gguf", str(source), *options]) == 0
+        assert export.verify(out, rope_dist.plan(model, factor=2, strategy="yarn"))
+        capsys.readouterr()
+        # What that wrote does not say what it was trained with.
+        assert main(["export", "gguf", str(out), "--factor", "2", "-o", str(tmp_path / "more.gguf")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("rope-dist: error: ")
+        assert "is scaled already" in error
+        assert not (tmp_path / "more.gguf").exists()
+
     def test_twice_is_once(self, source, plan, tmp_path):
         first = export.gguf(source, plan, tmp_path / "1.gguf")
         second = export.gguf(first, plan, tmp_path / "2.gguf")

@@ -30,7 +30,7 @@ def add(verbs: Any) -> None:
         "gguf", help="a GGUF file for llama.cpp", description="A copy of a GGUF file with the plan's factors."
     )
     gguf.add_argument("source", metavar="FILE", help="the model as GGUF, of any quantisation")
-    gguf.add_argument("--plan", required=True, metavar="FILE", help="as rope-dist plan -o writes it")
+    _add_plan(gguf)
     _add_output(gguf)
     gguf.set_defaults(run=_gguf)
     vllm = formats.add_parser(
@@ -68,7 +68,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
 
 
-def _plan(parsed: argparse.Namespace) -> Any:
+def _plan(parsed: argparse.Namespace, **model: Any) -> Any:
     from ..planning import RopePlan, plan
 
     if parsed.plan is not None:
@@ -76,10 +76,10 @@ def _plan(parsed: argparse.Namespace) -> Any:
             raise ValueError("--strategy is of --target and --factor; a plan has its own")
         return RopePlan.load(parsed.plan)
     return plan(
-        parsed.source,
         target_length=parsed.target,
         factor=parsed.factor,
         strategy=parsed.strategy or "dprope",
+        **model or {"source": parsed.source},
     )
 
 
@@ -101,10 +101,9 @@ def _hf(parsed: argparse.Namespace) -> None:
 
 
 def _gguf(parsed: argparse.Namespace) -> None:
-    from ..export import gguf, verify
-    from ..planning import RopePlan
+    from ..export import gguf, gguf_rope, verify
 
-    plan = RopePlan.load(parsed.plan)
+    plan = _plan(parsed, **({} if parsed.plan else gguf_rope(parsed.source)))
     out = gguf(parsed.source, plan, parsed.output, force=parsed.force)
     print(f"{verify(out, plan)}\n\nwrote {out}")
 

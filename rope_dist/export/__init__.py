@@ -5,7 +5,7 @@ its command line; :func:`verify` reads an artefact as its engines do and compare
 """
 
 from .engines import ENGINES
-from .gguf_file import gguf
+from .gguf_file import gguf, gguf_rope
 from .hf_directory import config_entries, hf, vllm_arguments, vllm_overrides
 from .verification import Check, Verification, verify
 
@@ -15,6 +15,7 @@ __all__ = [
     "Verification",
     "config_entries",
     "gguf",
+    "gguf_rope",
     "hf",
     "verify",
     "vllm_arguments",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from ..files import check_target, copy_bytes, new_file
 from ..planning import RopePlan
+from ..strategies import default_inv_freq
 from ..version import __version__
 from .gguf_reading import F32, FACTORS, FLOAT32, MAGIC, STRING, UINT32, GgufFile, read
 from .verification import verify
@@ -54,6 +56,22 @@ def gguf(
         _write(source, plan, temporary)
         verify(temporary, plan).raise_for_failure()
     return out
+
+
+def gguf_rope(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The numbers that :func:`rope_dist.plan` asks for, from a GGUF file: theta, head_dim and trained length.
+
+    Raises:
+        ValueError: the file is damaged, has no slot for factors, or is scaled already (its plan needs its config).
+    """
+    source = read(path)
+    reading = source.reading()
+    plain = default_inv_freq(source.theta, source.head_dim)
+    if not _close(reading.inv_freq, plain) or reading.attention_scaling != 1:
+        raise ValueError(
+            f"{path} is scaled already: make a plan from its config.json, and give that with --plan"
+        )
+    return {"theta": source.theta, "head_dim": source.head_dim, "original_length": reading.length}
 
 
 def _check_plan(source: GgufFile, plan: RopePlan) -> None:
