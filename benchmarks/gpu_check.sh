@@ -52,7 +52,7 @@ workers=()
 # One that is there may have been brought along to a machine without a compiler.
 "$PY" -c 'import sys; from rope_dist.ops import native; sys.exit(isinstance(native.load("cuda"), str))' ||
     part native 60 "$PY" setup.py -q build_ext --inplace
-part tests 150 "$PY" -m pytest tests/ops tests/test_native.py -q -p no:cacheprovider "${workers[@]}"
+part tests 180 "$PY" -m pytest tests/ops tests/test_native.py -q -p no:cacheprovider "${workers[@]}"
 if command -v compute-sanitizer >/dev/null; then
     part sanitizer 50 compute-sanitizer --error-exitcode 1 "$PY" -m pytest tests/ops -q -p no:cacheprovider \
         -k "rounding_differs or writes_the_cache or agrees_with_tritons"
