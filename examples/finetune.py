@@ -29,6 +29,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import rope_dist
 from rope_dist.evaluation import load_model, load_text
+from rope_dist.evaluation.memory import memory_errors_in_words
 
 BATCH = 64
 STEPS = {2: 1000, 4: 500}
@@ -194,7 +195,9 @@ def main(parsed: argparse.Namespace) -> None:
         print(f"{plan!r}\n{steps} steps of {batch} texts of {length} tokens, from {len(texts.pieces)} pieces")
         print(f"goes on from {checkpoint}" if checkpoint else "begins with the first step", flush=True)
     trainer = Trainer(model=model, args=arguments, train_dataset=texts, processing_class=tokenizer)
-    result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    advice = "give a smaller --length or --per-device-batch, or shard over more GPUs (examples/fsdp2.yaml)"
+    with memory_errors_in_words(f"training on {length} tokens", advice):
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     trainer.save_state()
     if arguments.process_index == 0:

@@ -17,6 +17,7 @@ from transformers import TextStreamer
 
 import rope_dist
 from rope_dist.evaluation import load_model, load_text
+from rope_dist.evaluation.memory import memory_errors_in_words
 
 
 class TimedStreamer(TextStreamer):
@@ -81,9 +82,10 @@ def main(parsed: argparse.Namespace) -> None:
     )
     ids = ids.to(device)
     begin = time.perf_counter()
-    model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=streamer, **sampling
-    )
+    with memory_errors_in_words(f"reading {tokens} tokens", "give fewer --tokens, or another --device"):
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=streamer, **sampling
+        )
     first, *others = streamer.times
     print(
         f"\nread {tokens} tokens in {first - begin:.1f} s ({tokens / (first - begin):.0f} tokens/s)", end=""

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# Processes that are compared with each other all work on the CPU.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
@@ -191,12 +193,26 @@ def test_a_killed_training_resumes_to_the_same_end(model_directory, text, tmp_pa
     assert read_without_the_package(killed, tmp_path)["length"] == 128
 
 
-def test_two_processes_train_as_one(example, model_directory, text, tmp_path):
-    arguments = ("--steps", 2, "--batch", 4)
-    assert example("finetune", *training(model_directory, text, tmp_path / "one", *arguments)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ZERO3 = ("accelerate.commands.launch", "--config_file", str(EXAMPLES / "zero3.yaml"), "--num_processes", "2")
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(("torch.distributed.run", "--standalone", "--nproc-per-node", "2"), id="torchrun"),
+        pytest.param(
+            (*ZERO3, "--mixed_precision", "no"),
+            id="zero3",
+            marks=pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed"),
+        ),
+    ],
+)
+def test_two_processes_train_as_one(model_directory, text, tmp_path, launch):
+    arguments, log = ("--steps", 2, "--batch", 4), tmp_path / "log"
+    (process,) = started(1, training(model_directory, text, tmp_path / "one", *arguments), log)
+    assert process.wait(300) == 0, log.read_text()
     command = [
-        *launch,
+        *(sys.executable, "-m", *launch),
         EXAMPLES / "finetune.py",
         *training(model_directory, text, tmp_path / "two", *arguments),
     ]
@@ -303,6 +319,29 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in error
     assert error.startswith(f"{name}.py: error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "advice"),
+    [
+        ("finetune", "Trainer.train", "smaller --length"),
+        ("generate", "LlamaForCausalLM.generate", "fewer --tokens"),
+    ],
+)
+def test_out_of_memory_says_what_to_do(
+    example, model_directory, text, tmp_path, monkeypatch, capsys, name, method, advice
+):
+    def full(*arguments, **options):
+        torch.empty(2**52, dtype=torch.uint8)
+
+    monkeypatch.setattr(f"transformers.{method}", full)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--quick",) if name == "finetune" else ("--tokens", 100, "--new-tokens", 2)
+    length = ("--length", 100) if name == "finetune" else ()
+    assert example(name, "--model", model_directory, "--text", text, *arguments, *length) == 2
+    (line,) = [n for n in capsys.readouterr().err.splitlines() if n.startswith(f"{name}.py: error:")]
+    assert "out of memory" in line
+    assert advice in line
 
 
 def test_a_training_never_mixes_two_plans(example, model_directory, text, tmp_path, capsys):

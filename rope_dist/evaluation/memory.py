@@ -68,14 +68,14 @@ _ADVICE = "lower the length or --chunk, or choose another --device; what is fini
 
 
 @contextmanager
-def memory_errors_in_words(what: str) -> Iterator[None]:
+def memory_errors_in_words(what: str, advice: str = _ADVICE) -> Iterator[None]:
     """Turn an allocation failure of torch into a ``ValueError`` of one line that says what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ValueError(f"out of memory while {what}: {_ADVICE}") from error
+        raise ValueError(f"out of memory while {what}: {advice}") from error
     except RuntimeError as error:
         # The allocator of the CPU has no class of its own.
         if "DefaultCPUAllocator" not in str(error):
             raise
-        raise ValueError(f"out of memory while {what}: {_ADVICE}") from error
+        raise ValueError(f"out of memory while {what}: {advice}") from error
