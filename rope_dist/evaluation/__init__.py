@@ -1,6 +1,6 @@
 """What an extension does to a model: texts, models, perplexity, passkey retrieval, tasks."""
 
-from .corpora import CORPORA, load_text
+from .corpora import CORPORA, install_corpus, load_text
 from .models import PACKAGED_MODELS, describe, load_model
 from .passkey import make_cases, measure_passkey, passkey_tables
 from .perplexity import Bucket, Reading, read_with_strategies, sliding_window_nll, token_nll
@@ -20,6 +20,7 @@ __all__ = [
     "Record",
     "Variant",
     "describe",
+    "install_corpus",
     "load_model",
     "load_text",
     "make_cases",
