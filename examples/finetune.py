@@ -69,30 +69,36 @@ def build_parser() -> Parser:
 class PackedTexts(Dataset):
     """Long texts, one after the other with an end-of-text token between, cut into pieces of ``length`` tokens.
 
-    ``samples`` items, so that every step has its full batch: the pieces come round again where they are fewer.
+    ``samples`` items, so that every step has its full batch: the pieces come round again where they are fewer, and
+    texts beyond what the run needs are not read.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, names: Iterable[str], length: int, samples: int
     ) -> None:
-        tokens: list[int] = []
+        texts: list[torch.Tensor] = []
         for name in names:
-            tokens += tokenizer(load_text(name)[1]).input_ids
-            if tokenizer.eos_token_id is not None and tokens[-1] != tokenizer.eos_token_id:
-                tokens.append(tokenizer.eos_token_id)
+            ids = tokenizer(load_text(name)[1]).input_ids
+            if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+                ids.append(tokenizer.eos_token_id)
+            # The paper's run has half a billion tokens, in each process: as Python's numbers they would be 18 GB.
+            texts.append(torch.tensor(ids, dtype=torch.int32))
+            if sum(map(len, texts)) >= length * samples:
+                break
+        tokens = torch.cat(texts)
         if len(tokens) < length:
             raise ValueError(
                 f"the texts have {len(tokens)} tokens, a training text has {length}: give more --text, or a smaller "
                 "--length"
             )
-        self.pieces = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+        self.pieces = tokens[: len(tokens) // length * length].view(-1, length)
         self.samples = samples
 
     def __len__(self) -> int:
         return self.samples
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        piece = self.pieces[index % len(self.pieces)]
+        piece = self.pieces[index % len(self.pieces)].long()
         return {"input_ids": piece, "labels": piece}
 
 

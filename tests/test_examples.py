@@ -224,6 +224,24 @@ def test_two_processes_train_as_one(model_directory, text, tmp_path, launch):
         torch.testing.assert_close(two[name], tensor, atol=5e-6, rtol=0)
 
 
+def test_texts_are_packed_and_read_as_far_as_needed(letters, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    from finetune import PackedTexts
+
+    names = [str(tmp_path / name) for name in ("a", "b", "not-there")]
+    Path(names[0]).write_text("a" * 50)
+    Path(names[1]).write_text("b" * 70)
+    packed = PackedTexts(letters, names, 20, 6)
+    stream = [97] * 50 + [2] + [98] * 70 + [2]  # 2 is the end of a text.
+    assert [packed[i]["input_ids"].tolist() for i in range(6)] == [
+        stream[i : i + 20] for i in range(0, 120, 20)
+    ]
+    assert packed[6]["labels"].equal(packed[0]["input_ids"])
+    assert packed[0]["labels"].dtype == torch.int64
+    with pytest.raises(ValueError, match="neither a text file"):
+        PackedTexts(letters, names, 20, 7)
+
+
 @pytest.mark.parametrize("factor", [2, 4])
 def test_the_defaults_are_the_papers(example, model_directory, text, tmp_path, monkeypatch, factor):
     from transformers import Trainer
