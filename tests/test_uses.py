@@ -124,6 +124,38 @@ def test_attention_functions_get_heads_without_a_copy(ids):
     assert seen == [[True] * 3] * 4
 
 
+@pytest.mark.parametrize("seen_by", [None, "gradients", "a hook", "every hook"])
+def test_rotated_in_place_where_nobody_can_see_it(ids, seen_by, monkeypatch):
+    stock, enabled = pair("Llama")
+    projection = enabled.model.layers[0].self_attn.q_proj
+    places, outputs, hooks = [], [], []
+
+    def rotary(q, k, cos, sin, *, inplace):
+        places.append(inplace)
+        return rotate(q, k, cos, sin, inplace=inplace)
+
+    def keep(module, arguments, output):
+        if module is projection:
+            outputs.append((output, output.clone()))
+
+    rotate = ops.rotary
+    monkeypatch.setattr(ops, "rotary", rotary)
+    if seen_by == "a hook":
+        hooks.append(projection.register_forward_hook(keep))
+    if seen_by == "every hook":
+        hooks.append(nn.modules.module.register_module_forward_hook(keep))
+    try:
+        with torch.set_grad_enabled(seen_by == "gradients"):
+            assert torch.equal(enabled(ids).logits, stock(ids).logits)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # The hook is on the first of two layers.
+    assert places == {None: [True, True], "a hook": [False, True]}.get(seen_by, [False, False])
+    assert all(torch.equal(output, before) for output, before in outputs)
+    assert len(outputs) == len(hooks)
+
+
 def test_offloaded_to_the_cpu(ids):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = model_of("Llama")

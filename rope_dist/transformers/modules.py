@@ -153,7 +153,19 @@ class RotatedAttention:
             weights, biases = [p.weight for p in projections], [p.bias for p in projections]
             return ops.qkv_rotary(hidden_states, *weights, *biases, head_dim=self.head_dim, cos=cos, sin=sin)
         q, k = self.projected(hidden_states)
-        return *ops.rotary(q, k, cos, sin), self._split(self.v_proj(hidden_states))
+        q, k = ops.rotary(q, k, cos, sin, inplace=self._unseen(hidden_states))
+        return q, k, self._split(self.v_proj(hidden_states))
+
+    def _unseen(self, x: torch.Tensor) -> bool:
+        """Whether nobody else can hold what the projections of ``x`` made, so that it can be rotated in place.
+
+        New tensors cost a CPU the operating system's zeroed pages, several times what the rotation takes.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.between is not None:
+            return False
+        if torch.nn.modules.module._has_any_global_hook():
+            return False
+        return all(projection_obstacle(p, x) is None for p in (self.q_proj, self.k_proj))
 
     def projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys before the rotation, ``[B, S, H, D]``, by the modules themselves."""
