@@ -59,20 +59,22 @@ def _targets(record: dict[str, Any], tokens: int) -> str:
 
 
 def perplexity_table(record: dict[str, Any], tokens: int) -> str:
-    """A row a strategy: everywhere, past the trained length (and its range over the texts), by position."""
+    """A row a strategy: everywhere, past the trained length (of several texts also its range), by position."""
     by_text = finished_readings(record, tokens)
     curves, _ = finished_curves(record, tokens)
     if not curves:
         return ""
     first = next(iter(curves.values()))
-    headers = ["", "all", f"past {TRAINED}", "over the texts"]
+    several = len(by_text) > 1
+    headers = ["", "all", f"past {TRAINED}", *(["over the texts"] if several else [])]
     headers += [f"{b.start / 1024:g}-{b.end / 1024:g}k{'*' if b.start >= TRAINED else ''}" for b in first]
     rows = []
     for label, buckets in curves.items():
         texts = [_past(average_buckets([r[label]], _width(tokens))) for r in by_text.values()]
         overall = math.exp(sum(r[label]["nll"] for r in by_text.values()) / len(by_text))
-        row = [label, f"{overall:.2f}", f"{_past(buckets):.2f}", f"{min(texts):.2f} - {max(texts):.2f}"]
-        rows.append(row + [f"{b.perplexity:.2f}" for b in buckets])
+        spread = [f"{min(texts):.2f} - {max(texts):.2f}"] if several else []
+        by_position = [f"{b.perplexity:.2f}" for b in buckets]
+        rows.append([label, f"{overall:.2f}", f"{_past(buckets):.2f}", *spread, *by_position])
     return _markdown(rows, headers)
 
 
@@ -118,9 +120,8 @@ def block(folder: Path) -> str:
     parts = []
     lengths = sorted({m["what"]["tokens"] for m in perplexity["measurements"]})
     for tokens in lengths:
-        by_text = finished_readings(perplexity, tokens)
-        if by_text:
-            targets = _targets(perplexity, tokens)
+        by_text, targets = finished_readings(perplexity, tokens), _targets(perplexity, tokens)
+        if by_text and targets:  # not where only the stock model has read
             parts.append(
                 f"Perplexity of the first {tokens} tokens of {', '.join(by_text)}; extended to {targets}:"
             )
