@@ -12,9 +12,12 @@ from rope_dist.strategies import STRATEGIES
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the options that every example has; a wrong one ends it with one line and exit code 2."""
+    """argparse with the options that every example has; a wrong one ends it with one line and exit code 2.
 
-    def __init__(self, description: str) -> None:
+    The default strategy is what reads best without training; an example that trains has its own.
+    """
+
+    def __init__(self, description: str, strategy: str = "auto") -> None:
         super().__init__(description=description)
         self.add_argument(
             "--model",
@@ -28,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         length.add_argument("--target", type=int, metavar="TOKENS", help="length to extend the model to")
         # longrope wants a list of numbers, which is what plans are for.
         names = [name for name in STRATEGIES if name != "longrope"]
-        self.add_argument("--strategy", default="dprope", choices=names, help="default: %(default)s")
+        self.add_argument("--strategy", default=strategy, choices=names, help="default: %(default)s")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

@@ -37,7 +37,7 @@ STEPS = {2: 1000, 4: 500}
 
 
 def build_parser() -> Parser:
-    parser = Parser("Train an extended model on long texts, by default as the paper does.")
+    parser = Parser("Train an extended model on long texts, by default as the paper does.", strategy="dprope")
     parser.add_argument(
         "--text",
         nargs="+",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .evaluation import Reading
 
-STRATEGIES = ("stock", "pi", "yarn", "dprope")
+STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")
 BUCKET = 2048
 
 

@@ -200,7 +200,7 @@ class TestDemo:
         assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
         written = json.loads((out / "demo.json").read_text())
         assert written == json.loads(json.dumps(result))
-        assert [r["label"] for r in written["readings"]] == ["stock", "pi", "yarn", "dprope"]
+        assert [r["label"] for r in written["readings"]] == ["stock", "pi", "yarn", "dprope", "auto"]
         for reading in written["readings"]:
             assert math.isfinite(reading["perplexity"])
             assert reading["by_position"][-1]["end"] == 100

@@ -21,6 +21,7 @@ def run(model_directory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(summary, "TRAINED", 64)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NODE_PATH", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def main(*arguments):
         monkeypatch.setattr(sys, "argv", ["study", "--output", str(tmp_path / "results"), *arguments])

@@ -7,7 +7,7 @@ from typing import Any
 
 DESCRIPTION = (
     "Print the paper's Table 3, then let a small real model read a long text with the stock frequencies, position "
-    "interpolation, YaRN and DPRoPE, and print perplexity by position."
+    "interpolation, YaRN, DPRoPE and auto, and print perplexity by position."
 )
 
 
