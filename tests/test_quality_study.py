@@ -41,7 +41,7 @@ def test_a_study_that_ran_out_of_time_goes_on(run, tmp_path):
     assert run().out.count(": on record") == 18
     block = summary.block(tmp_path / "results")
     assert "Perplexity of the first 300 tokens of the Python language reference" in block
-    assert "; extended to 128:" in block
+    assert ". Extended to 128:" in block
     assert "| pi" in block
     assert "seed of the passkeys 0" in block
     assert "torch" in block
@@ -84,6 +84,20 @@ class TestTables:
         assert stock[4:] == [f"{math.exp(1.5):.2f}"] * 4 + [f"{past:.2f}"] * 4
         assert "6-8k |" in table.splitlines()[0]
         assert "8-10k* |" in table.splitlines()[0]
+
+    def test_where_another_reads_better_is_said(self):
+        def record(nll):
+            auto = [reading("a", "auto", nll), reading("b", "auto", 1.0)]
+            stock = [reading(text, "stock", 0.1) for text in "ab"]
+            return {"measurements": [reading("a", "yarn", 0.8), reading("b", "yarn", 1.1), *stock, *auto]}
+
+        behind = summary.where_others_lead(record(0.9), 16384)
+        assert behind.startswith(
+            "Text by text `auto` is the best extension in 4 of 8 parts past 8192; not in a, 8-10k (yarn "
+        )
+        assert f"yarn {math.exp(1.6):.2f}, auto {math.exp(1.8):.2f}" in behind
+        assert summary.where_others_lead(record(0.7), 16384).endswith("8 of 8 parts past 8192.")
+        assert summary.where_others_lead(record(0.7), 16384, "refined") == ""
 
     def test_passkeys_count_lengths_that_all_strategies_finished(self):
         finished = [

@@ -12,6 +12,7 @@ from tabulate import tabulate
 from rope_dist.evaluation.passkey import accuracy
 from rope_dist.evaluation.perplexity import Bucket
 from rope_dist.evaluation.sweep import WIDTH, average_buckets
+from rope_dist.evaluation.variants import STOCK
 
 TRAINED = 8192
 
@@ -78,6 +79,34 @@ def perplexity_table(record: dict[str, Any], tokens: int) -> str:
     return _markdown(rows, headers)
 
 
+def where_others_lead(record: dict[str, Any], tokens: int, label: str = "auto") -> str:
+    """A sentence: in how much of each text past the trained length ``label`` is the best extension, and where not."""
+    places, behind = 0, []
+    for text, results in finished_readings(record, tokens).items():
+        if label not in results:
+            return ""
+        curves = {
+            name: average_buckets([result], _width(tokens))
+            for name, result in results.items()
+            if name != STOCK
+        }
+        for i, own in enumerate(curves[label]):
+            if own.start < TRAINED:
+                continue
+            places += 1
+            best = min(curves, key=lambda name, i=i: curves[name][i].perplexity)
+            if best != label:
+                behind.append(
+                    f"{text}, {own.start / 1024:g}-{own.end / 1024:g}k ({best} "
+                    f"{curves[best][i].perplexity:.2f}, {label} {own.perplexity:.2f})"
+                )
+    if not places:
+        return ""
+    ahead = places - len(behind)
+    sentence = f"Text by text `{label}` is the best extension in {ahead} of {places} parts past {TRAINED}"
+    return f"{sentence}; not in {'; '.join(behind)}." if behind else f"{sentence}."
+
+
 def _past(buckets: list[Bucket]) -> float:
     """Perplexity of the tokens past the trained length; not a number where none was read."""
     past = [b for b in buckets if b.start >= TRAINED]
@@ -123,9 +152,11 @@ def block(folder: Path) -> str:
         by_text, targets = finished_readings(perplexity, tokens), _targets(perplexity, tokens)
         if by_text and targets:  # not where only the stock model has read
             parts.append(
-                f"Perplexity of the first {tokens} tokens of {', '.join(by_text)}; extended to {targets}:"
+                f"Perplexity of the first {tokens} tokens of {'; '.join(by_text)}. Extended to {targets}:"
             )
-            parts.append(perplexity_table(perplexity, tokens))
+            parts += filter(
+                None, (perplexity_table(perplexity, tokens), where_others_lead(perplexity, tokens))
+            )
     if (folder / "quality.png").exists():
         parts.append("![Perplexity by position](benchmarks/results/quality.png)")
     table = passkey_table(passkey)
