@@ -75,9 +75,11 @@ PARTS = (
     Part(2 * TRAINED, (), 0, (12288, 16384), DEPTHS, CLOSEST),
     Part(4 * TRAINED, TEXTS[:1], 4 * TRAINED, strategies=CLOSEST),
     Part(3 * TRAINED // 2, TEXTS[:2], 3 * TRAINED // 2, strategies=CLOSEST),
-    Part(2 * TRAINED, TEXTS[2:], 2 * TRAINED),
+    Part(2 * TRAINED, TEXTS[2:4], 2 * TRAINED),
+    Part(4 * TRAINED, TEXTS[1:2], 4 * TRAINED, strategies=CLOSEST),
+    Part(2 * TRAINED, TEXTS[4:], 2 * TRAINED),
     Part(3 * TRAINED // 2, TEXTS[2:], 3 * TRAINED // 2, strategies=CLOSEST),
-    Part(4 * TRAINED, TEXTS[1:3], 4 * TRAINED, (32768,), DEPTHS, CLOSEST),
+    Part(4 * TRAINED, TEXTS[2:3], 4 * TRAINED, (32768,), DEPTHS, CLOSEST),
 )
 QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),)
 
