@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the JSON (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="one small case each: no results")
     parsed = parser.parse_args(arguments)
-    # Once for all: seven questions would say the same.
+    # Once for all: every question would say the same.
     problem = None if parsed.seconds > 0 else f"--seconds must be positive, got {parsed.seconds:g}"
     if parsed.device == "cuda" and not torch.cuda.is_available():
         problem = "--device cuda: torch sees no GPU"
@@ -72,11 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = list(shares.values())[index:]
         seconds = max(left - STARTUP * len(rest), 1) * share / sum(rest)
         print(f"\n== {name}, {seconds:.0f} s", flush=True)
-        arguments = ["--device", parsed.device, "--seconds", f"{seconds:.0f}"]
-        arguments += ["--output", str(parsed.output)] if parsed.output else []
-        arguments += ["--quick"] if parsed.quick else []
+        asked = ["--device", parsed.device, "--seconds", f"{seconds:.0f}"]
+        asked += ["--output", str(parsed.output)] if parsed.output else []
+        asked += ["--quick"] if parsed.quick else []
         # One that overruns may take from the others' time, but not all of it.
-        status = _run(name, arguments, min(left, 1.5 * seconds + 20))
+        status = _run(name, asked, min(left, 1.5 * seconds + 20))
         if status:
             failed.append(f"{name} ({status})")
     if failed:

@@ -180,11 +180,9 @@ class PromptReader:
         result = []
         for ids in whole:
             rest = ids[None, shared - 1 :].to(self.model.device)
-            logits = self.model(rest[:, :-1], **cache_option(self.model, self._cache), use_cache=True).logits[
-                0
-            ]
+            out = self.model(rest[:, :-1], **cache_option(self.model, self._cache), use_cache=True)
             self._crop(shared - 1)
-            chosen = logits.float().log_softmax(-1).gather(1, rest[0, 1:, None])
+            chosen = out.logits[0].float().log_softmax(-1).gather(1, rest[0, 1:, None])
             result.append(chosen.double().sum().item())
         return result
 
