@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 DESCRIPTION = (
-    "Print the paper's Table 3, then let a small real model read a long text with the stock frequencies, position "
-    "interpolation, YaRN, DPRoPE and auto, and print perplexity by position."
+    "Print the paper's Table 3, then let a small real model read a long text with its own frequencies and extended by "
+    "auto and DPRoPE, and print perplexity by position. How much is read follows from the speed of the machine."
 )
 
 
@@ -24,7 +24,25 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--device", help="where the model reads, e.g. cuda:0 (default: a GPU if there is one)"
     )
-    parser.add_argument("--tokens", type=int, default=12288, help="tokens to read (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        help="of the model (default: float32 on a CPU, else as it was saved)",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="about how long all of it may take (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        help="tokens to read (default: 1.5 times the trained length, or 1.375 times where that takes too long)",
+    )
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        metavar="NAME",
+        help="stock and names of strategies (default: stock auto dprope, the last only if there is time)",
+    )
     parser.add_argument(
         "--factor", type=float, default=2.0, help="extension of the trained length (default: %(default)s)"
     )
@@ -44,7 +62,10 @@ def _run(parsed: argparse.Namespace) -> None:
         model_name=parsed.model,
         text=parsed.text,
         tokens=parsed.tokens,
+        strategies=parsed.strategies,
         factor=parsed.factor,
+        minutes=parsed.minutes,
         output=parsed.output,
         device=parsed.device,
+        dtype=parsed.dtype,
     )
