@@ -44,6 +44,7 @@ from .presets import PRESETS
 from .strategies import (
     DEFAULT_STRATEGY,
     MAX_LENGTH,
+    STRATEGIES,
     PretrainedRope,
     check_factors,
     check_length,
@@ -493,11 +494,11 @@ def check_options(
     for name in given:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"the strategy {strategy} has no setting {name!r}; {has}")
+            others = [other for other in STRATEGIES if name in _known_settings(other)]
+            hint = f" (strategies that have it: {', '.join(others)})" if others else ""
+            raise ValueError(f"the strategy {strategy} has no setting {name!r}; {has}{hint}")
     if factor is not None:
-        factor = check_number(factor, "factor (times the original length)")
-        if factor <= 0:
-            raise ValueError(f"factor must be a positive number, got {factor!r}")
+        factor = check_number(factor, "factor", positive=True)
     return factor, given
 
 
