@@ -633,7 +633,7 @@ class TestRefusals:
         ("arguments", "error", "message"),
         [
             ({"target_length": 32}, ValueError, "below the original length 64"),
-            ({"factor": 0}, ValueError, "factor must be positive"),
+            ({"factor": 0}, ValueError, "factor must be a positive number"),
             ({"factor": 2, "target_length": 128}, ValueError, "one of target_length, factor and plan"),
             ({"factor": 2, "strategy": "magic"}, ValueError, "unknown strategy"),
             (
@@ -647,7 +647,11 @@ class TestRefusals:
                 "threshold are of a strategy: give target_length",
             ),
             ({"original_length": 64}, ValueError, "original_length is of a new plan"),
-            ({"factor": 2, "settings": {"fast_turns": "x"}}, ValueError, "fast_turns must be a number"),
+            (
+                {"factor": 2, "settings": {"fast_turns": "x"}},
+                ValueError,
+                "fast_turns must be a finite number",
+            ),
             ({"plan": {"factors": [1.0]}}, TypeError, "plan must be a RopePlan, got dict"),
         ],
     )

@@ -311,9 +311,17 @@ class TestFamilies:
 
     def test_a_layer_type_of_another_name(self):
         config = llama_config()
-        config.rope_parameters = {"hybrid": {"rope_type": "default", "rope_theta": 1e4}}
+        default = {"rope_type": "default", "rope_theta": 1e4}
+        config.rope_parameters = {"hybrid": default, "hybrid_sliding": {**default, "rope_theta": 2e4}}
         made = rope_dist.plan(config, factor=2)
         assert made == rope_dist.plan(llama_config(), factor=2)
+
+    def test_a_config_without_a_head_size(self):
+        config = llama_config(head_dim=16)
+        config.head_dim = None
+        del config.num_attention_heads
+        with pytest.raises(ValueError, match="LlamaConfig says no head_dim"):
+            rope_dist.plan(config, factor=2)
 
     def test_short_factors_are_given_up_with_a_warning(self):
         config = llama_config(
@@ -356,18 +364,24 @@ CONFIG = {
         ({"head_dim": 15}, "head_dim"),
         ({"hidden_size": 66}, r"66.* multiple of .*num|66.* multiple of the number of attention heads"),
         ({"num_attention_heads": 0}, "config"),
-        ({"rope_theta": "1e4"}, "rope_theta of LlamaConfig must be a number, got '1e4'"),
-        ({"rope_theta": None}, "rope_theta of LlamaConfig must be a number, got None"),
+        ({"rope_theta": "1e4"}, "rope_theta of LlamaConfig must be a finite number, got '1e4'"),
+        ({"rope_theta": None}, "rope_theta of LlamaConfig must be a finite number, got None"),
         ({"rope_scaling": [1]}, "config"),
         ({"rope_scaling": {"type": "linear"}}, "factor"),
-        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor of LlamaConfig must be a number"),
-        ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor of LlamaConfig must be positive"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "4"}},
+            "factor of LlamaConfig must be a positive number",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": -1}},
+            "factor of LlamaConfig must be a positive number",
+        ),
         ({"rope_scaling": {"type": "magic", "factor": 4}}, "rope_type 'magic' of LlamaConfig is not known"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": "x"}}, "config"),
         ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}}, "longrope"),
         (
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": "0.5"}},
-            "must be a number, got '0.5'$",
+            "must be a finite number, got '0.5'$",
         ),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 2}}, "above 0 and at most 1"),
     ],
