@@ -249,6 +249,10 @@ def read_rope(config: PretrainedConfig, original_length: int | None = None) -> M
                 "long_factor"
             )
     recorded = recorded_extension(text) if original_length is None else None
+    if recorded is not None and recorded < length:
+        notes.append(
+            f"rope_dist extended the model from {recorded} tokens already, which is what a factor counts from"
+        )
     return ModelRope(rope, head_dim, length_from, recorded, tuple(notes), loss)
 
 
