@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..checking import check_plan, is_applied
 from ..model_config import GIVEN, pretrained_rope
-from ..planning import RopePlan, check_options, check_plan, is_applied
+from ..planning import RopePlan, check_options
 from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
 from .families import FAMILIES, REFUSED, enabled_class, is_rotary_embedding, is_stock, known_stock
