@@ -663,6 +663,18 @@ class TestRefusals:
             rope_dist.enable(llama, **arguments)
         assert_stock(llama, stock)
 
+    @pytest.mark.parametrize("ready", [False, True])
+    def test_a_plan_that_stock_could_not_read(self, llama, stock, monkeypatch, ready):
+        arguments = {"plan": rope_dist.plan(llama, factor=2)} if ready else {"factor": 2}
+
+        def without(*_, **__):
+            raise KeyError("longrope")
+
+        monkeypatch.setitem(transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS, "longrope", without)
+        with pytest.raises(ValueError, match="stock transformers cannot run this plan in LlamaConfig"):
+            rope_dist.enable(llama, **arguments)
+        assert_stock(llama, stock)
+
     def test_bad_arguments_without_a_model_change_nothing(self):
         before = PreTrainedModel.__dict__["from_pretrained"]
         for arguments in (

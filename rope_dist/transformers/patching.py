@@ -241,7 +241,9 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
         return swap.plan if swap else None
     config = swap.config_before if swap and swap.plan else rotary.config
     if plan is None:
-        return make_plan(config, **{k: v for k, v in options.items() if k != "plan"})
+        plan = make_plan(config, **{k: v for k, v in options.items() if k != "plan"})
+        plan.config_overrides(config)  # raises where stock could not read what is saved
+        return plan
     check_plan(plan, config, any_length=True)
     if not is_applied(plan, config) and plan.original_length_from != GIVEN:
         length = pretrained_rope(config)[0].length
@@ -250,6 +252,7 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
                 f"the plan takes {plan.original_length} tokens as trained, the model's config says {length}",
                 stacklevel=4,
             )
+    plan.config_overrides(config)
     return plan
 
 
