@@ -253,7 +253,7 @@ class TestBadInput:
         assert "--force" in fails(out="there.gguf")
         assert "source itself" in fails("--force", out="model.gguf")
         (tmp_path / "folder").mkdir()
-        assert "not a file" in fails("--force", out="folder")
+        assert "not a regular file" in fails("--force", out="folder")
         assert "not a directory" in fails(out="no/such.gguf")
         (tmp_path / "loop").symlink_to("loop")
         assert "not a file" in fails(of=tmp_path / "loop")
