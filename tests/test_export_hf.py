@@ -38,7 +38,7 @@ def source(llama, tmp_path):
 
 @pytest.fixture
 def plan(source):
-    return rope_dist.plan(source, factor=2)
+    return rope_dist.plan(source, factor=2, strategy="dprope")
 
 
 @torch.no_grad()

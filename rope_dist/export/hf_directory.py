@@ -42,7 +42,7 @@ def config_entries(plan: RopePlan, config: PretrainedConfig | None = None) -> di
         config: of the language model that is extended: what else its rotary parameters say is kept.
     """
     entries = plan.config_overrides(config)
-    rope = entries["rope_parameters"]
+    rope = entries["rope_parameters"] = dict(entries["rope_parameters"])
     # PhiMoE's config insists on them.
     if plan.attention_scaling != 1 or getattr(config, "model_type", None) == "phimoe":
         rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
@@ -181,9 +181,9 @@ def check_model(model: StockModel, plan: RopePlan) -> None:
     """``ValueError`` if ``plan`` is of another model, or no export of this one can follow it."""
     text = model.text
     # A model that is enabled with this very plan, or was saved so, is as good as the one before.
-    theirs = text.rope_parameters if model.parameters else {}
-    ours = plan.config_overrides(text)["rope_parameters"]
-    if any(theirs.get(key) != value for key, value in ours.items()):
+    # (A model whose softmax is scaled by it keeps its own factor.)
+    ours = plan.config_overrides()["rope_parameters"]
+    if any(model.parameters.get(key) != value for key, value in ours.items() if key != "factor"):
         check_same_model(plan, *pretrained_rope(text))
     reason = unextendable(model)
     if reason is not None:

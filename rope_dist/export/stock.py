@@ -165,8 +165,9 @@ class StockModel:
         """``inv_freq`` as it is after a text that ends at ``position``, and what cos and sin are scaled by."""
         rotary = self.rotary
         prefix, options = "", {}
-        if self.layer_typed:
-            prefix, options = f"{EXTENDED_LAYERS}_", {"layer_type": EXTENDED_LAYERS}
+        for layer_type, parameters in self.text.rope_parameters.items():
+            if parameters is self.parameters:
+                prefix, options = f"{layer_type}_", {"layer_type": layer_type}
         positions = torch.tensor([[0, position]])
         if hasattr(rotary, "mrope_section"):
             positions = positions.expand(3, 1, 2)
