@@ -33,6 +33,26 @@ def plan(model):
     return rope_dist.plan(model, factor=2, strategy="dprope")
 
 
+def trained_with_yarn(make_llama, tmp_path, factor):
+    """A model from 64 tokens to ``factor`` times that by YaRN, and its GGUF as converters write it."""
+    rope = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = make_llama(initializer_range=0.3, max_position_embeddings=int(64 * factor), rope_parameters=rope)
+    kinds = gguf.GGUFValueType
+    source = write_gguf(
+        model,
+        tmp_path / "model.gguf",
+        llama__rope__scaling__type=("yarn", kinds.STRING),
+        llama__rope__scaling__factor=(factor, kinds.FLOAT32),
+        llama__rope__scaling__original_context_length=(64, kinds.UINT32),
+    )
+    return model, source
+
+
 def tensors(path):
     return {
         t.name: (t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in gguf.GGUFReader(path).tensors
@@ -104,21 +124,7 @@ class TestFile:
     @pytest.mark.parametrize("factor", [2.0, 4.0])
     def test_a_model_trained_with_yarn(self, make_llama, tmp_path, factor):
         """The reference is transformers' own YaRN; llama.cpp's is the same, with the scaling in its graph."""
-        kinds = gguf.GGUFValueType
-        rope = {
-            "rope_type": "yarn",
-            "factor": factor,
-            "rope_theta": 10000.0,
-            "original_max_position_embeddings": 64,
-        }
-        model = make_llama(max_position_embeddings=int(64 * factor), rope_parameters=rope)
-        source = write_gguf(
-            model,
-            tmp_path / "model.gguf",
-            llama__rope__scaling__type=("yarn", kinds.STRING),
-            llama__rope__scaling__factor=(factor, kinds.FLOAT32),
-            llama__rope__scaling__original_context_length=(64, kinds.UINT32),
-        )
+        model, source = trained_with_yarn(make_llama, tmp_path, factor)
         stock = model.model.rotary_emb
         reading = read(source).reading()
         torch.testing.assert_close(reading.inv_freq, stock.inv_freq, rtol=1e-6, atol=0)
@@ -192,6 +198,23 @@ class TestLlamaCpp:
             same, difference = self.compare(model, plain, ids, 64, forbidden=(0, 1, 2))
             assert not same
             assert difference > 0.1
+
+    def test_a_model_trained_with_yarn(self, make_llama, tmp_path):
+        """llama.cpp runs the source as transformers runs the model, and the export as the extended model."""
+        model, source = trained_with_yarn(make_llama, tmp_path, 2.0)
+        ids = torch.randint(3, 128, (120,), generator=torch.Generator().manual_seed(2)).tolist()
+        special = (0, 1, 2)
+        same, difference = self.compare(model, source, ids[:60], 64, special)
+        assert same
+        assert difference < 1e-3
+        plan = rope_dist.plan(model, factor=2, strategy="dprope")
+        out = export.gguf(source, plan, tmp_path / "out.gguf")
+        with rope_dist.enable(model, plan=plan):
+            same, difference = self.compare(model, out, ids, 64, special)
+            assert same
+            assert difference < 1e-3
+            # Both see the frequencies.
+            assert self.compare(model, source, ids[:60], 64, special)[1] > 0.1
 
     def test_forced_tokens_have_the_models_probabilities(self, model, source, plan, tmp_path):
         """The way in which a text is read for its perplexity."""

@@ -101,8 +101,9 @@ class GgufFile:
         factors = torch.ones(self.head_dim // 2)
         if FACTORS in self.tensors:
             factors = self._factors()
-        scaling = float(self.value("rope.scaling.attn_factor", 1.0))
-        stretch = float(self.value("rope.scaling.factor") or self.value("rope.scale_linear") or 1.0)
+        scaling = self._number("rope.scaling.attn_factor", 1.0)
+        # Zero counts as nothing given.
+        stretch = self._number("rope.scaling.factor", 0) or self._number("rope.scale_linear", 0) or 1.0
         if kind == "linear":
             factors = factors * stretch
         elif kind == "yarn":
@@ -117,14 +118,14 @@ class GgufFile:
 
     def _yarn(self, stretch: float) -> torch.Tensor:
         """``[head_dim / 2]`` factors of llama.cpp's YaRN (``ggml_rope_yarn_corr_dims``), the same for any context."""
-        if self.value("rope.scaling.yarn_ext_factor", 1.0) != 1 or stretch <= 0:
+        if self._number("rope.scaling.yarn_ext_factor", 1.0) != 1:
             raise ValueError("its YaRN has an extrapolation factor of its own, which is not known here")
-        original = self.value("rope.scaling.original_context_length") or self.value("context_length", 0)
-        fast, slow = (
-            float(self.value(f"rope.scaling.yarn_{key}", default))
-            for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+        original = self._number("rope.scaling.original_context_length", 0) or self._number(
+            "context_length", 0
         )
-        if original < 1 or fast <= 0 or slow <= 0 or self.theta <= 1:
+        fast = self._number("rope.scaling.yarn_beta_fast", 32.0)
+        slow = self._number("rope.scaling.yarn_beta_slow", 1.0)
+        if min(original, fast, slow, stretch) <= 0 or self.theta <= 1:
             raise ValueError("its YaRN has settings out of range")
 
         def dimension(periods: float) -> float:
@@ -137,10 +138,16 @@ class GgufFile:
         kept = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
         return 1 / (kept + (1 - kept) / stretch)
 
+    def _number(self, key: str, default: float) -> float:
+        value = self.value(key, default)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"its {self.architecture}.{key} is {value!r}, not a number")
+        return float(value)
+
     @property
     def theta(self) -> float:
         """RoPE base."""
-        return float(self.value("rope.freq_base", 10000.0))
+        return self._number("rope.freq_base", 10000.0)
 
     @property
     def head_dim(self) -> int:
