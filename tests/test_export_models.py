@@ -273,6 +273,7 @@ def config_for(kind):
         "Glm": lambda: config_of("Glm", partial_rotary_factor=0.5),
         "Ernie4_5": lambda: transformers.Ernie4_5Config(**SMALL, **OWN_HEAD_DIM),
         "DeepseekV3": lambda: transformers.DeepseekV3Config(**{**SMALL, **MLA}),
+        "GptOss": lambda: config_of("GptOss", rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
         "Olmo": lambda: transformers.OlmoConfig(**SMALL),
         "Phi3": lambda: transformers.Phi3Config(**SMALL),
     }.get(kind, lambda: config_of(kind))()
