@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 DESCRIPTION = (
@@ -38,7 +39,9 @@ def add(verbs: Any) -> None:
         help="arguments for vllm serve",
         description="Print arguments of vllm serve; no file is written.",
     )
-    vllm.add_argument("source", metavar="MODEL", nargs="?", help="to plan from: a directory or a hub id")
+    vllm.add_argument(
+        "source", metavar="MODEL", nargs="?", help="to plan from and to check: a directory or a hub id"
+    )
     _add_plan(vllm)
     vllm.set_defaults(run=_vllm)
 
@@ -84,7 +87,7 @@ def _plan(parsed: argparse.Namespace, **model: Any) -> Any:
 
 
 def _hf(parsed: argparse.Namespace) -> None:
-    from ..export import hf, verify, vllm_arguments
+    from ..export import hf, verify
 
     plan = _plan(parsed)
     out = hf(
@@ -97,7 +100,6 @@ def _hf(parsed: argparse.Namespace) -> None:
         force=parsed.force,
     )
     print(f"{verify(out, plan)}\n\nwrote {out}")
-    print(f"for vLLM without it: vllm serve MODEL {vllm_arguments(plan)}")
 
 
 def _gguf(parsed: argparse.Namespace) -> None:
@@ -110,5 +112,11 @@ def _gguf(parsed: argparse.Namespace) -> None:
 
 def _vllm(parsed: argparse.Namespace) -> None:
     from ..export import vllm_arguments
+    from ..export.stock import read_config
+    from ..presets import PRESETS
 
-    print(vllm_arguments(_plan(parsed)))
+    plan = _plan(parsed)
+    known = parsed.source is not None and parsed.source not in PRESETS
+    if parsed.source is None:
+        print("not checked against a model: give MODEL too", file=sys.stderr)
+    print(vllm_arguments(plan, read_config(parsed.source) if known else None))

@@ -17,6 +17,9 @@ def add(verbs: Any) -> None:
     parser = verbs.add_parser("verify", help="does an artefact follow the plan", description=DESCRIPTION)
     parser.add_argument("artefact", metavar="PATH", help="a directory or a GGUF file")
     parser.add_argument("--plan", required=True, metavar="FILE", help="as rope-dist plan -o writes it")
+    parser.add_argument(
+        "--source", metavar="DIR", help="the model before the extension: what else it had is compared too"
+    )
     add_engines(parser)
     parser.set_defaults(run=_run)
 
@@ -25,6 +28,7 @@ def _run(parsed: argparse.Namespace) -> None:
     from ..export import verify
     from ..planning import RopePlan
 
-    result = verify(parsed.artefact, RopePlan.load(parsed.plan), engines=parsed.engine)
+    plan = RopePlan.load(parsed.plan)
+    result = verify(parsed.artefact, plan, engines=parsed.engine, source=parsed.source)
     print(result)
     result.raise_for_failure()

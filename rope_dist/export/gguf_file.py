@@ -7,6 +7,7 @@ leaves a longrope config of a LLaMA out without a word.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import struct
 from pathlib import Path
@@ -54,7 +55,7 @@ def gguf(
         raise ValueError(f"{out} is the source itself: write to another file")
     with new_file(out, force=force) as temporary:
         _write(source, plan, temporary)
-        verify(temporary, plan).raise_for_failure()
+        dataclasses.replace(verify(temporary, plan), artefact=out).raise_for_failure()
     return out
 
 
@@ -86,7 +87,7 @@ def _check_plan(source: GgufFile, plan: RopePlan) -> None:
             raise ValueError(f"the plan is for {what} {planned}, {source.path} has {own}")
     if _close(reading.inv_freq, plan.inv_freq) and reading.length == plan.target_length:
         return  # Exported by this plan before.
-    if reading.length != plan.original_length:
+    if plan.original_length not in source.trained_lengths():
         # The target's length may also be what a converter kept of an exported config, without its factors.
         hint = (
             "; convert the model as it was before the extension"
