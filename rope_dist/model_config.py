@@ -50,6 +50,7 @@ ROTATES_WINDOWS_ONLY: dict[str, str] = {
     "cohere2": "sliding_window",
     "cohere2_moe": "sliding_window",
     "exaone4": "sliding_window",
+    "exaone4_5_text": "sliding_window",
     "exaone_moe": "sliding_window",
     "flint": "sliding_window",
     "kolibri1": "sliding_window",
@@ -212,7 +213,9 @@ def read_rope(config: PretrainedConfig, original_length: int | None = None) -> M
     """
     text = _text_config(config)
     name = type(text).__name__
-    _check_full_layers_rotate(text)
+    nothing = rotates_windows_only(text)
+    if nothing is not None:
+        raise ValueError(nothing)
     layers = extended_layers(text)
     parameters = rope_parameters(text)
     kind = parameters.get("rope_type", "default")
@@ -274,15 +277,17 @@ def _model_types(config: PretrainedConfig) -> list[str]:
     return list(dict.fromkeys((config.model_type, config.get_text_config(decoder=True).model_type)))
 
 
-def _check_full_layers_rotate(config: PretrainedConfig) -> None:
+def rotates_windows_only(config: PretrainedConfig) -> str | None:
+    """Why other frequencies extend nothing in a model of :data:`ROTATES_WINDOWS_ONLY`; None for every other one."""
     key = ROTATES_WINDOWS_ONLY.get(config.model_type)
     window = getattr(config, key, None) if key else None
     windowed = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
-    if window and windowed:
-        raise ValueError(
-            f"there is nothing to extend: {config.model_type} rotates only the layers that see {window} tokens "
-            f"({key}), and its full attention has no positions; a longer text needs no other frequencies"
-        )
+    if not (window and windowed):
+        return None
+    return (
+        f"there is nothing to extend: {config.model_type} rotates only the layers that see {window} tokens "
+        f"({key}), and its full attention has no positions; a longer text needs no other frequencies"
+    )
 
 
 def _number(values: Mapping[str, Any], key: str, name: str, default: Any = None) -> float:

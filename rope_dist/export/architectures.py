@@ -6,6 +6,7 @@ names are of those that do not: the first tried, the second read.
 
 from __future__ import annotations
 
+from ..model_config import rotates_windows_only
 from .stock import StockModel
 
 TRANSFORMERS_4 = frozenset((
@@ -46,24 +47,13 @@ MLX = frozenset((
 ))  # fmt: skip
 """``model_type`` whose model in mlx-lm 0.32 hands ``rope_scaling`` to a rotary embedding that knows longrope (read)."""
 
-SLIDING_ONLY = frozenset((
-    "afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone4_5_text", "exaone_moe", "flint", "kolibri1",
-))  # fmt: skip
-"""``model_type`` whose full attention is not rotated where the others have a window (read)."""
-
 
 def unextendable(model: StockModel) -> str | None:
     """Why no plan reaches the model by its config alone, in any engine, or None."""
     text = model.text
-    if text.model_type in SLIDING_ONLY and getattr(text, "sliding_window", None):
-        return (
-            f"{text.model_type} rotates queries and keys in its sliding layers only, whose window does not grow with "
-            "the text: other frequencies change what it was trained on and extend nothing"
-        )
-    if text.model_type == "llama4_text":
-        return (
-            "llama4 rotates queries and keys only where it attends to chunks, which do not grow with the text"
-        )
+    nothing = rotates_windows_only(text)
+    if nothing is not None:
+        return nothing
     if model.parameters.get("llama_4_scaling_beta"):
         return (
             f"{text.model_type} scales queries by their position over original_max_position_embeddings "

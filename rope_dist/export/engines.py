@@ -15,18 +15,7 @@ import torch
 
 from ..planning import RopePlan
 from ..strategies import default_inv_freq
-
-LENGTH_KEYS = (
-    "max_position_embeddings",
-    "max_sequence_length",
-    "max_seq_length",
-    "max_seq_len",
-    "seq_length",
-    "seq_len",
-    "model_max_length",
-    "n_positions",
-)
-"""Names under which configs keep the length; an engine may take the smallest, or the first it knows."""
+from ..trained_length import LENGTH_KEYS
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,9 @@ def transformers_4(config: Mapping[str, Any]) -> Reading:
 def vllm(config: Mapping[str, Any]) -> Reading:
     """vLLM 0.33: ``attention_factor`` of longrope is not read, ``long_mscale`` is."""
     rope = _current_rope(config)
-    length = min(config[key] for key in LENGTH_KEYS if isinstance(config.get(key), int))
+    length = min(
+        config[key] for key in ("max_position_embeddings", *LENGTH_KEYS) if isinstance(config.get(key), int)
+    )
     if _kind(rope) == "longrope":
         # Without --max-model-len it stops at a top-level original length.
         length = config.get("original_max_position_embeddings", length)

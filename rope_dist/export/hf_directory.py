@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ..files import check_target, copy_bytes, new_directory
-from ..planning import RopePlan, check_same_model, pretrained_rope
+from ..planning import RopePlan, check_plan
+from ..trained_length import LENGTH_KEYS
 from .architectures import unable_model, unextendable
-from .engines import LENGTH_KEYS, check_engines
+from .engines import check_engines
 from .stock import StockModel, changed, read_config
 from .verification import CONFIG, check_weights, read_json, verify
 
@@ -181,11 +182,7 @@ def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) 
     reason = unextendable(model)
     if reason is not None:
         raise ValueError(reason)
-    # A model that is enabled with this very plan, or was saved so, is as good as the one before.
-    # (A model whose softmax is scaled by it keeps its own factor.)
-    ours = plan.config_overrides()["rope_parameters"]
-    if any(model.parameters.get(key) != value for key, value in ours.items() if key != "factor"):
-        check_same_model(plan, *pretrained_rope(text))
+    check_plan(plan, text)
     if model.layer_typed:
         raise ValueError(
             f"{text.model_type} has a rotary embedding per layer type, for which engines have no common form: enable() "
