@@ -198,7 +198,7 @@ class Question:
                 record["left_out"].append({"name": case.name, "reason": str(error)})
                 continue
             record["cases"].append(found)
-            print(f"\n{case.name}\n{table(found, self.unit)}", flush=True)
+            print(f"\n{case.name}\n{table(found, self.unit, device.type == 'cuda')}", flush=True)
         for left_out in record["left_out"]:
             print(f"left out: {left_out['name']}: {left_out['reason']}")
         _write(folder, self.name, device, record)
@@ -274,8 +274,12 @@ def _line(record: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in record["machine"].items())
 
 
-def table(case: dict, unit: str = "ms") -> str:
-    """One case for reading: providers fastest first, then limits, then who did not take part and why."""
+def table(case: dict, unit: str = "ms", peak: bool = False) -> str:
+    """One case for reading: providers fastest first, then limits, then who did not take part and why.
+
+    Args:
+        peak: with the peak of memory, which says something on a GPU.
+    """
     results = case["results"]
     limits = [name for name, r in results.items() if r["kind"] == "limit" and "seconds" in r]
     rows = []
@@ -288,12 +292,16 @@ def table(case: dict, unit: str = "ms") -> str:
                 " - ".join(figure(r["seconds"][p], unit, case.get("tokens")) for p in _ends(unit)),
                 f"{r['to stock']:.3f}" if "to stock" in r else "",
                 f"{r['limit share']:.0%}" if "limit share" in r else "",
-                f"{r['peak_bytes'] / 2**20:.0f}" if r.get("peak_bytes") is not None else "",
                 r["seconds"]["rounds"],
+                *(
+                    [f"{r['peak_bytes'] / 2**20:.0f}" if r.get("peak_bytes") is not None else ""]
+                    if peak
+                    else []
+                ),
             ]
         )
-    headers = ["", unit, "20 - 80 %", "time to stock", "of the limit", "peak, MiB", "rounds"]
-    align = ("left", *("right",) * 6)
+    headers = ["", unit, "20 - 80 %", "time to stock", "of the limit", "rounds"] + ["peak, MiB"] * peak
+    align = ("left", *("right",) * (len(headers) - 1))
     text = tabulate(rows, headers, disable_numparse=True, colalign=align) if rows else ""
     absent: dict[str, list[str]] = {}
     for name, r in results.items():

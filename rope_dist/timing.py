@@ -179,8 +179,8 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def three_digits(value: float) -> str:
-    """``value`` for a table: at least three digits, never an exponent from 0.001 on."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    """``value`` for a table: three significant digits (10.0), more of a number above 999; no exponent from 0.001 on."""
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def machine() -> dict[str, str]:

@@ -51,7 +51,7 @@ class TestReport:
         monkeypatch.setattr(tables, "PLOTS", tmp_path)
         monkeypatch.setattr(tables, "ROOT", tmp_path)
         arguments = ["--device", "cpu", "--models", "four heads", "--lengths", "16", "64", "--dtypes", "bf16"]
-        arguments += ["--seconds", "20", "--output", str(tmp_path), "--peers"]
+        arguments += ["--seconds", "2", "--output", str(tmp_path), "--peers"]
         assert rotary.QUESTION.main(arguments) == 0
         record = tables.load("rotary-cpu.json")
         ((path, _),) = report.pictures()
