@@ -61,7 +61,8 @@ run() { # name, seconds, command...
     local name="$1" limit="$2" code
     shift 2
     echo "== $name"
-    timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.txt" 2>&1
+    # Interrupted, pytest still reports the failures so far.
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$OUT/$name.txt" 2>&1
     code=$?
     tail -n 5 "$OUT/$name.txt"
     if [ "$code" -ne 0 ]; then
@@ -99,7 +100,7 @@ case "$PART" in
         native
         workers=()
         "$PY" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-        run tests "$(left)" "$PY" -m pytest tests/ops tests/test_native.py -q -p no:cacheprovider "${workers[@]}"
+        run tests "$(left)" "$PY" -m pytest tests/ops tests/test_native.py -v -p no:cacheprovider "${workers[@]}"
         ;;
     rotary)
         native

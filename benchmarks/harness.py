@@ -197,8 +197,8 @@ def _admit_and_time(case, device, buffers, expected, found, began, seconds, save
         started = time.perf_counter()
         time_all(0.0, most=1)
         # More rounds, where they cost next to nothing.
-        if time.perf_counter() - started < seconds / 12:
-            time_all(seconds / 6)
+        if time.perf_counter() - started < seconds / 50:
+            time_all(seconds / 10)
     for provider in late:
         started = time.perf_counter()
         left = max(began + seconds - started, seconds / 2)

@@ -266,9 +266,11 @@ class TestTiming:
 
 class TestScripts:
     @pytest.mark.parametrize("question", QUESTIONS)
-    def test_quick(self, question, tmp_path, capsys):
+    def test_quick(self, question, tmp_path, capsys, request):
         import importlib
 
+        if question.startswith(("attention", "model")):
+            request.getfixturevalue("bfloat16_attention")
         threads = torch.get_num_threads()
         module = importlib.import_module(f"benchmarks.{question}")
         # Compiling is torch's own; without it a script takes a second.

@@ -13,7 +13,7 @@ from rope_dist.evaluation import CORPORA
 
 
 @pytest.fixture
-def run(model_directory, tmp_path, monkeypatch, capsys):
+def run(model_directory, tmp_path, monkeypatch, capsys, bfloat16_attention):
     """The study on a small model that was trained to 64 tokens."""
     part = study.Part(128, ("python", "moby-dick"), 300, (400, 500), (0, 1), ("stock", "pi"))
     monkeypatch.setattr(study, "MODEL", str(model_directory))
