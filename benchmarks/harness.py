@@ -14,6 +14,7 @@ How it is timed, and what keeps figures of a busy machine comparable:
   since a round's providers share what slowed it. ``quiet`` is the lowest median of three rounds in a row.
 - On a GPU each step of a layer is captured in a CUDA graph and timed between events, first with the L2 cache
   overwritten before each call (the figure to quote), then with what the call before it left there (``warm``).
+  The GPU is kept waiting until a call is enqueued: of ten microseconds the launch would be half.
   A whole model is timed from its call to the end of its last kernel, as its user waits for it.
 - On a CPU it is wall time. The cache is overwritten where the tensors could stay in it.
 - Peak memory is what one call adds at its highest, its results included. On a CPU it is what the process
@@ -272,7 +273,8 @@ def _times(running, case, device, seconds, most, results) -> dict[str, dict]:
     for mode, cold in modes.items():
         turns = {name: cycle(calls) for name, calls in running.items()}
         calls = {name: partial(_next, turn) for name, turn in turns.items()}
-        timer = _whole if device.type == "cuda" and not case.kernel else timing.timer(device, cold=cold)
+        whole = device.type == "cuda" and not case.kernel
+        timer = _whole if whole else timing.timer(device, cold=cold, queued=True)
         times = timing.sample(calls, timer, seconds=seconds / len(modes), most=most)
         for name, values in times.items():
             found[name][mode] = asdict(timing.spread(values))
