@@ -277,6 +277,8 @@ class TestScripts:
         if question.startswith(("attention", "model")):
             request.getfixturevalue("bfloat16_attention")
         threads = torch.get_num_threads()
+        # Two wait for each other on a busy machine: a minute and more for a thousand small steps.
+        torch.set_num_threads(1)
         module = importlib.import_module(f"benchmarks.{question}")
         # Compiling is torch's own; without it a script takes a second.
         peers = ["--peers"] if module.QUESTION.peers else []
