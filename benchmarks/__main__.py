@@ -1,9 +1,10 @@
 """Every question in turn within a time limit, each in a process of its own.
 
     python -m benchmarks [--device cpu] [--seconds 540] [--output benchmarks/results]
+    python -m benchmarks --only rotary decode -- --peers torch.compile
 
-A question that crashes or outlasts its share leaves what it has written, and the others go on. The exit status
-is 1 if one did, and 2 if nothing could be begun.
+What stands after ``--`` is handed to each script. A question that crashes or outlasts its share leaves what it has
+written, and the others go on. The exit status is 1 if one did, and 2 if nothing could be begun.
 """
 
 from __future__ import annotations
@@ -53,9 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=540, help="for everything (default: %(default)g)")
     parser.add_argument("--output", type=Path, help="folder of the JSON (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="one small case each: no results")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these, in the usual order (default: all)")
+    parser.add_argument(
+        "options", nargs="*", metavar="-- OPTION ...", help="of every script (see its --help)"
+    )
     parsed = parser.parse_args(arguments)
+    shares = SHARES[parsed.device]
     # Once for all: every question would say the same.
     problem = None if parsed.seconds > 0 else f"--seconds must be positive, got {parsed.seconds:g}"
+    for name in parsed.only or ():
+        if name not in shares:
+            problem = f"--only: no {name!r} on {parsed.device}; there are {', '.join(shares)}"
+    if parsed.options and not parsed.options[0].startswith("-"):
+        problem = f"no {parsed.options[0]!r}: name benchmarks after --only, and options of them after --"
     if parsed.device == "cuda" and not torch.cuda.is_available():
         problem = "--device cuda: torch sees no GPU"
     if problem:
@@ -63,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + parsed.seconds
     failed = []
-    shares = SHARES[parsed.device]
+    shares = {name: share for name, share in shares.items() if not parsed.only or name in parsed.only}
     for index, (name, share) in enumerate(shares.items()):
         left = deadline - time.monotonic()
         if left <= 0:
@@ -72,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = list(shares.values())[index:]
         seconds = max(left - STARTUP * len(rest), 1) * share / sum(rest)
         print(f"\n== {name}, {seconds:.0f} s", flush=True)
-        asked = ["--device", parsed.device, "--seconds", f"{seconds:.0f}"]
+        asked = ["--device", parsed.device, "--seconds", f"{max(seconds, 1):.0f}"]
         asked += ["--output", str(parsed.output)] if parsed.output else []
         asked += ["--quick"] if parsed.quick else []
+        asked += parsed.options
         # One that overruns may take from the others' time, but not all of it.
         status = _run(name, asked, min(left, 1.5 * seconds + 20))
         if status:

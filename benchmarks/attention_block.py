@@ -6,9 +6,10 @@ without any rotary step.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import AttentionInterface
 
 from . import models
 from .harness import TOLERANCES, Absent, Case, Provider
-from .peers import missing
+from .peers import installed, missing
 from .question import Options, Question, Size
 from .shapes import DTYPES, Angles, checked_tokens, random, rotated
 
@@ -41,10 +42,14 @@ class Block:
         return lambda: attention(self.x, position_embeddings=tables, attention_mask=mask)[0]
 
 
+@cache
+def _fa4_function() -> Callable:
+    return importlib.import_module("flash_attn.cute").flash_attn_func
+
+
 def _fa4(module: nn.Module, q, k, v, attention_mask, scaling: float | None = None, **_: Any):
     """flash-attn-4 behind the signature of transformers' attention functions."""
-    from flash_attn.cute import flash_attn_func
-
+    flash_attn_func = _fa4_function()
     out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scaling, causal=True)
     return (out[0] if isinstance(out, tuple) else out), None
 
@@ -169,6 +174,8 @@ def providers(size: Size, options: Options, block: Block) -> list[Provider | Abs
                     if implementation == "sdpa"
                     else "peer",
                     need=need,
+                    late=implementation not in ("sdpa", "eager"),
+                    labels=installed("flash_attn") if "flash" in implementation else {},
                 )
             )
     found.append(Provider("no rotary", partial(_without_rotary, shape), kind="limit"))

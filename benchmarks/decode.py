@@ -98,7 +98,7 @@ def providers(size: Size, options: Options, layer: Layer) -> list[Provider]:
         found.append(Provider("rope_dist", bound(separate), kind="ours"))
     if options.wants(COMPILED):
         compiled = torch.compile(stock_way, dynamic=False)
-        found.append(Provider(COMPILED, bound(compiled)))
+        found.append(Provider(COMPILED, bound(compiled), late=True))
     return found
 
 

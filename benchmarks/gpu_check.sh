@@ -1,65 +1,134 @@
 #!/usr/bin/env bash
-# One command for a machine with a GPU and no network: the kernels' and the models' tests on the GPU, then the
-# benchmarks.
+# The check on a machine with a GPU and no network, in parts that each end within ten minutes:
 #
-#     OUT=results benchmarks/gpu_check.sh
+#     OUT=results benchmarks/gpu_check.sh PART
 #
-# Leaves in $OUT
-#   native.txt          the native libraries built, where that for CUDA is not there yet
-#   tests.txt           every kernel against float64, in CUDA graphs, the native kernel against Triton's; whole models
-#                       by flash-attention on packed sequences, from a static cache in a CUDA graph, in 4 bits
-#                       (what is not installed is skipped by name)
-#   sanitizer.txt       compute-sanitizer, where it is installed, over Triton's and the native kernels
-#   gate.txt            what the compiler makes of the kernels
-#   benchmarks.txt, QUESTION-cuda.json    each benchmark; LLaMA2-7B's prefill and 32 tokens after it among them
-#   choices/            what was fastest here
+# Without PART it lists the parts in the order in which to run them. Each part leaves its results in $OUT whatever
+# becomes of the parts after it, and what it had measured when its time was up:
+#   PART.txt                what the part printed
+#   NAME-cuda.json          a result of each benchmark, for benchmarks/results; those of "compile" and "peers" are in
+#                           folders of that name, since they measure again what other parts have measured
+#   choices-PART.json       what was fastest here
+#   native.txt              the native libraries built, where that for CUDA is not there yet
 #
-# Takes less than eight minutes: each part has a limit of its own, and the benchmarks take what the others have
-# left, each question writing as it goes. PY chooses the interpreter, which needs torch, triton, transformers,
-# pytest, hypothesis and tabulate; peers take part where they are installed or in PYTHONPATH. The exit status is
-# that of the first part that failed.
+# OUT is the folder (default: gpu-check), PY the interpreter (python3), which needs torch, triton, transformers,
+# pytest, hypothesis and tabulate, and LIMIT the seconds for the part (560). Other packages take part where they are
+# installed or in PYTHONPATH. The exit status is that of the first step that failed, 124 if it took too long, and 2
+# where nothing can be run. What needs no GPU is not run here: "make gate" compiles every kernel on any machine.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+
+usage() {
+    cat <<'TEXT'
+parts, in order:
+  tests       every kernel against float64, in CUDA graphs, the native kernel; enabled models, packed, cached, in 4 bits
+  rotary      benchmarks of the rotation alone and of decoding's projection
+  projection  benchmark of the projection with the rotation, forward and backward
+  models      benchmarks of whole models and of the attention block, without torch.compile
+  compile     prefill and training step at 8k with torch.compile
+  peers       rotation, projection and attention block beside the other packages that are installed
+  sanitizer   the projection's and decoding's kernels under compute-sanitizer
+TEXT
+}
+
+case "${1-}" in
+    tests | rotary | projection | models | compile | peers | sanitizer) ;;
+    "" | -h | --help)
+        echo "usage: OUT=results benchmarks/gpu_check.sh PART"
+        usage
+        exit 0
+        ;;
+    *)
+        echo "gpu_check.sh: no part '$1'; there are tests, rotary, projection, models, compile, peers, sanitizer" >&2
+        exit 2
+        ;;
+esac
+if [ "$#" -gt 1 ]; then
+    echo "gpu_check.sh: one part a call, got $*" >&2
+    exit 2
+fi
+PART="$1"
 OUT="${OUT:-gpu-check}"
 PY="${PY:-python3}"
-mkdir -p "$OUT"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
-# The choices that these runs measure stay with their results.
-export ROPE_DIST_CACHE="$PWD/$OUT/choices"
-case "$OUT" in /*) export ROPE_DIST_CACHE="$OUT/choices" ;; esac
+LIMIT="${LIMIT:-560}"
+cd "$(dirname "$0")/.." || exit 2
+mkdir -p "$OUT" || exit 2
+CHOICES="$(mktemp -d)" || exit 2
+trap 'rm -rf "$CHOICES"' EXIT
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 ROPE_DIST_CACHE="$CHOICES"
 status=0
 
-part() { # name, seconds, command...
+run() { # name, seconds, command...
     local name="$1" limit="$2" code
     shift 2
     echo "== $name"
-    timeout "$limit" "$@" >"$OUT/$name.txt" 2>&1
+    # Interrupted, pytest still reports the failures so far.
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$OUT/$name.txt" 2>&1
     code=$?
     tail -n 5 "$OUT/$name.txt"
     if [ "$code" -ne 0 ]; then
-        echo "$name failed with status $code (124: its limit of $limit s)"
+        echo "$name failed with status $code (124, 137: its limit of $limit s)"
         [ "$status" -eq 0 ] && status=$code
     fi
+}
+
+left() { echo $((LIMIT > SECONDS + 1 ? LIMIT - SECONDS : 1)); }
+
+native() { # One that is there may have been brought along to a machine without a compiler.
+    "$PY" -c 'import sys; from rope_dist.ops import native; sys.exit(isinstance(native.load("cuda"), str))' ||
+        run native 90 "$PY" setup.py -q build_ext --inplace
+}
+
+measure() { # folder, benchmarks..., -- options of each
+    local folder="$1" seconds
+    shift
+    mkdir -p "$folder"
+    # The suite ends by itself, ten seconds before it would be stopped.
+    seconds=$(($(left) > 11 ? $(left) - 10 : 1))
+    run "$PART" "$(left)" "$PY" -m benchmarks --device cuda --output "$folder" --seconds "$seconds" --only "$@"
+    for file in "$CHOICES"/choices-*; do
+        [ -e "$file" ] && cp "$file" "$OUT/choices-$PART.json"
+    done
 }
 
 "$PY" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
     echo "no GPU that torch can use" >&2
     exit 2
 }
-workers=()
-"$PY" -c 'import xdist' 2>/dev/null && workers=(-n 4)
 
-# One that is there may have been brought along to a machine without a compiler.
-"$PY" -c 'import sys; from rope_dist.ops import native; sys.exit(isinstance(native.load("cuda"), str))' ||
-    part native 60 "$PY" setup.py -q build_ext --inplace
-part tests 180 "$PY" -m pytest tests/ops tests/test_native.py -q -p no:cacheprovider "${workers[@]}"
-if command -v compute-sanitizer >/dev/null; then
-    part sanitizer 50 compute-sanitizer --error-exitcode 1 "$PY" -m pytest tests/ops -q -p no:cacheprovider \
-        -k "rounding_differs or writes_the_cache or agrees_with_tritons"
-else
-    echo "compute-sanitizer is not installed: kernels are not run under it"
-fi
-part gate 40 "$PY" -m rope_dist.ops.static_gate --target sm_90
-left=$((460 - SECONDS))
-part benchmarks "$left" "$PY" -m benchmarks --device cuda --output "$OUT" --seconds $((left - 10))
+case "$PART" in
+    tests)
+        native
+        workers=()
+        "$PY" -c 'import xdist' 2>/dev/null && workers=(-n 4)
+        run tests "$(left)" "$PY" -m pytest tests/ops tests/test_native.py -v -p no:cacheprovider "${workers[@]}"
+        ;;
+    rotary)
+        native
+        measure "$OUT" rotary decode -- --peers torch.compile
+        ;;
+    projection)
+        measure "$OUT" projection -- --peers torch.compile
+        ;;
+    models)
+        measure "$OUT" model_prefill model_decode attention_block model_train_step -- --peers
+        ;;
+    compile)
+        measure "$OUT/compile" model_prefill model_train_step -- --peers torch.compile --lengths 8192
+        ;;
+    peers)
+        native
+        measure "$OUT/peers" rotary projection attention_block
+        ;;
+    sanitizer)
+        if ! command -v compute-sanitizer >/dev/null; then
+            echo "compute-sanitizer is not installed: nothing was run under it"
+            exit 0
+        fi
+        # Tensors of their own: in torch's blocks of 2 MB an access past the end meets another tensor's memory.
+        export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+        run sanitizer "$(left)" compute-sanitizer --error-exitcode 1 --report-api-errors no \
+            "$PY" -m pytest tests/ops/test_projection.py tests/ops/test_decode.py -v -p no:cacheprovider \
+            -k "rounding_differs or writes_the_cache or packed_and_strided or head_sizes"
+        ;;
+esac
 exit "$status"

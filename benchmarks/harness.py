@@ -7,11 +7,15 @@ that is wrong, fails, or needs more memory than there is, is named with the reas
 How it is timed, and what keeps figures of a busy machine comparable:
 
 - Providers run in turn, forwards and backwards (A B B A ...), on two copies of the inputs by turns.
+- What compiles for seconds or minutes (``late``) comes last: a case that is stopped while something compiles has
+  been timed without it, and that result is saved.
 - Rounds go on until the median of each is known to 3 %, at least five; three where the case's time is over.
 - Quoted are the median with the 20th and 80th percentile. A comparison is the median of the rounds' ratios,
   since a round's providers share what slowed it. ``quiet`` is the lowest median of three rounds in a row.
-- On a GPU each call is captured in a CUDA graph and timed between events, first with the L2 cache overwritten
-  before each call (the figure to quote), then with what the call before it left there (``warm``).
+- On a GPU each step of a layer is captured in a CUDA graph and timed between events, first with the L2 cache
+  overwritten before each call (the figure to quote), then with what the call before it left there (``warm``).
+  The GPU is kept waiting until a call is enqueued: of ten microseconds the launch would be half.
+  A whole model is timed from its call to the end of its last kernel, as its user waits for it.
 - On a CPU it is wall time. The cache is overwritten where the tensors could stay in it.
 - Peak memory is what one call adds at its highest, its results included. On a CPU it is what the process
   adds: tensors under some tens of MiB may come from memory that it had already.
@@ -44,6 +48,13 @@ class BenchmarkError(ValueError):
     """What was asked for cannot be measured here; one line says why."""
 
 
+CUT_SHORT = "the run was cut short"
+"""Why a result that was saved under way lacks a provider or a case."""
+
+_PREPARED: dict[str, float] = {}
+"""Seconds that a late provider took to prepare in the case before, by name."""
+
+
 @dataclass
 class Provider:
     """One way of doing what a case asks.
@@ -56,6 +67,8 @@ class Provider:
         need: bytes that a call takes beyond the inputs.
         exact: instead of the case's, for a provider that pairs dimensions in another way.
         graph: whether a CUDA graph can hold the call.
+        late: prepared only after all others were timed, since it compiles for seconds or minutes.
+        labels: kept in the JSON, such as the version of a package.
     """
 
     name: str
@@ -64,6 +77,8 @@ class Provider:
     need: int = 0
     exact: Callable[[Any], list[torch.Tensor]] | None = None
     graph: bool = True
+    late: bool = False
+    labels: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -106,12 +121,16 @@ class Case:
     labels: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(case: Case, device: torch.device, *, seconds: float) -> dict:
+def measure(
+    case: Case, device: torch.device, *, seconds: float, save: Callable[[dict], None] = lambda found: None
+) -> dict:
     """Check and time every provider of ``case``.
 
     Args:
         seconds: for preparing and timing; a third of it is for timing whatever the preparation took, and
-            three rounds are made in any case.
+            three rounds are made in any case. A late provider is left out where its preparation took longer in
+            the case before than there is time for.
+        save: is given the result as it stands, whenever there is more of it.
 
     Returns:
         The case's labels, ``bytes``, ``flops``, and ``results``: by provider its kind, and seconds, ratios and
@@ -126,6 +145,14 @@ def measure(case: Case, device: torch.device, *, seconds: float) -> dict:
     release(device)
     require_memory(case, device)
     results: dict[str, dict] = {}
+    found = {
+        "name": case.name,
+        **case.labels,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "results": results,
+        "ranking": [],
+    }
     with torch.enable_grad() if case.gradients else torch.inference_mode():
         try:
             buffers = [case.inputs() for _ in range(BUFFERS)]
@@ -134,30 +161,59 @@ def measure(case: Case, device: torch.device, *, seconds: float) -> dict:
             raise BenchmarkError(
                 f"{case.name} ran out of memory on {device}: choose smaller --lengths or --models"
             ) from failure
-        running: dict[str, list[Callable[[], Any]]] = {}
-        for provider in case.providers(buffers[0]):
-            if isinstance(provider, Absent):
-                results[provider.name] = {"kind": "peer", "skipped": provider.reason}
-                continue
-            results[provider.name] = entry = {"kind": provider.kind}
-            found = _admit(provider, case, buffers, expected, device, entry)
-            if found:
-                running[provider.name] = found
-        # Compiling may have taken all of it.
-        left = max(began + seconds - time.perf_counter(), seconds / 3)
-        for name, times in _times(running, case, device, left, results).items():
-            results[name] |= times
-        del running, buffers
+        _admit_and_time(case, device, buffers, expected, found, began, seconds, save)
+        del buffers, expected
     release(device)
-    _compare(results)
-    return {
-        "name": case.name,
-        **case.labels,
-        "bytes": case.bytes,
-        "flops": case.flops,
-        "results": results,
-        "ranking": ranking(results),
-    }
+    return found
+
+
+def _admit_and_time(case, device, buffers, expected, found, began, seconds, save) -> None:
+    """Fill ``found``: everything but the late providers first, then one of those after the other."""
+    results = found["results"]
+    running: dict[str, list[Callable[[], Any]]] = {}
+
+    def admit(provider: Provider) -> None:
+        entry = results[provider.name] = {"kind": provider.kind, **provider.labels}
+        calls = _admit(provider, case, buffers, expected, device, entry)
+        if calls:
+            running[provider.name] = calls
+
+    def time_all(seconds: float, most: int = timing.MOST_ROUNDS) -> None:
+        for name, times in _times(running, case, device, seconds, most, results).items():
+            results[name] |= times
+        _compare(results)
+        found["ranking"] = ranking(results)
+        save(found)
+
+    late = []
+    for provider in case.providers(buffers[0]):
+        if isinstance(provider, Absent):
+            results[provider.name] = {"kind": "peer", "skipped": provider.reason}
+        elif provider.late:
+            results[provider.name] = {"kind": provider.kind, **provider.labels, "skipped": CUT_SHORT}
+            late.append(provider)
+        else:
+            admit(provider)
+    if late:
+        started = time.perf_counter()
+        time_all(0.0, most=1)
+        # More rounds, where they cost next to nothing.
+        if time.perf_counter() - started < seconds / 50:
+            time_all(seconds / 10)
+    for provider in late:
+        started = time.perf_counter()
+        left = max(began + seconds - started, seconds / 2)
+        if left < _PREPARED.get(provider.name, 0.0):
+            results[provider.name]["skipped"] = (
+                f"no time left: it took {_PREPARED[provider.name]:.0f} s to prepare"
+            )
+            continue
+        admit(provider)
+        _PREPARED[provider.name] = time.perf_counter() - started
+        if provider is not late[-1]:
+            time_all(0.0)
+    # Preparing may have taken all of it.
+    time_all(max(began + seconds - time.perf_counter(), seconds / 3))
 
 
 def ranking(results: dict[str, dict]) -> list[str]:
@@ -204,7 +260,7 @@ def _admit(provider, case, buffers, expected, device, entry) -> list[Callable[[]
     return calls
 
 
-def _times(running, case, device, seconds, results) -> dict[str, dict]:
+def _times(running, case, device, seconds, most, results) -> dict[str, dict]:
     if not running:
         return {}
     # On a CPU two copies of large tensors push each other out of the cache.
@@ -217,12 +273,23 @@ def _times(running, case, device, seconds, results) -> dict[str, dict]:
     for mode, cold in modes.items():
         turns = {name: cycle(calls) for name, calls in running.items()}
         calls = {name: partial(_next, turn) for name, turn in turns.items()}
-        times = timing.sample(calls, timing.timer(device, cold=cold), seconds=seconds / len(modes))
+        whole = device.type == "cuda" and not case.kernel
+        timer = _whole if whole else timing.timer(device, cold=cold, queued=True)
+        times = timing.sample(calls, timer, seconds=seconds / len(modes), most=most)
         for name, values in times.items():
             found[name][mode] = asdict(timing.spread(values))
             if mode == "seconds" and base:
                 found[name]["to stock"] = timing.ratio(values, times[base])
     return found
+
+
+def _whole(call: Callable[[], object]) -> float:
+    """Seconds until the GPU has finished the call, the time of the CPU that launches it included."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _next(turn: Iterable[Callable[[], Any]]) -> None:

@@ -79,7 +79,7 @@ def cases(size: Size, options: Options) -> list[Case]:
             ):
                 compiled = torch.compile(model, dynamic=False)
                 kind = "peer" if name == COMPILED else "ours"
-                found.append(Provider(name, lambda p, m=compiled: read(m, p), kind=kind))
+                found.append(Provider(name, lambda p, m=compiled: read(m, p), kind=kind, late=True))
         return found
 
     length = layers * size.tokens * sum(size.shape.widths) * 2

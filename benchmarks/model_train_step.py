@@ -75,7 +75,7 @@ def cases(size: Size, options: Options) -> list[Case]:
         ]
         if device.type == "cuda" and options.wants(COMPILED):
             compiled = torch.compile(training.model, dynamic=False)
-            found.append(Provider(COMPILED, lambda t: step(compiled, t)))
+            found.append(Provider(COMPILED, lambda t: step(compiled, t), late=True))
         return found
 
     activations = size.tokens * (layers * 16 * size.shape.intermediate + 3 * size.shape.vocabulary)

@@ -8,8 +8,13 @@ GPU kernels, and Liger's under Triton's interpreter would be a timing of the int
 from __future__ import annotations
 
 import importlib
+import os
+import site
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +30,7 @@ Rotate = Callable[[torch.Tensor, torch.Tensor, Angles], Callable[[], tuple[torch
 STOCK = "Hugging Face"
 COMPILED = "torch.compile"
 """Of Hugging Face's function."""
+LIGER = "Liger"
 
 
 def stock(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,8 +39,15 @@ def stock(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> tuple[torch.Tenso
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
-def _liger(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
+def _liger(
+    module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles, implementation: str | None = None
+) -> Callable:
+    pin = importlib.import_module("liger_kernel.backends").set_impl if implementation else None
+
     def call():
+        # Otherwise Liger chooses, by what else is installed and by the size of the input.
+        if pin:
+            pin(implementation)
         a, b = module.liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *angles.stock)
         return a.transpose(1, 2), b.transpose(1, 2)
 
@@ -91,6 +104,15 @@ def _unsloth(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angle
     return call
 
 
+def liger_implementations() -> list[str | None]:
+    """Names of Liger's kernels that run here, Triton's first; ``[None]`` of a version that has only that one."""
+    try:
+        backends = importlib.import_module("liger_kernel.backends")
+    except ImportError:
+        return [None]
+    return sorted(backends.available_impls("rope"), key=lambda name: not name.endswith("triton")) or [None]
+
+
 @dataclass(frozen=True)
 class Peer:
     """A package with a rotary kernel.
@@ -109,7 +131,7 @@ class Peer:
 
 
 PEERS = {
-    "Liger": Peer("liger_kernel.transformers.rope", _liger),
+    LIGER: Peer("liger_kernel.transformers.rope", _liger),
     "flash-attn": Peer("flash_attn.layers.rotary", _flash_attn),
     "FlashInfer": Peer("flashinfer", _flashinfer),
     "quack": Peer("quack.rotary", _flash_attn, hopper=True),
@@ -131,8 +153,20 @@ def unavailable(name: str, options: Options) -> str | None:
     return missing(peer.module)
 
 
+@cache
+def read_path_files() -> None:
+    """Take folders in ``PYTHONPATH`` that ``pip install --target`` made as Python takes its own ``site-packages``.
+
+    Python does not read a ``.pth`` file there, which is how nvidia-cutlass-dsl makes ``cutlass`` importable.
+    """
+    for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        if any(Path(folder).glob("*.pth")):
+            site.addsitedir(folder)
+
+
 def missing(module: str) -> str | None:
     """Why ``module`` cannot be imported, or None."""
+    read_path_files()
     try:
         importlib.import_module(module)
     except Exception as error:
@@ -141,13 +175,32 @@ def missing(module: str) -> str | None:
     return None
 
 
+def installed(module: str) -> dict[str, str]:
+    """``{"package": "liger-kernel 0.8.5"}``: what ``module`` was installed from; empty where nothing says so."""
+    top = module.partition(".")[0]
+    names = dict.fromkeys(_distributions().get(top, ()))
+    return {"package": ", ".join(f"{name} {metadata.version(name)}" for name in names)} if names else {}
+
+
+def kernel(implementation: str | None) -> dict[str, str]:
+    """The label for the JSON."""
+    return {"implementation": implementation} if implementation else {}
+
+
+@cache
+def _distributions() -> dict[str, list[str]]:
+    return dict(metadata.packages_distributions())
+
+
 def rotary_peers(options: Options, angles: Angles) -> list[Provider | Absent]:
     """torch.compile's and each package's rotation of inputs with ``q`` and ``k`` ``[1, S, H, D]``."""
     found: list[Provider | Absent] = []
     if options.wants(COMPILED):
         # Sizes fixed: the best that the compiler can do.
         compiled = torch.compile(stock, dynamic=False)
-        found.append(Provider(COMPILED, lambda inputs: lambda: compiled(inputs.q, inputs.k, angles)))
+        found.append(
+            Provider(COMPILED, lambda inputs: lambda: compiled(inputs.q, inputs.k, angles), late=True)
+        )
     for name, peer in PEERS.items():
         if not options.wants(name):
             continue
@@ -156,5 +209,12 @@ def rotary_peers(options: Options, angles: Angles) -> list[Provider | Absent]:
             found.append(Absent(name, reason))
             continue
         module = importlib.import_module(peer.module)
-        found.append(Provider(name, lambda inputs, p=peer, m=module: p.rotate(m, inputs.q, inputs.k, angles)))
+        rotate, labels = partial(peer.rotate, module), installed(peer.module)
+        if name == LIGER:
+            # Without gradients its other kernels hand over to Triton's.
+            implementation = liger_implementations()[0]
+            rotate, labels = partial(rotate, implementation=implementation), labels | kernel(implementation)
+        found.append(
+            Provider(name, lambda inputs, r=rotate: r(inputs.q, inputs.k, angles), late=True, labels=labels)
+        )
     return found

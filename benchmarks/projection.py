@@ -18,12 +18,23 @@ from rope_dist import ops
 from rope_dist.ops import dispatch_projection
 
 from .harness import TOLERANCES, Absent, Case, Provider
-from .peers import COMPILED, PEERS, STOCK, missing, stock, unavailable
+from .peers import (
+    COMPILED,
+    LIGER,
+    PEERS,
+    STOCK,
+    installed,
+    kernel,
+    liger_implementations,
+    missing,
+    stock,
+    unavailable,
+)
 from .question import Options, Question, Size
 from .shapes import DTYPES, Angles, checked_tokens, random, rotated
 
 QUACK = "quack"
-PEER_NAMES = (COMPILED, "Liger", QUACK)
+PEER_NAMES = (COMPILED, LIGER, QUACK)
 
 
 class Layer:
@@ -142,9 +153,9 @@ def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> li
     def fused(inputs: Layer, path: str = "auto"):
         return ops.qkv_rotary(inputs.x, *inputs.weights, path=path, **at)
 
-    def timed(name: str, way: Callable, kind: str = "peer", graph: bool = True, **more) -> Provider:
+    def timed(name: str, way: Callable, kind: str = "peer", **more) -> Provider:
         bind = partial(_with_backward, way) if gradients else lambda inputs: partial(way, inputs)
-        return Provider(name, bind, kind=kind, graph=graph, **more)
+        return Provider(name, bind, kind=kind, **more)
 
     found: list[Provider | Absent] = [timed(STOCK, stock_way, "stock")]
     if ops.backend_for(layer.x) == "triton":
@@ -157,10 +168,11 @@ def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> li
         found.append(timed("rope_dist", separate, "ours"))
     found.append(Provider("one product" + " each" * gradients, _products, kind="limit"))
     if options.wants(COMPILED):
-        found.append(timed(COMPILED, torch.compile(stock_way, dynamic=False)))
-    for name, make in (("Liger", _liger), (QUACK, _quack)):
-        if options.wants(name):
-            found.append(make(size, options, angles, gradients, timed))
+        found.append(timed(COMPILED, torch.compile(stock_way, dynamic=False), late=True))
+    if options.wants(LIGER):
+        found += _liger(size, options, angles, gradients, timed)
+    if options.wants(QUACK):
+        found.append(_quack(size, options, angles, gradients))
     return found
 
 
@@ -181,21 +193,31 @@ def _products(layer: Layer) -> Callable[[], object]:
     return lambda: (functional.linear(x, weight), grad @ weight, grad.T @ x)
 
 
-def _liger(size, options, angles, gradients, timed) -> Provider | Absent:
-    reason = unavailable("Liger", options)
+def _liger(
+    size: Size, options: Options, angles: Angles, gradients: bool, timed: Callable
+) -> list[Provider | Absent]:
+    reason = unavailable(LIGER, options)
     if reason:
-        return Absent("Liger", reason)
-    module = importlib.import_module(PEERS["Liger"].module)
+        return [Absent(LIGER, reason)]
+    peer = PEERS[LIGER]
+    module = importlib.import_module(peer.module)
 
-    def way(inputs: Layer):
+    def way(implementation: str | None, inputs: Layer):
         q, k, v = inputs.project(size.shape.head_dim)
-        q, k = module.liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *angles.stock)
-        return q.transpose(1, 2), k.transpose(1, 2), v
+        return *peer.rotate(module, q, k, angles, implementation)(), v
 
-    return timed("Liger", way)
+    triton, *others = liger_implementations()
+    found = {LIGER: triton}
+    if gradients:
+        # Without them these hand over to Triton's.
+        found |= {f"{LIGER}, {name}": name for name in others}
+    return [
+        timed(name, partial(way, chosen), late=True, labels=installed(peer.module) | kernel(chosen))
+        for name, chosen in found.items()
+    ]
 
 
-def _quack(size, options, angles, gradients, timed) -> Provider | Absent:
+def _quack(size: Size, options: Options, angles: Angles, gradients: bool) -> Provider | Absent:
     """quack's matrix product with the rotation in its epilogue: interleaved pairs, forward only."""
     if gradients:
         return Absent(QUACK, "its fused product has no backward pass")
@@ -207,17 +229,24 @@ def _quack(size, options, angles, gradients, timed) -> Provider | Absent:
     n_q, n_k, n_v = shape.widths
     frequencies = module.make_interleaved_inv_freq(angles.inv_freq, n_q + n_k, n_v)[None]
     positions = angles.positions.float()
-    joined: dict[int, torch.Tensor] = {}
 
-    def way(inputs: Layer):
-        weight = joined.setdefault(id(inputs), torch.cat(inputs.weights))
-        # Its search over tiles would take minutes: the default tile, and the table says so.
-        y = module.rope_posfreq_epi(inputs.x[0], weight.T, tuned=False, pos=positions, freq=frequencies)["D"]
-        return tuple(part.unflatten(-1, (-1, shape.head_dim))[None] for part in y.split(shape.widths, -1))
+    def bind(inputs: Layer):
+        # One weight, as a model that was made for this kernel has it.
+        weight = torch.cat(inputs.weights).T
+
+        def call():
+            # Its search over tiles would take minutes: the default tile, and the table says so.
+            y = module.rope_posfreq_epi(inputs.x[0], weight, tuned=False, pos=positions, freq=frequencies)[
+                "D"
+            ]
+            return tuple(part.unflatten(-1, (-1, shape.head_dim))[None] for part in y.split(shape.widths, -1))
+
+        return call
 
     tokens = checked_tokens(size.tokens, options.device)
     exact = partial(exact_forward, size, tokens, interleaved=True)
-    return timed(f"{QUACK}, default tile", way, exact=exact)
+    labels = installed(PEERS[QUACK].module)
+    return Provider(f"{QUACK}, default tile", bind, exact=exact, late=True, labels=labels)
 
 
 QUESTION = Question(

@@ -21,7 +21,7 @@ from rope_dist.files import write_text
 from rope_dist.info import info
 from rope_dist.version import __version__
 
-from .harness import BenchmarkError, Case, measure, require_memory
+from .harness import CUT_SHORT, BenchmarkError, Case, measure, require_memory
 from .shapes import DTYPES, SHAPES, Shape
 from .sources import RESULTS, ROOT, hashes
 
@@ -114,13 +114,10 @@ class Question:
         parser.add_argument("--models", nargs="+", metavar="NAME", help=f"of {', '.join(self.shapes)}")
         parser.add_argument("--lengths", nargs="+", type=int, metavar="TOKENS", help="tokens of each case")
         parser.add_argument("--dtypes", nargs="+", metavar="NAME", help=f"of {', '.join(DTYPES)}")
-        if self.peers:
-            parser.add_argument(
-                "--peers",
-                nargs="*",
-                metavar="NAME",
-                help=f"only these of {', '.join(self.peers)} (default: all that are installed)",
-            )
+        known = f"only these of {', '.join(self.peers)} (default: all that are installed)"
+        parser.add_argument(
+            "--peers", nargs="*", metavar="NAME", help=known if self.peers else "there are none here"
+        )
         parser.add_argument(
             "--seconds",
             type=float,
@@ -148,7 +145,7 @@ class Question:
             raise BenchmarkError(f"--seconds must be positive, got {seconds:g}")
         began = time.perf_counter()
         device = self._device(parsed.device)
-        peers = self._peers(getattr(parsed, "peers", None))
+        peers = self._peers(parsed.peers)
         options = Options(device, peers, parsed.quick, parsed)
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -176,6 +173,16 @@ class Question:
             "left_out": [],
         }
         print(_line(record), flush=True)
+        names = [case.name for case in cases]
+
+        def save(found: dict) -> None:
+            """Write also a case that is under way: a run that is cut short leaves what it measured."""
+            record["clocks"]["after"] = clocks(device)
+            record["took"] = round(time.perf_counter() - began, 1)
+            rest = [{"name": name, "reason": CUT_SHORT} for name in names[index + 1 :]]
+            so_far = {"cases": [*record["cases"], found], "left_out": [*record["left_out"], *rest]}
+            _write(folder, self.name, device, record | so_far)
+
         for index in range(len(cases)):
             # A case holds its model: let go of the one before.
             case, cases[index] = cases[index], None
@@ -184,18 +191,14 @@ class Question:
                 record["left_out"].append({"name": case.name, "reason": f"not begun within {seconds:g} s"})
                 continue
             try:
-                found = measure(case, device, seconds=max(left, 0) / (len(cases) - index))
+                found = measure(case, device, seconds=max(left, 0) / (len(cases) - index), save=save)
             except BenchmarkError as error:
                 if index == len(cases) - 1 and not record["cases"]:
                     raise
                 record["left_out"].append({"name": case.name, "reason": str(error)})
                 continue
             record["cases"].append(found)
-            print(f"\n{case.name}\n{table(found, self.unit)}", flush=True)
-            record["clocks"]["after"] = clocks(device)
-            record["took"] = round(time.perf_counter() - began, 1)
-            # Written each time: a run that is cut short leaves what it measured.
-            _write(folder, self.name, device, record)
+            print(f"\n{case.name}\n{table(found, self.unit, device.type == 'cuda')}", flush=True)
         for left_out in record["left_out"]:
             print(f"left out: {left_out['name']}: {left_out['reason']}")
         _write(folder, self.name, device, record)
@@ -243,7 +246,7 @@ class Question:
     def _peers(self, names: list[str] | None) -> tuple[str, ...] | None:
         for name in names or ():
             if name not in self.peers:
-                raise BenchmarkError(f"--peers: no {name!r}; there are {', '.join(self.peers)}")
+                raise BenchmarkError(f"--peers: no {name!r}; there are {', '.join(self.peers) or 'none'}")
         return None if names is None else tuple(names)
 
 
@@ -271,8 +274,12 @@ def _line(record: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in record["machine"].items())
 
 
-def table(case: dict, unit: str = "ms") -> str:
-    """One case for reading: providers fastest first, then limits, then who did not take part and why."""
+def table(case: dict, unit: str = "ms", peak: bool = False) -> str:
+    """One case for reading: providers fastest first, then limits, then who did not take part and why.
+
+    Args:
+        peak: with the peak of memory, which says something on a GPU.
+    """
     results = case["results"]
     limits = [name for name, r in results.items() if r["kind"] == "limit" and "seconds" in r]
     rows = []
@@ -285,12 +292,16 @@ def table(case: dict, unit: str = "ms") -> str:
                 " - ".join(figure(r["seconds"][p], unit, case.get("tokens")) for p in _ends(unit)),
                 f"{r['to stock']:.3f}" if "to stock" in r else "",
                 f"{r['limit share']:.0%}" if "limit share" in r else "",
-                f"{r['peak_bytes'] / 2**20:.0f}" if r.get("peak_bytes") is not None else "",
                 r["seconds"]["rounds"],
+                *(
+                    [f"{r['peak_bytes'] / 2**20:.0f}" if r.get("peak_bytes") is not None else ""]
+                    if peak
+                    else []
+                ),
             ]
         )
-    headers = ["", unit, "20 - 80 %", "time to stock", "of the limit", "peak, MiB", "rounds"]
-    align = ("left", *("right",) * 6)
+    headers = ["", unit, "20 - 80 %", "time to stock", "of the limit", "rounds"] + ["peak, MiB"] * peak
+    align = ("left", *("right",) * (len(headers) - 1))
     text = tabulate(rows, headers, disable_numparse=True, colalign=align) if rows else ""
     absent: dict[str, list[str]] = {}
     for name, r in results.items():

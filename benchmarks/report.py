@@ -11,6 +11,7 @@ measured are not those of this tree any more.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from .tables import (
     digest,
     draw,
     figures,
+    hardware,
     load,
     machine,
     markdown,
@@ -84,14 +86,39 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def machines() -> list[str]:
+    """In words, every machine that a result names; the longest first, since one may begin like another."""
+    found = set()
+    for path in RESULTS.glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        # The records of the quality study have a list of them.
+        several = [{"machine": m} for m in record.get("machines", ())]
+        found |= {hardware(r) for r in several or ([record] if "machine" in record else [])}
+    return sorted(found, key=len, reverse=True)
+
+
 def fill(text: str) -> str:
-    """``text`` with every marked table made anew; ``ValueError`` for a name that is not known."""
+    """``text`` with every marked table made anew; ``ValueError`` for a name that is not known.
+
+    A machine is named in full where it is another than that of the table before.
+    """
+    known, before = machines(), ""
+
+    def made(name: str) -> str:
+        nonlocal before
+        content = TABLES[name]()
+        here = [m for m in known if m in content]
+        if here == [before]:
+            return content.replace(before, "the same machine")
+        if here:
+            before = here[0] if len(here) == 1 else ""
+        return content
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in TABLES:
             raise ValueError(f"README.md marks an unknown table {name!r}; known: {', '.join(TABLES)}")
-        return f"<!-- table: {name} -->\n\n{TABLES[name]()}\n\n<!-- end -->"
+        return f"<!-- table: {name} -->\n\n{made(name)}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table: (?P<name>\S+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from rope_dist.plots import Curve, plot_curves
+from rope_dist.plots import Curve, mixed_with_white, plot_curves
 from rope_dist.timing import three_digits
 
 from .sources import RESULTS, ROOT, changed
@@ -51,13 +51,20 @@ def markdown(rows: list[list[str]], headers: list[str], text: int = 1) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)
 
 
+def hardware(record: dict[str, Any]) -> str:
+    """The machine and its versions in a few words."""
+    m, gpu = record["machine"], record.get("device") == "cuda"
+    versions = f"torch {m['torch']}, transformers {m['transformers']}" + (
+        f", Triton {m['triton']}" if gpu else ""
+    )
+    return f"{m['gpu'] if gpu else m['processor']}, {versions}"
+
+
 def machine(record: dict[str, Any]) -> str:
-    """The machine in a few words."""
-    m = record["machine"]
-    threads = f"{m['threads']} thread{'' if m['threads'] == '1' else 's'}"
-    where = m["gpu"] if record.get("device") == "cuda" else f"{m['processor']}, {threads}"
-    triton = f", Triton {m['triton']}" if record.get("device") == "cuda" else ""
-    return f"{where}, torch {m['torch']}, transformers {m['transformers']}{triton}"
+    """:func:`hardware`, on a CPU with the number of threads."""
+    threads = record["machine"]["threads"]
+    on = "" if record.get("device") == "cuda" else f"{threads} thread{'' if threads == '1' else 's'} on "
+    return on + hardware(record)
 
 
 def figures(question: str, device: str) -> str:
@@ -75,7 +82,7 @@ def figures(question: str, device: str) -> str:
 
 
 def case_table(record: dict[str, Any]) -> str:
-    """A row a case, a column a provider that was timed; medians."""
+    """A row a case, a column a provider that was timed: medians, times as fast as stock, and how near to the limit."""
     cases, unit = record["cases"], record["unit"]
     kinds: dict[str, str] = {}
     for case in cases:
@@ -85,7 +92,8 @@ def case_table(record: dict[str, Any]) -> str:
     order = {"stock": 0, "ours": 1, "peer": 2, "limit": 3}
     names = sorted(kinds, key=lambda name: order[kinds[name]])
     compared = [name for name in COMPARED[record["question"]] if name in kinds]
-    whole = unit == "tokens/s"
+    # On a CPU the process has the memory of a small case already, and its peak says nothing.
+    peaks = unit == "tokens/s" and record["device"] == "cuda"
     rows = []
     for case in sorted(cases, key=_place):
         results = case["results"]
@@ -98,14 +106,14 @@ def case_table(record: dict[str, Any]) -> str:
         for name in compared[-1:]:
             share = results.get(name, {}).get("limit share")
             row.append(f"{share:.2f}" if share else "")
-        if whole:
+        if peaks:
             row += [_peak(results.get(name, {})) for name in names if kinds[name] in ("stock", "ours")]
         rows.append(row)
     headers = ["", *(f"{name} (limit)" if kinds[name] == "limit" else name for name in names)]
     headers[1:2] = [f"{headers[1]}, {unit}"] if len(headers) > 1 else []
-    headers += [f"stock's time / {name}" for name in compared]
-    headers += [f"limit's time / {name}" for name in compared[-1:]]
-    if whole:
+    headers += [f"speedup, {name}" for name in compared]
+    headers += [f"share of the limit, {name}" for name in compared[-1:]]
+    if peaks:
         headers += [f"peak MiB, {name}" for name in names if kinds[name] in ("stock", "ours")]
     return markdown(rows, headers)
 
@@ -131,18 +139,24 @@ def footnote(record: dict[str, Any]) -> str:
     timed = [r["seconds"] for case in record["cases"] for r in case["results"].values() if "seconds" in r]
     apart = sorted((s["p80"] - s["p20"]) / s["p50"] for s in timed)
     text = (
-        f"`{record['command']}` at {record['commit'] or 'no commit'}: {machine(record)}. Medians of "
-        f"{min(s['rounds'] for s in timed)} to {max(s['rounds'] for s in timed)} interleaved rounds; the 20th and "
-        f"80th percentile of a half of them are within {apart[len(apart) // 2]:.0%} of the median."
+        f"`{record['command']}` at {record['commit'] or 'no commit'}; {machine(record)}. Medians of "
+        f"{min(s['rounds'] for s in timed)} to {max(s['rounds'] for s in timed)} interleaved rounds, median spread "
+        f"(p20-p80) {apart[len(apart) // 2]:.0%}."
         if timed
         else f"`{record['command']}`: nothing could be timed."
     )
     absent: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for case in record["cases"]:
         for name, result in case["results"].items():
+            if "seconds" in result and "package" in result:
+                kernel = f" ({result['implementation']})" if "implementation" in result else ""
+                versions.setdefault(name, result["package"] + kernel)
             for reason in REASONS:
                 if reason in result:
                     absent.setdefault(name, result[reason])
+    if versions:
+        text += f" Packages: {', '.join(f'{name}: {package}' for name, package in versions.items())}."
     if absent:
         reasons: dict[str, list[str]] = {}
         for name, reason in absent.items():
@@ -164,9 +178,14 @@ def stale(record: dict[str, Any]) -> str:
     return f" **Older than the code: {', '.join(f'`{f}`' for f in files[:3])}{more} changed since.**"
 
 
+DRAWING = 2
+"""Of pictures; another one makes those that are there out of date."""
+
+
 def digest(record: dict[str, Any]) -> str:
     """What a picture was made from, so that one of other figures is found."""
-    return hashlib.sha256(json.dumps(record["cases"], sort_keys=True).encode()).hexdigest()[:16]
+    made_from = [DRAWING, record["cases"], record.get("machine")]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def panels(record: dict[str, Any]) -> dict[str, list[Curve]]:
@@ -186,11 +205,67 @@ def panels(record: dict[str, Any]) -> dict[str, list[Curve]]:
             points.append((case["tokens"], *ends, result["kind"] == "limit"))
     return {
         title: [
-            Curve(name, *list(zip(*points, strict=True))[:4], points[0][4]) for name, points in curves.items()
+            Curve(
+                name + " (limit)" * points[0][4],
+                *list(zip(*points, strict=True))[:4],
+                points[0][4],
+                *style(name),
+            )
+            for name, points in curves.items()
         ]
         for title, curves in found.items()
         if any(len(points) > 1 for points in curves.values())
     }
+
+
+COLOURS = {
+    "rope_dist": "#1f77b4",
+    "Hugging Face": "#d62728",
+    "torch.compile": "#ff7f0e",
+    "Liger": "#2ca02c",
+    "flash-attn": "#9467bd",
+    "FlashInfer": "#8c564b",
+    "quack": "#e377c2",
+    "vLLM": "#bcbd22",
+    "Unsloth": "#17becf",
+    # Planning: the strategies.
+    "two candidates": "#1f77b4",
+    "four candidates": "#6baed6",
+    "six candidates": "#9ecae1",
+    "two candidates, float64": "#08519c",
+    "yarn": "#2ca02c",
+    "auto": "#d62728",
+    "refined": "#9467bd",
+}
+"""The same implementation has the same colour in every picture."""
+FORMS = {
+    "in place, no table": ("s", 0.35),
+    "new tensors": ("^", 0.55),
+    "native library": ("D", 0.2),
+    "eager": ("s", 0.4),
+    "flex_attention": ("^", 0.2),
+    "flash_attention_2": ("D", 0.3),
+    "flash-attn-4": ("v", 0.55),
+    "separate": ("s", 0.4),
+    "pointers": ("^", 0.2),
+    "descriptors": ("D", 0.3),
+    "decode": ("v", 0.5),
+    "with the cache write": ("P", 0.6),
+    "torch.compile": ("s", 0.4),
+}
+"""Of one implementation the variants: marker, and how far its colour is mixed with white."""
+
+
+def style(name: str) -> tuple[str | None, str]:
+    """Colour (None: any) and marker of an implementation."""
+    if name in COLOURS:
+        return COLOURS[name], "o"
+    base = next((known for known in COLOURS if name.startswith(known)), None)
+    rest = name[len(base) :] if base else ""
+    if name.startswith("torch.compile of"):  # of our model
+        base, rest = "rope_dist", "torch.compile"
+    marker, white = next((form for key, form in FORMS.items() if rest.endswith(key)), ("o", 0.0))
+    return base and mixed_with_white(COLOURS[base], white), marker
 
 
 def plot_path(question: str, device: str, record: dict[str, Any]) -> Path | None:
@@ -205,4 +280,12 @@ def plot_is_current(path: Path, record: dict[str, Any]) -> bool:
 
 def draw(path: Path, record: dict[str, Any]) -> None:
     """Write the picture of a record."""
-    plot_curves(panels(record), "tokens", record["unit"], path, note=digest(record))
+    better = "higher" if record["unit"] == "tokens/s" else "lower"
+    plot_curves(
+        panels(record),
+        "tokens",
+        f"median, {record['unit']} ({better} is better)",
+        path,
+        title=f"{TITLES[record['question']]}\n{machine(record)}",
+        note=digest(record),
+    )

@@ -82,3 +82,18 @@ def model_directory(letters, tmp_path):
     torch.manual_seed(0)
     LlamaForCausalLM(llama_config(num_hidden_layers=1)).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def bfloat16_attention():
+    """Skip where torch cannot attend in bfloat16.
+
+    With ATEN_CPU_CAPABILITY below what the processor has it still packs for AVX-512, unless oneDNN is held back too.
+    """
+    x = torch.zeros(1, 1, 128, 16, dtype=torch.bfloat16)
+    try:
+        torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    except RuntimeError as error:
+        pytest.skip(
+            f"torch: {error}: set ONEDNN_MAX_CPU_ISA with ATEN_CPU_CAPABILITY (AVX2, or SSE41 for default)"
+        )

@@ -13,7 +13,15 @@ from rope_dist.cli import main
 from rope_dist.evaluation import Record, describe, make_cases, make_variants, measure_passkey, passkey_tables
 from rope_dist.evaluation import passkey as passkey_module
 from rope_dist.evaluation.models import cache_option
-from rope_dist.evaluation.passkey import PromptReader, accuracy, answered_key, grids, passkey_prompt
+from rope_dist.evaluation.passkey import (
+    PromptReader,
+    Score,
+    accuracy,
+    answered_key,
+    grids,
+    passkey_prompt,
+    total,
+)
 
 LENGTHS = (900, 1500)
 
@@ -230,9 +238,15 @@ class TestRuns:
         assert set(grids([m for m in found if m["what"]["scoring"] == "decoys"])) == {"stock"}
         table = passkey_tables(found, trained_length=1000)
         assert re.search(r"stock, generate +900 +1500\*", table)
-        assert re.search(r"depth 0 +0 +0\n", table)
-        assert re.search(r"depth 1 +100 +100\n", table)
-        assert re.search(r"all depths +50 +50\n", table)
+        assert re.search(r"depth 0 +0/1 +0/1\n", table)
+        assert re.search(r"depth 1 +1/1 +1/1\n", table)
+        assert re.search(r"all depths +1/2 +1/2\n", table)
+
+    def test_a_few_prompts_are_counted_and_many_are_a_share(self):
+        assert [str(Score(2, n)) for n in (3, 19)] == ["2/3", "2/19"]
+        assert [str(Score(right, n)) for right, n in ((5, 20), (67, 100))] == ["25%", "67%"]
+        assert total([Score(1, 3), Score(3, 3)]) == Score(4, 6)
+        assert total([Score(1, 3), Score(3, 3)]).share == pytest.approx(2 / 3)
 
 
 class TestCommand:

@@ -56,7 +56,7 @@ def test_of_neighbours_is_the_least_of_all_chains():
     assert disturbed(tuple(chosen)) == pytest.approx(min(map(disturbed, chains)))
 
 
-def test_the_tuning_reads_and_goes_on(model_directory, tmp_path, monkeypatch, capsys):
+def test_the_tuning_reads_and_goes_on(bfloat16_attention, model_directory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "MODEL", str(model_directory))
     monkeypatch.setattr(tuning, "TEXT", "python")
     monkeypatch.setattr(tuning, "STRATEGIES", ("stock", "auto"))

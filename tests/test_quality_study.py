@@ -13,7 +13,7 @@ from rope_dist.evaluation import CORPORA
 
 
 @pytest.fixture
-def run(model_directory, tmp_path, monkeypatch, capsys):
+def run(model_directory, tmp_path, monkeypatch, capsys, bfloat16_attention):
     """The study on a small model that was trained to 64 tokens."""
     part = study.Part(128, ("python", "moby-dick"), 300, (400, 500), (0, 1), ("stock", "pi"))
     monkeypatch.setattr(study, "MODEL", str(model_directory))
@@ -111,8 +111,8 @@ class TestTables:
         table = summary.passkey_table({"measurements": finished + begun})
         assert "16384" not in table
         assert [[c.strip() for c in row.split("|")[1:-1]] for row in table.splitlines()[2:]] == [
-            ["stock", "50 / 0"],
-            ["pi", "100 / 100"],
+            ["stock", "1/2, 0/2"],
+            ["pi", "2/2, 2/2"],
         ]
 
     def test_a_missing_record_names_its_command(self, tmp_path):

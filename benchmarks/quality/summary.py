@@ -7,9 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
-from rope_dist.evaluation.passkey import accuracy
+from benchmarks.tables import machine, markdown
+from rope_dist.evaluation.passkey import scores, total
 from rope_dist.evaluation.perplexity import Bucket
 from rope_dist.evaluation.sweep import WIDTH, average_buckets
 from rope_dist.evaluation.variants import STOCK
@@ -76,7 +75,7 @@ def perplexity_table(record: dict[str, Any], tokens: int) -> str:
         spread = [f"{min(texts):.2f} - {max(texts):.2f}"] if several else []
         by_position = [f"{b.perplexity:.2f}" for b in buckets]
         rows.append([label, f"{overall:.2f}", f"{_past(buckets):.2f}", *spread, *by_position])
-    return _markdown(rows, headers)
+    return markdown(rows, headers)
 
 
 def where_others_lead(record: dict[str, Any], tokens: int, label: str = "auto") -> str:
@@ -117,7 +116,7 @@ def _past(buckets: list[Bucket]) -> float:
 
 
 def passkey_table(record: dict[str, Any]) -> str:
-    """A row a strategy, per length the share of right answers (generated / among decoys)."""
+    """A row a strategy, per length the right answers of all prompts (generated, among decoys)."""
     measurements = record["measurements"]
     labels = list(dict.fromkeys(m["what"]["variant"] for m in measurements))
     columns: dict[int, dict[str, str]] = {}
@@ -128,19 +127,14 @@ def passkey_table(record: dict[str, Any]) -> str:
             by_scoring = {s: [m for m in at if m["what"]["scoring"] == s] for s in ("generate", "decoys")}
             counts.add(tuple(len(chosen) for chosen in by_scoring.values()))
             if all(by_scoring.values()):
-                cells[label] = " / ".join(_percent(chosen) for chosen in by_scoring.values())
+                cells[label] = ", ".join(str(total(scores(m).values())) for m in by_scoring.values())
         # Every strategy has answered equally many prompts: the length is finished.
         if len(counts) == 1 and len(cells) == len(labels):
             columns[length] = cells
     if not columns:
         return ""
-    headers = ["passkey, %", *(f"{n}{'*' if n > TRAINED else ''}" for n in columns)]
-    return _markdown([[label, *(cells[label] for cells in columns.values())] for label in labels], headers)
-
-
-def _percent(measurements: list[dict[str, Any]]) -> str:
-    shares = accuracy(measurements).values()
-    return f"{100 * sum(shares) / len(shares):.0f}"
+    headers = ["passkeys found", *(f"{n}{'*' if n > TRAINED else ''}" for n in columns)]
+    return markdown([[label, *(cells[label] for cells in columns.values())] for label in labels], headers)
 
 
 def block(folder: Path) -> str:
@@ -163,16 +157,13 @@ def block(folder: Path) -> str:
     if table:
         decoys = next(len(m["what"]["decoys"]) for m in passkey["measurements"] if "decoys" in m["what"])
         parts.append(
-            f"Passkeys found: in the greedy continuation / likelier than each of {decoys} decoys (chance is "
-            f"{100 / (decoys + 1):.0f}):"
+            f"Passkeys found, of the prompts of a length: in the greedy continuation, and likelier than each of "
+            f"{decoys} decoys (by chance 1 in {decoys + 1}):"
         )
         parts.append(table)
     seeds = sorted({m["what"]["seed"] for m in passkey["measurements"]})
     machines = "; ".join(
-        dict.fromkeys(
-            f"{m['processor']}, threads: {m['threads']}, torch {m['torch']}, transformers {m['transformers']}"
-            for m in perplexity["machines"] + passkey["machines"]
-        )
+        dict.fromkeys(machine({"machine": m}) for m in perplexity["machines"] + passkey["machines"])
     )
     model = perplexity["model"]
     parts.append(
@@ -187,14 +178,9 @@ def tuning(folder: Path) -> str:
     """The README's table of what the constants of ``auto`` were chosen on."""
     record = load(folder, "tuning")
     tokens = 2 * TRAINED
-    model, machine = record["model"], record["machines"][0]
+    model = record["model"]
     return (
         f"{perplexity_table(record, tokens)}\n\n\\* past the {TRAINED} tokens that the model was trained on. "
-        f"`python -m benchmarks.quality.tuning`: {model['name']}, {model['dtype']}, {machine['processor']}, torch "
-        f"{machine['torch']}, transformers {machine['transformers']}."
+        f"`python -m benchmarks.quality.tuning`: {model['name']}, {model['dtype']}; "
+        f"{machine({'machine': record['machines'][0]})}."
     )
-
-
-def _markdown(rows: list[list[str]], headers: list[str]) -> str:
-    align = ("left", *("right",) * (len(headers) - 1))
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True, colalign=align)

@@ -11,10 +11,10 @@ import copy
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
@@ -354,38 +354,63 @@ def _ask(reader: PromptReader, prompt: str, case: Case, scoring: str, bar: Progr
     return {"correct": answered_key(answer) == case.key, "answer": answer}
 
 
-def accuracy(measurements: Sequence[Mapping[str, Any]]) -> dict[tuple[int, float], float]:
-    """Share of right answers for every ``(length, depth)``, from measurements of one variant and scoring."""
+class Score(NamedTuple):
+    """How many of the prompts were answered right; as text ``2/3``, and from 20 prompts on ``67%``."""
+
+    right: int
+    prompts: int
+
+    @property
+    def share(self) -> float:
+        """Accuracy, from 0 to 1."""
+        return self.right / self.prompts
+
+    def __str__(self) -> str:
+        # A percentage of a few prompts claims more than they say.
+        return f"{self.share:.0%}" if self.prompts >= 20 else f"{self.right}/{self.prompts}"
+
+
+def total(scores: Iterable[Score]) -> Score:
+    """The score of all their prompts together."""
+    scores = list(scores)
+    return Score(sum(s.right for s in scores), sum(s.prompts for s in scores))
+
+
+def scores(measurements: Sequence[Mapping[str, Any]]) -> dict[tuple[int, float], Score]:
+    """The score of every ``(length, depth)``, from measurements of one variant and scoring."""
     answers: dict[tuple[int, float], list[bool]] = {}
     for m in measurements:
         answers.setdefault((m["what"]["length"], m["what"]["depth"]), []).append(m["result"]["correct"])
-    return {cell: sum(correct) / len(correct) for cell, correct in sorted(answers.items())}
+    return {cell: Score(sum(correct), len(correct)) for cell, correct in sorted(answers.items())}
 
 
-def grids(measurements: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[int, float], float]]:
-    """:func:`accuracy` by title: the variant, and the scoring where there are several."""
+def accuracy(measurements: Sequence[Mapping[str, Any]]) -> dict[tuple[int, float], float]:
+    """Share of right answers for every ``(length, depth)``, from measurements of one variant and scoring."""
+    return {cell: score.share for cell, score in scores(measurements).items()}
+
+
+def grids(measurements: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple[int, float], Score]]:
+    """:func:`scores` by title: the variant, and the scoring where there are several."""
     scorings = {m["what"]["scoring"] for m in measurements}
     sorted_out: dict[str, list[Mapping[str, Any]]] = {}
     for m in measurements:
         suffix = f", {m['what']['scoring']}" if len(scorings) > 1 else ""
         sorted_out.setdefault(m["what"]["variant"] + suffix, []).append(m)
-    return {title: accuracy(chosen) for title, chosen in sorted_out.items()}
+    return {title: scores(chosen) for title, chosen in sorted_out.items()}
 
 
 def passkey_tables(measurements: Sequence[Mapping[str, Any]], trained_length: int) -> str:
-    """Accuracy in per cent: a table a variant and scoring, a row a depth, a column a length."""
+    """Right answers of all prompts: a table a variant and scoring, a row a depth, a column a length."""
     parts = []
     for title, cells in grids(measurements).items():
         lengths = sorted({length for length, _ in cells})
         depths = sorted({depth for _, depth in cells})
         headers = [title, *(f"{n}{'*' if n > trained_length else ''}" for n in lengths)]
-        rows = [[f"depth {d:g}", *(_percent(cells.get((n, d))) for n in lengths)] for d in depths]
-        means = [[v for (n, _), v in cells.items() if n == length] for length in lengths]
-        rows.append(["all depths", *(_percent(sum(m) / len(m)) for m in means)])
+        rows = [[f"depth {d:g}", *(str(cells.get((n, d), "")) for n in lengths)] for d in depths]
+        columns = [[v for (n, _), v in cells.items() if n == length] for length in lengths]
+        rows.append(["all depths", *(str(total(column)) for column in columns)])
         align = ("left", *("right",) * len(lengths))
         parts.append(tabulate(rows, headers, disable_numparse=True, colalign=align))
-    return "\n\n".join([*parts, f"right answers, %; * past the {trained_length} tokens of the training"])
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f}"
+    return "\n\n".join(
+        [*parts, f"right answers of all prompts; * past the {trained_length} tokens of the training"]
+    )
