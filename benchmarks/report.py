@@ -44,19 +44,18 @@ def perplexity() -> str:
     """Perplexity by position of the demonstration."""
     result = load("demo.json")
     trained = result["trained_length"]
-    first = result["readings"][0]["by_position"]
-    marked = [f"{b['start']}-{b['end']}{'*' if b['start'] >= trained else ''}" for b in first]
+    parts = result["by_position"]
+    marked = [f"{p['start']}-{p['end']}{'*' if p['start'] >= trained else ''}" for p in parts]
     rows = [
-        [r["label"], f"{r['perplexity']:.2f}", *(f"{b['perplexity']:.2f}" for b in r["by_position"])]
-        for r in result["readings"]
+        [r["label"], *(f"{p['perplexity'][r['label']]:.2f}" for p in parts)] for r in result["readings"]
     ]
-    table = markdown(rows, ["", "all", *marked])
+    table = markdown(rows, ["", *marked])
     step = result["rotary_step_seconds"]
     return (
         f"{table}\n\n\\* past the {trained} tokens the model was trained on; every extension is to "
         f"{result['target_length']}, without training. {result['tokens']} tokens of {result['text']}; "
-        f"{machine(result)}. In the same run the rotary step of a layer took "
-        f"{step['rope_dist'] / step['stock']:.2f} of stock's time."
+        f"{machine(result)}. In the same run this package's rotary step of a layer was "
+        f"{step['stock'] / step['rope_dist']:.1f} times as fast as stock's."
     )
 
 
