@@ -1,0 +1,3 @@
+"""Defaults that the library and the command line share; nothing here needs torch."""
+
+DEFAULT_STRATEGY = "auto"
