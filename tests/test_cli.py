@@ -1,7 +1,11 @@
 """The command line: what it prints, and one line with exit code 2 for bad input."""
 
+import inspect
 import json
+import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -9,8 +13,17 @@ import pytest
 from conftest import llama_config
 
 import rope_dist
-from rope_dist.cli import main
+from rope_dist import defaults
+from rope_dist.cli import _parser, main
 from rope_dist.comparison import COMPARED
+from rope_dist.defaults import DEFAULT_STRATEGY
+from rope_dist.presets import PRESETS
+from rope_dist.strategies import STRATEGIES
+
+VERBS = (
+    *("plan", "compare", "export", "export hf", "export gguf", "export vllm", "verify"),
+    *("eval", "eval perplexity", "eval passkey", "eval tasks", "bench", "demo", "info"),
+)
 
 
 def run(capsys, *arguments):
@@ -32,8 +45,10 @@ def out(capsys):
 class TestPlan:
     def test_plain_numbers_as_json(self, out):
         numbers = ("--theta", 500000, "--head-dim", 128, "--original", 8192, "--target", 32768)
-        data = json.loads(out("plan", *numbers, "--json"))
-        made = rope_dist.plan(theta=500000.0, head_dim=128, original_length=8192, target_length=32768)
+        data = json.loads(out("plan", *numbers, "--strategy", "dprope", "--json"))
+        made = rope_dist.plan(
+            theta=500000.0, head_dim=128, original_length=8192, target_length=32768, strategy="dprope"
+        )
         assert rope_dist.RopePlan.from_dict(data) == made
         assert data["threshold"] == 2e-3
         assert len(data["factors"]) == 64
@@ -51,15 +66,17 @@ class TestPlan:
             (("--target", 16384, "--threshold", "2e-3"), 64),
             (("--target", 16384, "--threshold", "paper-4x"), 64),
             (("--target", 8192, "--set", "threshold=0"), 94),
-            (("--target", 8192, "--strategy", "pi"), 128),
         ],
     )
     def test_interpolated_dimensions(self, out, arguments, dims):
-        assert json.loads(out("plan", "llama2-7b", *arguments, "--json"))["interpolated_dims"] == dims
+        printed = out("plan", "llama2-7b", "--strategy", "dprope", *arguments, "--json")
+        assert json.loads(printed)["interpolated_dims"] == dims
 
     def test_n_and_threshold_pick_the_same(self, out):
         by_n, by_t = (
-            json.loads(out("plan", "llama2-7b", "--target", 8192, *knob, "--json"))["factors"]
+            json.loads(out("plan", "llama2-7b", "--strategy", "dprope", "--target", 8192, *knob, "--json"))[
+                "factors"
+            ]
             for knob in (("--interpolated-dims", 80), ("--threshold", "5e-4"))
         )
         assert by_n == by_t
@@ -69,17 +86,53 @@ class TestPlan:
         llama_config().save_pretrained(tmp_path)
         plan, plot = tmp_path / "plan.json", tmp_path / "plan.png"
         printed = out("plan", tmp_path, "--factor", 2, "-o", plan, "--plot", plot)
-        assert printed.startswith("RopePlan(dprope, 64 -> 128 (2x)")
-        assert rope_dist.RopePlan.load(plan) == rope_dist.plan(tmp_path, factor=2)
+        assert printed.startswith("RopePlan(auto, 64 -> 128 (2x)")
+        assert rope_dist.RopePlan.load(plan) == rope_dist.plan(tmp_path, factor=2, strategy="auto")
         assert plot.read_bytes().startswith(b"\x89PNG")
 
     def test_candidates(self, out):
-        data = json.loads(
-            out(
-                "plan", "llama2-7b", "--target", 8192, "--candidates", "extrapolation", "pi", "yarn", "--json"
-            )
-        )
+        candidates = ("--strategy", "dprope", "--candidates", "extrapolation", "pi", "yarn")
+        data = json.loads(out("plan", "llama2-7b", "--target", 8192, *candidates, "--json"))
         assert data["settings"]["candidates"] == ["extrapolation", "pi", "yarn"]
+
+    def test_a_plot_that_cannot_be_drawn_leaves_no_plan(self, capsys, tmp_path):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        output = ("-o", tmp_path / "plan.json", "--plot", tmp_path / "plan.xyz")
+        assert run(capsys, "plan", "llama2-7b", "--factor", 2, *output)[0] == 2
+        assert os.listdir(tmp_path) == []
+
+
+def auto_factors(scale):
+    """The factors of ``auto`` for LLaMA2 by README's formula: ``s ** x``, x from 0 at 64 periods to 1 at one."""
+    factors = []
+    for i in range(64):
+        periods = 4096 * 10000 ** (-i / 64) / (2 * math.pi)
+        factors.append(scale ** min(max(math.log(64 / periods) / math.log(64), 0), 1))
+    return factors
+
+
+class TestDefaultStrategy:
+    """The strategy that the README advises, wherever none is named."""
+
+    def test_plan(self, out):
+        data = json.loads(out("plan", "llama2-7b", "--factor", 2, "--json"))
+        assert data["strategy"] == "auto"
+        assert data["factors"] == pytest.approx(auto_factors(2), rel=1e-5)
+        assert data["attention_scaling"] == pytest.approx(math.sqrt(1 + math.log(2) / math.log(4096)))
+
+    def test_export(self, out, make_llama, tmp_path):
+        # The rotary embedding of LLaMA2, on a model that is small.
+        model = make_llama(head_dim=128, max_position_embeddings=4096)
+        model.save_pretrained(tmp_path / "model")
+        out("export", "hf", tmp_path / "model", "--factor", 2, "-o", tmp_path / "long")
+        config = json.loads((tmp_path / "long" / "config.json").read_text())
+        assert config["rope_dist"]["strategy"] == "auto"
+        assert config["rope_parameters"]["long_factor"] == pytest.approx(auto_factors(2), rel=1e-5)
+
+    def test_compare_and_eval_have_it_among_others(self):
+        assert {"dprope", "auto"} < set(COMPARED)
+        assert DEFAULT_STRATEGY in defaults.EVALUATED_STRATEGIES
+        assert DEFAULT_STRATEGY in defaults.QUICK_STRATEGIES
 
 
 class TestCompare:
@@ -124,34 +177,288 @@ class TestCompare:
         assert "<svg" in (tmp_path / "c.svg").read_text()
         assert os.listdir(tmp_path) == ["c.svg"]
 
+    def test_a_disturbance_that_means_more_than_its_size_is_explained(self, out):
+        text = out("compare", "llama2-7b", "--target", 16384, "--strategies", "pi", "auto")
+        # 90.54 * 64 = 3612.6 + 63 * 34.63, and 2 pi * 10000 ** (21 / 64) * 4 ** 0.16857 is a period of 163.0 tokens.
+        assert (
+            "auto, 16384: pair 21 has 3612.62, 360 -> 267 intervals; the mean of the others is 34.63" in text
+        )
+        assert "pi, 16384" not in text
+        assert "Pairs above" not in out(
+            "compare", "llama2-7b", "--target", 8192, "--strategies", "pi", "auto"
+        )
+
 
 NUMBERS = ("plan", "--theta", "10000", "--head-dim", "128", "--original", "4096")
+LLAMA = ("plan", "llama2-7b", "--target", "8192")
+DPROPE = (*LLAMA, "--strategy", "dprope")
+
+AT_ONCE = [
+    ((), 0, "usage: rope-dist"),
+    (("--version",), 0, f"rope-dist {rope_dist.__version__}"),
+    *(((*verb.split(), "--help"), 0, f"usage: rope-dist {verb}") for verb in VERBS),
+    (("fly",), 2, "unknown command 'fly'; known: plan, compare"),
+    (("paln",), 2, "unknown command 'paln', did you mean plan?"),
+    (("eval",), 2, "perplexity|passkey|tasks"),
+    (("eval", "tasks"), 2, "--tasks"),
+    (("eval", "passkey", "--scoring", "luck"), 2, "known: generate, decoys"),
+    (("eval", "passkey", "--depths", "1.5"), 2, "from 0 to 1"),
+    (("eval", "perplexity", "--target", "9000", "--factor", "2"), 2, "not allowed with"),
+    (("eval", "perplexity", "--strategies", "yran"), 2, "unknown strategy 'yran', did you mean yarn?"),
+    (("eval", "perplexity", "--strategies", "yarn:betafast=3"), 2, "yarn has no setting 'betafast'"),
+    (
+        ("eval", "perplexity", "--strategies", "yarn:target_length=5"),
+        2,
+        "yarn has no setting 'target_length'",
+    ),
+    (("eval", "perplexity", "--strategies", "dprope:threshold"), 2, "not KEY=VALUE"),
+    (("eval", "perplexity", "--strategies", "none.json"), 2, "cannot read none.json: No such file"),
+    (("eval", "perplexity", "--text", "pyhton"), 2, "did you mean python?"),
+    (("eval", "perplexity", "--model", "smollm-135m"), 2, "did you mean smollm2-135m?"),
+    (
+        ("eval", "perplexity", "--model", "llama2-7b"),
+        2,
+        "give a directory or the hub id meta-llama/Llama-2-7b-hf",
+    ),
+    (("plan", "llama2-7b"), 2, "--target --factor"),
+    (("plan", "llama2-7b", "--target", "8192", "--factor", "2"), 2, "not allowed with"),
+    *(
+        (("plan", "llama2-7b", "--factor", value), 2, message)
+        for value, message in {
+            "0": "at least 1",
+            "-1": "at least 1",
+            "0.5": "at least 1",
+            "nan": "finite",
+            "inf": "finite",
+            "1e400": "finite",
+            "x": "must be a number",
+            "": "must be a number",
+        }.items()
+    ),
+    *(
+        (("plan", "llama2-7b", "--target", value), 2, message)
+        for value, message in {
+            "x": "whole number",
+            "8192.5": "whole number",
+            "-8192": "at least 2",
+            "1": "at least 2",
+            "9" * 30: "below 2^63",
+            "9" * 9999: "whole number",
+        }.items()
+    ),
+    ((*LLAMA, "--strategy", "yran"), 2, "unknown strategy 'yran', did you mean yarn?"),
+    ((*LLAMA, "--strategy", "magic"), 2, "unknown strategy 'magic'; known: extrapolation"),
+    (("plan", "lama2-7b", "--target", "8192"), 2, "unknown model 'lama2-7b', did you mean llama2-7b?"),
+    (("plan", "", "--target", "8192"), 2, "unknown model ''"),
+    (("plan", "./nowhere", "--target", "8192"), 2, "no such file or directory: ./nowhere"),
+    (("plan", "a/b/c", "--target", "8192"), 2, "no such file or directory: a/b/c"),
+    (("plan", "x" * 5000, "--target", "8192"), 2, "unknown model 'xxx"),
+    (("info", "lama2-7b"), 2, "did you mean llama2-7b?"),
+    (("plan", "llama2-7b", "--theta", "3", "--target", "8192"), 2, "not both: --theta"),
+    (("plan", "--head-dim", "128", "--target", "99"), 2, "missing: --theta, --original"),
+    (("plan", "--theta", "1e4", "--head-dim", "127", "--original", "64", "--target", "99"), 2, "even"),
+    (("plan", "--theta", "1", "--head-dim", "128", "--original", "64", "--target", "99"), 2, "above 1"),
+    ((*LLAMA, "--intervals", "1"), 2, "at least 2"),
+    ((*LLAMA, "--divergence", "kl"), 2, "known: pretrained-extended"),
+    ((*DPROPE, "--threshold", "some"), 2, "paper-2x, paper-4x"),
+    ((*DPROPE, "--threshold", "-1"), 2, "at least 0"),
+    ((*DPROPE, "--threshold", "0", "--interpolated-dims", "80"), 2, "not both"),
+    ((*DPROPE, "--threshold", "0", "--set", "threshold=1"), 2, "threshold is given twice"),
+    ((*DPROPE, "--candidates", "pi", "yran"), 2, "did you mean yarn?"),
+    ((*DPROPE, "--set", 'candidates=["pi", "yran"]'), 2, "did you mean yarn?"),
+    ((*LLAMA, "--threshold", "0"), 2, "the strategy is auto: give --strategy dprope"),
+    ((*LLAMA, "--set", "threshold"), 2, "not KEY=VALUE"),
+    ((*LLAMA, "--set", "beta_fast=16"), 2, "auto has no setting 'beta_fast'; it has fast_turns"),
+    ((*LLAMA, "--strategy", "pi", "--set", "beta_fast=16"), 2, "pi has no setting 'beta_fast'; it has none"),
+    *(
+        (
+            (*LLAMA, "--strategy", "yarn", "--set", f"beta_fast={value}"),
+            2,
+            "beta_fast of yarn must be a number",
+        )
+        for value in ("abc", "null", "[1]", "true", "NaN", "1e400", "1" + "0" * 400, "{}", "", "[" * 99999)
+    ),
+    ((*LLAMA, "--strategy", "yarn", "--set", "truncate=1"), 2, "truncate of yarn must be true or false"),
+    (
+        (*LLAMA, "--strategy", "longrope", "--set", "factors=2"),
+        2,
+        "factors of longrope must be a list of numbers",
+    ),
+    ((*LLAMA, "--strategy", "longrope", "--set", "factors=[NaN]"), 2, "must be a list of numbers"),
+    *(
+        ((*LLAMA, "--strategy", strategy, "--set", f"{name}=5"), 2, message)
+        for strategy in ("yarn", "dprope")
+        for name, message in {
+            "target_length": "has no setting 'target_length'",
+            "theta": "has no setting 'theta'",
+            "rope": "has no setting 'rope'",
+            "source": "has no setting 'source'",
+            "strategy": "has no setting 'strategy'",
+            "intervals": "give --intervals",
+        }.items()
+    ),
+    ((*LLAMA, "-o", "/nowhere/plan.json"), 2, "there is no directory /nowhere"),
+    ((*LLAMA, "-o", "/"), 2, "it is a directory"),
+    (("compare", "llama2-7b"), 2, "--target"),
+    (("compare", "llama2-7b", "--target", "8192", "--strategies", "magic"), 2, "unknown strategy"),
+    (("compare", "llama2-7b", "--target", "8192", "--divergence", "kl"), 2, "pretrained-extended"),
+    (("demo", "--tokens", "1"), 2, "at least 2"),
+    (("demo", "--text", "no-such-text"), 2, "unknown text 'no-such-text'; known: python"),
+    (("bench", "--seconds", "0"), 2, "above 0"),
+    (("bench", "--tokens", "0"), 2, "at least 1"),
+    (("export", "hf", "."), 2, "--output"),
+    (("export", "hf", ".", "--factor", "2"), 2, "--output"),
+    (("export", "hf", ".", "--plan", "none.json", "-o", "x"), 2, "cannot read none.json: No such file"),
+    (("export", "hf", ".", "--plan", "/", "-o", "x"), 2, "cannot read /: Is a directory"),
+    (("export", "hf", ".", "--factor", "2", "-o", "x", "--engine", "vlm"), 2, "did you mean vllm?"),
+    (("export", "vllm", "--factor", "2"), 2, "give a MODEL to plan from"),
+    (("export", "vllm", "--plan", __file__, "--strategy", "pi"), 2, "--strategy goes with"),
+    (("verify", "x", "--plan", "none.json"), 2, "cannot read none.json: No such file"),
+]
+
+# Runs every command line of standard input in one process in which importing these packages is an error.
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torch", "transformers", "numpy", "triton", "matplotlib"):
+            raise AssertionError(f"imports {name}")
+
+sys.meta_path.insert(0, Refuse())
+from rope_dist.cli import main
+
+results = []
+for arguments in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as ended:
+            code = ended.code
+        except AssertionError as refused:
+            code, _ = None, err.write(str(refused))
+    results.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def without_torch():
+    """(exit code, output, errors) of every command line of :data:`AT_ONCE`, run where torch cannot be imported."""
+    lines = [list(arguments) for arguments, *_ in AT_ONCE]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "index", range(len(AT_ONCE)), ids=lambda i: " ".join(AT_ONCE[i][0])[:60].strip() or "no arguments"
+)
+def test_help_and_bad_arguments_come_without_torch(without_torch, index):
+    (_, code, text), (found, out, error) = AT_ONCE[index], without_torch[index]
+    assert found == code, error
+    if code == 0:
+        assert text in out
+        assert error == ""
+    else:
+        assert text in error
+        assert error.count("\n") == 1
+        assert out == ""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_help_has_an_example_that_parses(without_torch, verb):
+    (index,) = (i for i, line in enumerate(AT_ONCE) if line[0] == (*verb.split(), "--help"))
+    examples = re.findall(r"^  rope-dist (.*)$", without_torch[index][1], re.MULTILINE)
+    assert examples
+    for example in examples:
+        arguments = shlex.split(example)
+        assert arguments[: len(verb.split())] == verb.split()
+        # Files of the examples are not here.
+        _parser().parse_args(
+            [__file__ if a in ("plan.json", "book.txt", "./my-model") else a for a in arguments]
+        )
+
+
+def test_it_starts_at_once():
+    code = "import sys, time; t = time.perf_counter(); from rope_dist.cli import main\ntry: main(['plan', '--help'])\n"
+    code += "except SystemExit: print('seconds', time.perf_counter() - t, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (
+        float(done.stderr.split()[1]) < 0.5
+    )  # 0.03 on a machine with nothing else to do; torch alone takes a second
+
+
+class TestNames:
+    """The names that the parsers have without torch are those of the objects."""
+
+    def test_strategies_and_their_settings(self):
+        assert tuple(STRATEGIES) == defaults.STRATEGY_NAMES
+        for name, function in STRATEGIES.items():
+            parameters = inspect.signature(function).parameters
+            settings = set(parameters) - {"rope", "target_length", "intervals", "divergence", "dtype"}
+            assert set(defaults.STRATEGY_SETTINGS[name]) == settings, name
+
+    @pytest.mark.parametrize("strategy", defaults.STRATEGY_NAMES)
+    def test_every_setting_takes_its_own_default_and_kind(self, strategy):
+        from rope_dist.cli.values import check_setting
+
+        parameters = inspect.signature(STRATEGIES[strategy]).parameters
+        for name in defaults.STRATEGY_SETTINGS[strategy]:
+            default = parameters[name].default
+            if default is not None:
+                check_setting(strategy, name, list(default) if isinstance(default, tuple) else default)
+
+    def test_presets(self):
+        assert {name: preset.repository for name, preset in PRESETS.items()} == {
+            name: repository for name, (repository, _) in defaults.PRESETS.items()
+        }
+
+    def test_the_measure(self):
+        from rope_dist.distribution import DEFAULT_INTERVALS, DIVERGENCES
+        from rope_dist.strategies import DPROPE_THRESHOLDS
+
+        assert defaults.INTERVALS == DEFAULT_INTERVALS
+        assert defaults.DIVERGENCE_NAMES == DIVERGENCES
+        assert tuple(DPROPE_THRESHOLDS) == defaults.THRESHOLD_NAMES
+
+    def test_engines_texts_models_and_tasks(self):
+        from rope_dist.evaluation import CORPORA, PACKAGED_MODELS, STOCK, TASK_SETS, passkey, sweep
+        from rope_dist.export import ENGINES
+
+        assert tuple(ENGINES) == defaults.ENGINE_NAMES
+        assert tuple(CORPORA) == defaults.CORPUS_NAMES
+        assert tuple(PACKAGED_MODELS) == defaults.PACKAGED_MODEL_NAMES
+        assert tuple(TASK_SETS) == defaults.TASK_SET_NAMES
+        assert defaults.METHODS == sweep.METHODS
+        assert (defaults.SCORINGS, defaults.DEPTHS) == (passkey.SCORINGS, passkey.DEPTHS)
+        assert set(defaults.EVALUATED_STRATEGIES) <= {STOCK, *STRATEGIES}
+
+    def test_demo(self):
+        from rope_dist import demo
+
+        assert demo.STRATEGIES == defaults.EVALUATED_STRATEGIES
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((*NUMBERS, "--target", "4095"), "below the original length"),
-        ((*NUMBERS, "--factor", "0"), "factor must be a positive number"),
-        ((*NUMBERS, "--factor", "nan"), "factor must be a positive number"),
+        ((*NUMBERS, "--target", "8192", "--strategy", "longrope", "--set", "factors=[1, 2]"), "64 numbers"),
         (
-            (*NUMBERS, "--target", "8192", "--strategy", "magic"),
-            "unknown strategy 'magic'; known: extrapolation",
+            (*NUMBERS, "--target", "8192", "--strategy", "yarn", "--set", "beta_fast=-1"),
+            "beta_fast > beta_slow",
         ),
-        ((*NUMBERS, "--target", "8192", "--threshold", "0", "--interpolated-dims", "80"), "not both"),
-        ((*NUMBERS, "--target", "8192", "--intervals", "1"), "intervals"),
-        ((*NUMBERS, "--target", "8192", "--threshold", "some"), "paper-2x, paper-4x"),
-        ((*NUMBERS, "--target", "8192", "--strategy", "longrope", "--set", "factors=[NaN]"), "64 numbers"),
-        ((*NUMBERS, "--target", "8192", "-o", "/nowhere/plan.json"), "No such file or directory"),
         ((*NUMBERS, "--target", "8192", "--plot", "plan.xyz"), "ending must be one of"),
-        (("plan", "--theta", "1e4", "--head-dim", "127", "--original", "64", "--target", "99"), "even"),
-        (("plan", "--head-dim", "128", "--target", "99"), "missing: theta, original_length"),
-        (("plan", "llama2-8b", "--target", "8192"), "unknown model 'llama2-8b'"),
-        (("plan", "llama2-7b", "--theta", "3", "--target", "8192"), "not both"),
         (("compare", "llama2-7b", "--target", "100"), "below the original length"),
-        (("compare", "llama2-7b", "--target", "8192", "--strategies", "magic"), "unknown strategy"),
-        (("demo", "--tokens", "1"), "tokens must be at least 2"),
-        (("demo", "--text", "no-such-text", "-o", "OUT"), "neither a text file nor a corpus"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
@@ -162,33 +469,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     assert code == 2
     assert message in error
     assert error.count("\n") == 1
-    assert not list(tmp_path.glob("*.json"))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        (),
-        ("plan", "llama2-7b"),
-        ("plan", "llama2-7b", "--target", "x"),
-        ("plan", "llama2-7b", "--target", "8192", "--factor", "2"),
-        ("plan", "llama2-7b", "--target", "8192", "--set", "threshold"),
-        ("compare", "llama2-7b"),
-        ("compare", "llama2-7b", "--target", "8192", "--divergence", "kl"),
-        ("eval",),
-        ("eval", "tasks"),
-        ("eval", "passkey", "--scoring", "luck"),
-        ("eval", "perplexity", "--target", "9000", "--factor", "2"),
-        ("fly",),
-    ],
-)
-def test_bad_usage_is_one_line_and_exit_code_2(capsys, arguments):
-    with pytest.raises(SystemExit) as exit_:
-        main(arguments)
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "--help" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_closed_pipe_is_no_error():
@@ -217,7 +498,61 @@ def test_info_lists_what_was_measured(out, tmp_path, monkeypatch):
     from rope_dist.ops import tuning
 
     monkeypatch.setenv("ROPE_DIST_CACHE", str(tmp_path))
-    assert "nothing yet" in out("info")
+    assert f"nothing yet: the first call on a GPU measures, and keeps the result in {tmp_path}" in out("info")
     problem = tuning.Problem("Some GPU", "bfloat16", 8192, 4096, (4096, 1024, 1024), 128, 128, "bias")
     tuning.choices().put(problem, {"separate": 2.0, "descriptors": 1.5})
     assert "descriptors (separate 2 ms, descriptors 1.5 ms)" in out("info")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_info_takes_presets(out, preset):
+    data = json.loads(out("info", preset, "--json"))[preset]
+    rope = PRESETS[preset].rope
+    assert data["repository"] == PRESETS[preset].repository
+    assert (
+        f"theta {rope.theta:g}, head_dim {rope.rotary_dim}, {rope.length} tokens" in data["rotary embedding"]
+    )
+    layers = next(value for key, value in data.items() if key.startswith("bfloat16 on"))
+    assert layers.startswith("model.layers.0.self_attn: ")
+    assert "not enabled" not in layers
+
+
+def test_info_takes_the_composite_models_that_enable_takes(out, tmp_path):
+    from transformers import CLIPVisionConfig, LlavaConfig
+
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlavaConfig(text_config=llama_config().to_dict(), vision_config=vision.to_dict()).save_pretrained(
+        tmp_path
+    )
+    assert "model.language_model.layers.0.self_attn to model.language_model.layers.1.self_attn" in out(
+        "info", tmp_path
+    )
+
+
+def test_a_model_without_a_tokenizer_is_refused_with_the_reason(capsys, llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    capsys.readouterr()
+    code, _, error = run(capsys, "eval", "perplexity", "--model", tmp_path, "-o", tmp_path / "out")
+    assert code == 2
+    assert "has no tokenizer that can be loaded" in error
+    assert not error.rstrip().endswith((":", "from one of"))
+    assert error.count("\n") == 1
+    assert len(error) < 1000
+
+
+def test_a_long_message_of_another_library_is_cut_after_a_sentence():
+    from rope_dist.messages import LONGEST, one_line
+
+    listing = "Unrecognized configuration class LlavaConfig. " + "Model type should be one of\n" + "X, " * 900
+    assert one_line(ValueError(listing)) == "Unrecognized configuration class LlavaConfig."
+    dump = one_line(ValueError("0.5" * 900))
+    assert dump.startswith("0.50.50.5")
+    assert dump.endswith(" ...")
+    assert len(dump) <= LONGEST
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(ValueError()) == "ValueError"
+    assert (
+        one_line(FileNotFoundError(2, "No such file or directory", "x.json")) == "No such file or directory"
+    )

@@ -11,6 +11,7 @@ it turns at ``theta_i / f_i`` radians a token after the extension. ``s`` is alwa
 
 from __future__ import annotations
 
+from ..messages import unknown
 from .auto import auto
 from .base import (
     PretrainedRope,
@@ -64,8 +65,8 @@ __all__ = [
 
 
 def get_strategy(name: str) -> Strategy:
-    """The strategy of that name; ``ValueError`` naming the known ones otherwise."""
+    """The strategy of that name; ``ValueError`` with the nearest and all known ones otherwise."""
     try:
         return STRATEGIES[name]
     except KeyError:
-        raise ValueError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}") from None
+        raise ValueError(unknown("strategy", str(name), STRATEGIES)) from None
