@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own hides that the disk is full.
+        if message and file is not None:
+            file.write(message)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -75,6 +81,9 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str]) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal cannot print is printed in escapes, as Python does for errors.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     if not arguments:
         parser.print_help()
@@ -91,7 +100,8 @@ def _run(arguments: Sequence[str]) -> None:
 
 def _complain(message: str) -> None:
     if sys.stderr is not None:
-        print(f"rope-dist: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"rope-dist: {message}", file=sys.stderr)
 
 
 def _flush() -> None:

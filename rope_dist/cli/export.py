@@ -66,7 +66,7 @@ def add(verbs: Any) -> None:
         metavar="MODEL",
         nargs="?",
         type=values.model,
-        help="what to plan from, without --plan: a preset, a directory or a hub id",
+        help="what to plan from and to check: a preset, a directory or a hub id (may be left out with --plan)",
     )
     _add_plan(vllm)
     vllm.set_defaults(run=_vllm, check=_check)

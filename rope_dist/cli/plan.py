@@ -102,7 +102,7 @@ def _run(parsed: argparse.Namespace) -> None:
         target_length=parsed.target,
         factor=parsed.factor,
         strategy=parsed.strategy,
-        **parsed.settings,
+        settings=parsed.settings,
         **numbers(parsed),
     )
     if parsed.plot:
