@@ -23,6 +23,9 @@ DIVERGENCES: tuple[str, ...] = get_args(Divergence)
 DEFAULT_INTERVALS = 360
 """Intervals of ``[0, 2*pi)``; the paper tried 90, 180, 360 and 720 and found 360 best."""
 
+MAX_INTERVALS = 100_000
+"""A pair has as many counts; more intervals than positions measure nothing."""
+
 DEFAULT_SMOOTHING = torch.finfo(torch.float16).tiny
 """What every interval's count starts at (6.1e-05 positions), as in the authors' code: it keeps the
 logarithm of an interval that no position visits finite."""
@@ -33,9 +36,12 @@ _POSITIONS_AT_ONCE = 32768
 
 
 def check_intervals(intervals: int) -> int:
-    """Return ``intervals`` if it is a whole number of at least 2, else raise ``ValueError``."""
-    if isinstance(intervals, bool) or int(intervals) != intervals or intervals < 2:
-        raise ValueError(f"intervals must be a whole number of at least 2, got {intervals!r}")
+    """Return ``intervals`` if it is a whole number of 2 to ``MAX_INTERVALS``, else raise ``ValueError``."""
+    number = isinstance(intervals, (int, float)) and not isinstance(intervals, bool)
+    if not number or not 2 <= intervals <= MAX_INTERVALS or int(intervals) != intervals:
+        raise ValueError(
+            f"intervals must be a whole number of at least 2 and at most {MAX_INTERVALS}, got {intervals!r:.80}"
+        )
     return int(intervals)
 
 
@@ -81,17 +87,22 @@ def rotary_angle_distribution(
         raise ValueError("inv_freq must hold finite positive numbers only")
     if length < 1:
         raise ValueError(f"length must be at least 1 position, got {length}")
-    if not (math.isfinite(smoothing) and smoothing >= 0):
-        raise ValueError(f"smoothing must be a finite number of at least 0, got {smoothing}")
+    if (
+        isinstance(smoothing, bool)
+        or not isinstance(smoothing, (int, float))
+        or not 0 <= smoothing < math.inf
+    ):
+        raise ValueError(f"smoothing must be a finite number of at least 0, got {smoothing!r}")
 
     inv_freq = inv_freq.detach().to(device="cpu", dtype=dtype)
     pairs = inv_freq.numel()
-    row = torch.arange(0, pairs * intervals, intervals, dtype=torch.int32)[:, None]
-    counts = torch.zeros(pairs * intervals, dtype=torch.int64)
+    row = torch.arange(0, pairs * intervals, intervals, dtype=torch.int32, device="cpu")[:, None]
+    counts = torch.zeros(pairs * intervals, dtype=torch.int64, device="cpu")
     per_radian = intervals / (2 * math.pi)
     starts = range(0, length, _POSITIONS_AT_ONCE)
     for start in tqdm(starts, desc="rotary angles", delay=1.0, disable=None, leave=False):
-        positions = torch.arange(start, min(start + _POSITIONS_AT_ONCE, length), dtype=dtype)
+        end = min(start + _POSITIONS_AT_ONCE, length)
+        positions = torch.arange(start, end, dtype=dtype, device="cpu")
         angles = (inv_freq[:, None] * positions).remainder_(2 * math.pi)
         # An angle just under 2*pi can round up into interval b, which does not exist.
         interval = angles.mul_(per_radian).floor_().clamp_(max=intervals - 1)

@@ -11,8 +11,9 @@ import itertools
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +29,48 @@ from .distribution import (
     disturbances,
 )
 from .files import write_text
+from .model_config import (
+    EXTENDED_LAYERS,
+    GIVEN,
+    REFUSED,
+    ModelRope,
+    extended_parameters,
+    load_config,
+    pretrained_rope,
+    read_rope,
+    rope_parameters,
+)
 from .presets import PRESETS
 from .strategies import (
+    DEFAULT_STRATEGY,
+    MAX_LENGTH,
+    STRATEGIES,
     PretrainedRope,
     check_factors,
     check_length,
+    check_number,
     check_rotary_dim,
     default_inv_freq,
     get_strategy,
 )
+from .trained_length import recorded_extension
 from .version import __version__
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = [
+    "EXTENDED_LAYERS",
+    "REFUSED",
+    "RopePlan",
+    "check_plan",
+    "check_same_model",
+    "is_applied",
+    "load_config",
+    "plan",
+    "pretrained_rope",
+    "rope_parameters",
+]
 
 FORMAT = "rope_dist.plan"
 FORMAT_VERSION = 1
@@ -64,6 +94,8 @@ class RopePlan:
         intervals, divergence, dtype: how the disturbance was measured.
         base_factors: the trained model's own factors, or None for all ones.
         source: what the plan was made from (a preset, a path, a hub id), or None.
+        original_length_from: which keys of a config ``original_length`` comes from, or None.
+        notes: what to know before the plan is applied.
     """
 
     strategy: str
@@ -81,6 +113,8 @@ class RopePlan:
     dtype: str = "float32"
     base_factors: tuple[float, ...] | None = None
     source: str | None = field(default=None, compare=False)
+    original_length_from: str | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         check_rotary_dim(self.head_dim, "head_dim")
@@ -93,7 +127,7 @@ class RopePlan:
             raise ValueError(
                 f"the target length {self.target_length} is below the original length {self.original_length}"
             )
-        check_factors(torch.tensor(self.factors, dtype=torch.float64), rope.pairs)
+        check_factors(torch.tensor(self.factors, dtype=torch.float64, device="cpu"), rope.pairs)
         if len(self.disturbance_per_pair) != rope.pairs:
             raise ValueError(
                 f"disturbance_per_pair must be {rope.pairs} numbers, got {len(self.disturbance_per_pair)}"
@@ -119,7 +153,8 @@ class RopePlan:
     @property
     def inv_freq(self) -> torch.Tensor:
         """``[rotary_dim / 2]`` float32, radians a token; equals stock's bit for bit where factors are 1."""
-        return default_inv_freq(self.theta, self.rotary_dim, torch.tensor(self.factors, dtype=torch.float32))
+        factors = torch.tensor(self.factors, dtype=torch.float32, device="cpu")
+        return default_inv_freq(self.theta, self.rotary_dim, factors)
 
     @property
     def disturbance(self) -> float:
@@ -153,7 +188,7 @@ class RopePlan:
         return f"RopePlan({', '.join(parts)})"
 
     def summary(self) -> str:
-        """The plan as text: its ``repr``, then a row for each run of pairs that share a factor."""
+        """The plan as text: its ``repr``, notes, and a row for each run of pairs that share a factor."""
         base = self.base_factors or (1.0,) * len(self.factors)
         factors = [f / b for f, b in zip(self.factors, base, strict=True)]
         wavelengths = (2 * math.pi / self.pretrained.inv_freq.double()).tolist()
@@ -171,7 +206,10 @@ class RopePlan:
             )
         headers = ("pairs", "factor", "trained wavelength, tokens", "mean disturbance x 1e-3")
         table = tabulate(rows, headers, disable_numparse=True, colalign=("right",) * 4)
-        return f"{self!r}\n\n{table}"
+        notes = [f"note: {note}" for note in self.notes]
+        if self.original_length_from is not None:
+            notes.insert(0, f"trained length: {self.original_length} tokens ({self.original_length_from})")
+        return "\n\n".join([repr(self), *(["\n".join(notes)] if notes else []), table])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; :meth:`from_dict` gives an equal plan back."""
@@ -198,6 +236,8 @@ class RopePlan:
             "base_factors": None if self.base_factors is None else list(self.base_factors),
             "factors": list(self.factors),
             "inv_freq": self.inv_freq.tolist(),
+            "original_length_from": self.original_length_from,
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -226,6 +266,11 @@ class RopePlan:
             return tuple(float(v) for v in values)
 
         base = data.get("base_factors")
+        # Plans of earlier versions have no notes.
+        data = {"original_length_from": None, "notes": [], **data}
+        notes = get("notes", list)
+        if not all(isinstance(note, str) for note in notes):
+            raise ValueError('"notes" of the plan must be a list of texts')
         plan = cls(
             strategy=get("strategy", str),
             settings=dict(get("settings", dict)),
@@ -242,8 +287,10 @@ class RopePlan:
             dtype=get("dtype", str),
             base_factors=None if base is None else numbers("base_factors"),
             source=get("source", str, type(None)),
+            original_length_from=get("original_length_from", str, type(None)),
+            notes=tuple(notes),
         )
-        written = torch.tensor(numbers("inv_freq"), dtype=torch.float64)
+        written = torch.tensor(numbers("inv_freq"), dtype=torch.float64, device="cpu")
         if written.shape != plan.inv_freq.shape or not torch.allclose(
             written, plan.inv_freq.double(), rtol=1e-6, atol=0.0
         ):
@@ -271,156 +318,103 @@ class RopePlan:
     def config_overrides(self, config: PretrainedConfig | None = None) -> dict[str, Any]:
         """Entries of a transformers 5 config with which stock Hugging Face computes this plan's frequencies.
 
-        Where ``config``, the config to be changed, has rotary parameters per layer type, those of its full
-        attention are replaced and the others stay; where it leaves the head dimension open, it is written.
+        The rotary parameters become a ``longrope`` whose short and long factors are equal and whose attention factor
+        is written out: no engine has to choose between them or to derive a scaling. ``rope_dist`` records where the
+        factors came from.
 
-        A ``longrope`` whose short and long factors are equal and whose attention factor is written
-        out: no engine has to choose between them or to derive a scaling. ``rope_dist`` records where
-        the factors came from.
+        Args:
+            config: the config to be changed. What its rotary parameters say beside the frequencies stays
+                (``mrope_section``, ``llama_4_scaling_beta``, ``mscale_all_dim``), and so do those of other layer types;
+                lengths that it repeats under other names are raised, and a head dimension that it leaves open is
+                written. Of a model with parts the entries belong into the config of its language model. None: a LLaMA.
+
+        Raises:
+            ValueError: stock cannot compute the plan from ``config``.
         """
-        parameters: dict[str, Any] = {
-            "rope_type": "longrope",
-            "rope_theta": self.theta,
-            "factor": 1.0,
-            "attention_factor": float(self.attention_scaling),
-            "original_max_position_embeddings": self.target_length,
-            "short_factor": list(self.factors),
-            "long_factor": list(self.factors),
-        }
-        if self.rotary_dim != self.head_dim:
-            share = self.rotary_dim / self.head_dim
-            while int(self.head_dim * share) < self.rotary_dim:  # as readers truncate it, e.g. 30 of 44
-                share = math.nextafter(share, 1.0)
-            parameters["partial_rotary_factor"] = share
-        if config is not None and _layer_typed(config.rope_parameters):
-            parameters = {**config.rope_parameters, EXTENDED_LAYERS: parameters}
-        # Stock's longrope multiplies a head_dim that is there but None (Mixtral).
-        head_dim = {"head_dim": self.head_dim} if getattr(config, "head_dim", 0) is None else {}
+        entries = extended_parameters(
+            config,
+            theta=self.theta,
+            head_dim=self.head_dim,
+            rotary_dim=self.rotary_dim,
+            target_length=self.target_length,
+            factors=list(self.factors),
+            attention_scaling=self.attention_scaling,
+        )
+        original = self.original_length
+        if config is not None and self.original_length_from != GIVEN:
+            # Of an extension of an extension the first length is kept.
+            text = config.get_text_config(decoder=True)
+            if original == text.max_position_embeddings:
+                original = recorded_extension(text) or original
         return {
-            "max_position_embeddings": self.target_length,
-            "rope_parameters": parameters,
-            **head_dim,
+            **entries,
             "rope_dist": {
                 "version": __version__,
                 "strategy": self.strategy,
                 "settings": {k: v for k, v in self.settings.items() if k != "factors"},
-                "original_length": self.original_length,
+                "original_length": original,
                 "target_length": self.target_length,
                 "disturbance": self.disturbance,
             },
         }
 
 
-EXTENDED_LAYERS = "full_attention"
-"""The layers whose frequencies a plan is for, where a model has a rotary embedding per layer type (Gemma3, OLMo3).
-The others see a sliding window of positions, which does not grow with the text."""
+def check_same_model(
+    plan: RopePlan, rope: PretrainedRope, head_dim: int, *, any_length: bool = False
+) -> None:
+    """``ValueError`` if ``plan`` was made for another rotary embedding than ``rope``, with what differs.
 
+    Derived numbers are compared to float32's rounding: presets, configs and GGUF files compute them in their own ways.
 
-def _layer_typed(parameters: Mapping[str, Any]) -> bool:
-    return any(isinstance(value, Mapping) for value in parameters.values())
-
-
-def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
-    """The rotary parameters of a transformers 5 config that a plan extends: the only ones, or the full layers'."""
-    parameters = config.rope_parameters
-    return parameters[EXTENDED_LAYERS] if _layer_typed(parameters) else parameters
-
-
-def pretrained_rope(config: PretrainedConfig) -> tuple[PretrainedRope, int]:
-    """Read a model's rotary embedding from its ``transformers`` config.
-
-    Any static ``rope_type`` counts as what the model was trained with: its factors and attention
-    scaling become the starting point, computed by transformers' own functions.
-
-    Returns:
-        The embedding and the head dimension.
-
-    Raises:
-        ValueError: the config has no rotary embedding, several of which none is of full attention, or one
-            that changes with the length at run time (``dynamic``).
+    Args:
+        plan, rope, head_dim: what to compare.
+        any_length: do not compare the trained length, which a user may know better than a config.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = config.get_text_config(decoder=True)
-    name = type(config).__name__
-    parameters = getattr(config, "rope_parameters", None)
-    length = getattr(config, "max_position_embeddings", None)
-    if not parameters or length is None:
-        raise ValueError(f"{name} has no rotary embedding (no rope_parameters or max_position_embeddings)")
-    typed = _layer_typed(parameters)
-    if typed and EXTENDED_LAYERS not in parameters:
-        raise ValueError(
-            f"{name} has a rotary embedding per layer type ({', '.join(parameters)}), none of them "
-            f"{EXTENDED_LAYERS}; plan from plain numbers: theta, head_dim and original_length"
-        )
-    # transformers' functions take the type of layers where there are several.
-    options = {"layer_type": EXTENDED_LAYERS} if typed else {}
-    parameters = rope_parameters(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    check_rotary_dim(head_dim, "head_dim")
-    rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-    theta = float(parameters["rope_theta"])
-    kind = parameters.get("rope_type", "default")
-    plain = PretrainedRope(theta, rotary_dim, length)
-    if kind == "default":
-        return plain, head_dim
-    if kind == "longrope":
-        original = parameters.get("original_max_position_embeddings", length)
-        key = "long_factor" if length > original else "short_factor"
-        factors = torch.tensor(parameters[key], dtype=torch.float64)
-        _, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, **options)
-    elif kind in ("linear", "llama3", "yarn"):
-        inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config, **options)
-        factors = (plain.inv_freq.double() / inv_freq.double()).float().double()
-        if kind == "yarn":
-            # A YaRN config may keep the length before YaRN; what it can read is factor times that.
-            original = parameters.get("original_max_position_embeddings", length)
-            length = max(length, round(parameters["factor"] * original))
-    else:
-        raise ValueError(
-            f"the rope_type {kind!r} of {name} has no fixed frequencies to extend; "
-            "plan from plain numbers (theta, head_dim, original_length) or change the config to default"
-        )
-    return PretrainedRope(
-        theta, rotary_dim, length, tuple(factors.tolist()), float(attention_scaling)
-    ), head_dim
-
-
-def check_same_model(plan: RopePlan, rope: PretrainedRope, head_dim: int) -> None:
-    """``ValueError`` if ``plan`` was made for another rotary embedding than ``rope``, with what differs."""
     for what, planned, own in (
         ("head_dim", plan.head_dim, head_dim),
         ("rotary_dim", plan.rotary_dim, rope.rotary_dim),
         ("theta", plan.theta, rope.theta),
-        ("the trained length", plan.original_length, rope.length),
+        ("the trained length", plan.original_length, plan.original_length if any_length else rope.length),
     ):
-        if planned != own:
+        if not math.isclose(planned, own, rel_tol=ROUNDING):
             raise ValueError(f"the plan is for {what} {planned}, the model has {own}")
-    if plan.base_factors != rope.factors:
+    if not _equal(plan.pretrained.base_factors, rope.base_factors):
         raise ValueError(
             "the plan and the model start from different frequencies (one of them is scaled already): make the plan "
             "from this model"
         )
 
 
-def load_config(source: str | os.PathLike[str]) -> PretrainedConfig:
-    """The ``transformers`` config of a directory, a ``config.json`` or a hub id; ``ValueError`` if there is none."""
-    from transformers import AutoConfig
+ROUNDING = 2e-6
+"""Relative: a few roundings of float32, below which two frequencies are the same."""
 
-    name = str(source)
-    if "/" not in name and not Path(name).exists():
-        # A mistyped preset should not wait for the hub to say no.
-        raise ValueError(
-            f"unknown model {name!r}: give a preset ({', '.join(PRESETS)}), a directory with a config.json, "
-            "or a hub id (owner/name)"
-        )
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"no config of a model at {name}, neither a directory nor on the hub: {reason}"
-        ) from None
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=ROUNDING, atol=0.0)
+
+
+def check_plan(plan: RopePlan, config: PretrainedConfig, *, any_length: bool = False) -> None:
+    """``ValueError`` unless ``plan`` can be applied to the model of ``config``.
+
+    That is a model that the plan was made from, or one that was extended by this very plan already (a run that is
+    resumed). A trained length that was given beside the model (``original_length``) is not compared with the config's.
+    """
+    given = plan.original_length if any_length or plan.original_length_from == GIVEN else None
+    rope, head_dim = pretrained_rope(config, original_length=given)
+    if not is_applied(plan, config):
+        check_same_model(plan, rope, head_dim, any_length=any_length)
+
+
+def is_applied(plan: RopePlan, config: PretrainedConfig) -> bool:
+    """Whether a config is that of a model which is extended by ``plan``."""
+    rope, head_dim = pretrained_rope(config, original_length=plan.original_length)
+    return (
+        (head_dim, rope.rotary_dim) == (plan.head_dim, plan.rotary_dim)
+        and config.get_text_config(decoder=True).max_position_embeddings >= plan.target_length
+        and math.isclose(rope.theta, plan.theta, rel_tol=ROUNDING)
+        and math.isclose(rope.attention_scaling, plan.attention_scaling, rel_tol=ROUNDING)
+        and _equal(rope.base_factors, torch.tensor(plan.factors, dtype=torch.float64, device="cpu"))
+    )
 
 
 def _resolve(
@@ -429,58 +423,103 @@ def _resolve(
     head_dim: int | None,
     rotary_dim: int | None,
     original_length: int | None,
-) -> tuple[PretrainedRope, int, str | None]:
-    """The embedding to extend, the head dimension and the source's name."""
-    numbers = {
-        "theta": theta,
-        "head_dim": head_dim,
-        "rotary_dim": rotary_dim,
-        "original_length": original_length,
-    }
+) -> tuple[ModelRope, str | None]:
+    """The embedding to extend and the source's name."""
+    numbers = {"theta": theta, "head_dim": head_dim, "rotary_dim": rotary_dim}
     if source is None:
-        missing = [k for k in ("theta", "head_dim", "original_length") if numbers[k] is None]
+        needed = {**numbers, "original_length": original_length}
+        missing = [k for k in ("theta", "head_dim", "original_length") if needed[k] is None]
         if missing:
             raise ValueError(
                 f"give a model (a preset, a directory, a hub id or a config) or all of theta, head_dim and "
                 f"original_length; missing: {', '.join(missing)}"
             )
-        check_rotary_dim(head_dim, "head_dim")
-        if rotary_dim is None:
-            rotary_dim = head_dim
-        rotary_dim = check_rotary_dim(rotary_dim, "rotary_dim")
-        return (
-            PretrainedRope(float(theta), rotary_dim, check_length(original_length, "original_length")),
-            head_dim,
-            None,
-        )
+        head_dim = check_rotary_dim(head_dim, "head_dim")
+        rotary_dim = head_dim if rotary_dim is None else check_rotary_dim(rotary_dim, "rotary_dim")
+        length = check_length(original_length, "original_length")
+        return ModelRope(PretrainedRope(check_number(theta, "theta"), rotary_dim, length), head_dim), None
     given = [k for k, v in numbers.items() if v is not None]
     if given:
         raise ValueError(f"{', '.join(given)} come from the model; give a model or plain numbers, not both")
     if isinstance(source, (str, os.PathLike)):
         if str(source) in PRESETS:
             rope = PRESETS[str(source)].rope
-            return rope, rope.rotary_dim, str(source)
-        return *pretrained_rope(load_config(source)), str(source)
+            if original_length is not None:
+                rope = replace(rope, length=check_length(original_length, "original_length"))
+            return ModelRope(rope, rope.rotary_dim, None if original_length is None else GIVEN), str(source)
+        config = load_config(source)
+        try:
+            return read_rope(config, original_length), str(source)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
     config = getattr(source, "config", source)
     if not hasattr(config, "get_text_config"):
         raise TypeError(
             f"cannot plan from a {type(source).__name__}: expected a preset, a path, a hub id, a transformers "
             "config or model"
         )
-    return *pretrained_rope(config), getattr(config, "_name_or_path", None) or None
+    return read_rope(config, original_length), getattr(config, "_name_or_path", None) or None
 
 
-def check_options(strategy: str, settings: Mapping[str, Any], factor: float | None) -> None:
-    """``ValueError`` for what is wrong with an extension whatever the model: its strategy, settings or factor."""
-    known = [
-        n for n in inspect.signature(get_strategy(strategy)).parameters if n not in ("rope", "target_length")
-    ]
-    for name in settings:
+_MEASURE = ("intervals", "divergence", "dtype")
+
+
+def _known_settings(strategy: str) -> list[str]:
+    parameters = inspect.signature(get_strategy(strategy)).parameters
+    return [name for name in parameters if name not in ("rope", "target_length")]
+
+
+def check_options(
+    strategy: str,
+    target_length: int | None,
+    factor: float | None,
+    settings: Mapping[str, Any] | None,
+    more: Mapping[str, Any],
+) -> tuple[float | None, dict[str, Any]]:
+    """The factor and the settings that :func:`plan` was given; ``ValueError`` for what is wrong whatever the model.
+
+    ``factor`` is how far to extend, but where ``target_length`` says that already it is the strategy's setting of that
+    name (``llama3``, ``dynamic-ntk``).
+    """
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ValueError(f"settings must be a mapping of names to values, got {settings!r:.80}")
+    given = dict(settings or {})
+    for name, value in more.items():
+        if name in given:
+            raise ValueError(f"the setting {name!r} is given twice")
+        given[name] = value
+    known = _known_settings(strategy)
+    if factor is not None and target_length is not None and "factor" in known and "factor" not in given:
+        given["factor"], factor = factor, None
+    for name in given:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            raise ValueError(f"the strategy {strategy} has no setting {name!r}; {has}")
-    if factor is not None and not (math.isfinite(factor) and factor > 0):
-        raise ValueError(f"factor must be a positive number, got {factor!r}")
+            others = [other for other in STRATEGIES if name in _known_settings(other)]
+            hint = f" (strategies that have it: {', '.join(others)})" if others else ""
+            raise ValueError(f"the strategy {strategy} has no setting {name!r}; {has}{hint}")
+    if factor is not None:
+        factor = check_number(factor, "factor", positive=True)
+    return factor, given
+
+
+def _target(found: ModelRope, factor: float) -> int:
+    """``factor`` times the trained length; of a model that rope_dist extended, the length before that."""
+    start, length = found.recorded or found.rope.length, found.rope.length
+    target = min(start * factor, 2.0 * MAX_LENGTH)
+    target = check_length(round(target), f"factor {factor:g} times the original length {start}")
+    if found.recorded is None or target == length:
+        return target
+    extended = f"rope_dist extended the model from {start} to {length} tokens already"
+    if target < length:
+        raise ValueError(
+            f"{extended}, and factor {factor:g} counts from the {start}: give a larger factor, target_length, or "
+            f"original_length={length} if it was trained at that length since"
+        )
+    warnings.warn(
+        f"{extended}; factor {factor:g} counts from the {start}, and the model is extended further from what it has",
+        stacklevel=3,
+    )
+    return target
 
 
 def plan(
@@ -492,11 +531,12 @@ def plan(
     original_length: int | None = None,
     target_length: int | None = None,
     factor: float | None = None,
-    strategy: str = "dprope",
+    strategy: str = DEFAULT_STRATEGY,
     intervals: int = DEFAULT_INTERVALS,
     divergence: Divergence = "pretrained-extended",
     dtype: torch.dtype | str = torch.float32,
-    **settings: Any,
+    settings: Mapping[str, Any] | None = None,
+    **more_settings: Any,
 ) -> RopePlan:
     """Plan an extension: a model's config, or plain numbers, to a :class:`RopePlan`.
 
@@ -504,30 +544,38 @@ def plan(
         source: a preset (``"llama2-7b"``), a directory with a ``config.json``, a hub id, or a
             ``transformers`` config or model. None to give the numbers instead.
         theta, head_dim, rotary_dim, original_length: the plain numbers (``rotary_dim`` by default
-            ``head_dim``).
+            ``head_dim``). ``original_length`` also beside a model whose config does not say, or says wrongly, what
+            length it was trained to read; see :func:`rope_dist.trained_length.trained_length`.
         target_length: tokens to read, at least the original length.
-        factor: instead of ``target_length``, its multiple of the original length.
+        factor: instead of ``target_length``, its multiple of the original length. Of a model that this package
+            extended, and that says so in its config, it counts from the length before: extended twofold and saved,
+            a model is planned with ``factor=2`` as it is. Beside ``target_length`` it is the setting of that name.
         strategy: a name of :data:`rope_dist.strategies.STRATEGIES`.
         intervals, divergence, dtype: how the disturbance is measured, see :mod:`rope_dist.distribution`.
-        **settings: of the strategy, e.g. ``threshold=0`` for ``dprope`` or ``beta_fast=16`` for ``yarn``.
+        settings: of the strategy, by name, e.g. ``{"factor": 8}`` for ``llama3``.
+        **more_settings: the same as keyword arguments, e.g. ``threshold=0`` for ``dprope`` or ``beta_fast=16``
+            for ``yarn``.
 
     Raises:
-        ValueError: anything out of range or unknown, with what would be right.
+        ValueError: anything out of range, of the wrong type or unknown, with what would be right.
         TypeError: ``source`` is of another kind.
     """
-    check_options(strategy, settings, factor)
-    rope, head_dim, name = _resolve(source, theta, head_dim, rotary_dim, original_length)
+    factor, given = check_options(strategy, target_length, factor, settings, more_settings)
+    found, name = _resolve(source, theta, head_dim, rotary_dim, original_length)
+    rope = found.rope
+    if found.loss is not None:
+        warnings.warn(found.loss, stacklevel=2)
     if (target_length is None) == (factor is None):
         raise ValueError("give either target_length (tokens) or factor (times the original length)")
     if target_length is None:
-        target_length = round(rope.length * factor)
-    intervals = check_intervals(intervals)
-    dtype = check_dtype(dtype)
-    measure = {"intervals": intervals, "divergence": divergence, "dtype": dtype}
-    function = get_strategy(strategy)
+        target_length = _target(found, factor)
     # A strategy that looks at the disturbance looks at the one that is reported.
-    measured = {n: v for n, v in measure.items() if n in inspect.signature(function).parameters}
-    scaling = function(rope, target_length, **{**measured, **settings})
+    measure = {"intervals": intervals, "divergence": divergence, "dtype": dtype}
+    measure.update({n: given.pop(n) for n in _MEASURE if n in given})
+    measure["intervals"] = check_intervals(measure["intervals"])
+    measure["dtype"] = check_dtype(measure["dtype"])
+    measured = {n: v for n, v in measure.items() if n in _known_settings(strategy)}
+    scaling = get_strategy(strategy)(rope, target_length, **measured, **given)
     per_pair = scaling.disturbance
     if per_pair is None:
         per_pair = disturbances(rope.inv_freq, rope.length, [scaling.factors], target_length, **measure)[0]
@@ -535,16 +583,18 @@ def plan(
         strategy=strategy,
         settings=scaling.settings,
         theta=rope.theta,
-        head_dim=head_dim,
+        head_dim=found.head_dim,
         rotary_dim=rope.rotary_dim,
         original_length=rope.length,
         target_length=int(target_length),
         factors=tuple((rope.base_factors * scaling.factors).float().tolist()),
         attention_scaling=rope.attention_scaling * scaling.attention_scaling,
         disturbance_per_pair=tuple(per_pair.tolist()),
-        intervals=intervals,
-        divergence=divergence,
-        dtype=str(dtype).removeprefix("torch."),
+        intervals=measure["intervals"],
+        divergence=measure["divergence"],
+        dtype=str(measure["dtype"]).removeprefix("torch."),
         base_factors=rope.factors,
         source=name,
+        original_length_from=found.length_from,
+        notes=(*found.notes, *([found.loss] if found.loss else [])),
     )

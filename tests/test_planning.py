@@ -15,8 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import rope_dist
 from rope_dist import RopePlan
+from rope_dist.defaults import DEFAULT_STRATEGY
 from rope_dist.planning import pretrained_rope
 from rope_dist.presets import PRESETS
+from rope_dist.strategies import STRATEGIES
 
 
 def plan(**changes) -> RopePlan:
@@ -73,7 +75,7 @@ class TestSources:
     @pytest.mark.parametrize(
         ("parameters", "length"),
         [
-            ({"rope_type": "linear", "factor": 3.0}, 64),
+            ({"rope_type": "linear", "factor": 3.0}, 192),
             ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
             (
                 {
@@ -119,15 +121,30 @@ class TestSources:
             ({"target_length": 100.5}, "whole number"),
             ({"target_length": None}, "either target_length"),
             ({"factor": 2}, "either target_length"),
-            ({"target_length": None, "factor": 0}, "factor must be a positive number"),
-            ({"target_length": None, "factor": -2.0}, "factor must be a positive number"),
-            ({"target_length": None, "factor": math.inf}, "factor must be a positive number"),
+            ({"target_length": None, "factor": 0}, "factor must be positive"),
+            ({"target_length": None, "factor": -2.0}, "factor must be positive"),
+            ({"target_length": None, "factor": math.inf}, "factor must be a finite number"),
+            ({"target_length": None, "factor": 10**400}, "factor must be a finite number"),
+            ({"target_length": None, "factor": "2"}, "factor must be a number, got '2'"),
+            ({"target_length": None, "factor": 1e308}, "factor 1e.308 times the original length 64 must be"),
+            ({"target_length": 2**31}, "at most 2147483647"),
+            ({"target_length": "128"}, "target length must be a number, got '128'"),
+            ({"original_length": None}, "missing: original_length"),
+            ({"theta": "1e4"}, "theta must be a number"),
+            ({"theta": 1e38}, "at most 1e.30"),
+            ({"head_dim": math.inf}, "head_dim must be a finite number"),
+            ({"head_dim": 10**9}, "at most 65536"),
             ({"target_length": None, "factor": 0.5}, "below the original length"),
-            ({"threshold": 0, "interpolated_dims": 4}, "not both"),
+            ({"strategy": "dprope", "threshold": 0, "interpolated_dims": 4}, "not both"),
+            ({"strategy": None}, "unknown strategy None"),
+            ({"threshold": 0}, "auto has no setting 'threshold'; it has .*strategies that have it: dprope"),
             ({"strategy": "magic"}, "unknown strategy 'magic'; known: extrapolation"),
             ({"strategy": "yarn", "beta": 3}, "no setting 'beta'; it has beta_fast"),
             ({"strategy": "pi", "threshold": 3}, "no setting 'threshold'; it has none"),
             ({"intervals": 1}, "intervals"),
+            ({"intervals": None}, "intervals must be a whole number"),
+            ({"intervals": math.inf}, "intervals must be a whole number"),
+            ({"intervals": 10**12}, "intervals must be a whole number"),
             ({"divergence": "kl"}, "divergence"),
             ({"source": "llama2-7b"}, "not both"),
             ({"strategy": "longrope", "factors": [math.nan] * 8}, "finite and positive"),
@@ -140,18 +157,22 @@ class TestSources:
     def test_unknown_models_are_refused_at_once(self, tmp_path):
         with pytest.raises(ValueError, match="unknown model 'llama2-8b': give a preset"):
             rope_dist.plan("llama2-8b", factor=2)
-        with pytest.raises(ValueError, match="no config of a model at"):
+        with pytest.raises(ValueError, match=r"no config of a model at .*: the directory has no config.json"):
             rope_dist.plan(tmp_path, factor=2)
-        (tmp_path / "config.json").write_text('{"model_type": "llama", ')
-        with pytest.raises(ValueError, match="no config of a model at"):
-            rope_dist.plan(tmp_path, factor=2)
+        with pytest.raises(
+            ValueError, match=r"no config of a model at .*, neither a directory nor on the hub"
+        ):
+            rope_dist.plan(tmp_path / "none", factor=2)
         with pytest.raises(TypeError, match="cannot plan from a int"):
             rope_dist.plan(4096, factor=2)
 
-    def test_an_embedding_without_fixed_frequencies_is_refused(self):
+    def test_a_plan_replaces_dynamic_scaling(self):
+        """Up to its trained length a dynamic NTK model has the plain frequencies."""
         dynamic = llama_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-        with pytest.raises(ValueError, match="'dynamic' of LlamaConfig has no fixed frequencies"):
-            rope_dist.plan(dynamic, factor=2)
+        made = rope_dist.plan(dynamic, factor=2)
+        assert made == rope_dist.plan(llama_config(), factor=2)
+        assert "dynamic NTK" in made.notes[0]
+        assert made.notes[0] in made.summary()
 
     def test_of_several_embeddings_the_one_of_full_attention_is_extended(self):
         layered = Gemma3TextConfig(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
@@ -177,7 +198,7 @@ class TestFrequencies:
         )
         stock = LlamaRotaryEmbedding(config).inv_freq
         assert torch.equal(rope_dist.plan(config, factor=2, strategy="extrapolation").inv_freq, stock)
-        made = rope_dist.plan(config, factor=2)
+        made = rope_dist.plan(config, factor=2, strategy="dprope")
         kept = torch.tensor(made.factors) == 1
         assert kept.any()
         assert not kept.all()
@@ -236,7 +257,9 @@ class TestJson:
         assert os.listdir(tmp_path) == ["plan.json"]
 
     def test_documented_keys(self):
-        data = rope_dist.plan(theta=500000, head_dim=128, original_length=8192, target_length=32768).to_dict()
+        data = rope_dist.plan(
+            theta=500000, head_dim=128, original_length=8192, target_length=32768, strategy="dprope"
+        ).to_dict()
         assert len(data["factors"]) == len(data["inv_freq"]) == len(data["disturbance_per_pair"]) == 64
         assert data["disturbance"] == pytest.approx(sum(data["disturbance_per_pair"]) / 64)
         expected = {"strategy": "dprope", "threshold": 2e-3, "original_length": 8192, "target_length": 32768}
@@ -271,6 +294,8 @@ class TestJson:
             ({"divergence": "kl"}, "divergence"),
             ({"intervals": 1}, "intervals"),
             ({"dtype": "float16"}, "dtype"),
+            ({"notes": [3]}, '"notes" of the plan must be a list of texts'),
+            ({"original_length_from": 3}, '"original_length_from" of the plan is of the wrong type'),
         ],
     )
     def test_a_corrupt_file_is_refused_by_name(self, tmp_path, change, message):
@@ -311,9 +336,115 @@ class TestJson:
 
 
 def test_repr_and_summary_are_readable():
-    made = rope_dist.plan("llama2-7b", target_length=16384)
+    made = rope_dist.plan("llama2-7b", target_length=16384, strategy="dprope")
     assert repr(made) == (
         "RopePlan(dprope, 4096 -> 16384 (4x), theta=10000, head_dim=128, 64 of 128 dimensions interpolated, "
         "threshold=0.002, attention_scaling=1, disturbance=23.04e-3)"
     )
     assert "46-63" in made.summary()
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        "given", [{"factor": 8}, {"settings": {"factor": 8}}, {"settings": {"factor": 8.0}}], ids=str
+    )
+    def test_llama3s_own_factor_beside_a_length(self, given):
+        """Llama 3.1's scaling: 8 for sixteen times the length, as its config has it."""
+        made = rope_dist.plan("llama3-8b", target_length=131072, strategy="llama3", **given)
+        assert made.settings["factor"] == 8
+        assert made.factors == PRESETS["llama3.1-8b"].rope.factors
+
+    def test_factor_is_the_length_where_none_is_given(self):
+        made = plan(target_length=None, factor=4, strategy="llama3", settings={"factor": 3})
+        assert (made.target_length, made.settings["factor"]) == (256, 3)
+        made = plan(target_length=None, factor=4, strategy="dynamic-ntk")
+        assert (made.target_length, made.settings["factor"]) == (256, 4)
+
+    def test_measures_of_dprope_are_those_of_the_plan(self):
+        made = plan(strategy="dprope", settings={"intervals": 90, "dtype": "float64"})
+        assert (
+            (made.intervals, made.dtype)
+            == (90, "float64")
+            == (made.settings["intervals"], made.settings["dtype"])
+        )
+        assert made == plan(strategy="dprope", intervals=90, dtype="float64")
+
+    @pytest.mark.parametrize("name", ["target_length", "theta", "strategy", "source", "rope", "settings"])
+    def test_names_of_plans_own_options_are_no_settings(self, name):
+        with pytest.raises(ValueError, match=f"dprope has no setting '{name}'; it has threshold"):
+            plan(strategy="dprope", settings={name: 5})
+
+    @pytest.mark.parametrize(
+        ("strategy", "name"),
+        [
+            ("yarn", "beta_fast"),
+            ("yarn", "beta_slow"),
+            ("llama3", "low_freq_factor"),
+            ("llama3", "high_freq_factor"),
+            ("auto", "fast_turns"),
+            ("auto", "slow_turns"),
+            ("refined", "tolerance"),
+            ("refined", "slack"),
+            ("refined", "smoothing"),
+            ("dprope", "smoothing"),
+        ],
+    )
+    @pytest.mark.parametrize("value", ["abc", None, [1], True, {}], ids=repr)
+    def test_a_value_of_the_wrong_type(self, strategy, name, value):
+        with pytest.raises(ValueError, match=f"{name} must be a (finite )?number"):
+            plan(strategy=strategy, settings={name: value})
+
+    @pytest.mark.parametrize(
+        ("strategy", "settings", "message"),
+        [
+            ("yarn", {"attention_factor": "abc"}, "attention_factor must be a number, got 'abc'"),
+            ("yarn", {"truncate": "no"}, "truncate must be true or false"),
+            ("llama3", {"factor": [8]}, "llama3's factor must be a number"),
+            ("dynamic-ntk", {"factor": "2"}, "dynamic-ntk's factor must be a number"),
+            ("dprope", {"threshold": [1]}, "threshold must be a number"),
+            ("dprope", {"interpolated_dims": "4"}, "interpolated_dims must be a number"),
+            ("dprope", {"interpolated_dims": 2.5}, "interpolated_dims must be a whole number from 0 to 16"),
+            ("dprope", {"candidates": 3}, "at least two candidate strategies"),
+            ("dprope", {"candidates": ["pi", 3]}, "unknown strategy 3"),
+            ("longrope", {"factors": "abc"}, "longrope's factors must be 8 numbers"),
+            ("longrope", {"factors": [[1.0], "a"]}, "longrope's factors must be 8 numbers"),
+            (
+                "longrope",
+                {"factors": [1.0] * 8, "attention_factor": [1]},
+                "attention_factor must be a number",
+            ),
+            ("refined", {"dtype": 3}, "dtype must be one of"),
+            ("refined", {"divergence": ["kl"]}, "divergence must be one of"),
+        ],
+    )
+    def test_other_values(self, strategy, settings, message):
+        with pytest.raises(ValueError, match=message):
+            plan(strategy=strategy, settings=settings)
+
+    def test_given_twice_or_no_mapping(self):
+        with pytest.raises(ValueError, match="'beta_fast' is given twice"):
+            plan(strategy="yarn", beta_fast=16, settings={"beta_fast": 16})
+        with pytest.raises(ValueError, match="settings must be a mapping"):
+            plan(strategy="yarn", settings=["beta_fast"])
+
+    def test_the_default_strategy(self):
+        assert plan().strategy == DEFAULT_STRATEGY == rope_dist.strategies.DEFAULT_STRATEGY == "auto"
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_the_ambient_device_does_not_matter(strategy):
+    settings = {"factors": [1.0] * 8} if strategy == "longrope" else {}
+    expected = plan(strategy=strategy, **settings)
+    with torch.device("meta"):
+        made = plan(strategy=strategy, **settings)
+        assert made == expected
+        assert made.inv_freq.device.type == "cpu"
+        assert RopePlan.from_dict(made.to_dict()) == expected
+        assert rope_dist.plan("llama3.1-8b", factor=1) == rope_dist.plan("llama3.1-8b", factor=1)
+
+
+def test_a_plan_file_without_notes_is_read():
+    """As version 1 wrote it before there were notes."""
+    data = plan().to_dict()
+    del data["notes"], data["original_length_from"]
+    assert RopePlan.from_dict(data) == plan()

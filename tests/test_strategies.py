@@ -194,7 +194,7 @@ class TestDprope:
         [
             ({"threshold": 0, "interpolated_dims": 2}, "not both"),
             ({"threshold": -1e-3}, "at least 0"),
-            ({"threshold": math.nan}, "at least 0"),
+            ({"threshold": math.nan}, "threshold must be a finite number"),
             ({"threshold": "paper-3x"}, "paper-2x, paper-4x"),
             ({"interpolated_dims": 3}, "even"),
             ({"interpolated_dims": 130}, "0 to 128"),
@@ -248,7 +248,7 @@ def test_an_unknown_strategy_names_the_known_ones():
     ("numbers", "message"),
     [
         ((1.0, 128, 4096), "above 1"),
-        ((math.inf, 128, 4096), "above 1"),
+        ((math.inf, 128, 4096), "must be a finite number"),
         ((1e4, 127, 4096), "even"),
         ((1e4, 0, 4096), "even"),
         ((1e4, 128, 1), "at least 2 tokens"),

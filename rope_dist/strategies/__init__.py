@@ -11,15 +11,19 @@ it turns at ``theta_i / f_i`` radians a token after the extension. ``s`` is alwa
 
 from __future__ import annotations
 
+from ..defaults import DEFAULT_STRATEGY
 from ..messages import unknown
 from .auto import auto
 from .base import (
+    MAX_LENGTH,
     PretrainedRope,
     Scaling,
     Strategy,
     check_factors,
     check_length,
+    check_number,
     check_rotary_dim,
+    check_whole,
     default_inv_freq,
 )
 from .distributional import DPROPE_THRESHOLDS, default_threshold, dprope
@@ -40,7 +44,9 @@ STRATEGIES: dict[str, Strategy] = {
 }
 
 __all__ = [
+    "DEFAULT_STRATEGY",
     "DPROPE_THRESHOLDS",
+    "MAX_LENGTH",
     "STRATEGIES",
     "PretrainedRope",
     "Scaling",
@@ -48,7 +54,9 @@ __all__ = [
     "auto",
     "check_factors",
     "check_length",
+    "check_number",
     "check_rotary_dim",
+    "check_whole",
     "default_inv_freq",
     "default_threshold",
     "dprope",
@@ -66,7 +74,6 @@ __all__ = [
 
 def get_strategy(name: str) -> Strategy:
     """The strategy of that name; ``ValueError`` with the nearest and all known ones otherwise."""
-    try:
-        return STRATEGIES[name]
-    except KeyError:
-        raise ValueError(unknown("strategy", str(name), STRATEGIES)) from None
+    if not isinstance(name, str) or name not in STRATEGIES:
+        raise ValueError(unknown("strategy", str(name), STRATEGIES))
+    return STRATEGIES[name]

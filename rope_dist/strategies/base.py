@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def default_inv_freq(theta: float, rotary_dim: int, factors: torch.Tensor | None
     Returns:
         ``[rotary_dim / 2]`` float32, radians a token.
     """
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim
+    # The CPU whatever the ambient device is: a model is built on the meta device, its plan is not.
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
     wavelengths = theta**exponents
     if factors is not None:
         wavelengths = factors.to(torch.float32) * wavelengths
@@ -54,14 +56,16 @@ class PretrainedRope:
     attention_scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.theta) and self.theta > 1):
-            raise ValueError(f"theta (the RoPE base) must be a finite number above 1, got {self.theta!r}")
+        check_number(self.theta, "theta (the RoPE base)")
+        if not 1 < self.theta <= MAX_THETA:
+            raise ValueError(
+                f"theta (the RoPE base) must be a number above 1 and at most {MAX_THETA:g}, got {self.theta!r}"
+            )
         check_rotary_dim(self.rotary_dim, "head_dim")
         check_length(self.length, "the original length")
         if self.factors is not None:
-            check_factors(torch.tensor(self.factors, dtype=torch.float64), self.pairs)
-        if not (math.isfinite(self.attention_scaling) and self.attention_scaling > 0):
-            raise ValueError(f"attention_scaling must be positive, got {self.attention_scaling!r}")
+            check_factors(torch.tensor(self.factors, dtype=torch.float64, device="cpu"), self.pairs)
+        check_number(self.attention_scaling, "attention_scaling", positive=True)
 
     @property
     def pairs(self) -> int:
@@ -72,8 +76,8 @@ class PretrainedRope:
     def base_factors(self) -> torch.Tensor:
         """``[pairs]`` float64, the factors of the trained model (ones where it has none)."""
         if self.factors is None:
-            return torch.ones(self.pairs, dtype=torch.float64)
-        return torch.tensor(self.factors, dtype=torch.float64)
+            return torch.ones(self.pairs, dtype=torch.float64, device="cpu")
+        return torch.tensor(self.factors, dtype=torch.float64, device="cpu")
 
     @property
     def inv_freq(self) -> torch.Tensor:
@@ -102,17 +106,53 @@ Strategy = Callable[..., Scaling]
 """``(rope: PretrainedRope, target_length: int, **settings) -> Scaling``"""
 
 
+MAX_LENGTH = 2**31 - 1
+"""Tokens: positions are 32-bit integers in most engines."""
+
+MAX_THETA = 1e30
+"""Frequencies of a larger base leave float32's range."""
+
+
+def check_number(value: Any, name: str, *, positive: bool = False) -> float:
+    """``float(value)`` if it is a finite number (above 0 where ``positive``), else ``ValueError``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r:.80}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
+    if positive and number <= 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return number
+
+
+def check_whole(value: Any, name: str, least: int, most: int) -> int:
+    """``int(value)`` if it is a whole number from ``least`` to ``most``, else ``ValueError``."""
+    number = check_number(value, name)
+    if number != math.floor(number) or not least <= number <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r:.80}")
+    return int(value)
+
+
 def check_rotary_dim(rotary_dim: int, name: str) -> int:
     """Return ``rotary_dim`` if it is a positive even whole number, else raise ``ValueError``."""
-    if isinstance(rotary_dim, bool) or int(rotary_dim) != rotary_dim or rotary_dim < 2 or rotary_dim % 2:
-        raise ValueError(f"{name} must be a positive even number (rotary pairs), got {rotary_dim!r}")
+    number = check_number(rotary_dim, name)
+    if number != math.floor(number) or not 2 <= number <= 65536 or number % 2:
+        raise ValueError(
+            f"{name} must be a positive even number of at most 65536 (rotary pairs), got {rotary_dim!r}"
+        )
     return int(rotary_dim)
 
 
 def check_length(length: int, name: str) -> int:
-    """Return ``length`` if it is a whole number of at least 2 tokens, else raise ``ValueError``."""
-    if isinstance(length, bool) or not math.isfinite(length) or int(length) != length or length < 2:
-        raise ValueError(f"{name} must be a whole number of at least 2 tokens, got {length!r}")
+    """Return ``length`` if it is a whole number of 2 to ``MAX_LENGTH`` tokens, else raise ``ValueError``."""
+    number = check_number(length, name)
+    if number != math.floor(number) or not 2 <= number <= MAX_LENGTH:
+        raise ValueError(
+            f"{name} must be a whole number of at least 2 tokens and at most {MAX_LENGTH}, got {length!r:.80}"
+        )
     return int(length)
 
 

@@ -16,7 +16,7 @@ from ..distribution import (
     check_intervals,
     disturbances,
 )
-from .base import PretrainedRope, Scaling, check_factors, scale_of
+from .base import PretrainedRope, Scaling, check_factors, check_number, check_whole, scale_of
 
 DPROPE_THRESHOLDS = {"paper-2x": 5e-4, "paper-4x": 2e-3}
 """The paper's defaults "by adjusting t": 80 interpolated dimensions of LLaMA2 at 8k, 64 at 16k."""
@@ -73,11 +73,10 @@ def dprope(
     dtype = check_dtype(dtype)
     if threshold is not None and interpolated_dims is not None:
         raise ValueError("give the threshold t or the number of interpolated dimensions n, not both")
-    if isinstance(candidates, str) or len(candidates) < 2:
+    if isinstance(candidates, str) or not isinstance(candidates, Sequence) or len(candidates) < 2:
         raise ValueError(f"dprope needs at least two candidate strategies, got {candidates!r}")
     if interpolated_dims is not None:
-        if int(interpolated_dims) != interpolated_dims or not 0 <= interpolated_dims <= rope.rotary_dim:
-            raise ValueError(f"interpolated_dims must be 0 to {rope.rotary_dim}, got {interpolated_dims!r}")
+        interpolated_dims = check_whole(interpolated_dims, "interpolated_dims", 0, rope.rotary_dim)
         if interpolated_dims % 2:
             raise ValueError(
                 f"interpolated_dims must be even (two dimensions a pair), got {interpolated_dims}"
@@ -90,13 +89,15 @@ def dprope(
                 f"threshold must be a number or one of {', '.join(DPROPE_THRESHOLDS)}, got {threshold!r}"
             )
         threshold = DPROPE_THRESHOLDS[threshold]
-    if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
-        raise ValueError(f"threshold must be a finite number of at least 0, got {threshold!r}")
+    if threshold is not None:
+        threshold = check_number(threshold, "threshold")
+        if threshold < 0:
+            raise ValueError(f"threshold must be a finite number of at least 0, got {threshold!r}")
 
     # The registry holds this function too.
     from . import get_strategy
 
-    functions = [get_strategy(c) if isinstance(c, str) else c for c in candidates]
+    functions = [c if callable(c) else get_strategy(c) for c in candidates]
     factors = torch.stack([check_factors(f(rope, target_length).factors, rope.pairs) for f in functions])
     d = disturbances(
         rope.inv_freq,
@@ -111,7 +112,7 @@ def dprope(
     # The authors compare means over the intervals, and the first of equals wins: dividing here merges
     # sums that differ in the last bit just as theirs do.
     mean = d / intervals
-    pair = torch.arange(rope.pairs)
+    pair = torch.arange(rope.pairs, device="cpu")
     best = 1 + torch.argmin(mean[1:], dim=0)
     gain = mean[0] - mean[best, pair]
     if interpolated_dims is None:
@@ -119,7 +120,7 @@ def dprope(
     else:
         # Of equal gains the slower pair goes first: it is the one that extrapolation leaves unseen.
         order = torch.argsort(gain.flip(0), descending=True, stable=True)
-        chosen = torch.zeros(rope.pairs, dtype=torch.bool)
+        chosen = torch.zeros(rope.pairs, dtype=torch.bool, device="cpu")
         chosen[rope.pairs - 1 - order[: interpolated_dims // 2]] = True
     best = torch.where(chosen, best, 0)
     settings = {

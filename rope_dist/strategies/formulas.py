@@ -7,23 +7,23 @@ from collections.abc import Sequence
 
 import torch
 
-from .base import PretrainedRope, Scaling, check_factors, scale_of
+from .base import PretrainedRope, Scaling, check_factors, check_number, scale_of
 
 
 def _pair_index(rope: PretrainedRope) -> torch.Tensor:
-    return torch.arange(rope.pairs, dtype=torch.float64)
+    return torch.arange(rope.pairs, dtype=torch.float64, device="cpu")
 
 
 def extrapolation(rope: PretrainedRope, target_length: int) -> Scaling:
     """Leave every frequency as trained and read on (Press et al. 2022 call it direct extrapolation)."""
     scale_of(rope, target_length)
-    return Scaling(torch.ones(rope.pairs, dtype=torch.float64))
+    return Scaling(torch.ones(rope.pairs, dtype=torch.float64, device="cpu"))
 
 
 def pi(rope: PretrainedRope, target_length: int) -> Scaling:
     """Position interpolation (Chen et al. 2023): every factor is ``s``."""
     s = scale_of(rope, target_length)
-    return Scaling(torch.full((rope.pairs,), s, dtype=torch.float64))
+    return Scaling(torch.full((rope.pairs,), s, dtype=torch.float64, device="cpu"))
 
 
 def ntk(rope: PretrainedRope, target_length: int) -> Scaling:
@@ -45,8 +45,8 @@ def dynamic_ntk(rope: PretrainedRope, target_length: int, *, factor: float | Non
         factor: Hugging Face's ``factor``, at least 1; by default ``s``. With 1 it equals :func:`ntk`.
     """
     s = scale_of(rope, target_length)
-    factor = s if factor is None else float(factor)
-    if not (math.isfinite(factor) and factor >= 1):
+    factor = s if factor is None else check_number(factor, "dynamic-ntk's factor")
+    if not factor >= 1:
         raise ValueError(f"dynamic-ntk's factor must be at least 1, got {factor}")
     return Scaling(_base_change(rope, factor * s - (factor - 1)), settings={"factor": factor})
 
@@ -80,12 +80,15 @@ def yarn(
         truncate: round the ramp's bounds outwards to whole dimensions, as Hugging Face does.
     """
     s = scale_of(rope, target_length)
-    if not (math.isfinite(beta_fast) and beta_fast > beta_slow > 0):
+    beta_fast = check_number(beta_fast, "yarn's beta_fast")
+    beta_slow = check_number(beta_slow, "yarn's beta_slow")
+    if not beta_fast > beta_slow > 0:
         raise ValueError(f"yarn needs beta_fast > beta_slow > 0, got {beta_fast} and {beta_slow}")
+    if not isinstance(truncate, bool):
+        raise ValueError(f"yarn's truncate must be true or false, got {truncate!r}")
     if attention_factor is None:
         attention_factor = 0.1 * math.log(s) + 1.0
-    if not (math.isfinite(attention_factor) and attention_factor > 0):
-        raise ValueError(f"yarn's attention_factor must be positive, got {attention_factor}")
+    attention_factor = check_number(attention_factor, "yarn's attention_factor", positive=True)
 
     def dimension_of(turns: float) -> float:
         return rope.rotary_dim * math.log(rope.length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -126,10 +129,12 @@ def llama3(
         low_freq_factor, high_freq_factor: turns within the trained length, the second the larger.
     """
     s = scale_of(rope, target_length)
-    factor = s if factor is None else float(factor)
-    if not (math.isfinite(factor) and factor >= 1):
+    factor = s if factor is None else check_number(factor, "llama3's factor")
+    if not factor >= 1:
         raise ValueError(f"llama3's factor must be at least 1, got {factor}")
-    if not (math.isfinite(high_freq_factor) and high_freq_factor > low_freq_factor > 0):
+    low_freq_factor = check_number(low_freq_factor, "llama3's low_freq_factor")
+    high_freq_factor = check_number(high_freq_factor, "llama3's high_freq_factor")
+    if not high_freq_factor > low_freq_factor > 0:
         raise ValueError(
             f"llama3 needs high_freq_factor > low_freq_factor > 0, got {high_freq_factor} and {low_freq_factor}"
         )
@@ -160,10 +165,13 @@ def longrope(
     s = scale_of(rope, target_length)
     if factors is None:
         raise ValueError(f"longrope needs factors={rope.pairs} numbers (the config's long_factor)")
-    given = check_factors(torch.as_tensor(factors, dtype=torch.float64), rope.pairs)
+    try:
+        given = torch.as_tensor(factors, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"longrope's factors must be {rope.pairs} numbers, got {factors!r:.80}") from None
+    check_factors(given, rope.pairs)
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(s) / math.log(rope.length))
-    if not (math.isfinite(attention_factor) and attention_factor > 0):
-        raise ValueError(f"longrope's attention_factor must be positive, got {attention_factor}")
+    attention_factor = check_number(attention_factor, "longrope's attention_factor", positive=True)
     settings = {"factors": given.tolist(), "attention_factor": float(attention_factor)}
     return Scaling(given.clone(), float(attention_factor), settings)

@@ -33,7 +33,7 @@ from ..distribution import (
     disturbance,
     rotary_angle_distribution,
 )
-from .base import PretrainedRope, Scaling, scale_of
+from .base import PretrainedRope, Scaling, check_number, scale_of
 
 DEFAULT_TOLERANCE = 6e-4
 """Nats a pair: a pair that 1 or ``s`` disturbs by no more is not searched."""
@@ -82,9 +82,11 @@ def refined(
         ValueError: an option out of range.
     """
     s = scale_of(rope, target_length)
-    if not (math.isfinite(tolerance) and tolerance >= 0):
+    check_number(tolerance, "refined's tolerance")
+    check_number(slack, "refined's slack")
+    if not tolerance >= 0:
         raise ValueError(f"tolerance must be a finite number of at least 0 (nats a pair), got {tolerance!r}")
-    if not (math.isfinite(slack) and 0 <= slack <= 0.5):
+    if not 0 <= slack <= 0.5:
         raise ValueError(f"slack must be 0 to 0.5, got {slack!r}")
     search = _Search(
         rope,
@@ -140,8 +142,8 @@ class _Search:
     def __post_init__(self) -> None:
         self.turns = self.rope.inv_freq.double() / (2 * math.pi)
         self.before = self._distribution(self.rope.inv_freq, self.rope.length)
-        self.factors = torch.ones(self.rope.pairs, dtype=torch.float64)
-        self.least = torch.full((self.rope.pairs,), math.inf, dtype=torch.float64)
+        self.factors = torch.ones(self.rope.pairs, dtype=torch.float64, device="cpu")
+        self.least = torch.full((self.rope.pairs,), math.inf, dtype=torch.float64, device="cpu")
 
     def above(self, tolerance: float) -> torch.Tensor:
         """``[pairs]`` bool: which are disturbed more."""
@@ -149,9 +151,9 @@ class _Search:
 
     def try_factors(self, factors) -> None:
         """The same factors for every pair."""
-        pairs = torch.arange(self.rope.pairs)
+        pairs = torch.arange(self.rope.pairs, device="cpu")
         for factor in factors:
-            self._offer(pairs, torch.full((self.rope.pairs,), factor, dtype=torch.float64))
+            self._offer(pairs, torch.full((self.rope.pairs,), factor, dtype=torch.float64, device="cpu"))
 
     def try_resonances(self, which: torch.Tensor) -> None:
         """Interpolate the drift from the resonances of these pairs."""
@@ -160,13 +162,16 @@ class _Search:
             found = self._resonant_factors(float(self.turns[i]))
             pairs += [i] * len(found)
             factors += found
-        self._offer(torch.tensor(pairs, dtype=torch.int64), torch.tensor(factors, dtype=torch.float64))
+        self._offer(
+            torch.tensor(pairs, dtype=torch.int64, device="cpu"),
+            torch.tensor(factors, dtype=torch.float64, device="cpu"),
+        )
 
     def try_nearby(self, which: torch.Tensor) -> None:
         """Factors around the best of these pairs, closer and closer."""
         pairs = which.nonzero().flatten()
         for reach, points in _NEARBY:
-            steps = torch.linspace(-reach, reach, points, dtype=torch.float64)
+            steps = torch.linspace(-reach, reach, points, dtype=torch.float64, device="cpu")
             drifts = (self.turns[pairs] / self.factors[pairs])[:, None] + steps / (
                 self.intervals * self.target_length
             )
@@ -178,7 +183,7 @@ class _Search:
         chosen = which.nonzero().flatten().tolist()
         for i in tqdm(chosen, desc="searching factors", delay=1.0, disable=None, leave=False):
             found = self._best_of_grid(float(self.turns[i]), float(self.factors[i]))
-            self._offer(torch.full((found.numel(),), i), found)
+            self._offer(torch.full((found.numel(),), i, device="cpu"), found)
 
     def _offer(self, pairs: torch.Tensor, factors: torch.Tensor) -> None:
         """Measure pairs with the factors beside them, and keep what disturbs a pair less than its best so far."""
@@ -213,7 +218,10 @@ class _Search:
         slowest, fastest = turns / self.high, turns / self.low
         smoothing = max(self.smoothing, _LEAST_SMOOTHING)
         before = interval_shares(
-            torch.tensor([turns], dtype=torch.float64), self.rope.length, self.intervals, smoothing
+            torch.tensor([turns], dtype=torch.float64, device="cpu"),
+            self.rope.length,
+            self.intervals,
+            smoothing,
         )[0]
 
         def best(candidates: torch.Tensor) -> torch.Tensor:
@@ -232,13 +240,13 @@ class _Search:
         found = best(
             torch.cat(
                 (
-                    torch.linspace(slowest, fastest, points, dtype=torch.float64),
-                    torch.tensor(ends, dtype=torch.float64),
+                    torch.linspace(slowest, fastest, points, dtype=torch.float64, device="cpu"),
+                    torch.tensor(ends, dtype=torch.float64, device="cpu"),
                 )
             )
         )
         for _ in range(_LEVELS):
-            around = step * torch.linspace(-1, 1, _FINER, dtype=torch.float64)
+            around = step * torch.linspace(-1, 1, _FINER, dtype=torch.float64, device="cpu")
             found = best((found[:, None] + around).flatten().clamp(slowest, fastest))
             step *= 4 / _FINER
         return turns / found[:_MEASURED]
@@ -290,7 +298,7 @@ def interval_shares(turns: torch.Tensor, length: int, intervals: int, smoothing:
     for part in turns.split(64):
         whole = math.floor(float(part.min()) * length)
         circles = math.ceil(float(part.max()) * length) + 1
-        boundary = torch.arange(circles * intervals, dtype=torch.float32)
+        boundary = torch.arange(circles * intervals, dtype=torch.float32, device="cpu")
         tokens = (1 / (part * intervals)).float()[:, None]
         for some in tokens.split(max(1, _BOUNDARIES // boundary.numel())):
             first = (boundary * some).ceil_()

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..model_config import REFUSED
 from .modules import (
     LayerTypedRotaryTables,
     NormalizedHeads,
@@ -33,6 +34,17 @@ def _config_window(attention: Any) -> dict[str, Any]:
 
 def _window_and_softcap(attention: Any) -> dict[str, Any]:
     return {"sliding_window": attention.sliding_window, "softcap": attention.attn_logit_softcapping}
+
+
+__all__ = [
+    "FAMILIES",
+    "REFUSED",
+    "Family",
+    "enabled_class",
+    "is_rotary_embedding",
+    "is_stock",
+    "known_stock",
+]
 
 
 @dataclass(frozen=True)
@@ -77,24 +89,6 @@ FAMILIES: tuple[Family, ...] = (
     Family("Olmo3", "olmo3", NormalizedProjections, LayerTypedRotaryTables, options=_own_window),
     Family("Gemma3", "gemma3", NormalizedHeads, LayerTypedRotaryTables, options=_own_window),
 )
-
-REFUSED: dict[str, str] = {
-    "cohere": "its pairs are interleaved",
-    "cohere2": "its pairs are interleaved",
-    "deepseek_v3": "it rotates a part of the queries and one key that all heads share (MLA)",
-    "exaone4": "its sliding and full layers use the rotary embedding differently",
-    "glm": "its pairs are interleaved and only a part of each head is rotated",
-    "glm4": "its pairs are interleaved and only a part of each head is rotated",
-    "gpt_neox": "queries, keys and values are one projection, and only a part of each head is rotated",
-    "gpt_oss": "its attention has sinks and its rotary embedding another layout",
-    "helium": "its pairs are interleaved",
-    "hunyuan_v1_dense": "queries and keys are normalised after the rotation",
-    "hunyuan_v1_moe": "queries and keys are normalised after the rotation",
-    "llama4": "its pairs are interleaved, as complex numbers",
-    "ministral3": "queries are scaled by their position after the rotation",
-    "phi3": "queries, keys and values are one projection, and only a part of each head may be rotated",
-}
-"""``model_type`` of families that look like LLaMA but are refused, and why."""
 
 _STOCK: dict[tuple[str, str], tuple[Family, str]] = {
     (family.file, f"{family.name}{kind}"): (family, kind)

@@ -13,7 +13,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..planning import RopePlan, check_options, pretrained_rope, rope_parameters
+from ..model_config import GIVEN, pretrained_rope
+from ..planning import RopePlan, check_options, check_plan, is_applied
 from ..planning import plan as make_plan
+from ..strategies import DEFAULT_STRATEGY
 from .families import FAMILIES, REFUSED, enabled_class, is_rotary_embedding, is_stock, known_stock
 from .modules import RotaryTables, RotatedAttention
 from .reporting import LayerReport, report, summary
@@ -85,26 +87,31 @@ def enable(
     *,
     target_length: int | None = None,
     factor: float | None = None,
-    strategy: str = "dprope",
+    strategy: str = DEFAULT_STRATEGY,
     plan: RopePlan | None = None,
-    **settings: Any,
+    original_length: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **more_settings: Any,
 ) -> Enabled:
     """Run a model's rotary embedding through this package, with new frequencies if asked for.
 
     With neither a target nor a plan the model keeps its own frequencies, recomputed in float32 from its
     config, and only the computation is swapped. With one, the frequencies become the plan's and
     ``config.max_position_embeddings`` is raised; ``save_pretrained`` then writes a config from which stock
-    transformers computes the same frequencies. Enabling twice is the same as enabling once; a new plan
-    replaces the old one.
+    transformers computes the same frequencies. Enabling twice is the same as enabling once, also after saving and
+    loading in between; a new plan replaces the old one, and extends further a model that was loaded extended.
+    cos and sin are computed as stock does, from positions times frequencies in float32.
 
     Args:
         model: a ``transformers`` model of a supported family, or a module that holds one (a PEFT model).
             None: every such model that ``from_pretrained`` or ``from_config`` builds from now on, until
             :func:`disable`.
         target_length: tokens to read; the plan is made from the model's config.
-        factor: instead, its multiple of the trained length.
-        strategy, **settings: as in :func:`rope_dist.plan`.
-        plan: a ready plan, instead of a target.
+        factor: instead, its multiple of the trained length; as in :func:`rope_dist.plan`, it counts from the length
+            before where the model is loaded extended.
+        strategy, settings, **more_settings: as in :func:`rope_dist.plan`.
+        plan: a ready plan, instead of a target; made from this model, or the one that extended it already.
+        original_length: tokens that the model was trained to read, where its config does not say or says wrongly.
 
     Returns:
         What was done; leaving it as a context manager undoes it.
@@ -116,18 +123,21 @@ def enable(
     """
     if plan is not None and not isinstance(plan, RopePlan):
         raise TypeError(f"plan must be a RopePlan, got {type(plan).__name__}")
+    factor, given = check_options(strategy, target_length, factor, settings, more_settings)
     targets = [target_length is not None, factor is not None, plan is not None]
     if sum(targets) > 1:
         raise ValueError("give one of target_length, factor and plan")
-    if settings and not any(targets[:2]):
-        raise ValueError(f"{', '.join(settings)} are of a strategy: give target_length or factor too")
-    check_options(strategy, settings, factor)
+    if given and not any(targets[:2]):
+        raise ValueError(f"{', '.join(given)} are of a strategy: give target_length or factor too")
+    if original_length is not None and not any(targets[:2]):
+        raise ValueError("original_length is of a new plan: give target_length or factor too")
     options = {
         "target_length": target_length,
         "factor": factor,
         "strategy": strategy,
         "plan": plan,
-        **settings,
+        "original_length": original_length,
+        "settings": given,
     }
     with _LOCK:
         if model is None:
@@ -231,24 +241,14 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
     config = swap.config_before if swap and swap.plan else rotary.config
     if plan is None:
         return make_plan(config, **{k: v for k, v in options.items() if k != "plan"})
-    rope, head_dim = pretrained_rope(config)
-    for what, planned, own in (
-        ("head_dim", plan.head_dim, head_dim),
-        ("rotary_dim", plan.rotary_dim, rope.rotary_dim),
-        ("theta", plan.theta, rope.theta),
-    ):
-        if planned != own:
-            raise ValueError(f"the plan is for {what} {planned}, the model has {own}")
-    if plan.base_factors != rope.factors:
-        raise ValueError(
-            "the plan and the model start from different frequencies (one of them is scaled already; the "
-            f"model's rope_type is {rope_parameters(config)['rope_type']!r}): make the plan from this model"
-        )
-    if plan.original_length != rope.length:
-        warnings.warn(
-            f"the plan takes {plan.original_length} tokens as trained, the model's config says {rope.length}",
-            stacklevel=4,
-        )
+    check_plan(plan, config, any_length=True)
+    if not is_applied(plan, config) and plan.original_length_from != GIVEN:
+        length = pretrained_rope(config)[0].length
+        if plan.original_length != length:
+            warnings.warn(
+                f"the plan takes {plan.original_length} tokens as trained, the model's config says {length}",
+                stacklevel=4,
+            )
     return plan
 
 
@@ -268,11 +268,28 @@ def _swap_rotary(model: nn.Module, rotary: nn.Module, plan: RopePlan | None) -> 
 
 
 def _give_own_config(model: nn.Module, config: PretrainedConfig) -> None:
-    """Let the modules of ``model`` hold a copy of ``config``: another model may hold the same object."""
-    own = copy.deepcopy(config)
+    """Let the modules of ``model`` have copies of ``config`` and of those that it is a part of.
+
+    Another model may have the same objects. Copied together, the text config of a multimodal model stays a part of
+    the whole model's config, which is what is saved.
+    """
+    configs = {id(c): c for m in model.modules() if _is_config(c := m.__dict__.get("config"))}
+    whole = [c for c in configs.values() if c is config or _has_part(c, config)]
+    copies: dict[int, Any] = {}
+    for one in whole:
+        copy.deepcopy(one, copies)
     for module in model.modules():
-        if module.__dict__.get("config") is config:
-            module.config = own
+        own = module.__dict__.get("config")
+        if _is_config(own) and id(own) in copies:
+            module.config = copies[id(own)]
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, PretrainedConfig)
+
+
+def _has_part(config: PretrainedConfig, part: PretrainedConfig) -> bool:
+    return any(v is part or (_is_config(v) and _has_part(v, part)) for v in config.__dict__.values())
 
 
 def _restore_rotary(rotary: nn.Module) -> None:
