@@ -62,7 +62,7 @@ def test_the_class_follows_the_plan(engine, llama, tmp_path, strategy):
 
 def test_the_class_does_not_follow_a_naive_export(engine, llama, tmp_path):
     """transformers would run this config by the plan: its attention_factor is 1, but these classes do not read it."""
-    plan = rope_dist.plan(llama, factor=2)
+    plan = rope_dist.plan(llama, factor=2, strategy="dprope")
     out = export.hf(llama, plan, tmp_path / "out", config_only=True)
     config = json.loads((out / "config.json").read_text())
     rope = {**config["rope_parameters"], "factor": 2.0, "original_max_position_embeddings": 64}

@@ -16,7 +16,7 @@ IDS = torch.randint(3, 96, (1, 120), generator=torch.Generator().manual_seed(5))
 def test_read_by_stock_transformers(name, tmp_path):
     model = model_of(name)
     model.save_pretrained(tmp_path / "source")
-    plan = rope_dist.plan(tmp_path / "source", factor=2)
+    plan = rope_dist.plan(tmp_path / "source", factor=2, strategy="dprope")
     export.hf(tmp_path / "source", plan, tmp_path / "out")
     with rope_dist.enable(model, plan=plan):
         extended = model(IDS).logits
@@ -28,7 +28,7 @@ def test_read_by_stock_transformers(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(LAYER_TYPED))
 def test_frequencies_per_layer_type_are_refused(name, tmp_path):
     model_of(name).save_pretrained(tmp_path / "source")
-    plan = rope_dist.plan(tmp_path / "source", factor=2)
+    plan = rope_dist.plan(tmp_path / "source", factor=2, strategy="dprope")
     with pytest.raises(ValueError, match=r"per layer type.*save_pretrained"):
         export.hf(tmp_path / "source", plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,6 +12,7 @@ from export_helpers import LlamaCpp, write_gguf
 import rope_dist
 from rope_dist import export
 from rope_dist.cli import main
+from rope_dist.export.gguf_reading import read
 
 FACTORS = "rope_freqs.weight"
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'rope-dist[export]'")
@@ -29,7 +30,27 @@ def source(model, tmp_path):
 
 @pytest.fixture
 def plan(model):
-    return rope_dist.plan(model, factor=2)
+    return rope_dist.plan(model, factor=2, strategy="dprope")
+
+
+def trained_with_yarn(make_llama, tmp_path, factor):
+    """A model from 64 tokens to ``factor`` times that by YaRN, and its GGUF as converters write it."""
+    rope = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = make_llama(initializer_range=0.3, max_position_embeddings=int(64 * factor), rope_parameters=rope)
+    kinds = gguf.GGUFValueType
+    source = write_gguf(
+        model,
+        tmp_path / "model.gguf",
+        llama__rope__scaling__type=("yarn", kinds.STRING),
+        llama__rope__scaling__factor=(factor, kinds.FLOAT32),
+        llama__rope__scaling__original_context_length=(64, kinds.UINT32),
+    )
+    return model, source
 
 
 def tensors(path):
@@ -95,10 +116,27 @@ class TestFile:
             llama__rope__scaling__type=("linear", gguf.GGUFValueType.STRING),
             llama__rope__scaling__factor=(2.0, gguf.GGUFValueType.FLOAT32),
         )
-        plan = rope_dist.plan(model, factor=2)
+        plan = rope_dist.plan(model, factor=2, strategy="dprope")
         out = export.gguf(source, plan, tmp_path / "out.gguf")
         assert "llama.rope.scaling.factor" not in fields(out)
         assert export.verify(out, plan)
+
+    @pytest.mark.parametrize("factor", [2.0, 4.0])
+    def test_a_model_trained_with_yarn(self, make_llama, tmp_path, factor):
+        """The reference is transformers' own YaRN; llama.cpp's is the same, with the scaling in its graph."""
+        model, source = trained_with_yarn(make_llama, tmp_path, factor)
+        stock = model.model.rotary_emb
+        reading = read(source).reading()
+        torch.testing.assert_close(reading.inv_freq, stock.inv_freq, rtol=1e-6, atol=0)
+        assert 0 < (reading.inv_freq < 0.99 * read(source).theta ** -(torch.arange(0, 16, 2) / 16)).sum() < 8
+        assert reading.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-6)
+        plan = rope_dist.plan(model, factor=2, strategy="dprope")
+        out = export.gguf(source, plan, tmp_path / "out.gguf")
+        assert not [key for key in fields(out) if key.startswith("llama.rope.scaling.") and "attn" not in key]
+        assert export.verify(out, plan)
+        after = read(out).reading()
+        assert after.attention_scaling == pytest.approx(plan.attention_scaling, rel=1e-6)
+        assert after.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-6)
 
     def test_another_alignment_and_fields_that_are_not_text(self, model, plan, tmp_path):
         kinds = gguf.GGUFValueType
@@ -160,6 +198,23 @@ class TestLlamaCpp:
             same, difference = self.compare(model, plain, ids, 64, forbidden=(0, 1, 2))
             assert not same
             assert difference > 0.1
+
+    def test_a_model_trained_with_yarn(self, make_llama, tmp_path):
+        """llama.cpp runs the source as transformers runs the model, and the export as the extended model."""
+        model, source = trained_with_yarn(make_llama, tmp_path, 2.0)
+        ids = torch.randint(3, 128, (120,), generator=torch.Generator().manual_seed(2)).tolist()
+        special = (0, 1, 2)
+        same, difference = self.compare(model, source, ids[:60], 64, special)
+        assert same
+        assert difference < 1e-3
+        plan = rope_dist.plan(model, factor=2, strategy="dprope")
+        out = export.gguf(source, plan, tmp_path / "out.gguf")
+        with rope_dist.enable(model, plan=plan):
+            same, difference = self.compare(model, out, ids, 64, special)
+            assert same
+            assert difference < 1e-3
+            # Both see the frequencies.
+            assert self.compare(model, source, ids[:60], 64, special)[1] > 0.1
 
     def test_forced_tokens_have_the_models_probabilities(self, model, source, plan, tmp_path):
         """The way in which a text is read for its perplexity."""
@@ -243,17 +298,30 @@ class TestBadInput:
         assert "join them" in fails(of=part)
 
     def test_scaling_at_run_time(self, fails, model, tmp_path):
-        yarn = write_gguf(
-            model, tmp_path / "yarn.gguf", llama__rope__scaling__type=("yarn", gguf.GGUFValueType.STRING)
+        """llama.cpp takes the long or the short factors of a longrope by the size of its context."""
+        longrope = write_gguf(
+            model,
+            tmp_path / "longrope.gguf",
+            llama__rope__scaling__type=("longrope", gguf.GGUFValueType.STRING),
         )
-        assert "'yarn'" in fails(of=yarn)
+        assert "'longrope', whose frequencies llama.cpp chooses by the context" in fails(of=longrope)
+
+    def test_a_yarn_of_another_kind(self, fails, model, tmp_path):
+        kinds = gguf.GGUFValueType
+        yarn = write_gguf(
+            model,
+            tmp_path / "yarn.gguf",
+            llama__rope__scaling__type=("yarn", kinds.STRING),
+            llama__rope__scaling__yarn_ext_factor=(0.5, kinds.FLOAT32),
+        )
+        assert "extrapolation factor" in fails(of=yarn)
 
     def test_targets(self, fails, tmp_path, source):
         (tmp_path / "there.gguf").write_text("mine")
         assert "--force" in fails(out="there.gguf")
         assert "source itself" in fails("--force", out="model.gguf")
         (tmp_path / "folder").mkdir()
-        assert "not a file" in fails("--force", out="folder")
+        assert "not a regular file" in fails("--force", out="folder")
         assert "not a directory" in fails(out="no/such.gguf")
         (tmp_path / "loop").symlink_to("loop")
         assert "not a file" in fails(of=tmp_path / "loop")

@@ -38,7 +38,7 @@ def source(llama, tmp_path):
 
 @pytest.fixture
 def plan(source):
-    return rope_dist.plan(source, factor=2)
+    return rope_dist.plan(source, factor=2, strategy="dprope")
 
 
 @torch.no_grad()
@@ -271,7 +271,7 @@ class TestBadInput:
         assert "ermission" in fails(out="closed/out")
 
     def test_no_model(self, fails, tmp_path, source):
-        assert "config.json" in fails(of=tmp_path / "nothing")
+        assert f"no directory {tmp_path / 'nothing'}" in fails(of=tmp_path / "nothing")
         (source / "config.json").write_text("{")
         assert "JSON" in fails()
 

@@ -121,7 +121,7 @@ def _plan(parsed: argparse.Namespace, **model: Any) -> Any:
 
 
 def _hf(parsed: argparse.Namespace) -> None:
-    from ..export import hf, verify, vllm_arguments
+    from ..export import hf, verify
 
     plan = _plan(parsed)
     out = hf(
@@ -134,7 +134,6 @@ def _hf(parsed: argparse.Namespace) -> None:
         force=parsed.force,
     )
     print(f"{verify(out, plan)}\n\nwrote {out}")
-    print(f"for vLLM without it: vllm serve MODEL {vllm_arguments(plan)}")
 
 
 def _gguf(parsed: argparse.Namespace) -> None:
@@ -147,5 +146,9 @@ def _gguf(parsed: argparse.Namespace) -> None:
 
 def _vllm(parsed: argparse.Namespace) -> None:
     from ..export import vllm_arguments
+    from ..export.stock import read_config
+    from ..presets import PRESETS
 
-    print(vllm_arguments(_plan(parsed)))
+    plan = _plan(parsed)
+    known = parsed.source is not None and parsed.source not in PRESETS
+    print(vllm_arguments(plan, read_config(parsed.source) if known else None))

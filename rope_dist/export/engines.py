@@ -113,7 +113,10 @@ ENGINES: dict[str, Callable[[Mapping[str, Any]], Reading]] = {
 
 
 def unable(engine: str, plan: RopePlan) -> str | None:
-    """Why ``engine`` cannot represent ``plan`` in a LLaMA's config, or None if it can."""
+    """Why ``engine`` cannot represent ``plan`` in a LLaMA's config, or None if it can.
+
+    What it makes of other models is in ``architectures.py``.
+    """
     if engine in ("mlx", "tensorrt-llm") and plan.attention_scaling != 1:
         return (
             f"{engine} does not scale cos and sin of a longrope, and the plan scales them by "

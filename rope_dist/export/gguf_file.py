@@ -7,6 +7,7 @@ leaves a longrope config of a LLaMA out without a word.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import struct
 from pathlib import Path
@@ -54,7 +55,7 @@ def gguf(
         raise ValueError(f"{out} is the source itself: write to another file")
     with new_file(out, force=force) as temporary:
         _write(source, plan, temporary)
-        verify(temporary, plan).raise_for_failure()
+        dataclasses.replace(verify(temporary, plan), artefact=out).raise_for_failure()
     return out
 
 

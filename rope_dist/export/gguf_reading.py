@@ -6,6 +6,7 @@ It is read here and not by ``gguf.GGUFReader``, which makes several arrays for e
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -93,23 +94,60 @@ class GgufFile:
                 f"it has one in {', '.join(SLOTS)}"
             )
         kind = self.value("rope.scaling.type", "linear")
-        if kind not in ("none", "linear"):
-            raise ValueError(f"its rope.scaling.type is {kind!r}, which changes the frequencies at run time")
+        if kind not in ("none", "linear", "yarn"):
+            raise ValueError(
+                f"its rope.scaling.type is {kind!r}, whose frequencies llama.cpp chooses by the context it is given"
+            )
         factors = torch.ones(self.head_dim // 2)
         if FACTORS in self.tensors:
             factors = self._factors()
+        scaling = self._number("rope.scaling.attn_factor", 1.0)
+        # Zero counts as nothing given.
+        stretch = self._number("rope.scaling.factor", 0) or self._number("rope.scale_linear", 0) or 1.0
         if kind == "linear":
-            factors = factors * (self.value("rope.scaling.factor") or self.value("rope.scale_linear") or 1.0)
+            factors = factors * stretch
+        elif kind == "yarn":
+            factors = factors * self._yarn(stretch)
+            # llama.cpp scales by this itself, and by attn_factor on top.
+            scaling *= 1 + 0.1 * math.log(stretch) if stretch > 1 else 1.0
         return Reading(
             default_inv_freq(self.theta, self.head_dim, factors),
-            float(self.value("rope.scaling.attn_factor", 1.0)),
+            scaling,
             int(self.value("context_length", 0)),
         )
+
+    def _yarn(self, stretch: float) -> torch.Tensor:
+        """``[head_dim / 2]`` factors of llama.cpp's YaRN (``ggml_rope_yarn_corr_dims``), the same for any context."""
+        if self._number("rope.scaling.yarn_ext_factor", 1.0) != 1:
+            raise ValueError("its YaRN has an extrapolation factor of its own, which is not known here")
+        original = self._number("rope.scaling.original_context_length", 0) or self._number(
+            "context_length", 0
+        )
+        fast = self._number("rope.scaling.yarn_beta_fast", 32.0)
+        slow = self._number("rope.scaling.yarn_beta_slow", 1.0)
+        if min(original, fast, slow, stretch) <= 0 or self.theta <= 1:
+            raise ValueError("its YaRN has settings out of range")
+
+        def dimension(periods: float) -> float:
+            """Where a pair comes round ``periods`` times within the original length."""
+            return self.head_dim * math.log(original / (periods * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low = max(0, math.floor(dimension(fast)))
+        high = min(self.head_dim - 1, math.ceil(dimension(slow)))
+        pairs = torch.arange(self.head_dim // 2, dtype=torch.float64)
+        kept = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
+        return 1 / (kept + (1 - kept) / stretch)
+
+    def _number(self, key: str, default: float) -> float:
+        value = self.value(key, default)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"its {self.architecture}.{key} is {value!r}, not a number")
+        return float(value)
 
     @property
     def theta(self) -> float:
         """RoPE base."""
-        return float(self.value("rope.freq_base", 10000.0))
+        return self._number("rope.freq_base", 10000.0)
 
     @property
     def head_dim(self) -> int:

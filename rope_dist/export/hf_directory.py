@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import fnmatch
 import json
 import os
@@ -13,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ..files import check_target, copy_bytes, new_directory
-from ..planning import RopePlan, check_same_model, load_config, pretrained_rope
+from ..planning import RopePlan, check_same_model, pretrained_rope
+from .architectures import unable_model, unextendable
 from .engines import LENGTH_KEYS, check_engines
+from .stock import StockModel, changed, read_config
 from .verification import CONFIG, check_weights, read_json, verify
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model*.bin.index.json")
 # Other formats of the same model know nothing of the plan, and some engines prefer them to config.json.
@@ -26,16 +30,21 @@ OTHER_FORMATS = ("consolidated*", "params.json", "*.gguf", "*.onnx*", "*.msgpack
 FOLDERS = ("additional_chat_templates",)
 
 
-def config_entries(plan: RopePlan) -> dict[str, Any]:
+def config_entries(plan: RopePlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
     """Top-level entries of a ``config.json`` from which transformers 4 and 5 and the engines compute the plan.
 
     ``rope_parameters`` is read by transformers 5, ``rope_theta`` with ``rope_scaling`` by transformers 4 (which would
     silently take a file with the former alone for a model without scaling). Where cos and sin are scaled,
     ``short_mscale`` and ``long_mscale`` say so to vLLM and SGLang, which do not read ``attention_factor``.
+
+    Args:
+        plan: the extension.
+        config: of the language model that is extended: what else its rotary parameters say is kept.
     """
-    entries = plan.config_overrides()
-    rope = entries["rope_parameters"]
-    if plan.attention_scaling != 1:
+    entries = plan.config_overrides(config)
+    rope = entries["rope_parameters"] = dict(entries["rope_parameters"])
+    # PhiMoE's config insists on them.
+    if plan.attention_scaling != 1 or getattr(config, "model_type", None) == "phimoe":
         rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
     entries["rope_theta"] = rope["rope_theta"]
     if "partial_rotary_factor" in rope:
@@ -46,15 +55,35 @@ def config_entries(plan: RopePlan) -> dict[str, Any]:
     return entries
 
 
-def vllm_overrides(plan: RopePlan) -> dict[str, Any]:
-    """The value of vLLM's ``hf_overrides`` with which it runs the unchanged model by the plan."""
-    entries = config_entries(plan)
-    return {k: entries[k] for k in ("max_position_embeddings", "rope_parameters")}
+def vllm_overrides(plan: RopePlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
+    """The value of vLLM's ``hf_overrides`` with which it runs the unchanged model by the plan.
+
+    Args:
+        plan: the extension.
+        config: of the model (the whole one, where it has parts). Without it nothing but the plan is known: the model
+            is then taken for one whose config is a LLaMA's.
+
+    Raises:
+        ValueError: the plan is of another model, or vLLM cannot run this one by it.
+    """
+    keys = ("max_position_embeddings", "rope_parameters")
+    if config is None:
+        entries = config_entries(plan)
+        return {key: entries[key] for key in keys}
+    model = StockModel(config)
+    check_model(model, plan)
+    reason = unable_model("vllm", model)
+    if reason is not None:
+        raise ValueError(f"vLLM cannot run {config.model_type} by a plan: {reason}")
+    entries = config_entries(plan, model.text)
+    overrides = {key: entries[key] for key in keys}
+    # vLLM goes into an entry that is itself a config.
+    return overrides if model.part is None else {model.part: overrides}
 
 
-def vllm_arguments(plan: RopePlan) -> str:
+def vllm_arguments(plan: RopePlan, config: PretrainedConfig | None = None) -> str:
     """:func:`vllm_overrides` as arguments of ``vllm serve``, quoted for a shell."""
-    overrides = json.dumps(vllm_overrides(plan), separators=(",", ":"), allow_nan=False)
+    overrides = json.dumps(vllm_overrides(plan, config), separators=(",", ":"), allow_nan=False)
     return f"--max-model-len {plan.target_length} --hf-overrides {shlex.quote(overrides)}"
 
 
@@ -91,9 +120,13 @@ def hf(
     check_target(out, force=force, directory=True)
     if isinstance(model_or_dir, (str, os.PathLike)):
         source = Path(model_or_dir)
-        config = read_json(source / CONFIG)
+        if not source.exists() and not source.is_symlink():
+            raise ValueError(f"there is no directory {source}; a model on the hub has to be downloaded first")
+        file = read_json(source / CONFIG)
         files = _files(source, config_only)
-        _check_plan(load_config(source), plan)
+        config = read_config(source)
+        check_model(StockModel(config), plan)
+        new = extended_config(file, plan, config)
         real = source.resolve()
         if out.resolve() == real or out.resolve() in real.parents:
             raise ValueError(f"{out} holds the source {source}: write to another directory")
@@ -101,48 +134,81 @@ def hf(
             check_weights(source)
         with new_directory(out, force=force) as temporary:
             _copy(files, source, temporary, link)
-            _write_json(temporary / CONFIG, extended_config(config, plan))
-            _finish(temporary, plan, engines)
+            _write_json(temporary / CONFIG, new)
+            _finish(temporary, plan, engines, config, out)
         return out
     if not hasattr(model_or_dir, "save_pretrained"):
         raise TypeError(f"expected a transformers model or a directory, got {type(model_or_dir).__name__}")
-    _check_plan(model_or_dir.config, plan)
+    config = model_or_dir.config
+    check_model(StockModel(config), plan)
     with new_directory(out, force=force) as temporary:
-        (model_or_dir.config if config_only else model_or_dir).save_pretrained(temporary)
-        config = read_json(temporary / CONFIG)
-        _write_json(temporary / CONFIG, extended_config(config, plan))
-        _finish(temporary, plan, engines)
+        (config if config_only else model_or_dir).save_pretrained(temporary)
+        _write_json(temporary / CONFIG, extended_config(read_json(temporary / CONFIG), plan, config))
+        _finish(temporary, plan, engines, config, out)
     return out
 
 
-def extended_config(config: Mapping[str, Any], plan: RopePlan) -> dict[str, Any]:
-    """A copy of a ``config.json`` with the plan's entries and without those that would contradict them."""
-    if "text_config" in config:
-        raise ValueError("the model has parts (text_config); export its language model alone")
-    if any(isinstance(value, Mapping) for value in (config.get("rope_parameters") or {}).values()):
-        raise ValueError(
-            "the model has a rotary embedding per layer type, for which engines have no common form: enable() it and "
-            "save_pretrained(), which transformers 5 reads"
-        )
-    new = {k: v for k, v in config.items() if k != "original_max_position_embeddings"}
+def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedConfig) -> dict[str, Any]:
+    """A copy of a ``config.json`` with the plan's entries and without those that would contradict them.
+
+    Args:
+        file: what the file holds.
+        plan: the extension.
+        config: what transformers reads from it. The entries go where its language model's are.
+
+    Raises:
+        ValueError: the language model's entries are not in the file where transformers 5 keeps them.
+    """
+    text, part = config.get_text_config(decoder=True), StockModel(config).part
+    if part is not None:
+        if not isinstance(file.get(part), Mapping):
+            raise ValueError(
+                f"config.json has the language model's entries at the top, in a form of earlier versions: load the "
+                f"{config.model_type} model and save it with transformers 5, which writes {part}, then export that"
+            )
+        return {**file, part: extended_config(file[part], plan, text)}
+    new = {k: v for k, v in file.items() if k != "original_max_position_embeddings"}
     for key in LENGTH_KEYS:
         if isinstance(new.get(key), int):
             new[key] = max(new[key], plan.target_length)
     if new.get("head_dim") is None:
         # Open, transformers' longrope would multiply None (Mixtral).
         new["head_dim"] = plan.head_dim
-    return {**new, **config_entries(plan)}
+    return {**new, **config_entries(plan, text)}
 
 
-def _check_plan(config: Any, plan: RopePlan) -> None:
+def check_model(model: StockModel, plan: RopePlan) -> None:
+    """``ValueError`` if ``plan`` is of another model, or no export of this one can follow it."""
+    text = model.text
     # A model that is enabled with this very plan, or was saved so, is as good as the one before.
+    # (A model whose softmax is scaled by it keeps its own factor.)
     ours = plan.config_overrides()["rope_parameters"]
-    theirs = getattr(config, "rope_parameters", None) or {}
-    if any(theirs.get(key) != value for key, value in ours.items()):
-        check_same_model(plan, *pretrained_rope(config))
+    if any(model.parameters.get(key) != value for key, value in ours.items() if key != "factor"):
+        check_same_model(plan, *pretrained_rope(text))
+    reason = unextendable(model)
+    if reason is not None:
+        raise ValueError(reason)
+    if model.layer_typed:
+        raise ValueError(
+            f"{text.model_type} has a rotary embedding per layer type, for which engines have no common form: enable() "
+            "it and save_pretrained(), which transformers 5 reads"
+        )
+    if model.multimodal_positions:
+        raise ValueError(
+            f"{text.model_type} gives a token positions in time, height and width (mrope_section), for which engines "
+            "have no longrope"
+        )
+    # The plan applied to a copy: what else would stock then compute?
+    after = copy.deepcopy(text)
+    after.__dict__.update(plan.config_overrides(text))
+    reason = changed(model, StockModel(after))
+    if reason is not None:
+        raise ValueError(f"the plan would change more of {text.model_type} than its frequencies: {reason}")
 
 
-def _finish(directory: Path, plan: RopePlan, engines: Iterable[str]) -> None:
+def _finish(
+    directory: Path, plan: RopePlan, engines: Iterable[str], source: PretrainedConfig, out: Path
+) -> None:
     """Raise the lengths that other files repeat, and compare the whole with the plan."""
     for name, key in (
         ("tokenizer_config.json", "model_max_length"),
@@ -154,7 +220,8 @@ def _finish(directory: Path, plan: RopePlan, engines: Iterable[str]) -> None:
             # generate() stops at it; vLLM takes the smaller one for some tasks.
             if isinstance(data.get(key), int) and plan.original_length <= data[key] < plan.target_length:
                 _write_json(path, {**data, key: plan.target_length})
-    verify(directory, plan, engines=engines).raise_for_failure()
+    verification = verify(directory, plan, engines=engines, source=source)
+    dataclasses.replace(verification, artefact=out).raise_for_failure()
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -6,20 +6,26 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
 
-from ..planning import RopePlan, load_config, pretrained_rope
+from ..planning import RopePlan
 from ..strategies import default_inv_freq
+from .architectures import unable_model, unextendable
 from .engines import ENGINES, Reading, check_engines, unable
 from .gguf_reading import read
+from .stock import StockModel, changed, read_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CONFIG = "config.json"
+SHAPE = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,13 @@ class Verification:
                 )
 
 
-def verify(artefact: str | os.PathLike[str], plan: RopePlan, *, engines: Iterable[str] = ()) -> Verification:
+def verify(
+    artefact: str | os.PathLike[str],
+    plan: RopePlan,
+    *,
+    engines: Iterable[str] = (),
+    source: PretrainedConfig | str | os.PathLike[str] | None = None,
+) -> Verification:
     """Read ``artefact`` again as its engines do and compare frequencies, scaling and length with ``plan``.
 
     Args:
@@ -66,6 +78,8 @@ def verify(artefact: str | os.PathLike[str], plan: RopePlan, *, engines: Iterabl
         plan: what it is to follow.
         engines: engines of :data:`ENGINES` that it is for. The ones that cannot represent the plan are listed all the
             same, but count only if they are named here: then the plan is refused.
+        source: the model before the extension, a directory or its config: then what else the model had is compared
+            too, e.g. the scaling of its softmax. Not for GGUF.
 
     Returns:
         A check for each engine. Frequencies of a config are compared bit for bit, those of a GGUF file to 1e-6
@@ -76,7 +90,7 @@ def verify(artefact: str | os.PathLike[str], plan: RopePlan, *, engines: Iterabl
     """
     path = Path(artefact)
     if path.is_dir():
-        return Verification(path, tuple(_directory(path, plan, tuple(engines))))
+        return Verification(path, tuple(_directory(path, plan, tuple(engines), source)))
     return Verification(path, (_compare("llama.cpp", read(path).reading, plan, relative=1e-6),))
 
 
@@ -132,33 +146,53 @@ def _check_safetensors(path: Path) -> None:
         )
 
 
-def _directory(path: Path, plan: RopePlan, engines: tuple[str, ...]) -> list[Check]:
+def _directory(
+    path: Path,
+    plan: RopePlan,
+    engines: tuple[str, ...],
+    source: PretrainedConfig | str | os.PathLike[str] | None,
+) -> list[Check]:
     check_engines(plan, engines)
-    config = read_json(path / CONFIG)
+    file = read_json(path / CONFIG)
     if any(n.name.endswith((".safetensors", ".index.json", ".bin")) for n in path.iterdir()):
         check_weights(path)
-    checks = [_compare("transformers", functools.partial(_installed_transformers, path), plan)]
-    for engine, read_config in ENGINES.items():
-        required = unable(engine, plan) is None
-        checks.append(_compare(engine, functools.partial(read_config, config), plan, required=required))
+    model = StockModel(read_config(path))
+    if source is not None and not hasattr(source, "get_text_config"):
+        source = read_config(Path(source))
+    checks = []
+    for engine in ("transformers", *ENGINES):
+        reason = unable(engine, plan) or unable_model(engine, model)
+        if reason is not None:
+            checks.append(Check(engine, reason, required=engine in engines))
+            continue
+        if engine == "transformers":
+            reading = functools.partial(_installed_transformers, model, source)
+        else:
+            reading = functools.partial(_by_formula, ENGINES[engine], file, model)
+        checks.append(_compare(engine, reading, plan))
     return checks
 
 
-def _installed_transformers(path: Path) -> Reading:
-    """The installed transformers' own functions on its own reading of the file."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+def _installed_transformers(model: StockModel, source: PretrainedConfig | None) -> Reading:
+    reason = unextendable(model)
+    if reason is None and source is not None:
+        reason = changed(StockModel(source), model)
+    if reason is not None:
+        raise ValueError(reason)
+    return model.reading()
 
-    config = load_config(path)
-    rope, _ = pretrained_rope(config)
-    kind = config.rope_parameters.get("rope_type", "default")
-    if kind == "default":
-        return Reading(rope.inv_freq, 1.0, config.max_position_embeddings)
-    length = config.max_position_embeddings
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, seq_len=length)
-    short, _ = ROPE_INIT_FUNCTIONS[kind](config, seq_len=1)
-    if not torch.equal(inv_freq, short):
-        raise ValueError("the frequencies change with the length")
-    return Reading(inv_freq, float(scaling), length)
+
+def _by_formula(
+    read_config: Callable[[Mapping[str, Any]], Reading], file: Mapping[str, Any], model: StockModel
+) -> Reading:
+    reason = unextendable(model)
+    if reason is not None:
+        raise ValueError(reason)
+    if model.part is not None:
+        file = file.get(model.part, file)
+    # A file may leave to its class what is the class's default.
+    defaults = {key: getattr(model.text, key, None) for key in SHAPE}
+    return read_config({**{k: v for k, v in defaults.items() if v is not None}, **file})
 
 
 def _compare(

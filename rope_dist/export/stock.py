@@ -1,0 +1,232 @@
+"""The installed transformers asked what it computes from a config: the model's own class, without its weights."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..planning import EXTENDED_LAYERS, load_config, pretrained_rope, rope_parameters
+from .engines import Reading
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """:func:`rope_dist.planning.load_config`, without its remark on keys that are for other engines."""
+    with _no_remark_on_keys():
+        return load_config(directory)
+
+
+@dataclass(frozen=True)
+class StockModel:
+    """A config's language model as transformers builds it, on the meta device: no memory, no weights.
+
+    Attributes:
+        config: of the whole model, whose language model is asked.
+    """
+
+    config: PretrainedConfig
+
+    @property
+    def text(self) -> PretrainedConfig:
+        """The language model's config: the only one, or the part of a composite one."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def part(self) -> str | None:
+        """The entry of a composite config that is the language model's; None where the config is not composite.
+
+        Raises:
+            ValueError: it is composite, and the language model is none of its parts.
+        """
+        config, text = self.config, self.text
+        if text is config:
+            return None
+        name = next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
+        if name is None:
+            raise ValueError(
+                f"the language model of {config.model_type} is not one of its parts: export it alone"
+            )
+        return name
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """The rotary parameters that a plan extends; ``ValueError`` if there are none."""
+        name = type(self.text).__name__
+        if not getattr(self.text, "rope_parameters", None):
+            raise ValueError(f"{name} has no rotary embedding (no rope_parameters)")
+        try:
+            return rope_parameters(self.text)
+        except KeyError:
+            raise ValueError(f"{name} has no rotary parameters of {EXTENDED_LAYERS} layers") from None
+
+    @property
+    def layer_typed(self) -> bool:
+        """Whether types of layers have rotary parameters of their own."""
+        return self.parameters is not self.text.rope_parameters
+
+    @cached_property
+    def model(self) -> nn.Module | None:
+        """The model on the meta device; None where transformers has no model of this config alone.
+
+        Raises:
+            ValueError: transformers cannot build it.
+        """
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+        text = copy.deepcopy(self.text)
+        for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+            if type(text) in mapping:
+                cls = mapping[type(text)]
+                break
+        else:
+            return None
+        try:
+            # Not by from_config, which a global enable() changes.
+            with torch.device("meta"), _no_remark_on_keys():
+                return cls(text)
+        except Exception as error:
+            raise ValueError(f"transformers cannot build it: {_message(error)}") from None
+
+    @cached_property
+    def rotary(self) -> nn.Module | None:
+        """The rotary embedding of the model's own class, computed on the CPU; None where none is found.
+
+        Raises:
+            ValueError: transformers cannot build it.
+        """
+        if self.model is None:
+            return None
+        found = [m for m in self.model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
+        found = [m for m in found if getattr(m, "config", None) is not None]
+        if not found:
+            return None
+        first = getattr(self.model, "rotary_emb", found[0])
+        try:
+            with torch.device("cpu"):
+                return type(first)(first.config)
+        except Exception as error:
+            raise ValueError(f"transformers cannot build its rotary embedding: {_message(error)}") from None
+
+    def reading(self) -> Reading:
+        """Frequencies, scaling of cos and sin, and length.
+
+        Raises:
+            ValueError: the frequencies change with the length, or transformers fails on the config.
+        """
+        length = self.text.max_position_embeddings
+        if self.rotary is None:
+            rope, _ = pretrained_rope(self.text)
+            return Reading(rope.inv_freq, rope.attention_scaling, length)
+        long, scaling = self._tables(length - 1)
+        short, _ = self._tables(1)
+        if not torch.equal(long, short):
+            raise ValueError("the frequencies change with the length")
+        return Reading(long, scaling, length)
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers that the modules derived from the config, by name, e.g. the scaling of the softmax."""
+        if self.model is None:
+            return {}
+        return {
+            f"{name}.{key}": value
+            for name, module in self.model.named_modules()
+            if not type(module).__name__.endswith("RotaryEmbedding")
+            for key, value in vars(module).items()
+            if isinstance(value, float)
+        }
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether neighbouring dimensions are a pair, not dimension ``i`` and ``i + R/2``."""
+        if self.model is None:
+            return False
+        rotate_half = getattr(sys.modules[type(self.model).__module__], "rotate_half", None)
+        return rotate_half is not None and rotate_half(torch.arange(4.0)).tolist() == [-1.0, 0.0, -3.0, 2.0]
+
+    @property
+    def multimodal_positions(self) -> bool:
+        """Whether a token has positions in time, height and width (Qwen2-VL), each turning some of the pairs."""
+        return "mrope_section" in self.parameters or hasattr(self.rotary, "mrope_section")
+
+    def _tables(self, position: int) -> tuple[torch.Tensor, float]:
+        """``inv_freq`` as it is after a text that ends at ``position``, and what cos and sin are scaled by."""
+        rotary = self.rotary
+        prefix, options = "", {}
+        for layer_type, parameters in self.text.rope_parameters.items():
+            if parameters is self.parameters:
+                prefix, options = f"{layer_type}_", {"layer_type": layer_type}
+        positions = torch.tensor([[0, position]])
+        if hasattr(rotary, "mrope_section"):
+            positions = positions.expand(3, 1, 2)
+        try:
+            with torch.no_grad():
+                tables = rotary(torch.zeros(1), positions, **options)
+        except KeyError as error:
+            raise ValueError(f"transformers fails in the forward pass: no {error.args[0]!r}") from None
+        except Exception as error:
+            raise ValueError(f"transformers fails in the forward pass: {_message(error)}") from None
+        scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+        if isinstance(tables, tuple):
+            at_zero = tables[0].double().flatten()[0].item()  # cos(0) times the scaling
+            if not math.isclose(at_zero, scaling, rel_tol=1e-6):
+                scaling = at_zero
+        return getattr(rotary, f"{prefix}inv_freq").clone(), scaling
+
+
+SUPERSEDED = frozenset((
+    "rope_type", "type", "factor", "attention_factor", "original_max_position_embeddings", "short_factor",
+    "long_factor", "short_mscale", "long_mscale", "low_freq_factor", "high_freq_factor", "beta_fast",
+    "beta_slow", "truncate", "mscale", "attn_factor", "extrapolation_factor", "finetuned", "alpha",
+    "partial_rotary_factor",
+))  # fmt: skip
+"""Rotary parameters whose effect is in a plan's frequencies and scaling: they need not outlive it."""
+
+
+def changed(before: StockModel, after: StockModel) -> str | None:
+    """What an extension changed beside the rotary embedding, or None: lost parameters, scalings of the attention."""
+    kept = after.parameters
+    lost = [
+        key
+        for key, value in before.parameters.items()
+        if key not in SUPERSEDED and value is not None and kept.get(key) != value
+    ]
+    if lost:
+        return f"it loses the model's rotary parameter{'s' * (len(lost) > 1)} {', '.join(lost)}"
+    scalars = after.scalars()
+    for name, value in before.scalars().items():
+        found = scalars.get(name, math.nan)
+        if not math.isclose(found, value, rel_tol=1e-6):
+            return f"{name} is {found:.6g}, {value:.6g} in the model"
+    return None
+
+
+def _message(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _no_remark_on_keys() -> Iterator[None]:
+    # short_mscale and long_mscale are for vLLM and SGLang; transformers warns that it does not know them.
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Unrecognized keys in `rope_parameters`")
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
