@@ -304,6 +304,8 @@ AT_ONCE = [
     (("compare", "llama2-7b", "--target", "8192", "--divergence", "kl"), 2, "pretrained-extended"),
     (("demo", "--tokens", "1"), 2, "at least 2"),
     (("demo", "--text", "no-such-text"), 2, "unknown text 'no-such-text'; known: python"),
+    (("demo", "--device", "xyz"), 2, "unknown device 'xyz'; known: cpu, cuda"),
+    (("demo", "--device", "meta"), 2, "unknown device 'meta'"),
     (("bench", "--seconds", "0"), 2, "above 0"),
     (("bench", "--tokens", "0"), 2, "at least 1"),
     (("export", "hf", "."), 2, "--output"),

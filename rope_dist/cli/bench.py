@@ -22,7 +22,9 @@ def add(verbs: Any) -> None:
         "bench", help="time the rotary step against Hugging Face's", description=DESCRIPTION, epilog=EXAMPLES
     )
     parser.add_argument(
-        "--device", help="device to measure: cpu, cuda or cuda:N (default: a GPU if there is one)"
+        "--device",
+        type=values.device,
+        help="device to measure: cpu, cuda or cuda:N (default: a GPU if there is one)",
     )
     parser.add_argument(
         "--tokens",

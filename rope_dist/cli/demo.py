@@ -36,7 +36,11 @@ def add(verbs: Any) -> None:
         default=CORPUS_NAMES[0],
         help=f"a text file, or a corpus: {', '.join(CORPUS_NAMES)} (default: %(default)s)",
     )
-    parser.add_argument("--device", help="device of the model, e.g. cuda:0 (default: a GPU if there is one)")
+    parser.add_argument(
+        "--device",
+        type=values.device,
+        help="device of the model, e.g. cuda:0 (default: a GPU if there is one)",
+    )
     parser.add_argument(
         "--tokens",
         type=values.tokens,

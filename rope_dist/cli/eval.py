@@ -62,7 +62,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )
     length = parser.add_mutually_exclusive_group()
     add_length(length, "; default: 2")
-    parser.add_argument("--device", help="device of the model, e.g. cuda:0 (default: a GPU if there is one)")
+    parser.add_argument(
+        "--device",
+        type=values.device,
+        help="device of the model, e.g. cuda:0 (default: a GPU if there is one)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "auto"),

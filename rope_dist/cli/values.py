@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -150,6 +151,12 @@ def _model(text: str, names: Iterable[str]) -> str:
                 "model", text, names, "; or give a directory with a config.json, or a hub id (owner/name)"
             )
         )
+    return text
+
+
+def device(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu|hpu|npu)(:\d{1,3})?", text):
+        raise ArgumentTypeError(f"unknown device {text!r}; known: cpu, cuda, cuda:N")
     return text
 
 
