@@ -35,6 +35,7 @@ COMPARED_STRATEGIES = tuple(name for name in STRATEGY_NAMES if name != "longrope
 """What ``rope-dist compare`` compares: longrope has no factors of its own, they come from a search on a model."""
 EVALUATED_STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")
 QUICK_STRATEGIES = ("stock", "yarn", "auto")
+DEMO_STRATEGIES = ("stock", "auto", "dprope")
 
 THRESHOLD_NAMES = ("paper-2x", "paper-4x")
 INTERVALS = 360

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import sys
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from tabulate import tabulate
 from . import ops
 from .comparison import table_3
 from .files import write_text
+from .planning import pretrained_rope
 from .plots import plot_perplexity
 from .timing import machine, sample, spread, timer
 
@@ -23,18 +25,28 @@ if TYPE_CHECKING:
 
     from .evaluation import Reading
 
-STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")
-BUCKET = 2048
+STRATEGIES = ("stock", "auto", "dprope")
+"""In the order in which they are read; the last ones are left out where time is short."""
+LENGTHS = (1.5, 1.375)
+"""Multiples of the trained length that are read, the first that fits into the time. Below the smaller one a model
+still reads well with its own frequencies (SmolLM2 fails from 1.25 on), so that a table would show nothing."""
+SHARE = 0.9
+"""Of the time left that readings are planned to take: a machine may get slower while they run."""
+BUCKET = 1024
+"""Positions of one point of the picture and of one entry of ``demo.json``."""
 
 
 def run(
     *,
     model_name: str = "smollm2-135m",
     text: str = "python",
-    tokens: int = 12288,
+    tokens: int | None = None,
+    strategies: Sequence[str] | None = None,
     factor: float = 2.0,
+    minutes: float = 4.0,
     output: str | Path = "rope-dist-demo",
     device: torch.device | str | None = None,
+    dtype: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Print the paper's Table 3, read a text with several strategies, time the rotary step.
@@ -42,57 +54,71 @@ def run(
     Args:
         model_name: as in :func:`rope_dist.evaluation.load_model`.
         text: a corpus or a file, as in :func:`rope_dist.evaluation.load_text`.
-        tokens: how much of the text is read, from its beginning.
+        tokens: how much of the text is read, from its beginning. None: 1.5 or 1.375 times the trained length, by what
+            fits into ``minutes``; the speed of this machine is measured first.
+        strategies: what it is read with (``stock`` and names of strategies). None: :data:`STRATEGIES`, the last of
+            which is left out where it does not fit into ``minutes``.
         factor: how far the model's trained length is extended.
+        minutes: about how long all of it may take. What was asked for is read even if it takes longer; a line says so.
         output: folder for ``perplexity.png`` and ``demo.json``, made if missing.
         device: where the model reads, by default a GPU if there is one.
+        dtype: as in :func:`rope_dist.evaluation.load_model`.
         say: where the tables go.
 
     Returns:
         What ``demo.json`` holds.
 
     Raises:
-        ValueError: no such text or model, or a text shorter than ``tokens``.
+        ValueError: no such text or model, a text shorter than ``tokens``, or ``minutes`` not positive.
         MissingPackageError: the model's package is not installed.
     """
-    from transformers.utils import logging as transformers_logging
-
-    from .evaluation import PACKAGED_MODELS, load_model, load_text, read_with_strategies
-
-    if tokens < 2:
-        raise ValueError(f"tokens must be at least 2, got {tokens}")
     started = time.perf_counter()
-    title, content = load_text(text)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    if tokens is not None and tokens < 2:
+        raise ValueError(f"tokens must be at least 2, got {tokens}")
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise ValueError(f"minutes must be a positive number, got {minutes}")
     here = machine()
     say(", ".join(f"{key} {value}" for key, value in here.items()))
     say("\n1. Disturbance of LLaMA2's rotary angles, beside Table 3 of Wu et al. (EMNLP 2024)\n")
     say(table_3())
 
+    from transformers.utils import logging as transformers_logging
+
+    from .evaluation import PACKAGED_MODELS, load_model, load_text
+    from .evaluation.progress import duration
+
+    title, content = load_text(text)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
     packaged = PACKAGED_MODELS.get(model_name)
     say(f"\n2. {packaged.title if packaged else model_name}")
-    transformers_logging.set_verbosity_error()  # its loading notes would stand between the tables
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, tokenizer = load_model(model_name, device)
-    ids = tokenizer(content, return_tensors="pt").input_ids
+    transformers_logging.set_verbosity_error()  # its notes would stand between the tables
+    model, tokenizer = load_model(model_name, device, dtype)
+    trained = pretrained_rope(model.config)[0].length
+    target = round(trained * factor)
+    ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids
+    left = 60 * minutes - (time.perf_counter() - started)
+    lengths = [tokens] if tokens else sorted({round(trained * min(x, factor)) for x in LENGTHS}, reverse=True)
+    tokens, chosen, seconds = _choose(model, lengths, strategies, left)
     if ids.shape[1] < tokens:
         raise ValueError(
-            f"{title} has {ids.shape[1]} tokens, fewer than the {tokens} to be read: lower --tokens"
+            f"{title} has {ids.shape[1]} tokens, fewer than the {tokens} to be read: give a longer text or --tokens"
         )
     ids = ids[:, :tokens]
-    trained = model.config.max_position_embeddings
-    target = round(trained * factor)
-    say(f"   reads {tokens} tokens of {title}, extended from {trained} to {target} without training\n")
-    readings: list[Reading] = []
-    began = time.perf_counter()
-    for reading in read_with_strategies(model, ids, STRATEGIES, target, progress=True):
-        readings.append(reading)
-        say(f"   {reading.label}: perplexity {reading.perplexity:.2f} ({time.perf_counter() - began:.0f} s)")
-        began = time.perf_counter()
+    say(
+        f"   reads {tokens} tokens of {title}, extended from {trained} to {target} without training;\n"
+        f"   {len(chosen)} readings of about {duration(seconds)} each\n"
+    )
+    if seconds * len(chosen) > left:
+        say(f"   (that is longer than {minutes:g} min: this machine is too slow for less to show anything)\n")
+    readings = _read(model, ids, chosen, target, say, None if strategies else started + 60 * minutes)
     say("\n" + perplexity_table(readings, trained) + "\n")
+    for name in STRATEGIES if strategies is None else ():
+        if name not in [reading.label for reading in readings]:
+            say(
+                f"   {name} was left out for lack of time: rope-dist demo --minutes {2 * minutes:g} reads it too\n"
+            )
     for reading in readings:
         if reading.plan:
             say(f"   {reading.plan!r}")
@@ -100,28 +126,66 @@ def run(
     curves = {reading.label: reading.buckets(BUCKET) for reading in readings}
     plot_perplexity(curves, trained, f"{title}: perplexity by position", picture)
 
-    dtype = str(model.dtype).removeprefix("torch.")
-    say(f"\n3. The rotary step of one layer, {tokens} tokens, {dtype}, on {device}\n")
+    name = str(model.dtype).removeprefix("torch.")
+    say(f"\n3. The rotary step of one layer, {tokens} tokens, {name}, on {device}\n")
     step = rotary_step(model, tokens)
     milliseconds = {name: f"{seconds * 1e3:.2f} ms" for name, seconds in step.items()}
     say(tabulate(milliseconds.items(), ("median of 10, interleaved", "time"), colalign=("left", "right")))
-    say(
-        f"\n   this package's step takes {step['rope_dist'] / step['stock']:.2f} of stock's time on this machine"
-    )
+    say(f"\n   this package's step is {step['stock'] / step['rope_dist']:.1f} times as fast as stock's here")
 
     result = {
         "machine": here,
         "model": model_name,
+        "dtype": name,
         "text": title,
         "tokens": tokens,
         "trained_length": trained,
         "target_length": target,
         "readings": [_without_paths(reading.to_dict(BUCKET), model_name) for reading in readings],
+        "by_position": table_rows(readings, trained),
         "rotary_step_seconds": step,
     }
     write_text(output / "demo.json", json.dumps(result, indent=2) + "\n")
     say(f"\nwrote {picture} and {output / 'demo.json'} ({time.perf_counter() - started:.0f} s)")
     return result
+
+
+def _choose(
+    model: PreTrainedModel, lengths: Sequence[int], strategies: Sequence[str] | None, left: float
+) -> tuple[int, tuple[str, ...], float]:
+    """How many tokens, with what, and the seconds that one reading takes: as much as fits into ``left`` seconds."""
+    from .evaluation.progress import measure_pace
+
+    began = time.perf_counter()
+    pace = measure_pace(model)
+    left = SHARE * (left - (time.perf_counter() - began))
+    counts = [len(strategies)] if strategies else [len(STRATEGIES), len(STRATEGIES) - 1]
+    choices = [(count, tokens) for count in counts for tokens in lengths]
+    count, tokens = next((c for c in choices if c[0] * pace.seconds(c[1]) <= left), choices[-1])
+    return tokens, tuple(strategies or STRATEGIES[:count]), pace.seconds(tokens)
+
+
+def _read(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    strategies: Sequence[str],
+    target: int,
+    say: Callable[[str], None],
+    end: float | None,
+) -> list[Reading]:
+    """The readings, each announced when it is done. With an ``end``, the third and later ones have to fit before it."""
+    from .evaluation import read_with_strategies
+
+    readings: list[Reading] = []
+    began = time.perf_counter()
+    for reading in read_with_strategies(model, ids, strategies, target, progress=True):
+        now = time.perf_counter()
+        readings.append(reading)
+        say(f"   {reading.label}: perplexity {reading.perplexity:.2f} ({now - began:.0f} s)")
+        if end is not None and 1 < len(readings) < len(strategies) and now + (now - began) > end:
+            break
+        began = time.perf_counter()
+    return readings
 
 
 def _without_paths(reading: dict[str, Any], model_name: str) -> dict[str, Any]:
@@ -131,18 +195,30 @@ def _without_paths(reading: dict[str, Any], model_name: str) -> dict[str, Any]:
     return reading
 
 
-def perplexity_table(readings: list[Reading], trained_length: int) -> str:
-    """Perplexity as text: a row a strategy, a column a bucket of positions; ``*`` past the trained length."""
-    buckets = readings[0].buckets(BUCKET)
-    headers = ["perplexity by position", "all"]
-    headers += [f"{b.start}-{b.end}{'*' if b.start >= trained_length else ''}" for b in buckets]
-    rows = [
-        [r.label, f"{r.perplexity:.2f}", *(f"{b.perplexity:.2f}" for b in r.buckets(BUCKET))]
-        for r in readings
+def table_rows(readings: Sequence[Reading], trained_length: int) -> list[dict[str, Any]]:
+    """Perplexity by position as the tables show it: two halves of the trained length, then steps of an eighth.
+
+    Returns:
+        For every part ``start``, ``end`` (positions) and ``perplexity``, a dictionary by label.
+    """
+    tokens = readings[0].nll.numel() + 1
+    half, eighth = max(trained_length // 2, 1), max(trained_length // 8, 1)
+    edges = [0, half, *range(trained_length, tokens, eighth)]
+    edges = [*(e for e in edges if e < tokens - 1), tokens]
+    return [
+        {"start": start, "end": end, "perplexity": {r.label: r.perplexity_of(start, end) for r in readings}}
+        for start, end in itertools.pairwise(edges)
     ]
-    table = tabulate(
-        rows, headers, disable_numparse=True, colalign=("left", *("right",) * (len(headers) - 1))
-    )
+
+
+def perplexity_table(readings: Sequence[Reading], trained_length: int) -> str:
+    """:func:`table_rows` as text: a row a strategy, a column a part of the text; ``*`` past the trained length."""
+    parts = table_rows(readings, trained_length)
+    headers = ["perplexity by position"]
+    headers += [f"{p['start']}-{p['end']}{'*' if p['start'] >= trained_length else ''}" for p in parts]
+    rows = [[r.label, *(f"{p['perplexity'][r.label]:.2f}" for p in parts)] for r in readings]
+    align = ("left", *("right",) * len(parts))
+    table = tabulate(rows, headers, disable_numparse=True, colalign=align)
     return f"{table}\n\n   * past the {trained_length} tokens that the model was trained on"
 
 

@@ -304,6 +304,8 @@ AT_ONCE = [
     (("compare", "llama2-7b", "--target", "8192", "--divergence", "kl"), 2, "pretrained-extended"),
     (("demo", "--tokens", "1"), 2, "at least 2"),
     (("demo", "--text", "no-such-text"), 2, "unknown text 'no-such-text'; known: python"),
+    (("demo", "--strategies", "yran"), 2, "did you mean yarn?"),
+    (("demo", "--minutes", "0"), 2, "above 0"),
     (("demo", "--device", "xyz"), 2, "unknown device 'xyz'; known: cpu, cuda"),
     (("demo", "--device", "meta"), 2, "unknown device 'meta'"),
     (("bench", "--seconds", "0"), 2, "above 0"),
@@ -447,7 +449,7 @@ class TestNames:
     def test_demo(self):
         from rope_dist import demo
 
-        assert demo.STRATEGIES == defaults.EVALUATED_STRATEGIES
+        assert demo.STRATEGIES == defaults.DEMO_STRATEGIES
 
 
 @pytest.mark.parametrize(

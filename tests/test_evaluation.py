@@ -200,11 +200,25 @@ class TestDemo:
         assert (out / "perplexity.png").read_bytes().startswith(b"\x89PNG")
         written = json.loads((out / "demo.json").read_text())
         assert written == json.loads(json.dumps(result))
-        assert [r["label"] for r in written["readings"]] == ["stock", "pi", "yarn", "dprope", "auto"]
+        assert [r["label"] for r in written["readings"]] == ["stock", "auto", "dprope"]
+        assert "about 1 s each" in printed
         for reading in written["readings"]:
             assert math.isfinite(reading["perplexity"])
             assert reading["by_position"][-1]["end"] == 100
+        assert [p["end"] for p in written["by_position"]] == [32, 64, 72, 80, 88, 96, 100]
         assert written["rotary_step_seconds"].keys() == {"stock", "rope_dist"}
+
+    def test_reads_by_default_what_shows_something(self, model_directory, tmp_path):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        from rope_dist.demo import run
+
+        for minutes, tokens in ((1.0, 96), (1e-9, 88)):
+            result = run(
+                model_name=str(model_directory), minutes=minutes, output=tmp_path, say=lambda line: None
+            )
+            assert result["tokens"] == tokens
+        with pytest.raises(ValueError, match="minutes must be a positive number"):
+            run(minutes=float("nan"))
 
     def test_a_short_text_is_refused(self, model_directory, tmp_path):
         from rope_dist.demo import run

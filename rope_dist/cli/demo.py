@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..defaults import CORPUS_NAMES, PACKAGED_MODEL_NAMES
+from ..defaults import CORPUS_NAMES, DEMO_STRATEGIES, PACKAGED_MODEL_NAMES
 from . import values
 
 DESCRIPTION = (
-    "Print the paper's Table 3, then let a small real model read a long text with the stock frequencies, position "
-    "interpolation, YaRN, DPRoPE and auto, and print perplexity by position."
+    "Print the paper's Table 3, then let a small real model read a long text with its own frequencies and extended by "
+    "auto and DPRoPE, and print perplexity by position. How much is read follows from the speed of the machine."
 )
 EXAMPLES = """examples:
   rope-dist demo
@@ -42,11 +42,30 @@ def add(verbs: Any) -> None:
         help="device of the model, e.g. cuda:0 (default: a GPU if there is one)",
     )
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16", "auto"),
+        help="dtype of the model; auto keeps the one it was saved in (default: float32 on a CPU, else auto)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=values.positive,
+        default=4.0,
+        metavar="M",
+        help="time that all of it may take, approximately (default: %(default)g)",
+    )
+    parser.add_argument(
         "--tokens",
         type=values.tokens,
-        default=12288,
         metavar="N",
-        help="number of tokens to read (default: %(default)s)",
+        help="tokens to read (default: 1.5 times the trained length, or 1.375 times where that takes too long)",
+    )
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        type=values.stock_or_strategy,
+        metavar="NAME",
+        help=f"what to read with: stock, and strategies (default: {' '.join(DEMO_STRATEGIES)}, the last only if there "
+        "is time)",
     )
     parser.add_argument(
         "--factor",
@@ -72,7 +91,10 @@ def _run(parsed: argparse.Namespace) -> None:
         model_name=parsed.model,
         text=parsed.text,
         tokens=parsed.tokens,
+        strategies=parsed.strategies,
         factor=parsed.factor,
+        minutes=parsed.minutes,
         output=parsed.output,
         device=parsed.device,
+        dtype=parsed.dtype,
     )

@@ -105,6 +105,12 @@ def strategy(text: str) -> str:
     return text
 
 
+def stock_or_strategy(text: str) -> str:
+    if text != "stock" and text not in STRATEGY_NAMES:
+        raise ArgumentTypeError(unknown("strategy", text, ("stock", *STRATEGY_NAMES)))
+    return text
+
+
 def variant(text: str) -> str:
     """What ``eval`` reads with: ``stock``, a strategy with or without settings, or a plan."""
     if text.endswith(".json"):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,22 +79,42 @@ def load_model(
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         # Before the weights, which take longer.
-        tokenizer = _load_tokenizer(name_or_path, source, tokenizer_options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        tokenizer = _load_tokenizer(source, tokenizer_options)
+        # A large model's bar is of use on a terminal.
+        with _without_bars() if packaged or not sys.stderr.isatty() else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         return model.eval().to(device), tokenizer
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load {name_or_path}: {one_line(error)}") from None
 
 
-def _load_tokenizer(name: str, source: str, options: dict[str, str]) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: str, options: dict[str, str]) -> PreTrainedTokenizerBase:
     from transformers import AutoConfig, AutoTokenizer
 
-    # What is no model at all should not be reported as one without a tokenizer.
-    AutoConfig.from_pretrained(source, **options)
+    if not options:
+        # What is no model at all should not be reported as one without a tokenizer.
+        AutoConfig.from_pretrained(source)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"it has no tokenizer that can be loaded ({one_line(error)})") from None
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Nothing of transformers' loading bars: they would stand between the lines of a command."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
+    from transformers.utils import logging
+
+    enabled, bar = logging.is_progress_bar_enabled(), gguf.tqdm
+    logging.disable_progress_bar()
+    gguf.tqdm = functools.partial(bar, disable=True)  # its bar asks no setting
+    try:
+        yield
+    finally:
+        gguf.tqdm = bar
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _check_device(device: torch.device | str) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .memory import check_memory, memory_errors_in_words
 from .models import cache_option
+from .progress import Progress, announce, measure_pace, work
 from .records import Record
 from .variants import Variant
 
@@ -147,7 +147,7 @@ class PromptReader:
         self._ids = torch.empty(0, dtype=torch.long)
 
     @torch.inference_mode()
-    def generate(self, prompt: str, tokens: int, progress: tqdm[Any] | None = None) -> str:
+    def generate(self, prompt: str, tokens: int, progress: Progress | None = None) -> str:
         """The greedy continuation of ``prompt`` by at most ``tokens`` tokens."""
         ids = self._encode(prompt)
         # The last token is left to generate(), which needs its logits.
@@ -170,7 +170,7 @@ class PromptReader:
 
     @torch.inference_mode()
     def log_probabilities(
-        self, prompt: str, continuations: Sequence[str], progress: tqdm[Any] | None = None
+        self, prompt: str, continuations: Sequence[str], progress: Progress | None = None
     ) -> list[float]:
         """Natural log-probability of each continuation, after a space, given ``prompt``."""
         whole = [self._encode(f"{prompt} {c}") for c in continuations]
@@ -186,10 +186,15 @@ class PromptReader:
             result.append(chosen.double().sum().item())
         return result
 
+    def unread(self, prompt: str) -> float:
+        """The :func:`work` of ``prompt`` that is not in the key/value cache yet."""
+        ids = self._encode(prompt)
+        return work(self.model, _common(self._ids, ids), len(ids))
+
     def _encode(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, verbose=False).input_ids)
 
-    def _read(self, ids: torch.Tensor, progress: tqdm[Any] | None) -> None:
+    def _read(self, ids: torch.Tensor, progress: Progress | None) -> None:
         """Bring the cache to exactly ``ids [S]``."""
         self._crop(_common(self._ids, ids))
         device = self.model.device
@@ -203,7 +208,7 @@ class PromptReader:
             )
             self._ids = ids[: start + len(part)]
             if progress is not None:
-                progress.update(len(part))
+                progress.update(work(self.model, start, start + len(part)))
 
     def _crop(self, length: int) -> None:
         self._cache.crop(length - self._cache.get_seq_length())
@@ -239,7 +244,7 @@ def measure_passkey(
         scorings: ``generate`` compares the number in the greedy continuation with the key; ``decoys`` asks
             whether the key is likelier than every decoy (chance is 1 in ``decoys + 1``).
         chunk: tokens a step.
-        progress: show a bar for each variant and length.
+        progress: announce the time that the prompts will take to read, and show a bar for each.
 
     Yields:
         The variant, the measurement as in the record, and whether it was taken from there.
@@ -256,34 +261,61 @@ def measure_passkey(
     # Late keys first: the next prompt then begins with what is in the cache.
     ordered = sorted(cases, key=lambda case: (case.length, -case.depth, case.trial))
     prompts = {case: passkey_prompt(tokenizer, case) for case in ordered}
-    hidden = not progress or None  # None: shown on a terminal only
-    for variant in variants:
-        reader: PromptReader | None = None
-        for case in ordered:
-            for scoring in scorings:
-                what = {"scoring": scoring, "length": case.length, "depth": case.depth, "trial": case.trial}
-                what |= {"seed": case.seed, "key": case.key}
-                if scoring == "decoys":
-                    what["decoys"] = list(case.decoys)
-                what |= {"variant": variant.label, "frequencies": variant.fingerprint}
-                result = record.get(what)
-                finished = result is not None
-                if result is None:
-                    reader = reader or PromptReader(model, tokenizer, chunk=chunk)
-                    doing = f"{variant.label}, {case.length} tokens, depth {case.depth:g}"
-                    began = time.perf_counter()
-                    with (
-                        memory_errors_in_words(f"reading {case.length} tokens"),
-                        tqdm(desc=doing, unit="tok", disable=hidden, leave=False) as bar,
-                        variant.applied(model),
-                    ):
-                        result = _ask(reader, prompts[case], case, scoring, bar)
-                    result["seconds"] = round(time.perf_counter() - began, 1)
-                    record.put(what, result, variant)
-                yield variant, {"what": what, "result": result}, finished
+    jobs = [
+        (variant, case, scoring, _what(variant, case, scoring))
+        for variant in variants
+        for case in ordered
+        for scoring in scorings
+    ]
+    if progress:
+        unread = [(variant, prompts[case]) for variant, case, _, what in jobs if record.get(what) is None]
+        _announce(model, tokenizer, unread)
+    reader: PromptReader | None = None
+    reading_with: Variant | None = None
+    for variant, case, scoring, what in jobs:
+        result = record.get(what)
+        finished = result is not None
+        if result is None:
+            if reader is None or reading_with is not variant:
+                reader, reading_with = PromptReader(model, tokenizer, chunk=chunk), variant
+            doing = f"{variant.label}, {case.length} tokens, depth {case.depth:g}"
+            began = time.perf_counter()
+            with (
+                memory_errors_in_words(f"reading {case.length} tokens"),
+                Progress(doing if progress else None, reader.unread(prompts[case])) as bar,
+                variant.applied(model),
+            ):
+                result = _ask(reader, prompts[case], case, scoring, bar)
+            result["seconds"] = round(time.perf_counter() - began, 1)
+            record.put(what, result, variant)
+        yield variant, {"what": what, "result": result}, finished
 
 
-def _ask(reader: PromptReader, prompt: str, case: Case, scoring: str, bar: tqdm[Any]) -> dict[str, Any]:
+def _what(variant: Variant, case: Case, scoring: str) -> dict[str, Any]:
+    """What a record knows the answer by."""
+    what = {"scoring": scoring, "length": case.length, "depth": case.depth, "trial": case.trial}
+    what |= {"seed": case.seed, "key": case.key}
+    if scoring == "decoys":
+        what["decoys"] = list(case.decoys)
+    return what | {"variant": variant.label, "frequencies": variant.fingerprint}
+
+
+def _announce(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, unread: Sequence[tuple[Variant, str]]
+) -> None:
+    """Say how long the prompts take to read, each without what it has in common with the one before."""
+    if not unread:
+        return
+    pace, seconds = measure_pace(model), 0.0
+    ids, last = torch.empty(0, dtype=torch.long), None
+    for variant, prompt in unread:
+        before = ids if variant is last else ids[:0]
+        ids, last = torch.tensor(tokenizer(prompt, verbose=False).input_ids), variant
+        seconds += pace.seconds(len(ids), _common(before, ids))
+    announce(seconds)
+
+
+def _ask(reader: PromptReader, prompt: str, case: Case, scoring: str, bar: Progress) -> dict[str, Any]:
     if scoring == "decoys":
         key, *others = reader.log_probabilities(prompt, [case.key, *case.decoys], bar)
         return {

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
 from ..planning import RopePlan
 from .models import cache_option
+from .progress import Progress, work
 from .variants import make_variants
 
 
@@ -54,10 +54,13 @@ class Reading:
         result = []
         for start in range(0, length, width):
             end = min(start + width, length)
-            part = self.nll[max(start - 1, 0) : end - 1].double()
-            if part.numel():
-                result.append(Bucket(start, end, math.exp(part.mean().item())))
+            if end > 1:
+                result.append(Bucket(start, end, self.perplexity_of(start, end)))
         return result
+
+    def perplexity_of(self, start: int, end: int) -> float:
+        """Of the tokens at positions ``start <= position < end``."""
+        return math.exp(self.nll[max(start - 1, 0) : end - 1].double().mean().item())
 
     def to_dict(self, width: int) -> dict[str, Any]:
         """JSON types; the plan in full."""
@@ -78,7 +81,7 @@ def token_nll(
         model: a causal language model.
         input_ids: ``[1, S]`` or ``[S]``, at least 2 tokens.
         chunk: tokens a step. The result does not depend on it; memory for the logits does.
-        description: shows a progress bar with these words; None shows none.
+        description: of the progress bar; None shows none.
 
     Returns:
         ``[S - 1]`` float32 on the CPU, nats.
@@ -87,7 +90,7 @@ def token_nll(
         ValueError: not one sequence of at least 2 tokens, or ``chunk < 1``.
     """
     ids = _one_sequence(input_ids, chunk).to(model.device)
-    with _evaluating(model), _progress(ids.shape[1] - 1, description) as progress:
+    with _evaluating(model), Progress(description, work(model, 0, ids.shape[1] - 1)) as progress:
         return _nll(model, ids, 1, chunk, progress)
 
 
@@ -127,7 +130,7 @@ def sliding_window_nll(
         window: tokens a window, the evaluated length.
         stride: tokens from one window to the next, below ``window``.
         chunk: tokens a step. The result does not depend on it.
-        description: shows a progress bar with these words; None shows none.
+        description: of the progress bar; None shows none.
 
     Returns:
         ``[S - 1]`` float32 on the CPU, nats; entry ``i`` is of the token at position ``i + 1``.
@@ -139,7 +142,7 @@ def sliding_window_nll(
     windows = sliding_windows(ids.shape[1], window, stride)
     ids = ids.to(model.device)
     result = []
-    with _evaluating(model), _progress(len(windows) * (window - 1), description) as progress:
+    with _evaluating(model), Progress(description, len(windows) * work(model, 0, window - 1)) as progress:
         for begin, end, first in windows:
             result.append(_nll(model, ids[:, begin:end], first - begin, chunk, progress))
     return torch.cat(result)
@@ -147,7 +150,7 @@ def sliding_window_nll(
 
 @torch.inference_mode()
 def _nll(
-    model: PreTrainedModel, ids: torch.Tensor, first: int, chunk: int, progress: tqdm[Any]
+    model: PreTrainedModel, ids: torch.Tensor, first: int, chunk: int, progress: Progress
 ) -> torch.Tensor:
     """``[S - first]``: of the tokens ``first`` to the last of ``ids [1, S]``, each given all before it."""
     length = ids.shape[1]
@@ -164,7 +167,7 @@ def _nll(
             targets = ids[0, end + 1 - scored : end + 1]
             nll = F.cross_entropy(logits.float(), targets, reduction="none")
             result[end + 1 - scored - first : end + 1 - first] = nll.cpu()
-        progress.update(end - start)
+        progress.update(work(model, start, end))
     return result
 
 
@@ -185,11 +188,6 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _progress(total: int, description: str | None) -> tqdm[Any]:
-    hidden = description is None or None  # None: shown on a terminal only
-    return tqdm(total=total, desc=description, unit="tok", disable=hidden, leave=False)
 
 
 def read_with_strategies(

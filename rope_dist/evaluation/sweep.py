@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .corpora import load_text
 from .memory import check_memory, memory_errors_in_words
 from .perplexity import Bucket, sliding_window_nll, sliding_windows, token_nll
+from .progress import announce, measure_pace
 from .records import Record
 from .variants import Variant
 
@@ -107,7 +108,7 @@ def measure_perplexity(
         methods: of :data:`METHODS`.
         stride: of the sliding window, tokens.
         chunk: tokens a step.
-        progress: show a bar for each reading.
+        progress: announce the time that the readings will take, and show a bar for each.
 
     Yields:
         The variant, the measurement as in the record, and whether it was taken from there. A caller that
@@ -118,6 +119,7 @@ def measure_perplexity(
     """
     longest = _check(passages, lengths, methods, stride, chunk)
     check_memory(model, longest, chunk)
+    readings = []
     for passage in passages:
         whole = Passage(passage.text, passage.piece, passage.ids[:, :longest])
         cases: list[tuple[dict[str, Any], torch.Tensor, int]] = []
@@ -130,23 +132,38 @@ def measure_perplexity(
         for case, ids, window in cases:
             for variant in variants:
                 what = {**case, "variant": variant.label, "frequencies": variant.fingerprint}
-                result = record.get(what)
-                finished = result is not None
-                if result is None:
-                    doing = f"{case['method']}, {passage.text}, {variant.label}"
-                    options = {"chunk": chunk, "description": doing if progress else None}
-                    began = time.perf_counter()
-                    with (
-                        memory_errors_in_words(f"reading {window or longest} tokens"),
-                        variant.applied(model),
-                    ):
-                        if window:
-                            nll = sliding_window_nll(model, ids, window=window, stride=stride, **options)
-                        else:
-                            nll = token_nll(model, ids, **options)
-                    result = _summary(nll, time.perf_counter() - began)
-                    record.put(what, result, variant)
-                yield variant, {"what": what, "result": result}, finished
+                readings.append((what, ids, window, variant))
+    if progress:
+        _announce(model, [(r[1].shape[1], r[2]) for r in readings if record.get(r[0]) is None], stride)
+    for what, ids, window, variant in readings:
+        result = record.get(what)
+        finished = result is not None
+        if result is None:
+            doing = f"{what['method']}, {what['text']}, {variant.label}"
+            options = {"chunk": chunk, "description": doing if progress else None}
+            began = time.perf_counter()
+            with memory_errors_in_words(f"reading {window or longest} tokens"), variant.applied(model):
+                if window:
+                    nll = sliding_window_nll(model, ids, window=window, stride=stride, **options)
+                else:
+                    nll = token_nll(model, ids, **options)
+            result = _summary(nll, time.perf_counter() - began)
+            record.put(what, result, variant)
+        yield variant, {"what": what, "result": result}, finished
+
+
+def _announce(model: PreTrainedModel, unread: Sequence[tuple[int, int]], stride: int) -> None:
+    """Say how long ``(tokens, window)`` take to read; a window of 0 is the whole text."""
+    if unread:
+        pace = measure_pace(model)
+        announce(
+            sum(
+                pace.seconds(window) * len(sliding_windows(tokens, window, stride))
+                if window
+                else pace.seconds(tokens)
+                for tokens, window in unread
+            )
+        )
 
 
 def _check(

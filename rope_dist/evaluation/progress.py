@@ -1,0 +1,128 @@
+"""How long reading takes: an estimate before it begins, a progress bar while it runs."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from .models import cache_option
+
+LINE_SECONDS = 30
+"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
+
+_PROBE_TOKENS = 256
+_PROBE_CONTEXT = 4096
+
+
+class Progress(tqdm):  # type: ignore[type-arg]
+    """A bar with the time left on a terminal; a line every half minute elsewhere.
+
+    Args:
+        description: what is being done; None shows nothing.
+        total: work in any unit, of which :meth:`update` takes parts. Work that grows with the position, such as
+            :func:`work`, gives a better time left than tokens do.
+    """
+
+    def __init__(self, description: str | None, total: float) -> None:
+        self._lines = not sys.stderr.isatty()
+        options: dict[str, Any] = {"bar_format": "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"}
+        if self._lines:
+            options = {
+                "bar_format": "{desc}: {percentage:.0f} %, {elapsed} elapsed, about {remaining} left",
+                "mininterval": LINE_SECONDS,
+                "delay": LINE_SECONDS,
+                "miniters": 1,
+                "file": io.StringIO(),  # what clears a bar; display() prints the lines
+            }
+        super().__init__(desc=description, total=total, disable=description is None, leave=False, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        if not self._lines:
+            return super().display(msg, pos)
+        if msg is None:  # an empty message clears a bar
+            print(str(self), file=sys.stderr, flush=True)
+        return True
+
+
+def work(model: PreTrainedModel, start: int, end: int) -> float:
+    """Operations to read tokens ``start <= i < end`` with a key/value cache of all before them, in relative terms.
+
+    The matrices count for every token alike, attention for every token by its position. Used to weigh progress.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    parameters = sum(p.numel() for p in model.parameters())
+    attention = (
+        2.0 * config.num_hidden_layers * heads * head_dim
+    )  # per token of context: scores and their sum
+    return (end - start) * (parameters + attention * (start + end) / 2)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Measured speed of a model's reading.
+
+    Attributes:
+        token: seconds a token takes without context.
+        context: seconds that every token before it adds.
+    """
+
+    token: float
+    context: float
+
+    def seconds(self, end: int, start: int = 0) -> float:
+        """Seconds to read tokens ``start <= i < end`` when those before are in the key/value cache."""
+        return (end - start) * (self.token + self.context * (start + end) / 2)
+
+
+@torch.inference_mode()
+def measure_pace(model: PreTrainedModel) -> Pace:
+    """Time a short piece of text without context and one after 4096 tokens: five to ten seconds on two CPU cores.
+
+    The shorter of two times each: what else runs on the machine only ever adds.
+    """
+    ids = torch.arange(_PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+
+    def cache(context: int) -> DynamicCache:
+        made = DynamicCache(config=model.config)
+        for index, layer in enumerate(first.layers if context else ()):
+            copies = (1, 1, context // _PROBE_TOKENS, 1)
+            made.update(layer.keys.repeat(copies), layer.values.repeat(copies), index)
+        return made
+
+    def seconds(cache: DynamicCache) -> float:
+        began = time.perf_counter()
+        logits = model(ids, **cache_option(model, cache), use_cache=True).logits
+        logits[0, -1, 0].item()  # waits for a GPU
+        return time.perf_counter() - began
+
+    first = DynamicCache(config=model.config)
+    seconds(first)  # not counted: the first call allocates and compiles
+    short, long = (min(seconds(cache(context)) for _ in range(2)) for context in (0, _PROBE_CONTEXT))
+    context = max(long - short, 0.0) / (_PROBE_TOKENS * _PROBE_CONTEXT)
+    token = max(short / _PROBE_TOKENS - context * _PROBE_TOKENS / 2, 0.0)
+    return Pace(token, context)
+
+
+def announce(seconds: float, say: Callable[[str], None] | None = None) -> None:
+    """Say how long reading will take, on stderr by default."""
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    say(f"reading takes about {duration(seconds)} on this machine")
+
+
+def duration(seconds: float) -> str:
+    """Seconds for reading: ``50 s``, ``4 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
