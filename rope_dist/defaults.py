@@ -9,7 +9,14 @@ DEFAULT_STRATEGY = "auto"
 
 NUMBER, INTEGER, BOOLEAN = "a number", "a whole number", "true or false"
 NUMBERS, NAMES = "a list of numbers", "a list of strategies"
-THRESHOLD = "a number or the name of a threshold"
+THRESHOLD_NAMES = ("paper-2x", "paper-4x")
+THRESHOLD = f"a number or one of {', '.join(THRESHOLD_NAMES)}"
+INTERVALS = 360
+DIVERGENCE_NAMES = ("pretrained-extended", "extended-pretrained")
+DIVERGENCE = f"one of {', '.join(DIVERGENCE_NAMES)}"
+MEASURE_DTYPES = ("float32", "float64")
+DTYPE = f"one of {', '.join(MEASURE_DTYPES)}"
+_MEASURE = {"intervals": INTEGER, "smoothing": NUMBER, "divergence": DIVERGENCE, "dtype": DTYPE}
 
 STRATEGY_SETTINGS: dict[str, dict[str, str]] = {
     "extrapolation": {},
@@ -23,12 +30,12 @@ STRATEGY_SETTINGS: dict[str, dict[str, str]] = {
         "threshold": THRESHOLD,
         "interpolated_dims": INTEGER,
         "candidates": NAMES,
-        "smoothing": NUMBER,
+        **_MEASURE,
     },
-    "refined": {"tolerance": NUMBER, "slack": NUMBER, "smoothing": NUMBER},
+    "refined": {"tolerance": NUMBER, "slack": NUMBER, **_MEASURE},
     "auto": {"fast_turns": NUMBER, "slow_turns": NUMBER, "attention_factor": NUMBER},
 }
-"""Strategy -> its settings and what each takes; ``intervals``, ``divergence`` and ``dtype`` are arguments of plan()."""
+"""Strategy -> its settings and what each takes."""
 
 STRATEGY_NAMES = tuple(STRATEGY_SETTINGS)
 COMPARED_STRATEGIES = tuple(name for name in STRATEGY_NAMES if name != "longrope")
@@ -36,10 +43,6 @@ COMPARED_STRATEGIES = tuple(name for name in STRATEGY_NAMES if name != "longrope
 EVALUATED_STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")
 QUICK_STRATEGIES = ("stock", "yarn", "auto")
 DEMO_STRATEGIES = ("stock", "auto", "dprope")
-
-THRESHOLD_NAMES = ("paper-2x", "paper-4x")
-INTERVALS = 360
-DIVERGENCE_NAMES = ("pretrained-extended", "extended-pretrained")
 
 PRESETS: dict[str, tuple[str, str]] = {
     "llama2-7b": ("meta-llama/Llama-2-7b-hf", "llama"),

@@ -95,6 +95,23 @@ class TestPlan:
         data = json.loads(out("plan", "llama2-7b", "--target", 8192, *candidates, "--json"))
         assert data["settings"]["candidates"] == ["extrapolation", "pi", "yarn"]
 
+    def test_a_setting_may_have_the_name_of_an_argument(self, out):
+        arguments = (
+            "plan",
+            "llama2-7b",
+            "--target",
+            65536,
+            "--strategy",
+            "llama3",
+            "--set",
+            "factor=8",
+            "--json",
+        )
+        data = json.loads(out(*arguments))
+        assert data["settings"]["factor"] == 8
+        # 16 times the length, and slow pairs are divided by 8, as Llama 3.1's own.
+        assert (data["factors"][0], data["factors"][-1]) == (1, 8)
+
     def test_a_plot_that_cannot_be_drawn_leaves_no_plan(self, capsys, tmp_path):
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
         output = ("-o", tmp_path / "plan.json", "--plot", tmp_path / "plan.xyz")
@@ -401,6 +418,20 @@ def test_it_starts_at_once():
     )  # 0.03 on a machine with nothing else to do; torch alone takes a second
 
 
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "stock",
+        "dprope:threshold=0,intervals=36",
+        "refined:dtype=float64",
+        "yarn:beta-fast=16",
+        "auto:slow_turns=0.5",
+    ],
+)
+def test_eval_takes_strategies_with_their_settings(variant):
+    assert _parser().parse_args(["eval", "perplexity", "--strategies", variant]).strategies == [variant]
+
+
 class TestNames:
     """The names that the parsers have without torch are those of the objects."""
 
@@ -408,8 +439,7 @@ class TestNames:
         assert tuple(STRATEGIES) == defaults.STRATEGY_NAMES
         for name, function in STRATEGIES.items():
             parameters = inspect.signature(function).parameters
-            settings = set(parameters) - {"rope", "target_length", "intervals", "divergence", "dtype"}
-            assert set(defaults.STRATEGY_SETTINGS[name]) == settings, name
+            assert set(defaults.STRATEGY_SETTINGS[name]) == set(parameters) - {"rope", "target_length"}, name
 
     @pytest.mark.parametrize("strategy", defaults.STRATEGY_NAMES)
     def test_every_setting_takes_its_own_default_and_kind(self, strategy):
@@ -418,7 +448,7 @@ class TestNames:
         parameters = inspect.signature(STRATEGIES[strategy]).parameters
         for name in defaults.STRATEGY_SETTINGS[strategy]:
             default = parameters[name].default
-            if default is not None:
+            if default is not None and name != "dtype":
                 check_setting(strategy, name, list(default) if isinstance(default, tuple) else default)
 
     def test_presets(self):
@@ -427,11 +457,15 @@ class TestNames:
         }
 
     def test_the_measure(self):
-        from rope_dist.distribution import DEFAULT_INTERVALS, DIVERGENCES
+        from rope_dist.distribution import DEFAULT_INTERVALS, DIVERGENCES, check_dtype
         from rope_dist.strategies import DPROPE_THRESHOLDS
 
         assert defaults.INTERVALS == DEFAULT_INTERVALS
         assert defaults.DIVERGENCE_NAMES == DIVERGENCES
+        assert [str(check_dtype(name)) for name in defaults.MEASURE_DTYPES] == [
+            "torch.float32",
+            "torch.float64",
+        ]
         assert tuple(DPROPE_THRESHOLDS) == defaults.THRESHOLD_NAMES
 
     def test_engines_texts_models_and_tasks(self):
@@ -482,6 +516,56 @@ def test_a_closed_pipe_is_no_error():
     assert done.stdout == "[\n"
     assert done.stderr == ""
     assert done.returncode == 0
+
+
+COMMAND = f"{sys.executable} -m rope_dist"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["", "--help", "--version", "plan --help", "plan llama2-7b --factor 2"])
+def test_output_that_cannot_be_written_is_an_error_of_one_line(arguments, unbuffered):
+    done = subprocess.run(
+        ["bash", "-c", f"{COMMAND} {arguments} >/dev/full"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )
+    assert done.returncode == 2
+    assert done.stderr == "rope-dist: error: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("--version >&-", 0),
+        ("plan llama2-7b --factor 2 >&-", 0),
+        ("plan llama2-7b --factor 2 >&- 2>&-", 0),
+        ("plan llama2-7b --factor 0 2>&-", 2),
+        ("plan llama2-7b --target 100 2>&-", 2),
+        ("plan --help | true", 0),
+    ],
+)
+def test_closed_streams_are_no_traceback(command, code):
+    script = f"{COMMAND} {command}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    assert done.stdout == done.stderr == ""
+
+
+def test_names_that_the_terminal_cannot_print(tmp_path):
+    model = tmp_path / "modèle"
+    llama_config().save_pretrained(model)
+    done = subprocess.run(
+        [sys.executable, "-m", "rope_dist", "compare", str(model), "--target", "128", "--strategies", "pi"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mod\\xe8le: theta 10000" in done.stdout
 
 
 def test_planning_a_preset_does_not_wait_for_transformers():

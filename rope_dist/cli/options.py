@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..defaults import DEFAULT_STRATEGY, DIVERGENCE_NAMES, INTERVALS, PRESETS, STRATEGY_NAMES
+from ..defaults import DEFAULT_STRATEGY, DIVERGENCE_NAMES, INTERVALS, MEASURE_DTYPES, PRESETS, STRATEGY_NAMES
 from . import values
 
 
@@ -68,8 +68,8 @@ def add_measure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "float64"),
-        default="float32",
+        choices=MEASURE_DTYPES,
+        default=MEASURE_DTYPES[0],
         help="precision of the angles: float32 as in the authors' code, float64 exact (default: %(default)s)",
     )
 

@@ -87,6 +87,8 @@ def _settings(parsed: argparse.Namespace, strategy: str) -> dict[str, Any]:
             raise ValueError(f"{name} is given twice: by {option} and by --set")
         given[name] = value
     for name, value in given.items():
+        if name in ("intervals", "divergence", "dtype"):
+            raise ValueError(f"{name} has an option of its own: give --{name}")
         values.check_setting(strategy, name, value)
     if {"threshold", "interpolated_dims"} <= given.keys():
         raise ValueError("give --threshold or --interpolated-dims, not both")

@@ -223,8 +223,6 @@ def setting(text: str) -> tuple[str, Any]:
 
 def check_setting(strategy_name: str, name: str, value: Any) -> None:
     """``ArgumentTypeError`` unless the strategy has the setting ``name`` and ``value`` is of its kind."""
-    if name in ("intervals", "divergence", "dtype"):
-        raise ArgumentTypeError(f"{name} is an option of its own: give --{name}")
     known = STRATEGY_SETTINGS[strategy_name]
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
@@ -255,4 +253,6 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     defaults.NUMBERS: _is_list_of(_is_number),
     defaults.NAMES: _is_list_of(lambda value: isinstance(value, str)),
     defaults.THRESHOLD: lambda value: _is_number(value) or value in THRESHOLD_NAMES,
+    defaults.DIVERGENCE: lambda value: value in defaults.DIVERGENCE_NAMES,
+    defaults.DTYPE: lambda value: value in defaults.MEASURE_DTYPES,
 }
