@@ -163,11 +163,16 @@ def extended_layers(config: PretrainedConfig) -> str | None:
     types = [key for key, value in parameters.items() if isinstance(value, Mapping)]
     if EXTENDED_LAYERS in types:
         return EXTENDED_LAYERS
-    if len(types) == 1 and types[0] != "sliding_attention":
-        return types[0]
+    if EXTENDED_LAYERS in parameters:
+        raise ValueError(
+            f"there is nothing to extend: the full attention of {type(config).__name__} has no positions"
+        )
+    full = [key for key in types if "sliding" not in key]
+    if len(full) == 1:
+        return full[0]
     raise ValueError(
-        f"{type(config).__name__} has a rotary embedding per layer type ({', '.join(parameters)}), none of them "
-        f"{EXTENDED_LAYERS}; plan from plain numbers: theta, head_dim and original_length"
+        f"{type(config).__name__} has a rotary embedding per layer type ({', '.join(parameters)}), and "
+        f"which of them sees whole texts is not known; plan from plain numbers: theta, head_dim and original_length"
     )
 
 
@@ -289,10 +294,10 @@ def _head_dim(config: PretrainedConfig, layers: str | None) -> int:
         config = config.per_layer_config[layers or EXTENDED_LAYERS]
     head_dim = getattr(config, "head_dim", None)
     if not head_dim:
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        if not heads or hidden % heads:
+        heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+        if not (isinstance(heads, int) and isinstance(hidden, int) and heads > 0):
             raise ValueError(
-                f"hidden_size {hidden} of {type(config).__name__} is no multiple of num_attention_heads {heads}"
+                f"{type(config).__name__} says no head_dim: it has hidden_size {hidden} and num_attention_heads {heads}"
             )
         head_dim = hidden // heads
     return check_rotary_dim(head_dim, f"head_dim of {type(config).__name__}")

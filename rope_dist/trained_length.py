@@ -68,9 +68,7 @@ def trained_length(
     kind = parameters.get("rope_type", "default")
     factor, original = parameters.get("factor"), parameters.get("original_max_position_embeddings")
     if factor is not None:
-        factor = check_number(factor, f"factor of {name}")
-        if not factor > 0:
-            raise ValueError(f"factor of {name} must be positive, got {factor:g}")
+        factor = check_number(factor, f"factor of {name}", positive=True)
     if original is not None:
         original = check_length(original, f"original_max_position_embeddings of {name}")
     plain = written, f"max_position_embeddings {written}"

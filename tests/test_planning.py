@@ -72,6 +72,7 @@ class TestSources:
         torch.testing.assert_close(interpolated.inv_freq, stock / 2, rtol=2e-7, atol=0.0)
         assert interpolated.interpolated_dims == 128
 
+    @pytest.mark.filterwarnings("ignore:.*short_factor is discarded")
     @pytest.mark.parametrize(
         ("parameters", "length"),
         [
@@ -121,16 +122,16 @@ class TestSources:
             ({"target_length": 100.5}, "whole number"),
             ({"target_length": None}, "either target_length"),
             ({"factor": 2}, "either target_length"),
-            ({"target_length": None, "factor": 0}, "factor must be positive"),
-            ({"target_length": None, "factor": -2.0}, "factor must be positive"),
-            ({"target_length": None, "factor": math.inf}, "factor must be a finite number"),
-            ({"target_length": None, "factor": 10**400}, "factor must be a finite number"),
-            ({"target_length": None, "factor": "2"}, "factor must be a number, got '2'"),
+            ({"target_length": None, "factor": 0}, "factor must be a positive number"),
+            ({"target_length": None, "factor": -2.0}, "factor must be a positive number"),
+            ({"target_length": None, "factor": math.inf}, "factor must be a positive number"),
+            ({"target_length": None, "factor": 10**400}, "factor must be a positive number"),
+            ({"target_length": None, "factor": "2"}, "factor must be a positive number, got '2'"),
             ({"target_length": None, "factor": 1e308}, "factor 1e.308 times the original length 64 must be"),
             ({"target_length": 2**31}, "at most 2147483647"),
-            ({"target_length": "128"}, "target length must be a number, got '128'"),
+            ({"target_length": "128"}, "target length must be a finite number, got '128'"),
             ({"original_length": None}, "missing: original_length"),
-            ({"theta": "1e4"}, "theta must be a number"),
+            ({"theta": "1e4"}, "theta must be a finite number"),
             ({"theta": 1e38}, "at most 1e.30"),
             ({"head_dim": math.inf}, "head_dim must be a finite number"),
             ({"head_dim": 10**9}, "at most 65536"),
@@ -184,6 +185,9 @@ class TestSources:
         assert overrides["sliding_attention"] == layered.rope_parameters["sliding_attention"]
         layered.rope_parameters = {"sliding_attention": full}
         with pytest.raises(ValueError, match="per layer type"):
+            rope_dist.plan(layered, factor=2)
+        layered.rope_parameters = {"sliding_attention": full, "full_attention": None}
+        with pytest.raises(ValueError, match="nothing to extend"):
             rope_dist.plan(layered, factor=2)
 
 
@@ -391,18 +395,18 @@ class TestSettings:
     )
     @pytest.mark.parametrize("value", ["abc", None, [1], True, {}], ids=repr)
     def test_a_value_of_the_wrong_type(self, strategy, name, value):
-        with pytest.raises(ValueError, match=f"{name} must be a (finite )?number"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number"):
             plan(strategy=strategy, settings={name: value})
 
     @pytest.mark.parametrize(
         ("strategy", "settings", "message"),
         [
-            ("yarn", {"attention_factor": "abc"}, "attention_factor must be a number, got 'abc'"),
+            ("yarn", {"attention_factor": "abc"}, "attention_factor must be a positive number, got 'abc'"),
             ("yarn", {"truncate": "no"}, "truncate must be true or false"),
-            ("llama3", {"factor": [8]}, "llama3's factor must be a number"),
-            ("dynamic-ntk", {"factor": "2"}, "dynamic-ntk's factor must be a number"),
-            ("dprope", {"threshold": [1]}, "threshold must be a number"),
-            ("dprope", {"interpolated_dims": "4"}, "interpolated_dims must be a number"),
+            ("llama3", {"factor": [8]}, "llama3's factor must be a finite number"),
+            ("dynamic-ntk", {"factor": "2"}, "dynamic-ntk's factor must be a finite number"),
+            ("dprope", {"threshold": [1]}, "threshold must be a finite number"),
+            ("dprope", {"interpolated_dims": "4"}, "interpolated_dims must be a finite number"),
             ("dprope", {"interpolated_dims": 2.5}, "interpolated_dims must be a whole number from 0 to 16"),
             ("dprope", {"candidates": 3}, "at least two candidate strategies"),
             ("dprope", {"candidates": ["pi", 3]}, "unknown strategy 3"),
@@ -411,7 +415,7 @@ class TestSettings:
             (
                 "longrope",
                 {"factors": [1.0] * 8, "attention_factor": [1]},
-                "attention_factor must be a number",
+                "attention_factor must be a positive number",
             ),
             ("refined", {"dtype": 3}, "dtype must be one of"),
             ("refined", {"divergence": ["kl"]}, "divergence must be one of"),

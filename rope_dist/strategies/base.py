@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -115,16 +116,13 @@ MAX_THETA = 1e30
 
 def check_number(value: Any, name: str, *, positive: bool = False) -> float:
     """``float(value)`` if it is a finite number (above 0 where ``positive``), else ``ValueError``."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, got {value!r:.80}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
-    if positive and number <= 0:
-        raise ValueError(f"{name} must be positive, got {value!r}")
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            number = float(value)
+    if not math.isfinite(number) or (positive and number <= 0):
+        what = "positive number" if positive else "finite number"
+        raise ValueError(f"{name} must be a {what}, got {value!r:.80}")
     return number
 
 
