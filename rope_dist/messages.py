@@ -12,7 +12,7 @@ SHORTEST = 30
 """A sentence of fewer is none: an abbreviation, a name."""
 
 
-def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> str:
+def unknown(what: str, name: object, known: Iterable[str], more: str = "") -> str:
     """``unknown strategy 'yran', did you mean yarn? known: extrapolation, pi, ...``
 
     Args:
@@ -22,7 +22,7 @@ def unknown(what: str, name: str, known: Iterable[str], more: str = "") -> str:
         more: what else would be right, put after the known names.
     """
     known = list(known)
-    near = get_close_matches(name.lower(), known, n=1)
+    near = get_close_matches(str(name).lower(), known, n=1)
     guess = f", did you mean {near[0]}?" if near else ";"
     return f"unknown {what} {name!r}{guess} known: {', '.join(known)}{more}"
 
@@ -35,6 +35,8 @@ def one_line(error: BaseException, longest: int = LONGEST) -> str:
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
     text = " ".join(str(error).split())
     if len(text) <= longest:
         return text or type(error).__name__

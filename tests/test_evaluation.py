@@ -106,7 +106,7 @@ class TestTexts:
         with pytest.raises(ValueError, match="is empty"):
             load_text(tmp_path / "empty.txt")
         (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
-        with pytest.raises(ValueError, match="as UTF-8 text"):
+        with pytest.raises(ValueError, match="is not UTF-8 text"):
             load_text(tmp_path / "binary.txt")
         with pytest.raises(ValueError, match="cannot read"):
             load_text(tmp_path)

@@ -33,7 +33,7 @@ def plan(model):
     return rope_dist.plan(model, factor=2, strategy="dprope")
 
 
-def trained_with_yarn(make_llama, tmp_path, factor):
+def trained_with_yarn(make_llama, tmp_path, factor, **fields):
     """A model from 64 tokens to ``factor`` times that by YaRN, and its GGUF as converters write it."""
     rope = {
         "rope_type": "yarn",
@@ -49,6 +49,7 @@ def trained_with_yarn(make_llama, tmp_path, factor):
         llama__rope__scaling__type=("yarn", kinds.STRING),
         llama__rope__scaling__factor=(factor, kinds.FLOAT32),
         llama__rope__scaling__original_context_length=(64, kinds.UINT32),
+        **fields,
     )
     return model, source
 
@@ -137,6 +138,18 @@ class TestFile:
         after = read(out).reading()
         assert after.attention_scaling == pytest.approx(plan.attention_scaling, rel=1e-6)
         assert after.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-6)
+
+    @pytest.mark.parametrize("planned", [64, 256])
+    def test_a_context_length_of_before_the_scaling(self, make_llama, tmp_path, planned):
+        """Qwen2.5 with YaRN keeps 32768 and reads 4 times as much; its converter copies the 32768."""
+        model, source = trained_with_yarn(make_llama, tmp_path, 4.0, context_length=64)
+        made = rope_dist.plan(model, factor=2, strategy="dprope")
+        assert made.original_length == 256
+        plan = rope_dist.RopePlan.from_dict({**made.to_dict(), "original_length": planned})
+        assert export.verify(export.gguf(source, plan, tmp_path / "out.gguf"), plan)
+        other = rope_dist.RopePlan.from_dict({**made.to_dict(), "original_length": 128})
+        with pytest.raises(ValueError, match="trained length of 128"):
+            export.gguf(source, other, tmp_path / "other.gguf")
 
     def test_another_alignment_and_fields_that_are_not_text(self, model, plan, tmp_path):
         kinds = gguf.GGUFValueType

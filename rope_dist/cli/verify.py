@@ -14,7 +14,7 @@ DESCRIPTION = (
 )
 EXAMPLES = """examples:
   rope-dist verify my-model-16k --plan plan.json
-  rope-dist verify my-model-16k --plan plan.json --engine vllm --engine mlx"""
+  rope-dist verify my-model-16k --plan plan.json --engine vllm --source ./my-model"""
 
 
 def add(verbs: Any) -> None:
@@ -32,6 +32,11 @@ def add(verbs: Any) -> None:
         metavar="FILE",
         help="plan to compare with, as rope-dist plan -o writes it",
     )
+    parser.add_argument(
+        "--source",
+        metavar="DIR",
+        help="directory of the model before the extension: what else its config had is compared too",
+    )
     add_engines(parser)
     parser.set_defaults(run=_run)
 
@@ -40,6 +45,7 @@ def _run(parsed: argparse.Namespace) -> None:
     from ..export import verify
     from ..planning import RopePlan
 
-    result = verify(parsed.artefact, RopePlan.load(parsed.plan), engines=parsed.engine)
+    plan = RopePlan.load(parsed.plan)
+    result = verify(parsed.artefact, plan, engines=parsed.engine, source=parsed.source)
     print(result)
     result.raise_for_failure()

@@ -87,7 +87,7 @@ def _check_plan(source: GgufFile, plan: RopePlan) -> None:
             raise ValueError(f"the plan is for {what} {planned}, {source.path} has {own}")
     if _close(reading.inv_freq, plan.inv_freq) and reading.length == plan.target_length:
         return  # Exported by this plan before.
-    if reading.length != plan.original_length:
+    if plan.original_length not in source.trained_lengths():
         # The target's length may also be what a converter kept of an exported config, without its factors.
         hint = (
             "; convert the model as it was before the extension"

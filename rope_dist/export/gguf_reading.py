@@ -138,6 +138,13 @@ class GgufFile:
         kept = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
         return 1 / (kept + (1 - kept) / stretch)
 
+    def trained_lengths(self) -> tuple[int, ...]:
+        """Tokens that the file may mean by its context length: converters copy what a config says, and configs of
+        scaled models keep the length before the scaling as often as the one after it."""
+        length, stretch = self._number("context_length", 0), self._number("rope.scaling.factor", 0) or 1.0
+        before = self._number("rope.scaling.original_context_length", 0) or length
+        return tuple(dict.fromkeys((int(length), round(before * stretch))))
+
     def _number(self, key: str, default: float) -> float:
         value = self.value(key, default)
         if not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -159,7 +159,8 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
     Raises:
         ValueError: the language model's entries are not in the file where transformers 5 keeps them.
     """
-    text, part = config.get_text_config(decoder=True), StockModel(config).part
+    model = StockModel(config)
+    text, part = model.text, model.part
     if part is not None:
         if not isinstance(file.get(part), Mapping):
             raise ValueError(
@@ -180,14 +181,14 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
 def check_model(model: StockModel, plan: RopePlan) -> None:
     """``ValueError`` if ``plan`` is of another model, or no export of this one can follow it."""
     text = model.text
+    reason = unextendable(model)
+    if reason is not None:
+        raise ValueError(reason)
     # A model that is enabled with this very plan, or was saved so, is as good as the one before.
     # (A model whose softmax is scaled by it keeps its own factor.)
     ours = plan.config_overrides()["rope_parameters"]
     if any(model.parameters.get(key) != value for key, value in ours.items() if key != "factor"):
         check_same_model(plan, *pretrained_rope(text))
-    reason = unextendable(model)
-    if reason is not None:
-        raise ValueError(reason)
     if model.layer_typed:
         raise ValueError(
             f"{text.model_type} has a rotary embedding per layer type, for which engines have no common form: enable() "

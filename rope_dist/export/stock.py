@@ -42,7 +42,10 @@ class StockModel:
     @property
     def text(self) -> PretrainedConfig:
         """The language model's config: the only one, or the part of a composite one."""
-        return self.config.get_text_config(decoder=True)
+        text = self.config.get_text_config(decoder=True)
+        if not hasattr(text, "model_type"):
+            raise ValueError(f"the config of the language model of {self.config.model_type} is {text!r:.80}")
+        return text
 
     @property
     def part(self) -> str | None:

@@ -75,5 +75,5 @@ __all__ = [
 def get_strategy(name: str) -> Strategy:
     """The strategy of that name; ``ValueError`` with the nearest and all known ones otherwise."""
     if not isinstance(name, str) or name not in STRATEGIES:
-        raise ValueError(unknown("strategy", str(name), STRATEGIES))
+        raise ValueError(unknown("strategy", name, STRATEGIES))
     return STRATEGIES[name]
