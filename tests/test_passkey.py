@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from conftest import llama_config
+from families import model_of
 from transformers import LlamaForCausalLM
 
 from rope_dist.cli import main
@@ -175,25 +176,30 @@ class TestPromptReader:
 
     PROMPTS = ("abc" * 60, "abc" * 40 + "x" * 70, "abc" * 40 + "x" * 20, "q", "abc" * 60)
 
-    def test_generates_what_the_model_generates(self, llama, letters):
-        reader = PromptReader(llama, letters, chunk=50)
+    @pytest.fixture(params=["Llama", "Mistral", "Gemma3"])
+    def model(self, request):
+        """Mistral's layers, and some of Gemma3's, see a sliding window of 16 tokens."""
+        return model_of(request.param, vocab_size=128)
+
+    def test_generates_what_the_model_generates(self, model, letters):
+        reader = PromptReader(model, letters, chunk=50)
         for prompt in self.PROMPTS:
             ids = letters(prompt, return_tensors="pt").input_ids
-            whole = llama.generate(
+            whole = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
             )
             expected = letters.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
             assert reader.generate(prompt, 8) == expected
 
-    def test_log_probabilities_are_the_models(self, llama, letters):
-        reader = PromptReader(llama, letters, chunk=50)
+    def test_log_probabilities_are_the_models(self, model, letters):
+        reader = PromptReader(model, letters, chunk=50)
         for prompt in self.PROMPTS:
             candidates = ["12345", "99999", "7"]
             found = reader.log_probabilities(prompt, candidates)
             for candidate, value in zip(candidates, found, strict=True):
                 ids = letters(f"{prompt} {candidate}", return_tensors="pt").input_ids
                 with torch.no_grad():
-                    log_p = llama(ids).logits[0].double().log_softmax(-1)
+                    log_p = model(ids).logits[0].double().log_softmax(-1)
                 begin = len(prompt)
                 expected = sum(log_p[i - 1, ids[0, i]].item() for i in range(begin, ids.shape[1]))
                 assert value == pytest.approx(expected, abs=1e-4)

@@ -7,10 +7,12 @@ without generation, where the key is the likeliest continuation among decoys.
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,13 +161,13 @@ class PromptReader:
             pad_token_id=self.tokenizer.eos_token_id or 0,
         )
         batch = ids[None].to(self.model.device)
-        out = self.model.generate(
-            batch,
-            attention_mask=torch.ones_like(batch),
-            **cache_option(self.model, self._cache),
-            generation_config=greedy,
-        )
-        self._crop(len(ids) - 1)
+        with self._undone() as cache:
+            out = self.model.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                **cache_option(self.model, cache),
+                generation_config=greedy,
+            )
         return self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
 
     @torch.inference_mode()
@@ -180,8 +182,8 @@ class PromptReader:
         result = []
         for ids in whole:
             rest = ids[None, shared - 1 :].to(self.model.device)
-            out = self.model(rest[:, :-1], **cache_option(self.model, self._cache), use_cache=True)
-            self._crop(shared - 1)
+            with self._undone() as cache:
+                out = self.model(rest[:, :-1], **cache_option(self.model, cache), use_cache=True)
             chosen = out.logits[0].float().log_softmax(-1).gather(1, rest[0, 1:, None])
             result.append(chosen.double().sum().item())
         return result
@@ -189,14 +191,14 @@ class PromptReader:
     def unread(self, prompt: str) -> float:
         """The :func:`work` of ``prompt`` that is not in the key/value cache yet."""
         ids = self._encode(prompt)
-        return work(self.model, _common(self._ids, ids), len(ids))
+        return work(self.model, self._kept(ids), len(ids))
 
     def _encode(self, text: str) -> torch.Tensor:
         return torch.tensor(self.tokenizer(text, verbose=False).input_ids)
 
     def _read(self, ids: torch.Tensor, progress: Progress | None) -> None:
         """Bring the cache to exactly ``ids [S]``."""
-        self._crop(_common(self._ids, ids))
+        self._crop(self._kept(ids))
         device = self.model.device
         for start in range(len(self._ids), len(ids), self.chunk):
             part = ids[start : start + self.chunk]
@@ -210,9 +212,33 @@ class PromptReader:
             if progress is not None:
                 progress.update(work(self.model, start, start + len(part)))
 
+    def _kept(self, ids: torch.Tensor) -> int:
+        """How many tokens of ``ids`` need not be read again."""
+        common = _common(self._ids, ids)
+        return 0 if self._slides and common < len(self._ids) else common
+
     def _crop(self, length: int) -> None:
-        self._cache.crop(length - self._cache.get_seq_length())
-        self._ids = self._ids[:length]
+        if length == len(self._ids):
+            return
+        if self._slides:
+            self._cache, self._ids = DynamicCache(config=self.model.config), self._ids[:0]
+        else:
+            self._cache.crop(length - self._cache.get_seq_length())
+            self._ids = self._ids[:length]
+
+    @property
+    def _slides(self) -> bool:
+        # A layer with a sliding window has thrown the beginning away: it cannot go back to a shorter text.
+        return any(layer.is_sliding for layer in self._cache.layers)
+
+    @contextmanager
+    def _undone(self) -> Iterator[DynamicCache]:
+        """The key/value cache to go on from; what is added to it is taken back at the end."""
+        if self._slides:
+            yield copy.deepcopy(self._cache)
+            return
+        yield self._cache
+        self._cache.crop(len(self._ids) - self._cache.get_seq_length())
 
 
 def _common(a: torch.Tensor, b: torch.Tensor) -> int:
