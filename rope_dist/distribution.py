@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -37,7 +38,7 @@ _POSITIONS_AT_ONCE = 32768
 
 def check_intervals(intervals: int) -> int:
     """Return ``intervals`` if it is a whole number of 2 to ``MAX_INTERVALS``, else raise ``ValueError``."""
-    number = isinstance(intervals, (int, float)) and not isinstance(intervals, bool)
+    number = isinstance(intervals, Real) and not isinstance(intervals, bool)
     if not number or not 2 <= intervals <= MAX_INTERVALS or int(intervals) != intervals:
         raise ValueError(
             f"intervals must be a whole number of at least 2 and at most {MAX_INTERVALS}, got {intervals!r:.80}"
@@ -87,11 +88,7 @@ def rotary_angle_distribution(
         raise ValueError("inv_freq must hold finite positive numbers only")
     if length < 1:
         raise ValueError(f"length must be at least 1 position, got {length}")
-    if (
-        isinstance(smoothing, bool)
-        or not isinstance(smoothing, (int, float))
-        or not 0 <= smoothing < math.inf
-    ):
+    if isinstance(smoothing, bool) or not isinstance(smoothing, Real) or not 0 <= smoothing < math.inf:
         raise ValueError(f"smoothing must be a finite number of at least 0, got {smoothing!r}")
 
     inv_freq = inv_freq.detach().to(device="cpu", dtype=dtype)

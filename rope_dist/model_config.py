@@ -25,6 +25,9 @@ EXTENDED_LAYERS = "full_attention"
 """The layers whose frequencies a plan is for, where a model has a rotary embedding per layer type (Gemma3, OLMo3).
 The others see a sliding window of positions, which does not grow with the text."""
 
+GIVEN = "given as original_length"
+"""``length_from`` of a trained length that the caller gave beside a model."""
+
 REFUSED: dict[str, str] = {
     "cohere": "its pairs are interleaved",
     "cohere2": "its pairs are interleaved",
@@ -113,7 +116,9 @@ def load_config(source: str | os.PathLike[str]) -> PretrainedConfig:
 
     name, path = str(source), Path(source)
     if name in PRESETS and not path.exists():
-        raise ValueError(f"{name!r} is a preset, which has a rotary embedding but no config")
+        raise ValueError(
+            f"{name!r} is a preset, which has no config: give a directory or a hub id (owner/name)"
+        )
     if "/" not in name and not path.exists():
         # A mistyped preset should not wait for the hub to say no.
         other = "; or give a directory with a config.json, or a hub id (owner/name)"
@@ -248,11 +253,11 @@ def read_rope(config: PretrainedConfig, original_length: int | None = None) -> M
                 "long_factor"
             )
     recorded = recorded_extension(text) if original_length is None else None
+    if recorded is not None and recorded < length:
+        notes.append(
+            f"rope_dist extended the model from {recorded} tokens already, which is what a factor counts from"
+        )
     return ModelRope(rope, head_dim, length_from, recorded, tuple(notes), loss)
-
-
-GIVEN = "given as original_length"
-"""``length_from`` of a trained length that the caller gave beside a model."""
 
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -337,8 +342,8 @@ def _own_inv_freq(config: PretrainedConfig, layers: str | None) -> torch.Tensor 
 
     try:
         model = MODEL_MAPPING[type(config)]
-    except KeyError:
-        return None
+    except (KeyError, ImportError):
+        return None  # code of the model's own, or a package that it needs is missing
     module = sys.modules[(model[0] if isinstance(model, tuple) else model).__module__]
     for name, value in vars(module).items():
         if name.endswith("RotaryEmbedding") and hasattr(value, "compute_default_rope_parameters"):

@@ -307,6 +307,7 @@ class TestGoingOn:
             assert torch.equal(model.model.rotary_emb.inv_freq, plan.inv_freq)
             assert model.model.rotary_emb.attention_scaling == plan.attention_scaling
             assert model.config.rope_dist["original_length"] == 64
+            assert "extended the model from 64 tokens already" in rope_dist.plan(folder, factor=2).summary()
             folder = tmp_path / again
             model.save_pretrained(folder)
 
@@ -419,6 +420,8 @@ def test_a_multimodal_model(name, tmp_path):
     extended = model(ids).logits
     assert not torch.allclose(extended, own, atol=1e-4)
     assert model.config.text_config.max_position_embeddings == 128
+    overrides = rope_dist.plan(stock, factor=2).config_overrides(config)
+    assert overrides == {key: getattr(model.config.text_config, key) for key in overrides}
     assert model.config.text_config is model.model.language_model.config
     assert model.config.vision_config is model.model.vision_tower.config
     assert (
@@ -657,6 +660,18 @@ class TestRefusals:
     )
     def test_bad_arguments(self, llama, stock, arguments, error, message):
         with pytest.raises(error, match=message):
+            rope_dist.enable(llama, **arguments)
+        assert_stock(llama, stock)
+
+    @pytest.mark.parametrize("ready", [False, True])
+    def test_a_plan_that_stock_could_not_read(self, llama, stock, monkeypatch, ready):
+        arguments = {"plan": rope_dist.plan(llama, factor=2)} if ready else {"factor": 2}
+
+        def without(*_, **__):
+            raise KeyError("longrope")
+
+        monkeypatch.setitem(transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS, "longrope", without)
+        with pytest.raises(ValueError, match="stock transformers cannot run this plan in LlamaConfig"):
             rope_dist.enable(llama, **arguments)
         assert_stock(llama, stock)
 

@@ -49,6 +49,11 @@ PUBLISHED = {
         131072,
         131072,
     ),
+    "Llama 3.1's scaling written into Llama-3-8B": (
+        {"rope_scaling": {**LLAMA31, "factor": 8.0, "original_max_position_embeddings": 8192}},
+        8192,
+        65536,
+    ),
     "Qwen2.5 with YaRN as documented": (yarn(4.0, 32768), 32768, 131072),
     "Qwen2.5 with YaRN, length raised": (yarn(4.0, 32768), 131072, 131072),
     "Qwen3 with YaRN as documented": (yarn(4.0, 32768), 40960, 131072),
@@ -406,9 +411,7 @@ def test_a_broken_file_is_named(tmp_path):
         ValueError, match=r"config\.json is not a config that transformers reads: .*valid JSON"
     ):
         rope_dist.plan(tmp_path, factor=2)
-    with pytest.raises(
-        ValueError, match="'llama2-7b' is a preset, which has a rotary embedding but no config"
-    ):
+    with pytest.raises(ValueError, match="'llama2-7b' is a preset, which has no config"):
         load_config("llama2-7b")
 
 

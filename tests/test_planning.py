@@ -436,6 +436,19 @@ class TestSettings:
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(strategy, dtype):
+    settings = {"factors": [1.0] * 8} if strategy == "longrope" else {}
+    expected = plan(strategy=strategy, **settings)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert plan(strategy=strategy, **settings) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_the_ambient_device_does_not_matter(strategy):
     settings = {"factors": [1.0] * 8} if strategy == "longrope" else {}
     expected = plan(strategy=strategy, **settings)
@@ -444,7 +457,6 @@ def test_the_ambient_device_does_not_matter(strategy):
         assert made == expected
         assert made.inv_freq.device.type == "cpu"
         assert RopePlan.from_dict(made.to_dict()) == expected
-        assert rope_dist.plan("llama3.1-8b", factor=1) == rope_dist.plan("llama3.1-8b", factor=1)
 
 
 def test_a_plan_file_without_notes_is_read():

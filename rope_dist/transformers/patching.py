@@ -21,8 +21,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..checking import check_plan, is_applied
 from ..model_config import GIVEN, pretrained_rope
-from ..planning import RopePlan, check_options, check_plan, is_applied
+from ..planning import RopePlan, check_options
 from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
 from .families import FAMILIES, REFUSED, enabled_class, is_rotary_embedding, is_stock, known_stock
@@ -240,7 +241,9 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
         return swap.plan if swap else None
     config = swap.config_before if swap and swap.plan else rotary.config
     if plan is None:
-        return make_plan(config, **{k: v for k, v in options.items() if k != "plan"})
+        plan = make_plan(config, **{k: v for k, v in options.items() if k != "plan"})
+        plan.config_overrides(config)  # raises where stock could not read what is saved
+        return plan
     check_plan(plan, config, any_length=True)
     if not is_applied(plan, config) and plan.original_length_from != GIVEN:
         length = pretrained_rope(config)[0].length
@@ -249,6 +252,7 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
                 f"the plan takes {plan.original_length} tokens as trained, the model's config says {length}",
                 stacklevel=4,
             )
+    plan.config_overrides(config)
     return plan
 
 
