@@ -200,6 +200,14 @@ class TestComposite:
         assert "factors are missing" in found["transformers"]
         assert "mrope_section" in found["vllm"]
 
+    def test_a_language_model_that_only_the_whole_model_builds(self):
+        """PaddleOCR-VL's text config has no class of its own: its rotary embedding says what its positions are."""
+        config = transformers.PaddleOCRVLConfig()
+        text = config.get_text_config()
+        assert type(text) not in transformers.MODEL_MAPPING
+        assert "mrope_section" not in text.rope_parameters
+        assert StockModel(config).multimodal_positions
+
     def test_a_flat_file_of_an_earlier_version(self, directory, tmp_path):
         """The language model's entries are not where transformers 5 would read them first."""
         flat = {**qwen_vl_as_on_the_hub(), "rope_scaling": None}
@@ -341,6 +349,17 @@ class TestEngines:
         source = directory(config)
         plan = rope_dist.plan(source, factor=2, strategy="dprope")
         assert reasons(hf(source, plan, tmp_path / "out"), plan)["transformers"] is None
+
+    def test_a_class_that_derives_its_head_dim(self, directory, tmp_path):
+        """Falcon's config takes none, and its file must not get one."""
+        config = transformers.FalconConfig(
+            **{k: v for k, v in SMALL.items() if "key_value" not in k and "intermediate" not in k}
+        )
+        source = directory(config)
+        plan = rope_dist.plan(source, factor=2, strategy="dprope")
+        found = reasons(hf(source, plan, tmp_path / "out"), plan)
+        assert found["transformers"] is None
+        assert "not tried" in found["transformers-4"]
 
     @pytest.mark.parametrize("kind", HUB)
     def test_frequencies_per_layer_type_as_on_the_hub(self, kind, directory, tmp_path, capsys):

@@ -19,9 +19,16 @@ TRANSFORMERS_4 = frozenset((
 ))  # fmt: skip
 """``model_type`` whose rotary embedding in transformers 4.57.6 computed a neutral longrope bit for bit (tried)."""
 
+TRANSFORMERS_4_PARTS = frozenset((
+    "aria", "deepseek_vl", "deepseek_vl_hybrid", "fuyu", "got_ocr2", "idefics2", "idefics3", "internvl",
+    "janus", "lfm2_vl", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2",
+    "paligemma", "perception_lm", "smolvlm", "video_llava", "vipllava",
+))  # fmt: skip
+"""``model_type`` of composite models whose language model was tried so."""
+
 TRANSFORMERS_4_REFUSES = {
     **dict.fromkeys(
-        ("chameleon", "fuyu", "olmo", "olmo2", "open-llama"),
+        ("chameleon", "olmo", "olmo2", "open-llama"),
         "its config accepts no rope_scaling but a `type` and a `factor`",
     ),
     **dict.fromkeys(
@@ -82,9 +89,14 @@ def unable_model(engine: str, model: StockModel) -> str | None:
         return f"it takes every rotary scaling of {kind} (MLA) for DeepSeek's YaRN"
     if engine in ("vllm", "sglang", "mlx") and (latent or model.interleaved):
         return f"its longrope rotates halves of a head, and {kind} pairs neighbouring dimensions"
-    if engine == "transformers-4" and kind not in TRANSFORMERS_4:
+    if engine == "transformers-4":
         reason = TRANSFORMERS_4_REFUSES.get(kind)
-        return f"{kind}: {reason}" if reason else f"{kind} was not tried in transformers 4.57"
+        if reason is not None:
+            return f"{kind}: {reason}"
+        if kind not in TRANSFORMERS_4:
+            return f"{kind} was not tried in transformers 4.57"
+        if model.part is not None and model.config.model_type not in TRANSFORMERS_4_PARTS:
+            return f"{model.config.model_type} was not tried in transformers 4.57"
     if engine == "mlx" and kind not in MLX:
         return f"mlx-lm does not scale the rotary embedding of {kind} by its config, as far as it was read"
     if engine in ("mlx", "tensorrt-llm") and text is not model.config:

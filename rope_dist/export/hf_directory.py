@@ -172,7 +172,7 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
     for key in LENGTH_KEYS:
         if isinstance(new.get(key), int):
             new[key] = max(new[key], plan.target_length)
-    if new.get("head_dim") is None:
+    if new.get("head_dim") is None and not isinstance(getattr(type(text), "head_dim", None), property):
         # Open, transformers' longrope would multiply None (Mixtral).
         new["head_dim"] = plan.head_dim
     return {**new, **config_entries(plan, text)}
@@ -200,9 +200,9 @@ def check_model(model: StockModel, plan: RopePlan) -> None:
             "have no longrope"
         )
     # The plan applied to a copy: what else would stock then compute?
-    after = copy.deepcopy(text)
-    after.__dict__.update(plan.config_overrides(text))
-    reason = changed(model, StockModel(after))
+    after = StockModel(copy.deepcopy(model.config))
+    after.text.__dict__.update(plan.config_overrides(text))
+    reason = changed(model, after)
     if reason is not None:
         raise ValueError(f"the plan would change more of {text.model_type} than its frequencies: {reason}")
 
@@ -221,7 +221,10 @@ def _finish(
             # generate() stops at it; vLLM takes the smaller one for some tasks.
             if isinstance(data.get(key), int) and plan.original_length <= data[key] < plan.target_length:
                 _write_json(path, {**data, key: plan.target_length})
-    verification = verify(directory, plan, engines=engines, source=source)
+    try:
+        verification = verify(directory, plan, engines=engines, source=source)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(directory), str(out))) from None
     dataclasses.replace(verification, artefact=out).raise_for_failure()
 
 

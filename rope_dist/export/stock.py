@@ -31,7 +31,7 @@ def read_config(directory: Path) -> PretrainedConfig:
 
 @dataclass(frozen=True)
 class StockModel:
-    """A config's language model as transformers builds it, on the meta device: no memory, no weights.
+    """A config's language model as transformers builds it, on the meta device: no memory for weights.
 
     Attributes:
         config: of the whole model, whose language model is asked.
@@ -82,26 +82,27 @@ class StockModel:
 
     @cached_property
     def model(self) -> nn.Module | None:
-        """The model on the meta device; None where transformers has no model of this config alone.
+        """The model on the meta device; None where transformers has no model of this config.
 
         Raises:
             ValueError: transformers cannot build it.
         """
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-        text = copy.deepcopy(self.text)
-        for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-            if type(text) in mapping:
-                cls = mapping[type(text)]
-                break
-        else:
-            return None
-        try:
-            # Not by from_config, which a global enable() changes.
-            with torch.device("meta"), _no_remark_on_keys():
-                return cls(text)
-        except Exception as error:
-            raise ValueError(f"transformers cannot build it: {_message(error)}") from None
+        # Some language models are built by the whole model alone.
+        for config in (self.text, self.config):
+            for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+                if type(config) not in mapping:
+                    continue
+                try:
+                    # Not by from_config, which a global enable() changes.
+                    with torch.device("meta"), _no_remark_on_keys():
+                        return mapping[type(config)](copy.deepcopy(config))
+                except Exception as error:
+                    if config is not self.text:
+                        return None  # Its other parts may need packages that are not installed.
+                    raise ValueError(f"transformers cannot build it: {_message(error)}") from None
+        return None
 
     @cached_property
     def rotary(self) -> nn.Module | None:
@@ -113,7 +114,7 @@ class StockModel:
         if self.model is None:
             return None
         found = [m for m in self.model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-        found = [m for m in found if getattr(m, "config", None) is not None]
+        found = [m for m in found if type(getattr(m, "config", None)) is type(self.text)]
         if not found:
             return None
         first = getattr(self.model, "rotary_emb", found[0])
@@ -132,6 +133,8 @@ class StockModel:
         length = self.text.max_position_embeddings
         if self.rotary is None:
             rope, _ = pretrained_rope(self.text)
+            if self.parameters.get("short_factor") != self.parameters.get("long_factor"):
+                raise ValueError("the frequencies change with the length")
             return Reading(rope.inv_freq, rope.attention_scaling, length)
         long, scaling = self._tables(length - 1)
         short, _ = self._tables(1)
