@@ -267,7 +267,8 @@ def pack_inverse(
 ) -> torch.Tensor:
     """As :func:`rope_dist.ops.reference.pack_inverse`, in one pass."""
     if dispatch.backend_for(q) == "reference":
-        return reference.pack_inverse(q, k, v, cos, sin, words, positions, scaling, interleaved)
+        with dispatch.without_autocast(q):
+            return reference.pack_inverse(q, k, v, cos, sin, words, positions, scaling, interleaved)
     from . import triton_rotary
 
     present = [x for x in (q, k, v) if x is not None]

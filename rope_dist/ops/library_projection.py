@@ -85,9 +85,11 @@ def _qkv_backward(ctx, grad_q, grad_k, grad_v):
             grad_w = [
                 joined[i] if i < len(joined) and ctx.needs_input_grad[1 + i] else None for i in range(3)
             ]
-    if any(ctx.needs_input_grad[4:7]):
-        joined = rows.sum(0).split(widths)
-        grad_b = [joined[i] if i < len(joined) and ctx.needs_input_grad[4 + i] else None for i in range(3)]
+        if any(ctx.needs_input_grad[4:7]):
+            joined = rows.sum(0).split(widths)
+            grad_b = [
+                joined[i] if i < len(joined) and ctx.needs_input_grad[4 + i] else None for i in range(3)
+            ]
     return grad_x, *grad_w, *grad_b, *[None] * 8
 
 

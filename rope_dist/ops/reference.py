@@ -159,7 +159,12 @@ def rotate_tokens(
     if words is not None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         cos, sin = angles.tables(words, at, scaling, dtype)
-    elif cu_seqlens is None and offsets is None and positions is None and 0 <= offset <= cos.shape[1] - q.shape[1]:
+    elif (
+        cu_seqlens is None
+        and offsets is None
+        and positions is None
+        and 0 <= offset <= cos.shape[1] - q.shape[1]
+    ):
         cos, sin = (t[:, offset : offset + q.shape[1]] for t in (cos, sin))
     else:
         rows = cos.shape[1]

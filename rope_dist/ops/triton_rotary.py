@@ -20,17 +20,13 @@ from .triton_angles import angle, cos_sin, rotate
 
 @triton.jit
 def _heads(
-    x, out, bias, batch, seq, cos, sin, known_token,
+    x, out, bias, batch, seq, cos, sin,
     stride_b, stride_s, stride_h, stride_d, out_b, out_s, out_h, out_d,
     BIAS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, INTERLEAVED: tl.constexpr,
     VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, TAIL_WIDTH: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ALL_KNOWN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rotate ``HEADS`` heads of a token; strides are in units of ``VEC`` but for the last axis's.
-
-    Unless ``ALL_KNOWN``, the token is passed through where ``known_token`` is false: turned by nothing an
-    infinity would still make its partner NaN.
-    """
+    """Rotate ``HEADS`` heads of a token; strides are in units of ``VEC`` but for the last axis's."""
     # A stride that is not a multiple of 16 loses Triton's hint and with it the wide accesses. The host
     # divides the strides by VEC; multiplied here, the compiler sees the divisor again.
     x += (batch * stride_b + seq * stride_s) * VEC
@@ -51,10 +47,8 @@ def _heads(
                     pair += tl.load(added + column, mask=mask).to(tl.float32)
                 first, second = tl.split(tl.reshape(pair, (CHUNK, WIDTH // 2, 2)))
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
-                rotated = tl.reshape(tl.join(first, second), (CHUNK, WIDTH))
-                if not ALL_KNOWN:
-                    rotated = tl.where(known_token, rotated, pair)
-                tl.store(target + wide * out_d, rotated.to(out.dtype.element_ty), mask=mask)
+                pair = tl.reshape(tl.join(first, second), (CHUNK, WIDTH))
+                tl.store(target + wide * out_d, pair.to(out.dtype.element_ty), mask=mask)
             else:
                 mask = known & (column < HALF)
                 first = tl.load(source + wide * stride_d, mask=mask).to(tl.float32)
@@ -63,12 +57,9 @@ def _heads(
                 second = tl.load(source + (wide + HALF) * stride_d, mask=mask).to(tl.float32)
                 if BIAS:
                     second += tl.load(added + column + HALF, mask=mask).to(tl.float32)
-                a, b = rotate(first, second, cos[None, :], sin[None, :])
-                if not ALL_KNOWN:
-                    a = tl.where(known_token, a, first)
-                    b = tl.where(known_token, b, second)
-                tl.store(target + wide * out_d, a.to(out.dtype.element_ty), mask=mask)
-                tl.store(target + (wide + HALF) * out_d, b.to(out.dtype.element_ty), mask=mask)
+                first, second = rotate(first, second, cos[None, :], sin[None, :])
+                tl.store(target + wide * out_d, first.to(out.dtype.element_ty), mask=mask)
+                tl.store(target + (wide + HALF) * out_d, second.to(out.dtype.element_ty), mask=mask)
         if TAIL > 0:
             rest = 2 * HALF + tl.arange(0, TAIL_WIDTH)[None, :]
             mask = known & (rest < 2 * HALF + TAIL)
@@ -137,15 +128,22 @@ def rotary_kernel(
     if INVERSE:
         sin = -sin
 
-    ALL_KNOWN: tl.constexpr = not (TABLE or HAS_CU_SEQLENS)
-    _heads(q, q_out, q_bias, batch, seq, cos, sin, known_token, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
-           Q_BIAS, Q_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM, ALL_KNOWN)  # fmt: skip
-    if K_HEADS > 0:
-        _heads(k, k_out, k_bias, batch, seq, cos, sin, known_token, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
-               K_BIAS, K_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM, ALL_KNOWN)  # fmt: skip
+    # Turned by nothing, an infinity would still make its partner NaN: what is not rotated is copied.
+    if known_token:
+        _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
+               Q_BIAS, Q_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
+        if K_HEADS > 0:
+            _heads(k, k_out, k_bias, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
+                   K_BIAS, K_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
+    else:
+        _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
+               Q_BIAS, Q_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
+        if K_HEADS > 0:
+            _heads(k, k_out, k_bias, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
+                   K_BIAS, K_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
     if V_HEADS > 0:
-        _heads(v, v_out, v, batch, seq, cos, sin, known_token, v_b, v_s, v_h, v_d, vo_b, vo_s, vo_h, vo_d,
-               False, V_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM, ALL_KNOWN)  # fmt: skip
+        _heads(v, v_out, v, batch, seq, cos, sin, v_b, v_s, v_h, v_d, vo_b, vo_s, vo_h, vo_d,
+               False, V_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
 
 
 def blocks(most_heads: int, half: int, interleaved: bool, itemsize: int) -> dict[str, int]:

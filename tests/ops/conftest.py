@@ -26,13 +26,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
+@pytest.fixture(params=["reference", "native", "triton"])
+def backend(request, device):
     """Run the test on each backend that is installed."""
     from rope_dist import ops
+    from rope_dist.ops import native
 
     if request.param == "triton" and not HAS_TRITON:
         pytest.skip("Triton is not installed")
+    missing = native.unavailable(torch.empty(0, device=device)) if request.param == "native" else None
+    if missing is not None:
+        pytest.skip(f"no native library: {missing}")
     with ops.use_backend(request.param):
         yield request.param
 

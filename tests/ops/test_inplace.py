@@ -16,12 +16,6 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
-@pytest.fixture(params=["reference", "native", "triton"])
-def every_backend(request):
-    with ops.use_backend(request.param):
-        yield request.param
-
-
 def tables(device, length=5, half=8):
     positions = torch.arange(length, device=device)[None]
     return [t.float() for t in exact_tables(frequencies(2 * half).to(device), positions)]
@@ -62,8 +56,8 @@ def call(form, q, k, cos, sin, **options):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("form", ["tables", "positions", "packed"])
 @pytest.mark.parametrize("source", ["linear", "heads first", "one tensor"])
-def test_gradients_of_what_projections_made(every_backend, device, source, form, compiled):
-    if compiled and every_backend != "reference":
+def test_gradients_of_what_projections_made(backend, device, source, form, compiled):
+    if compiled and backend != "reference":
         pytest.skip("what is compiled does not depend on the backend")
     if (source, form) == ("heads first", "packed"):
         pytest.skip("has no packed view")
@@ -93,7 +87,7 @@ def test_gradients_of_what_projections_made(every_backend, device, source, form,
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_was_a_view_of_it_has_the_gradient_too(every_backend, device):
+def test_what_was_a_view_of_it_has_the_gradient_too(backend, device):
     """The tensor that q and k are parts of is changed as well, and its gradient goes through the rotation."""
     cos, sin = tables(device)
     leaf = torch.randn(2, 5, 6, 16, device=device, requires_grad=True)
@@ -122,11 +116,12 @@ def test_what_autograd_cannot_follow_is_refused_unchanged(device, make, message,
     q = make(torch.randn(shape, device=device, requires_grad=True))
     cos, sin = tables(device, q.shape[1])
     before = q.detach().clone()
+    calls = {
+        "tables": lambda: ops.rotary(torch.randn_like(q), q, cos, sin, inplace=True),
+        "packed": lambda: ops.rotary_at(q[0], None, frequencies(16).to(device), inplace=True),
+    }
     with pytest.raises(ValueError, match=message):
-        if form == "tables":
-            ops.rotary(torch.randn_like(q), q, cos, sin, inplace=True)
-        else:
-            ops.rotary_at(q[0], None, frequencies(16).to(device), inplace=True)
+        calls[form]()
     assert torch.equal(q.detach(), before)
     with torch.no_grad():
         ops.rotary(q, None, cos, sin, inplace=True)
@@ -156,7 +151,7 @@ def windows(x):
         (lambda x: (x[:1, :, :1].expand(1, 5, 4, 16), torch.zeros(1, 5, 1, 16)), "expanded"),
     ],
 )
-def test_shared_memory_is_refused_by_every_backend(every_backend, make, message):
+def test_shared_memory_is_refused_by_backend(backend, make, message):
     torch.manual_seed(0)
     q, k = make(torch.randn(2, 5, 6, 16))
     cos, sin = tables("cpu", q.shape[1], q.shape[3] // 2)
@@ -201,8 +196,8 @@ def test_caches_that_are_one_are_refused():
 @pytest.mark.parametrize("form", ["tables", "positions", "packed"])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_queries_alone(every_backend, device, form, inplace, compiled):
-    if compiled and every_backend != "reference":
+def test_queries_alone(backend, device, form, inplace, compiled):
+    if compiled and backend != "reference":
         pytest.skip("what is compiled does not depend on the backend")
     cos, sin = tables(device)
     rotated = torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call
@@ -222,7 +217,7 @@ def test_queries_alone(every_backend, device, form, inplace, compiled):
     torch.testing.assert_close(grads[1].double(), want.sum((0, 1)).flatten(), rtol=1e-5, atol=1e-5)
 
 
-def test_queries_alone_in_hugging_faces_form(every_backend, device):
+def test_queries_alone_in_hugging_faces_form(backend, device):
     cos, sin = (torch.cat((t, t), -1) for t in tables(device))
     q = torch.randn(2, 4, 5, 16, device=device)
     out, none = ops.apply_rotary_pos_emb(q, None, cos, sin)

@@ -185,6 +185,70 @@ def test_packed_and_strided_inputs(triton_backend, device):
             assert_rounded(actual, expected[0], share=SHARE[torch.float16], slack=SLACK)
 
 
+@pytest.mark.parametrize("path", [*PATHS, "decode"])
+def test_an_infinity_stays_where_nothing_rotates(triton_backend, device, path):
+    """In what of a head passes through, and in the values: turned by nothing its partner would be NaN."""
+    if path not in ("separate", "decode", *possible_paths(device)):
+        pytest.skip("this GPU has no descriptors")
+    torch.manual_seed(11)
+    x, weights, biases = problem(device, torch.float16, length=3, depth=64, heads=(2, 1, 1), bias=True)
+    biases[0][40] = biases[1][63] = biases[2][5] = float("inf")
+    inv_freq = frequencies(32).to(device)
+    out = ops.qkv_rotary(x, *weights, *biases, head_dim=64, inv_freq=inv_freq, path=path)
+    want = exact_projection(
+        x, weights, biases, *exact_tables(inv_freq, torch.arange(3, device=device)[None]), 64
+    )
+    for actual, expected in zip(out, want, strict=True):
+        finite = expected.isfinite()
+        assert (~finite).sum() == 3
+        assert torch.equal(actual.isfinite(), finite)
+        tolerance = 4e-3
+        torch.testing.assert_close(actual.double()[finite], expected[finite], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("path", ["auto", *PATHS, "decode"])
+def test_tables_at_any_address(triton_backend, device, path):
+    if path not in ("auto", "separate", "decode", *possible_paths(device)):
+        pytest.skip("this GPU has no descriptors")
+    x, weights, _ = problem(device, torch.bfloat16, length=4, depth=32, heads=(1, 1, 1))
+    positions = torch.arange(4, device=device)[None]
+    flat = torch.empty(2, 1 + 4 * 32, device=device)[:, 1:].unflatten(1, (1, 4, 32))
+    for table, values in zip(flat, exact_tables(frequencies(64).to(device), positions), strict=True):
+        assert table.data_ptr() % 16
+        table.copy_(values)
+    got = ops.qkv_rotary(x, *weights, head_dim=64, cos=flat[0], sin=flat[1], path=path)
+    want = ops.qkv_rotary(x, *weights, head_dim=64, cos=flat[0].clone(), sin=flat[1].clone(), path=path)
+    for actual, expected in zip(got, want, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("inside", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", ["auto", "separate"])
+def test_autocast_changes_neither_type_nor_values(backend, device, dtype, inside, path):
+    """Eager, compiled, gradients: an operator computes in the type of its operands."""
+    torch.manual_seed(12)
+    x, weights, biases = problem(device, dtype, depth=32, heads=(2, 1, 1), dim=16, bias=True)
+    leaves = [t.requires_grad_() for t in (x, *weights, *biases)]
+    angles = {"head_dim": 16, "inv_freq": ops.turns(frequencies(16).to(device)), "path": path}
+
+    def step():
+        out = ops.qkv_rotary(*leaves, **angles)
+        return out, torch.autograd.grad([y.float().sin().sum() for y in out], leaves)
+
+    want = step()
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda *leaves: ops.qkv_rotary(*leaves, **angles), fullgraph=True, backend="aot_eager"
+    )
+    with torch.autocast(device.type, inside):
+        got = step()
+        traced = compiled(*leaves)
+    for actual, expected in zip((*got[0], *got[1], *traced), (*want[0], *want[1], *want[0]), strict=True):
+        assert actual.dtype == dtype
+        assert torch.equal(actual, expected)
+
+
 def test_nothing_in_nothing_out(backend, device):
     for batch, length in ((0, 3), (2, 0)):
         x, weights, _ = problem(device, torch.float16, batch=batch, length=length)
