@@ -74,6 +74,10 @@ def choose(
     if len(possible) == 1 or not x.is_cuda:
         # Without a GPU nothing is timed: the interpreter runs the kernel that is the most special.
         return possible[-1]
+    from . import triton_projection
+
+    aligned = triton_projection.fits_descriptors(x.reshape(-1, x.shape[-1]), *weights)
+    names = ("table", "bias", "interleaved", "unaligned")
     problem = tuning.Problem(
         device=torch.cuda.get_device_name(x.device),
         dtype=str(x.dtype).removeprefix("torch."),
@@ -82,9 +86,7 @@ def choose(
         widths=tuple(w.shape[0] for w in weights),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        form="+".join(
-            name for name, used in zip(("table", "bias", "interleaved"), form, strict=True) if used
-        ),
+        form="+".join(name for name, used in zip(names, (*form, not aligned), strict=True) if used),
     )
     arguments = (x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, positions, scaling, interleaved)
     ways = {

@@ -20,6 +20,17 @@ if HAS_TRITON and not torch.cuda.is_available():
     interpreter.install()
 
 
+@pytest.fixture(autouse=True)
+def own_choices(tmp_path, monkeypatch):
+    """No choice of these tests, whose times may be invented, is kept where real ones are."""
+    monkeypatch.setenv("ROPE_DIST_CACHE", str(tmp_path / "choices"))
+    monkeypatch.delenv("ROPE_DIST_PATH", raising=False)
+    monkeypatch.delenv("ROPE_DIST_TUNE", raising=False)
+    from rope_dist.ops import dispatch_projection
+
+    monkeypatch.setattr(dispatch_projection, "_CHOSEN", {})
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where the kernels run."""
