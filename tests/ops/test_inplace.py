@@ -146,9 +146,9 @@ def windows(x):
         (lambda x: (x[..., :8], x[..., 8:]), None),
         (lambda x: (x[..., :10], x[..., 6:]), "share memory"),
         (lambda x: (x.transpose(0, 2)[:1], x.transpose(0, 2)[:1, :, 1:]), "share memory"),
-        (lambda x: (windows(x), torch.zeros(1, 5, 1, 16)), "elements share memory"),
-        (lambda x: (torch.zeros(1, 5, 1, 16), windows(x)), "elements share memory"),
-        (lambda x: (x[:1, :, :1].expand(1, 5, 4, 16), torch.zeros(1, 5, 1, 16)), "expanded"),
+        (lambda x: (windows(x), torch.zeros(1, 5, 1, 16, device=x.device)), "elements share memory"),
+        (lambda x: (torch.zeros(1, 5, 1, 16, device=x.device), windows(x)), "elements share memory"),
+        (lambda x: (x[:1, :, :1].expand(1, 5, 4, 16), torch.zeros(1, 5, 1, 16, device=x.device)), "expanded"),
     ],
 )
 def test_shared_memory_is_refused_by_backend(backend, make, message):
