@@ -5,6 +5,7 @@ The benchmarks, ``rope-dist bench``, the demonstration and the choice of kernels
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
@@ -25,6 +26,8 @@ FEWEST_ROUNDS = 3
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 60
 TOLERANCE = 0.03
+GPU_CLOCK = 2e9
+"""Cycles a second that a GPU does not exceed by much: a slower one waits longer than it was told to."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +113,17 @@ def ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return median(a / b for a, b in zip(times, base, strict=True))
 
 
-def timer(device: torch.device | str, *, cold: bool = False) -> Timer:
+def timer(device: torch.device | str, *, cold: bool = False, queued: bool = False) -> Timer:
     """Seconds of a call: wall time on a CPU, between two events of the current stream on a GPU.
 
     Args:
         cold: a buffer as large as the last level of cache (on a GPU, twice that) is overwritten before each
             call, not timed.
+        queued: a GPU is kept waiting until the whole call is enqueued, so that its own time is measured. Else
+            it idles between the launches of a short call, and what is measured is the host.
     """
     device = torch.device(device)
+    pause = 1e-3
     size = cache_bytes(device) * (2 if device.type == "cuda" else 1) if cold else 0
     flush = torch.empty(size, dtype=torch.int8, device=device)
 
@@ -128,12 +134,20 @@ def timer(device: torch.device | str, *, cold: bool = False) -> Timer:
         return time.perf_counter() - start
 
     def events(call: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
+        nonlocal pause
+        # Events and waiting are the current device's.
+        with torch.cuda.device(device) if device.index is not None else contextlib.nullcontext():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            if queued:
+                torch.cuda._sleep(int(pause * GPU_CLOCK))
+            start.record()
+            began = time.perf_counter()
+            call()
+            # With room for a host that is slower the next time, and an end where a call waits for the device.
+            pause = min(max(pause, 2 * (time.perf_counter() - began)), 0.05)
+            end.record()
+            end.synchronize()
         return start.elapsed_time(end) * 1e-3
 
     return events if device.type == "cuda" else wall

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 1
+ABI = 2
 FOLDER = Path(os.environ.get("ROPE_DIST_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native")
 """Where the libraries are; the variable names another folder, such as one of a build with sanitizers."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -153,7 +153,10 @@ def rotate(
         # In float64, as the reference: the tables are small beside the heads.
         at = reference.token_positions(*q.shape[:2], positions, cu_seqlens, offsets, offset, q.device)
         cos, sin = angles.tables(words, at, scaling, _table_dtype(q))
-        words = positions = cu_seqlens = offsets = None
+        # A token's row is its place; one that is in no sequence has none.
+        rows = torch.arange(q.shape[1])[None]
+        positions = torch.where(at == reference.NOWHERE, -1, rows) if cu_seqlens is not None else None
+        words = cu_seqlens = offsets = None
         offset = 0
     sources = [_inner(q), _inner(k) if k is not None else None]
     # A target that has no unit inner stride is written by way of one that has.
