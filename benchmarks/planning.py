@@ -50,7 +50,7 @@ def cases(size: Size, options: Options) -> list[Case]:
         return lambda _: call
 
     providers = [
-        Provider(DEFAULT, bound(partial(make, dtype=dtype)), kind="stock"),
+        Provider(DEFAULT, bound(partial(make, strategy="dprope", dtype=dtype)), kind="stock"),
         *(
             Provider(
                 f"{count} candidates",
