@@ -528,11 +528,7 @@ class TestShort:
     def test_bad_input(self, arguments, message, capsys):
         from rope_dist.cli import main
 
-        try:
-            code = main(["bench", *arguments])
-        except SystemExit as ended:
-            code = ended.code
-        assert code == 2
+        assert main(["bench", *arguments]) == 2
         printed = capsys.readouterr().err
         assert message in printed
         assert printed.count("\n") == 1

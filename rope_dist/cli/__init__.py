@@ -49,11 +49,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0, 2 for bad input, 130 when interrupted).
-
-    Raises:
-        SystemExit: after help and version (0), and for an error that argparse finds (2).
-    """
+    """Run the command line; returns the exit code (0, 2 for bad input, 130 when interrupted)."""
     try:
         return _main(sys.argv[1:] if arguments is None else arguments)
     finally:
@@ -67,6 +63,9 @@ def _main(arguments: Sequence[str]) -> int:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()
+    except SystemExit as ended:
+        # argparse's own end: help and version, or an error in the arguments.
+        return int(ended.code or 0)
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
         return 0
