@@ -154,7 +154,7 @@ class TestPrompts:
         ("options", "message"),
         [
             ({"depths": [1.1]}, "from 0 to 1"),
-            ({"trials": 0}, "--trials: must be at least 1"),
+            ({"trials": 0}, "trials must be at least 1"),
             ({"digits": 0}, "digits must be at least 1"),
             ({"digits": 30}, "digits must be at most 18"),
             ({"digits": 1, "decoys": 9}, "only 9 numbers"),
