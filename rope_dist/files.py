@@ -27,10 +27,11 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     Raises:
         OSError: the folder is missing or not writable, ``path`` is a directory, the disk is full. It names ``path``.
     """
+    names_directory = os.fspath(path).endswith(os.sep)
     path = Path(path)
     with _errors_name(path):
         found = _stat(path)
-        if found is not None and stat.S_ISDIR(found.st_mode):
+        if names_directory or (found is not None and stat.S_ISDIR(found.st_mode)):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if (found is not None and not stat.S_ISREG(found.st_mode)) or _is_descriptor(path):
             with open(path, "wb") as file:

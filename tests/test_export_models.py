@@ -314,11 +314,11 @@ class TestEngines:
         assert found.ok
         assert reason in next(check.reason for check in found.checks if check.engine == engine)
         assert not export.verify(out, plan, engines=[engine]).ok
-        with pytest.raises(ValueError, match=engine):
+        with pytest.raises(ValueError, match=f"{engine} cannot run"):
             hf(source, plan, tmp_path / "required", engines=[engine])
         assert not (tmp_path / "required").exists()
         if engine == "vllm":
-            with pytest.raises(ValueError, match="vLLM cannot run"):
+            with pytest.raises(ValueError, match="vllm cannot run"):
                 export.vllm_arguments(plan, config_for(kind))
 
     @pytest.mark.parametrize(
@@ -443,9 +443,16 @@ class TestVllm:
         with pytest.raises(ValueError, match="the plan is for head_dim 16"):
             export.vllm_arguments(other, llava())
 
-    def test_a_preset_needs_no_model(self, capsys):
+    def test_a_preset_needs_no_model(self, tmp_path, capsys):
         assert main(["export", "vllm", "llama2-7b", "--target", "8192", "--strategy", "dprope"]) == 0
-        assert capsys.readouterr().out.startswith("--max-model-len 8192 ")
+        printed, remarks = capsys.readouterr()
+        assert printed.startswith("--max-model-len 8192 ")
+        assert remarks == ""
+        rope_dist.plan("llama2-7b", target_length=8192, strategy="dprope").save(tmp_path / "plan.json")
+        assert main(["export", "vllm", "--plan", str(tmp_path / "plan.json")]) == 0
+        again, remarks = capsys.readouterr()
+        assert again == printed
+        assert "give MODEL too" in remarks
 
 
 LLAMA_3_1 = {

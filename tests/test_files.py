@@ -133,6 +133,11 @@ class TestMessages:
         assert capsys.readouterr().err == "rope-dist: error: [Errno 21] Is a directory: '.'\n"
         assert left(tmp_path) == []
 
+    def test_a_name_that_ends_as_a_directorys(self, tmp_path, capsys):
+        assert plan_to(f"{tmp_path}/new/") == 2
+        assert f"Is a directory: '{tmp_path}/new'" in capsys.readouterr().err
+        assert left(tmp_path) == []
+
     def test_a_missing_folder(self, tmp_path, capsys):
         assert plan_to(tmp_path / "no" / "plan.json") == 2
         assert f"No such file or directory: '{tmp_path}/no/plan.json'" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Plans: from every kind of source, to JSON and back, into a config that stock transformers reads."""
 
+import errno
 import json
 import math
 import os
@@ -326,7 +327,7 @@ class TestJson:
         before = path.read_bytes()
 
         def full(*arguments):
-            raise OSError("No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space left"):

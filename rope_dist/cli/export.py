@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from ..defaults import DEFAULT_STRATEGY, ENGINE_NAMES
@@ -151,4 +152,6 @@ def _vllm(parsed: argparse.Namespace) -> None:
 
     plan = _plan(parsed)
     known = parsed.source is not None and parsed.source not in PRESETS
+    if parsed.source is None:
+        print("not checked against a model: give MODEL too", file=sys.stderr)
     print(vllm_arguments(plan, read_config(parsed.source) if known else None))

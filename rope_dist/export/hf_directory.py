@@ -71,10 +71,7 @@ def vllm_overrides(plan: RopePlan, config: PretrainedConfig | None = None) -> di
         entries = config_entries(plan)
         return {key: entries[key] for key in keys}
     model = StockModel(config)
-    check_model(model, plan)
-    reason = unable_model("vllm", model)
-    if reason is not None:
-        raise ValueError(f"vLLM cannot run {config.model_type} by a plan: {reason}")
+    check_model(model, plan, ("vllm",))
     entries = config_entries(plan, model.text)
     overrides = {key: entries[key] for key in keys}
     # vLLM goes into an entry that is itself a config.
@@ -125,7 +122,7 @@ def hf(
         file = read_json(source / CONFIG)
         files = _files(source, config_only)
         config = read_config(source)
-        check_model(StockModel(config), plan)
+        check_model(StockModel(config), plan, engines)
         new = extended_config(file, plan, config)
         real = source.resolve()
         if out.resolve() == real or out.resolve() in real.parents:
@@ -140,7 +137,7 @@ def hf(
     if not hasattr(model_or_dir, "save_pretrained"):
         raise TypeError(f"expected a transformers model or a directory, got {type(model_or_dir).__name__}")
     config = model_or_dir.config
-    check_model(StockModel(config), plan)
+    check_model(StockModel(config), plan, engines)
     with new_directory(out, force=force) as temporary:
         (config if config_only else model_or_dir).save_pretrained(temporary)
         _write_json(temporary / CONFIG, extended_config(read_json(temporary / CONFIG), plan, config))
@@ -178,8 +175,8 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
     return {**new, **config_entries(plan, text)}
 
 
-def check_model(model: StockModel, plan: RopePlan) -> None:
-    """``ValueError`` if ``plan`` is of another model, or no export of this one can follow it."""
+def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) -> None:
+    """``ValueError`` if ``plan`` is of another model, or no export of this one, or none for ``engines``, follows it."""
     text = model.text
     reason = unextendable(model)
     if reason is not None:
@@ -205,6 +202,10 @@ def check_model(model: StockModel, plan: RopePlan) -> None:
     reason = changed(model, after)
     if reason is not None:
         raise ValueError(f"the plan would change more of {text.model_type} than its frequencies: {reason}")
+    for engine in engines:
+        reason = unable_model(engine, model)
+        if reason is not None:
+            raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {reason}")
 
 
 def _finish(

@@ -161,7 +161,7 @@ def _directory(
         source = read_config(Path(source))
     checks = []
     for engine in ("transformers", *ENGINES):
-        reason = unable(engine, plan) or unable_model(engine, model)
+        reason = unable_model(engine, model) or unable(engine, plan)
         if reason is not None:
             checks.append(Check(engine, reason, required=engine in engines))
             continue
