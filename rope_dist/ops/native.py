@@ -153,9 +153,10 @@ def rotate(
         # In float64, as the reference: the tables are small beside the heads.
         at = reference.token_positions(*q.shape[:2], positions, cu_seqlens, offsets, offset, q.device)
         cos, sin = angles.tables(words, at, scaling, _table_dtype(q))
-        # A token's row is its place; one that is in no sequence has none.
-        rows = torch.arange(q.shape[1])[None]
-        positions = torch.where(at == reference.NOWHERE, -1, rows) if cu_seqlens is not None else None
+        positions = None
+        if cu_seqlens is not None:
+            # A token's row is its place; one that is in no sequence has none.
+            positions = torch.where(at == reference.NOWHERE, -1, torch.arange(q.shape[1]))
         words = cu_seqlens = offsets = None
         offset = 0
     sources = [_inner(q), _inner(k) if k is not None else None]
@@ -233,7 +234,8 @@ def _pointer(x: torch.Tensor | None) -> int:
 
 def _strides(x: torch.Tensor, axes: int) -> list[int]:
     """Strides of the first axes; 0 where one entry serves all, and is never stepped over."""
-    return [stride if size > 1 else 0 for size, stride in zip(x.shape[:axes], x.stride()[:axes], strict=True)]
+    sizes, strides = x.shape, x.stride()
+    return [strides[axis] if sizes[axis] > 1 else 0 for axis in range(axes)]
 
 
 def _heads(x: torch.Tensor | None, out: torch.Tensor | None, bias: torch.Tensor | None) -> tuple[int, ...]:
