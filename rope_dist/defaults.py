@@ -1,7 +1,7 @@
 """Names, choices and defaults that the library and the command line share; nothing here needs torch.
 
 The command line builds its parsers from them: ``--help`` and an error in the arguments do not wait for torch.
-``tests/test_cli.py`` compares every name here with the object that it stands for.
+``tests/test_cli_arguments.py`` compares every name here with the object that it stands for.
 """
 
 DEFAULT_STRATEGY = "auto"
