@@ -50,12 +50,15 @@ def cases(size: Size, options: Options) -> list[Case]:
         return lambda _: call
 
     providers = [
-        Provider(DEFAULT, bound(partial(make, dtype=dtype)), kind="stock"),
+        Provider(DEFAULT, bound(partial(make, strategy="dprope", dtype=dtype)), kind="stock"),
         *(
-            Provider(f"{count} candidates", bound(partial(make, dtype=dtype, candidates=CANDIDATES[:number])))
+            Provider(
+                f"{count} candidates",
+                bound(partial(make, strategy="dprope", dtype=dtype, candidates=CANDIDATES[:number])),
+            )
             for count, number in (("four", 4), ("six", 6))
         ),
-        Provider("two candidates, float64", bound(partial(make, dtype="float64"))),
+        Provider("two candidates, float64", bound(partial(make, strategy="dprope", dtype="float64"))),
         Provider("yarn", bound(partial(make, strategy="yarn", dtype=dtype))),
         Provider("auto", bound(partial(make, strategy="auto", dtype=dtype))),
         *(

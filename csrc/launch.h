@@ -1,12 +1,12 @@
 // What the launchers of rotary_cpu.cpp and rotary_cuda.cu take: one struct of raw pointers and strides.
 //
 // Every field is eight bytes wide, in the order in which rope_dist/ops/native.py packs them. Strides count
-// elements; the innermost stride of q and k is 1. Change the layout and ROPE_ABI changes with it.
+// elements; the innermost stride of q and k is 1. Change the layout or a meaning and ROPE_ABI changes with it.
 #pragma once
 
 #include <cstdint>
 
-#define ROPE_ABI 1
+#define ROPE_ABI 2
 
 #if defined(_WIN32)
 #define ROPE_EXPORT extern "C" __declspec(dllexport)
@@ -38,7 +38,7 @@ struct Call {
   int64_t interleaved, inverse;
   Heads q, k;  // k.heads 0: no keys
   // Tables [batch, rows, half], float64 for float64 heads and float32 otherwise, innermost stride 1; a token's
-  // row is its position, and a token whose row is not there is turned by nothing.
+  // row is its position, and a token whose row is not there passes through.
   const void* cos;
   int64_t cos_b, cos_s;
   const void* sin;
@@ -47,7 +47,8 @@ struct Call {
   // Instead of tables, CUDA only: fixed-point frequencies [2, half] and the factor on cosine and sine.
   const int32_t* words;
   double scaling;
-  // Position of a token: as given; else its index in its sequence, plus offset and its sequence's offsets.
+  // Position of a token: as given; else its index in its sequence, plus offset and its sequence's offsets. A
+  // token before the first bound, or from the last on, is in no sequence and passes through.
   const int64_t* positions;
   int64_t positions_b, positions_s;
   const int64_t* bounds;  // cu_seqlens [sequences + 1], with batch 1
@@ -59,6 +60,9 @@ struct Call {
 static_assert(sizeof(void*) == 8, "the launchers are for 64-bit systems");
 static_assert(sizeof(Call) == 8 * 43, "a field is not eight bytes wide");
 
+// Of a token in no sequence; all others are within 32 bits.
+constexpr int64_t kNowhere = INT64_MIN;
+
 // The largest bound that is not past the token is where its sequence starts.
 #if defined(__CUDACC__)
 __host__ __device__ __forceinline__
@@ -69,7 +73,8 @@ int64_t position_of(const Call& call, int64_t b, int64_t s) {
   if (call.positions) return call.positions[b * call.positions_b + s * call.positions_s];
   int64_t sequence = b, start = 0;
   if (call.bounds) {
-    // Invariant: bounds[low] <= s, and s < bounds[high] or high == sequences.
+    if (s < call.bounds[0] || s >= call.bounds[call.sequences]) return kNowhere;
+    // Invariant: bounds[low] <= s < bounds[high].
     int64_t low = 0, high = call.sequences;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;

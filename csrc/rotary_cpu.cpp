@@ -243,21 +243,19 @@ ROPE_INLINE void rotate_block(const Call& call, const Heads& x, int64_t b, int64
       const int64_t later = j + ahead < inner ? j + ahead : j + ahead - inner;
       prefetch(in + (later < j + ahead ? i + 1 : i) * outer_step + later * inner_step, call.head_dim);
       const int64_t head = by_head ? i : j, token = by_head ? j : i;
+      // A token without a row passes through: as one of which nothing is rotated.
       rotate_head<T, Interleaved>(in + token * x.in_s + head * x.in_h, out + token * x.out_s + head * x.out_h,
                                         bias ? bias + head * call.head_dim : nullptr, cos[token], sin[token],
-                                        call.half, call.head_dim);
+                                        cos[token] ? call.half : 0, call.head_dim);
     }
   }
 }
 
 // A row of cosines or sines as the loops want it: as it lies, or in own (room for half entries) where it has to
-// be changed. For 16-bit heads NaN is made the plain one. Row is null for a token that is not turned; then every entry is value.
+// be changed. For 16-bit heads NaN is made the plain one. Row is null for a token that is not turned.
 template <typename T, bool Interleaved, typename Compute>
-ROPE_INLINE const Compute* table_row(const Compute* row, Compute value, bool negate, int64_t half, Compute* own) {
-  if (!row) {
-    for (int64_t i = 0; i < half; ++i) own[i] = value;
-    return own;
-  }
+ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, int64_t half, Compute* own) {
+  if (!row) return nullptr;
   if constexpr (sizeof(T) == 2) {
     const float nan = from_bits(0x7fc00000u);
     const float sign = negate ? -1.0f : 1.0f;
@@ -291,9 +289,8 @@ ROPE_INLINE void rotate_tokens(const Call& call, int64_t first, int64_t last, vo
       const Compute* cos_row = static_cast<const Compute*>(call.cos) + (known ? b * call.cos_b + row * call.cos_s : 0);
       const Compute* sin_row = static_cast<const Compute*>(call.sin) + (known ? b * call.sin_b + row * call.sin_s : 0);
       Compute* own = static_cast<Compute*>(scratch) + 2 * t * call.half;
-      cos[t] = table_row<T, Interleaved>(known ? cos_row : nullptr, Compute(1), false, call.half, own);
-      sin[t] = table_row<T, Interleaved>(known ? sin_row : nullptr, Compute(0), call.inverse != 0, call.half,
-                                         own + call.half);
+      cos[t] = table_row<T, Interleaved>(known ? cos_row : nullptr, false, call.half, own);
+      sin[t] = table_row<T, Interleaved>(known ? sin_row : nullptr, call.inverse != 0, call.half, own + call.half);
     }
     for (const Heads* x : {&call.q, &call.k}) rotate_block<T, Interleaved>(call, *x, b, s, tokens, cos, sin);
     first += tokens;

@@ -8,20 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rope_dist.strategies import STRATEGIES
+from rope_dist.defaults import DEFAULT_STRATEGY, PACKAGED_MODEL_NAMES, STRATEGY_NAMES
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with the options that every example has; a wrong one ends it with one line and exit code 2.
 
-    The default strategy is what reads best without training; an example that trains has its own.
+    The default strategy is the package's, for models that are not trained further; an example that trains has its own.
     """
 
-    def __init__(self, description: str, strategy: str = "auto") -> None:
+    def __init__(self, description: str, strategy: str = DEFAULT_STRATEGY) -> None:
         super().__init__(description=description)
         self.add_argument(
             "--model",
-            default="smollm2-135m",
+            default=PACKAGED_MODEL_NAMES[0],
             help="packaged model, directory or hub id (default: %(default)s)",
         )
         length = self.add_mutually_exclusive_group()
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         )
         length.add_argument("--target", type=int, metavar="TOKENS", help="length to extend the model to")
         # longrope wants a list of numbers, which is what plans are for.
-        names = [name for name in STRATEGIES if name != "longrope"]
+        names = [name for name in STRATEGY_NAMES if name != "longrope"]
         self.add_argument("--strategy", default=strategy, choices=names, help="default: %(default)s")
 
     def error(self, message: str) -> NoReturn:

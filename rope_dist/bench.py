@@ -28,7 +28,8 @@ def bench(
 ) -> dict[str, Any]:
     """Time the rotary step of one Llama-3-8B layer, batch 1, at each length.
 
-    Each way is compared with a float64 rotation before it is timed.
+    Each implementation is compared with a float64 rotation before it is timed. Of a GPU its own time is measured,
+    without the host's for the launches.
 
     Args:
         tokens: lengths.
@@ -37,20 +38,19 @@ def bench(
         seconds: about how long to measure; at least three rounds of each length are made.
 
     Returns:
-        ``machine``, ``device``, ``dtype`` and ``lengths``: by length the seconds of each way (see
-        :class:`rope_dist.timing.Spread`) and ``stock over ours``, how many times ours stock takes, for new
-        tensors (what an enabled model runs) and in place.
+        ``machine``, ``device``, ``dtype`` and ``lengths``: by length the ``seconds`` of each implementation (see
+        :class:`rope_dist.timing.Spread`) and its ``speedup``, Hugging Face's time divided by its own.
 
     Raises:
         ValueError: a length below 1 or too long for the memory, no such device, or seconds that are not positive.
-        RuntimeError: a way computes something else than a rotation.
+        RuntimeError: an implementation computes something else than a rotation.
     """
     if not tokens or min(tokens) < 1:
         raise ValueError(f"tokens must be at least 1, got {list(tokens)}")
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be positive, got {seconds}")
     where = _device(device)
-    clock = timer(where, cold=True)
+    clock = timer(where, cold=True, queued=True)
     # Inputs, two copies, and the stock function's intermediate results.
     need, room = (
         8 * max(tokens) * sum(HEADS) * HEAD_DIM * getattr(torch, dtype).itemsize,
@@ -76,11 +76,11 @@ def text(result: dict[str, Any]) -> str:
                 name,
                 three_digits(s["p50"] * 1e3),
                 f"{three_digits(s['p20'] * 1e3)} - {three_digits(s['p80'] * 1e3)}",
-                f"{length['times stock'][name]:.3f}",
+                f"{length['speedup'][name]:.2f}x",
             ]
             for name, s in length["seconds"].items()
         ]
-        headers = [f"{tokens} tokens, {result['dtype']}", "median, ms", "20 - 80 %", "time to stock"]
+        headers = [f"{tokens} tokens, {result['dtype']}", "median, ms", "20 - 80 %", "speedup"]
         align = ("left", "right", "right", "right")
         lines += ["", tabulate(rows, headers, disable_numparse=True, colalign=align)]
     return "\n".join([*lines, "", sentence(result)])
@@ -90,8 +90,8 @@ def sentence(result: dict[str, Any]) -> str:
     """``On this CPU the rotary step is 14x as fast as Hugging Face's at 8192 tokens ...``"""
     kind = {"cuda": "GPU"}.get(result["device"], result["device"].upper())
     parts = [
-        f"{length['stock over ours'][OURS]:.2g}x as fast as Hugging Face's at {tokens} tokens "
-        f"({length['stock over ours'][IN_PLACE]:.2g}x in place)"
+        f"{length['speedup'][OURS]:.2f}x as fast as Hugging Face's at {tokens} tokens "
+        f"({length['speedup'][IN_PLACE]:.2f}x in place)"
         for tokens, length in result["lengths"].items()
     ]
     return f"On this {kind} the rotary step is {', '.join(parts)}."
@@ -133,7 +133,7 @@ def _length(
     def stock() -> list[torch.Tensor]:
         return [x.transpose(1, 2) for x in apply_rotary_pos_emb(*views, *stock_tables)]
 
-    ways: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], Any]] = {
         STOCK: stock,
         OURS: lambda: ops.rotary(q, k, cos, sin),
         IN_PLACE: lambda: ops.rotary(*turned, cos, sin, inplace=True),
@@ -142,17 +142,16 @@ def _length(
     angles = some.double()[:, None] * inv_freq.double()
     tables = [torch.cat((t, t), -1)[None] for t in (angles.cos(), angles.sin())]
     wanted = apply_rotary_pos_emb(*(x[:, some].double().transpose(1, 2) for x in (q, k)), *tables)
-    for name, way in ways.items():
-        for got, right in zip(way(), wanted, strict=True):
+    for name, call in calls.items():
+        for got, right in zip(call(), wanted, strict=True):
             off = error(got[:, some], right.transpose(1, 2))
             if off > ALLOWED:
                 raise RuntimeError(f"{name} is wrong here: a vector is off by {off:.0%} of its length")
-    ways[COPY] = lambda: [a.copy_(b) for a, b in zip(target, (q, k), strict=True)]
-    for way in ways.values():
-        way()
-    times = sample(ways, clock, seconds=seconds)
+    calls[COPY] = lambda: [a.copy_(b) for a, b in zip(target, (q, k), strict=True)]
+    for call in calls.values():
+        call()
+    times = sample(calls, clock, seconds=seconds)
     return {
         "seconds": {name: asdict(spread(values)) for name, values in times.items()},
-        "times stock": {name: ratio(values, times[STOCK]) for name, values in times.items()},
-        "stock over ours": {name: ratio(times[STOCK], times[name]) for name in (OURS, IN_PLACE)},
+        "speedup": {name: ratio(times[STOCK], values) for name, values in times.items()},
     }

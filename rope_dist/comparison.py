@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +11,9 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from .distribution import DEFAULT_INTERVALS, Divergence
+from .defaults import COMPARED_STRATEGIES as COMPARED
+from .distribution import DEFAULT_INTERVALS, Divergence, rotary_angle_distribution
 from .planning import RopePlan, plan
-from .strategies import STRATEGIES
-
-# longrope has no factors of its own to compare: they come from a search on a model.
-COMPARED = tuple(name for name in STRATEGIES if name != "longrope")
 
 PAPER_TABLE_3: dict[int, dict[str, float]] = {
     8192: {"pi": 24.08e-3, "yarn": 25.55e-3, "dprope": 6.71e-3},
@@ -107,7 +105,42 @@ def table(plans: Sequence[RopePlan]) -> str:
         ]
     elif thresholds:
         lines += ["", f"dprope with threshold {', '.join(f'{t:g}' for t in sorted(thresholds))}."]
+    notes = [note for note in map(_largest_pair, plans) if note]
+    if notes:
+        lines += [
+            "",
+            f"Pairs above {LARGE:g} nat, the largest of each strategy, and how many intervals their angles visit:",
+            *notes,
+            "Fewer intervals than in training: the pair repeats a few angles near trained ones (its period is close to",
+            "a whole number of tokens, or it hardly rotates). More: it reaches angles that training never had.",
+        ]
     return "\n".join(lines)
+
+
+LARGE = 1.0
+"""Nats: a pair above this is explained, because it can make up most of the mean."""
+
+
+def _largest_pair(p: RopePlan) -> str | None:
+    """The most disturbed pair if it is above :data:`LARGE`, and how many intervals it visits before and after."""
+    worst = max(range(len(p.factors)), key=p.disturbance_per_pair.__getitem__)
+    disturbance = p.disturbance_per_pair[worst]
+    if disturbance <= LARGE:
+        return None
+
+    def visited(inv_freq: torch.Tensor, length: int) -> int:
+        shares = rotary_angle_distribution(
+            inv_freq[[worst]], length, intervals=p.intervals, smoothing=0.0, dtype=p.dtype
+        )
+        return int((shares > 0).sum())
+
+    before = visited(p.pretrained.inv_freq, p.original_length)
+    after = visited(p.inv_freq, p.target_length)
+    others = (math.fsum(p.disturbance_per_pair) - disturbance) / max(len(p.factors) - 1, 1)
+    return (
+        f"  {p.strategy}, {p.target_length}: pair {worst} has {disturbance * 1e3:.2f}, {before} -> {after} intervals; "
+        f"the mean of the others is {others * 1e3:.2f}"
+    )
 
 
 def _direction(divergence: str) -> str:

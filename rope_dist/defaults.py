@@ -1,3 +1,75 @@
-"""Defaults that the library and the command line share; nothing here needs torch."""
+"""Names, choices and defaults that the library and the command line share; nothing here needs torch.
+
+The command line builds its parsers from them: ``--help`` and an error in the arguments do not wait for torch.
+``tests/test_cli_arguments.py`` compares every name here with the object that it stands for.
+"""
 
 DEFAULT_STRATEGY = "auto"
+"""What plan(), enable() and the command line extend with; the paper's own ``dprope`` is meant for training."""
+
+NUMBER, INTEGER, BOOLEAN = "a number", "a whole number", "true or false"
+NUMBERS, NAMES = "a list of numbers", "a list of strategies"
+THRESHOLD_NAMES = ("paper-2x", "paper-4x")
+THRESHOLD = f"a number or one of {', '.join(THRESHOLD_NAMES)}"
+INTERVALS = 360
+DIVERGENCE_NAMES = ("pretrained-extended", "extended-pretrained")
+DIVERGENCE = f"one of {', '.join(DIVERGENCE_NAMES)}"
+MEASURE_DTYPES = ("float32", "float64")
+DTYPE = f"one of {', '.join(MEASURE_DTYPES)}"
+_MEASURE = {"intervals": INTEGER, "smoothing": NUMBER, "divergence": DIVERGENCE, "dtype": DTYPE}
+
+STRATEGY_SETTINGS: dict[str, dict[str, str]] = {
+    "extrapolation": {},
+    "pi": {},
+    "ntk": {},
+    "dynamic-ntk": {"factor": NUMBER},
+    "yarn": {"beta_fast": NUMBER, "beta_slow": NUMBER, "attention_factor": NUMBER, "truncate": BOOLEAN},
+    "llama3": {"factor": NUMBER, "low_freq_factor": NUMBER, "high_freq_factor": NUMBER},
+    "longrope": {"factors": NUMBERS, "attention_factor": NUMBER},
+    "dprope": {
+        "threshold": THRESHOLD,
+        "interpolated_dims": INTEGER,
+        "candidates": NAMES,
+        **_MEASURE,
+    },
+    "refined": {"tolerance": NUMBER, "slack": NUMBER, **_MEASURE},
+    "auto": {"fast_turns": NUMBER, "slow_turns": NUMBER, "attention_factor": NUMBER},
+}
+"""Strategy -> its settings and what each takes."""
+
+STRATEGY_NAMES = tuple(STRATEGY_SETTINGS)
+COMPARED_STRATEGIES = tuple(name for name in STRATEGY_NAMES if name != "longrope")
+"""What ``rope-dist compare`` compares: longrope has no factors of its own, they come from a search on a model."""
+EVALUATED_STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")
+QUICK_STRATEGIES = ("stock", "yarn", "auto")
+DEMO_STRATEGIES = ("stock", "auto", "dprope")
+
+PRESETS: dict[str, tuple[str, str]] = {
+    "llama2-7b": ("meta-llama/Llama-2-7b-hf", "llama"),
+    "llama2-13b": ("meta-llama/Llama-2-13b-hf", "llama"),
+    "llama2-70b": ("meta-llama/Llama-2-70b-hf", "llama"),
+    "llama3-8b": ("meta-llama/Meta-Llama-3-8B", "llama"),
+    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", "llama"),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.3", "mistral"),
+    "qwen2.5-7b": ("Qwen/Qwen2.5-7B-Instruct", "qwen2"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", "llama"),
+}
+"""Preset -> its repository on the Hugging Face Hub and its ``model_type``."""
+
+PACKAGED_MODEL_NAMES = ("smollm2-135m",)
+CORPUS_NAMES = (
+    "python",
+    "emma",
+    "mansfield-park",
+    "northanger-abbey",
+    "persuasion",
+    "pride-and-prejudice",
+    "sense-and-sensibility",
+    "moby-dick",
+    "state-of-the-union",
+)
+ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm")
+METHODS = ("whole", "sliding")
+SCORINGS = ("generate", "decoys")
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+TASK_SET_NAMES = ("longbench-e", "ruler", "open-llm")

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+from . import defaults
 from .ops import dispatch, native, tuning
 from .planning import load_config
+from .presets import PRESETS
 from .timing import machine
 from .transformers import enable, report, summary
 from .transformers.families import FAMILIES
 from .transformers.reporting import FUSED, ROTARY
 from .version import __version__
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 
 def info(model: str | None = None) -> dict[str, dict[str, str]]:
     """Versions, native libraries, the backend of each device with its reason, and the model families.
 
     Args:
-        model: a directory with a ``config.json`` or a hub id: what each layer would do once the model is
-            enabled on this machine's first device is told too. No weight is read.
+        model: a preset, a directory with a ``config.json`` or a hub id: adds what each layer would do once the
+            model is enabled on this machine's first device. No weight is read; of a preset, nothing is downloaded.
 
     Returns:
         Sections of named texts, in the order in which :func:`text` prints them.
@@ -37,7 +44,7 @@ def info(model: str | None = None) -> dict[str, dict[str, str]]:
         "used": {"cpu": _used(torch.device("cpu")), **{str(d): _used(d) for d in _gpus()}},
         "measured": _choices(),
         "models": _families(),
-        **({model: _layers(model)} if model is not None else {}),
+        **({model: _model(model)} if model is not None else {}),
     }
 
 
@@ -52,23 +59,55 @@ def text(found: dict[str, dict[str, str]]) -> str:
 
 
 def _families() -> dict[str, str]:
-    ways: dict[str, list[str]] = {FUSED: [], ROTARY: []}
+    paths: dict[str, list[str]] = {FUSED: [], ROTARY: []}
     for family in FAMILIES:
-        ways[FUSED if family.attention.between is None else ROTARY].append(family.name)
-    return {way: ", ".join(names) for way, names in ways.items()}
+        paths[FUSED if family.attention.between is None else ROTARY].append(family.name)
+    return {path: ", ".join(names) for path, names in paths.items()}
 
 
-def _layers(model: str) -> dict[str, str]:
-    from transformers import AutoModelForCausalLM
-
+def _model(model: str) -> dict[str, str]:
+    if model in PRESETS:
+        return _preset(model)
     config = load_config(model)
+    return _layers(config, getattr(config.get_text_config(), "dtype", None) or torch.get_default_dtype())
+
+
+def _preset(name: str) -> dict[str, str]:
+    """The published rotary embedding, and what a layer does; the number of layers is the model's own."""
+    from transformers import CONFIG_MAPPING
+
+    rope = PRESETS[name].rope
+    repository, model_type = defaults.PRESETS[name]
+    scaled = "" if rope.factors is None else f", scaled by {min(rope.factors):g} to {max(rope.factors):g}"
+    # One layer of the type's default shape, with the preset's heads.
+    config = CONFIG_MAPPING[model_type](num_hidden_layers=1, head_dim=rope.rotary_dim)
+    return {
+        "repository": repository,
+        "rotary embedding": f"theta {rope.theta:g}, head_dim {rope.rotary_dim}, {rope.length} tokens{scaled}",
+        **_layers(config, torch.bfloat16),
+    }
+
+
+def _layers(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, str]:
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
+        empty = _model_class(config)._from_config(config)
     enable(empty)
     device = (_gpus() or [torch.device("cpu")])[0]
-    dtype = config.dtype or torch.get_default_dtype()
     layers = report(empty, dtype=dtype, device=device)
     return {f"{str(dtype).removeprefix('torch.')} on {device}": summary(layers).replace("\n", "; ")}
+
+
+def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that the config names, else the one that transformers generates text with."""
+    import transformers
+
+    for name in config.architectures or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]
+    raise ValueError(f"transformers has no model that generates text for a {type(config).__name__}")
 
 
 def _built(name: str) -> str:
@@ -82,14 +121,18 @@ def _built(name: str) -> str:
 
 
 def _choices() -> dict[str, str]:
-    """What was fastest where projection and rotation were timed, kept by ``ops/tuning.py``."""
+    """The fastest path of each projection and rotation that was timed, kept by ``ops/tuning.py``."""
     kept = tuning.choices()
     rows = {}
     for row in kept.rows():
         shape = f"{row['rows']} tokens, {row['depth']} to {row['widths']}, {row['dtype']} {row['form']}"
-        times = ", ".join(f"{way} {ms:.4g} ms" for way, ms in row.get("milliseconds", {}).items())
+        times = ", ".join(f"{path} {ms:.4g} ms" for path, ms in row.get("milliseconds", {}).items())
         rows[f"{row['device']}, {shape.strip()}"] = f"{row['choice']} ({times})"
-    return rows or {"projection": f"nothing yet; the first call on a GPU is, into {kept.folder}"}
+    if rows:
+        return rows
+    return {
+        "projection": f"nothing yet: the first call on a GPU measures, and keeps the result in {kept.folder}"
+    }
 
 
 def _gpus() -> list[torch.device]:

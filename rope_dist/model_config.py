@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .messages import unknown
 from .presets import PRESETS
 from .strategies import PretrainedRope, check_length, check_number, check_rotary_dim
 from .trained_length import LENGTH_KEYS, recorded_extension, trained_length
@@ -121,10 +122,8 @@ def load_config(source: str | os.PathLike[str]) -> PretrainedConfig:
         )
     if "/" not in name and not path.exists():
         # A mistyped preset should not wait for the hub to say no.
-        raise ValueError(
-            f"unknown model {name!r}: give a preset ({', '.join(PRESETS)}), a directory with a config.json, "
-            "or a hub id (owner/name)"
-        )
+        other = "; or give a directory with a config.json, or a hub id (owner/name)"
+        raise ValueError(unknown("model", name, PRESETS, other))
     file = path / "config.json" if path.is_dir() else path
     if path.is_dir() and not file.exists():
         raise ValueError(f"no config of a model at {name}: the directory has no config.json")

@@ -30,6 +30,7 @@ from .distribution import (
     disturbances,
 )
 from .files import write_text
+from .messages import one_line
 from .model_config import (
     EXTENDED_LAYERS,
     GIVEN,
@@ -308,7 +309,7 @@ class RopePlan:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read the plan {path}: {error}") from None
+            raise ValueError(f"cannot read the plan {path}: {one_line(error)}") from None
         try:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:

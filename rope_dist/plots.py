@@ -123,7 +123,9 @@ def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str], note: st
         # Disturbances span six decades and can be 0 (a pair left alone at no extension).
         above.set_yscale("symlog", linthresh=1e-4)
         above.set_ylim(bottom=0)
-        above.set_title(f"{plans[0].source or 'model'}: {plans[0].original_length} → {length} tokens")
+        # A path may hold bytes that are no text, which no font can draw.
+        source = (plans[0].source or "model").encode(errors="backslashreplace").decode()
+        above.set_title(f"{source}: {plans[0].original_length} → {length} tokens")
         above.set_ylabel("disturbance of the pair, nats")
         below.set_ylabel("factor (frequency divided by)")
         below.set_xlabel("rotary pair (0 has the highest frequency)")

@@ -424,9 +424,9 @@ class TestShort:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--device", "abacus"], "no device 'abacus'"),
+            (["--device", "abacus"], "unknown device 'abacus'"),
             (["--tokens", "0"], "at least 1"),
-            (["--seconds", "0"], "positive"),
+            (["--seconds", "0"], "must be above 0"),
             (["--tokens", "4000000000", "--device", "cpu"], "GiB of memory"),
         ],
     )

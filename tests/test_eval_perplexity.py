@@ -334,20 +334,20 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (("--text", "shakespeare"), "neither a text file nor a corpus; corpora: python, emma"),
+            (("--text", "shakespeare"), "unknown text 'shakespeare'; known: python, emma"),
             (("--text", "EMPTY"), "is empty: give a text"),
             (("--text", "SHORT"), "has 3 tokens, fewer than the 200 to be read"),
             (("--strategies", "magic"), "unknown strategy 'magic'"),
             (("--target", "63"), "below"),
-            (("--target", "0", "--strategies", "stock"), "target length 0 is below the trained length 64"),
-            (("--factor", "0"), "below the trained length"),
-            (("--factor", "inf"), "--factor must be a positive number"),
-            (("--device", "nonsense"), "there is no device nonsense"),
+            (("--target", "2", "--strategies", "stock"), "target length 2 is below the trained length 64"),
+            (("--factor", "0"), "must be at least 1"),
+            (("--factor", "inf"), "--factor: must be a finite number"),
+            (("--device", "nonsense"), "unknown device 'nonsense'"),
             (("--bucket", "100"), "multiple of 256"),
             (("--chunk", "0"), "chunk"),
-            (("--pieces", "0"), "at least 1 piece"),
+            (("--pieces", "0"), "--pieces: must be at least 1"),
             (("--method", "sliding", "--tokens", "150"), "fewer than the length 200"),
-            (("--model", "NOWHERE"), "cannot load"),
+            (("--model", "NOWHERE"), "no such file or directory"),
         ],
     )
     def test_bad_input_is_one_line_and_exit_code_2(self, command, tmp_path, arguments, message):

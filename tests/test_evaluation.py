@@ -74,7 +74,7 @@ class TestPerplexity:
         readings = list(read_with_strategies(llama, text_ids, ["stock", "pi", "dprope"], 128))
         assert [r.label for r in readings] == ["stock", "pi", "dprope"]
         assert readings[0].plan is None
-        assert readings[2].plan == rope_dist.plan(before, target_length=128)
+        assert readings[2].plan == rope_dist.plan(before, target_length=128, strategy="dprope")
         torch.testing.assert_close(readings[0].nll, token_nll(before, text_ids), rtol=0, atol=0)
         with rope_dist.enable(before, target_length=128, strategy="pi"):
             torch.testing.assert_close(readings[1].nll, token_nll(before, text_ids), rtol=0, atol=0)
@@ -106,7 +106,7 @@ class TestTexts:
         with pytest.raises(ValueError, match="is empty"):
             load_text(tmp_path / "empty.txt")
         (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
-        with pytest.raises(ValueError, match="as UTF-8 text"):
+        with pytest.raises(ValueError, match="is not UTF-8 text"):
             load_text(tmp_path / "binary.txt")
         with pytest.raises(ValueError, match="cannot read"):
             load_text(tmp_path)

@@ -129,10 +129,10 @@ def test_a_trained_model_is_read_by_stock_transformers(example, model_directory,
     assert any(not torch.equal(p, weights(tmp_path / "out")[n]) for n, p in before.named_parameters())
     # The same weights with the plan enabled anew.
     before.load_state_dict(weights(tmp_path / "out"), strict=False)
-    rope_dist.enable(before, factor=2)
+    rope_dist.enable(before, factor=2, strategy="dprope")
     torch.testing.assert_close(before.eval()(torch.arange(3, 103)[None]).logits, read["logits"])
     # Its config has the plan in transformers 5's words; the others' are an export away.
-    plan = rope_dist.plan(model_directory, factor=2)
+    plan = rope_dist.plan(model_directory, factor=2, strategy="dprope")
     assert export.verify(
         export.hf(tmp_path / "out", plan, tmp_path / "exported"), plan, engines=export.ENGINES
     )

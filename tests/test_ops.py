@@ -142,7 +142,7 @@ def test_compiles_whole():
         (lambda q, k, c, s: (q, k[:, :4], c, s), "one B, S and D"),
         (lambda q, k, c, s: (q, k[..., :8], c, s), "one B, S and D"),
         (lambda q, k, c, s: (q, k, c[:, :4], s[:, :4]), "B or 1, S, R/2"),
-        (lambda q, k, c, s: (q, k, c[0], s[0]), "B or 1, S, R/2"),
+        (lambda q, k, c, s: (q, k, c[0, :4], s[0, :4]), "B or 1, S, R/2"),
         (lambda q, k, c, s: (q, k, c.repeat(3, 1, 1), s.repeat(3, 1, 1)), "B or 1, S, R/2"),
         (lambda q, k, c, s: (q, k, c, s[..., :4]), "B or 1, S, R/2"),
         (lambda q, k, c, s: (q[..., :8], k[..., :8], c, s), "rotate 16 dimensions, the heads have 8"),

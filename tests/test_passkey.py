@@ -278,7 +278,7 @@ class TestCommand:
         [
             (("--lengths", "50"), "a passkey prompt needs at least"),
             (("--depths", "2"), "from 0 to 1"),
-            (("--trials", "0"), "trials must be at least 1"),
+            (("--trials", "0"), "--trials: must be at least 1"),
             (("--strategies", "magic"), "unknown strategy"),
         ],
     )

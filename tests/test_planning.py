@@ -157,7 +157,7 @@ class TestSources:
             plan(**arguments)
 
     def test_unknown_models_are_refused_at_once(self, tmp_path):
-        with pytest.raises(ValueError, match="unknown model 'llama2-8b': give a preset"):
+        with pytest.raises(ValueError, match="unknown model 'llama2-8b', did you mean llama3-8b"):
             rope_dist.plan("llama2-8b", factor=2)
         with pytest.raises(ValueError, match=r"no config of a model at .*: the directory has no config.json"):
             rope_dist.plan(tmp_path, factor=2)

@@ -5,52 +5,81 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..defaults import CORPUS_NAMES, DEMO_STRATEGIES, PACKAGED_MODEL_NAMES
+from . import values
+
 DESCRIPTION = (
     "Print the paper's Table 3, then let a small real model read a long text with its own frequencies and extended by "
     "auto and DPRoPE, and print perplexity by position. How much is read follows from the speed of the machine."
 )
+EXAMPLES = """examples:
+  rope-dist demo
+  rope-dist demo --model ./my-model --text book.txt --tokens 16384 --factor 4 -o results"""
 
 
 def add(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "demo", help="a real model reads past its trained length", description=DESCRIPTION
+        "demo",
+        help="read a text past the trained length of a real model",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
     )
     parser.add_argument(
-        "--model", default="smollm2-135m", help="packaged model, directory or hub id (default: %(default)s)"
+        "--model",
+        type=values.weights,
+        default=PACKAGED_MODEL_NAMES[0],
+        help="packaged model, directory or hub id (default: %(default)s)",
     )
     parser.add_argument(
-        "--text", default="python", help="a corpus or a text file (default: the Python language reference)"
+        "--text",
+        type=values.corpus,
+        default=CORPUS_NAMES[0],
+        help=f"a text file, or a corpus: {', '.join(CORPUS_NAMES)} (default: %(default)s)",
     )
     parser.add_argument(
-        "--device", help="where the model reads, e.g. cuda:0 (default: a GPU if there is one)"
+        "--device",
+        type=values.device,
+        help="device of the model, e.g. cuda:0 (default: a GPU if there is one)",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "auto"),
-        help="of the model (default: float32 on a CPU, else as it was saved)",
+        help="dtype of the model; auto keeps the one it was saved in (default: float32 on a CPU, else auto)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=4.0, help="about how long all of it may take (default: %(default)g)"
+        "--minutes",
+        type=values.positive,
+        default=4.0,
+        metavar="M",
+        help="time that all of it may take, approximately (default: %(default)g)",
     )
     parser.add_argument(
         "--tokens",
-        type=int,
+        type=values.tokens,
+        metavar="N",
         help="tokens to read (default: 1.5 times the trained length, or 1.375 times where that takes too long)",
     )
     parser.add_argument(
         "--strategies",
         nargs="+",
+        type=values.stock_or_strategy,
         metavar="NAME",
-        help="stock and names of strategies (default: stock auto dprope, the last only if there is time)",
+        help=f"what to read with: stock, and strategies (default: {' '.join(DEMO_STRATEGIES)}, the last only if there "
+        "is time)",
     )
     parser.add_argument(
-        "--factor", type=float, default=2.0, help="extension of the trained length (default: %(default)s)"
+        "--factor",
+        type=values.scaling_factor,
+        default=2.0,
+        metavar="S",
+        help="context length to extend to, as a multiple of the trained one (default: %(default)s)",
     )
     parser.add_argument(
         "-o",
         "--output",
         default="rope-dist-demo",
-        help="folder for the plot and the figures (default: %(default)s)",
+        metavar="DIR",
+        help="folder for the plot and the results (default: %(default)s)",
     )
     parser.set_defaults(run=_run)
 

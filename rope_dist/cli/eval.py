@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any
+
+from ..defaults import (
+    CORPUS_NAMES,
+    DEPTHS,
+    EVALUATED_STRATEGIES,
+    METHODS,
+    PACKAGED_MODEL_NAMES,
+    QUICK_STRATEGIES,
+    SCORINGS,
+    TASK_SET_NAMES,
+)
+from . import values
+from .options import add_length
 
 DESCRIPTION = (
     "Measure what an extension does to a model. A run that was stopped goes on where it stopped when the same "
     "command is given again: finished measurements are kept in a JSON file in the output folder."
 )
-STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")
-QUICK_STRATEGIES = ("stock", "yarn", "dprope")
+EXAMPLES = """examples:
+  rope-dist eval perplexity --model ./my-model --text book.txt --factor 2
+  rope-dist eval passkey --quick
+  rope-dist eval tasks --model ./my-model --tasks longbench-e ruler"""
 
 
 def add(verbs: Any) -> None:
-    parser = verbs.add_parser("eval", help="perplexity, passkey retrieval, tasks", description=DESCRIPTION)
+    parser = verbs.add_parser(
+        "eval",
+        help="measure perplexity, passkey retrieval and tasks",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+    )
     kinds = parser.add_subparsers(
         dest="kind", required=True, metavar="perplexity|passkey|tasks", parser_class=type(parser)
     )
@@ -28,27 +47,30 @@ def add(verbs: Any) -> None:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="smollm2-135m", help="packaged model, directory or hub id (default: %(default)s)"
+        "--model",
+        type=values.weights,
+        default=PACKAGED_MODEL_NAMES[0],
+        help="packaged model, directory or hub id (default: %(default)s)",
     )
     parser.add_argument(
         "--strategies",
         nargs="+",
+        type=values.variant,
         metavar="NAME",
-        help="stock, strategies, strategies with settings (dprope:threshold=0), or plans (plan.json); "
-        f"default: {' '.join(STRATEGIES)}",
+        help="what to read with: stock, strategies, strategies with settings (dprope:threshold=0), or plans "
+        f"(plan.json); default: {' '.join(EVALUATED_STRATEGIES)}",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--target", type=int, metavar="TOKENS", help="length that strategies are planned for")
-    length.add_argument(
-        "--factor", type=float, help="the same as a multiple of the trained length (default: 2)"
-    )
+    add_length(length, "; default: 2")
     parser.add_argument(
-        "--device", help="where the model works, e.g. cuda:0 (default: a GPU if there is one)"
+        "--device",
+        type=values.device,
+        help="device of the model, e.g. cuda:0 (default: a GPU if there is one)",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "auto"),
-        help="of the model; auto is as it was saved (default: float32 on a CPU, else auto)",
+        help="dtype of the model; auto keeps the one it was saved in (default: float32 on a CPU, else auto)",
     )
     parser.add_argument(
         "-o",
@@ -57,34 +79,39 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder for the record and the picture, made if missing (default: %(default)s)",
     )
-    parser.add_argument("--restart", action="store_true", help="begin anew instead of going on")
+    parser.add_argument("--restart", action="store_true", help="discard the record and begin anew")
 
 
 def _add_reading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk",
-        type=int,
+        type=values.whole(1),
         default=512,
-        help="tokens a step: memory and speed, not the result (default: %(default)s)",
+        metavar="N",
+        help="tokens a forward pass: changes memory and speed, not the result (default: %(default)s)",
     )
     parser.add_argument("--no-plot", action="store_true", help="draw no picture")
-    parser.add_argument("--quick", action="store_true", help="a small run: minutes on a CPU")
+    parser.add_argument("--quick", action="store_true", help="make a small run: minutes on a CPU")
 
 
 def _add_perplexity(kinds: Any) -> None:
     parser = kinds.add_parser(
         "perplexity",
-        help="by position, and by sliding window",
+        help="perplexity by position, and by sliding window",
         description="Perplexity of long texts: whole, by position, and within a sliding window (stride 256, as "
         "in the paper).",
+        epilog="""examples:
+  rope-dist eval perplexity --model ./my-model --text book.txt emma --lengths 8192 16384
+  rope-dist eval perplexity --method sliding --lengths 4096 8192 --tokens 12288""",
     )
     _add_common(parser)
     parser.add_argument(
         "--text",
         nargs="+",
-        default=["python"],
+        type=values.corpus,
+        default=[CORPUS_NAMES[0]],
         metavar="NAME",
-        help="corpora or text files (default: the Python language reference)",
+        help=f"text files or corpora: {', '.join(CORPUS_NAMES)} (default: {CORPUS_NAMES[0]}, its language reference)",
     )
     parser.add_argument(
         "--install",
@@ -93,31 +120,43 @@ def _add_perplexity(kinds: Any) -> None:
     )
     parser.add_argument(
         "--lengths",
-        type=int,
+        type=values.tokens,
         nargs="+",
         metavar="TOKENS",
-        help="windows, and by the longest how far a text is read whole (default: trained length and target)",
+        help="window lengths; a text is read whole up to the longest (default: trained length and target)",
     )
     parser.add_argument(
         "--method",
         nargs="+",
-        choices=("whole", "sliding"),
-        metavar="whole|sliding",
-        help="default: whole; sliding reads every window anew and takes far longer",
+        choices=METHODS,
+        metavar="|".join(METHODS),
+        help="how a text is read (default: whole); sliding reads every window anew and takes far longer",
     )
     parser.add_argument(
-        "--stride", type=int, default=256, help="of the sliding window (default: %(default)s)"
+        "--stride",
+        type=values.whole(1),
+        default=256,
+        metavar="N",
+        help="stride of the sliding window (default: %(default)s)",
     )
     parser.add_argument(
         "--tokens",
-        type=int,
-        help="of a text for the sliding window (default: the longest length and 16 strides)",
+        type=values.tokens,
+        metavar="N",
+        help="tokens of a text that the sliding window covers (default: the longest length and 16 strides)",
     )
     parser.add_argument(
-        "--pieces", type=int, default=1, help="stretches of every text, side by side (default: %(default)s)"
+        "--pieces",
+        type=values.whole(1),
+        default=1,
+        metavar="N",
+        help="consecutive pieces of every text that are read (default: %(default)s)",
     )
     parser.add_argument(
-        "--bucket", type=int, help="positions a column, a multiple of 256 (default: by the length)"
+        "--bucket",
+        type=values.whole(1),
+        metavar="N",
+        help="positions a column of the table, a multiple of 256 (default: by the length)",
     )
     _add_reading(parser)
     parser.set_defaults(run=_perplexity)
@@ -126,28 +165,43 @@ def _add_perplexity(kinds: Any) -> None:
 def _add_passkey(kinds: Any) -> None:
     parser = kinds.add_parser(
         "passkey",
-        help="a number hidden in a long text",
+        help="retrieval of a number hidden in a long text",
         description="Passkey retrieval: accuracy by length of the text and depth of the key.",
+        epilog="""examples:
+  rope-dist eval passkey --model ./my-model --factor 4 --trials 5
+  rope-dist eval passkey --scoring decoys --lengths 12288 16384""",
     )
     _add_common(parser)
     parser.add_argument(
         "--lengths",
-        type=int,
+        type=values.tokens,
         nargs="+",
         metavar="TOKENS",
-        help="of the prompts (default: 0.5 and 1 times the trained length, 1 and 1.25 times the target)",
+        help="lengths of the prompts (default: 0.5 and 1 times the trained length, 1 and 1.25 times the target)",
     )
     parser.add_argument(
-        "--depths", type=float, nargs="+", metavar="SHARE", help="from 0 to 1 (default: 0 0.25 0.5 0.75 1)"
+        "--depths",
+        type=values.share,
+        nargs="+",
+        metavar="SHARE",
+        help=f"depths of the key in the text, from 0 to 1 (default: {' '.join(f'{d:g}' for d in DEPTHS)})",
     )
-    parser.add_argument("--trials", type=int, help="keys a length and depth (default: 3)")
-    parser.add_argument("--digits", type=int, default=5, help="of a key (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the keys (default: %(default)s)")
+    parser.add_argument(
+        "--trials", type=values.whole(1), metavar="N", help="keys a length and depth (default: 3)"
+    )
+    parser.add_argument(
+        "--digits",
+        type=values.whole(1),
+        default=5,
+        metavar="N",
+        help="digits of a key (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the keys (default: %(default)s)")
     parser.add_argument(
         "--scoring",
         nargs="+",
-        choices=("generate", "decoys"),
-        metavar="generate|decoys",
+        choices=SCORINGS,
+        metavar="|".join(SCORINGS),
         help="generate: the key must begin the answer; decoys: it must be likelier than each of 9 others, "
         "without generation, for base models (default: generate)",
     )
@@ -158,23 +212,49 @@ def _add_passkey(kinds: Any) -> None:
 def _add_tasks(kinds: Any) -> None:
     parser = kinds.add_parser(
         "tasks",
-        help="lm-evaluation-harness",
-        description="Tasks of lm-evaluation-harness: longbench-e, ruler and open-llm are the paper's; any name "
-        "of lm-eval's goes too, with @N for N examples shown (arc_challenge@25).",
+        help="tasks of lm-evaluation-harness",
+        description=f"Tasks of lm-evaluation-harness: {', '.join(TASK_SET_NAMES)} are the paper's; any name "
+        "of lm-eval's works too, with @N for N examples shown (arc_challenge@25).",
+        epilog="""examples:
+  rope-dist eval tasks --model ./my-model --tasks longbench-e ruler open-llm --ruler-lengths 4096 8192
+  rope-dist eval tasks --tasks my-task --include-path ./my-tasks""",
     )
     _add_common(parser)
     parser.add_argument(
-        "--tasks", nargs="+", required=True, metavar="NAME", help="sets, tasks, groups or tags"
+        "--tasks",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="sets of tasks, tasks, groups or tags to run",
     )
     parser.add_argument("--include-path", metavar="DIR", help="folder with task files of your own")
-    parser.add_argument("--shots", type=int, help="examples shown, for tasks that say nothing of it")
-    parser.add_argument("--limit", type=int, help="only so many examples a task, to try it")
-    parser.add_argument("--batch-size", default="1", help="examples at once, or auto (default: %(default)s)")
     parser.add_argument(
-        "--max-length", type=int, help="tokens after which a prompt is cut (default: the target)"
+        "--shots",
+        type=values.whole(0),
+        metavar="N",
+        help="examples shown, for tasks without an @N of their own",
     )
     parser.add_argument(
-        "--ruler-lengths", type=int, nargs="+", metavar="TOKENS", help="of RULER's prompts (default: 4096)"
+        "--limit",
+        type=values.whole(1),
+        metavar="N",
+        help="run only the first N examples of a task, to try it",
+    )
+    parser.add_argument(
+        "--batch-size", default="1", metavar="N", help="batch size, or auto (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=values.tokens,
+        metavar="TOKENS",
+        help="tokens after which a prompt is cut (default: the target)",
+    )
+    parser.add_argument(
+        "--ruler-lengths",
+        type=values.tokens,
+        nargs="+",
+        metavar="TOKENS",
+        help="lengths of RULER's prompts (default: 4096)",
     )
     parser.add_argument("--chat-template", action="store_true", help="use the tokenizer's chat template")
     parser.set_defaults(run=_tasks)
@@ -200,8 +280,6 @@ def _load(parsed: argparse.Namespace) -> tuple[Any, Any, int, int]:
 
 def _target(parsed: argparse.Namespace, trained: int) -> int:
     factor = 2.0 if parsed.factor is None else parsed.factor
-    if not math.isfinite(factor):
-        raise ValueError(f"--factor must be a positive number, got {factor}")
     target = round(trained * factor) if parsed.target is None else parsed.target
     # Also where only the stock model is read, which no strategy refuses.
     if target < trained:
@@ -218,7 +296,7 @@ def _record(parsed: argparse.Namespace, kind: str, model: Any) -> Any:
 
 
 def _names(parsed: argparse.Namespace) -> tuple[str, ...]:
-    return tuple(parsed.strategies or (QUICK_STRATEGIES if parsed.quick else STRATEGIES))
+    return tuple(parsed.strategies or (QUICK_STRATEGIES if parsed.quick else EVALUATED_STRATEGIES))
 
 
 def _collect(measurements: Any, say: Any) -> list[dict[str, Any]]:
@@ -294,7 +372,7 @@ def _perplexity(parsed: argparse.Namespace) -> None:
 
 def _passkey(parsed: argparse.Namespace) -> None:
     from ..evaluation import make_cases, make_variants, measure_passkey, passkey_tables
-    from ..evaluation.passkey import DEPTHS, grids
+    from ..evaluation.passkey import grids
     from ..plots import plot_passkey
 
     picture = _picture(parsed, "passkey.png")
@@ -342,7 +420,7 @@ def _tasks(parsed: argparse.Namespace) -> None:
     if parsed.include_path and not Path(parsed.include_path).is_dir():
         raise ValueError(f"--include-path {parsed.include_path} is not a folder")
     model, tokenizer, _, target = _load(parsed)
-    variants = make_variants(model, parsed.strategies or STRATEGIES, target)
+    variants = make_variants(model, parsed.strategies or EVALUATED_STRATEGIES, target)
     record = _record(parsed, "tasks", model)
     measurements = _collect(
         measure_tasks(

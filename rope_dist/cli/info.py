@@ -6,20 +6,31 @@ import argparse
 import json
 from typing import Any
 
+from ..defaults import PRESETS
+from . import values
+
 DESCRIPTION = (
-    "Print versions, the native libraries with their compilers, the backend of each device with its reason, and "
-    "the model families; with a model, what each of its layers would do once enabled."
+    "Print the versions, the native libraries with their compilers, the backend of each device with its reason, and "
+    "the model families that are supported; with a model, what each of its layers would do once enabled."
 )
+EXAMPLES = """examples:
+  rope-dist info
+  rope-dist info llama2-7b
+  rope-dist info ./my-model --json"""
 
 
 def add(verbs: Any) -> None:
     parser = verbs.add_parser(
-        "info", help="what is built, and what serves each device and model", description=DESCRIPTION
+        "info", help="print what is installed, built and supported", description=DESCRIPTION, epilog=EXAMPLES
     )
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a directory with a config.json, or a hub id"
+        "model",
+        nargs="?",
+        type=values.model,
+        metavar="MODEL",
+        help=f"a preset ({', '.join(PRESETS)}), a directory with a config.json, or a hub id (owner/name)",
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=_run)
 
 

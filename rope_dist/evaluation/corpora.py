@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import new_directory
+from ..messages import one_line
 from ..optional import MissingPackageError, require
 
 
@@ -187,7 +188,7 @@ def load_text(name_or_path: str | os.PathLike[str]) -> tuple[str, str]:
             f"{name} is neither a text file nor a corpus; corpora: {', '.join(CORPORA)}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {name} as UTF-8 text: {error}") from None
+        raise ValueError(f"cannot read the text {name}: {one_line(error)}") from None
     if not text.strip():
         raise ValueError(f"{name} is empty: give a text of more tokens than the model was trained on")
     return Path(name).name, text

@@ -14,6 +14,7 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from ..defaults import DEFAULT_STRATEGY
 from ..planning import RopePlan
 from ..transformers import enable
 from .models import PACKAGED_MODELS, load_model
@@ -36,7 +37,7 @@ class ExtendedLM(HFLM):
     def __init__(
         self,
         pretrained: Any,
-        strategy: str = "dprope",
+        strategy: str = DEFAULT_STRATEGY,
         factor: float | None = None,
         target_length: int | None = None,
         plan: str | None = None,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..messages import one_line
 from ..optional import MissingPackageError, require
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def load_model(
         ValueError: there is no such model or device, or the model's files are damaged.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     _check_device(device)
     source, options, tokenizer_options = name_or_path, {}, {}
@@ -77,13 +78,26 @@ def load_model(
     try:
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+        # Before the weights, which take longer.
+        tokenizer = _load_tokenizer(source, tokenizer_options)
         # A large model's bar is of use on a terminal.
         with _without_bars() if packaged or not sys.stderr.isatty() else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
         return model.eval().to(device), tokenizer
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"cannot load {name_or_path}: {_first_line(error)}") from None
+        raise ValueError(f"cannot load {name_or_path}: {one_line(error)}") from None
+
+
+def _load_tokenizer(source: str, options: dict[str, str]) -> PreTrainedTokenizerBase:
+    from transformers import AutoConfig, AutoTokenizer
+
+    if not options:
+        # What is no model at all should not be reported as one without a tokenizer.
+        AutoConfig.from_pretrained(source)
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"it has no tokenizer that can be loaded ({one_line(error)})") from None
 
 
 @contextmanager
@@ -108,11 +122,7 @@ def _check_device(device: torch.device | str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # A torch without CUDA asserts.
-        raise ValueError(f"there is no device {device}: {_first_line(error)}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"there is no device {device}: {one_line(error)}") from None
 
 
 def cache_option(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:

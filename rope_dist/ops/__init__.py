@@ -32,7 +32,7 @@ __all__ = [
 
 def rotary(
     q: torch.Tensor,
-    k: torch.Tensor,
+    k: torch.Tensor | None,
     cos: torch.Tensor,
     sin: torch.Tensor,
     *,
@@ -40,38 +40,39 @@ def rotary(
     inplace: bool = False,
     q_bias: torch.Tensor | None = None,
     k_bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rotate queries and keys by the angles of their positions (Su et al. 2021, eq. 34).
 
     Args:
         q: ``[B, S, Hq, D]`` queries, floating, any strides (a transposed ``[B, Hq, S, D]`` is as good).
-        k: ``[B, S, Hk, D]`` keys, same dtype and device.
-        cos, sin: ``[B, S, R/2]`` or ``[1, S, R/2]``, floating (float32 where ``q`` is 16-bit), ``R <= D``
-            rotated dimensions; see :func:`cos_sin`.
+        k: ``[B, S, Hk, D]`` keys, same dtype and device; None rotates ``q`` alone.
+        cos, sin: ``[B, S, R/2]``, ``[1, S, R/2]`` or ``[S, R/2]``, floating (float32 where ``q`` is 16-bit),
+            ``R <= D`` rotated dimensions; see :func:`cos_sin`.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of Hugging Face's ``(i, i + R/2)``.
         inplace: change ``q`` and ``k`` and return them.
         q_bias, k_bias: ``[Hq * D]`` and ``[Hk * D]`` in the dtype of ``q``, added first, 16-bit sums without
             rounding between: the end of a projection whose product was made without its bias.
 
     Returns:
-        New tensors, contiguous, shaped and typed as ``q`` and ``k``. Differentiable in ``q``, ``k`` and the
-        biases.
+        New tensors, contiguous, shaped and typed as ``q`` and ``k`` (None for None). Differentiable in ``q``,
+        ``k`` and the biases, backward and forward, and under ``torch.func``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together, tables that need a
-            gradient (they are constants), or expanded tensors in place.
+        ValueError: shapes, dtypes or devices that do not belong together, tables that need a gradient (they
+            are constants); in place, tensors that are expanded or share memory, and, where a gradient is
+            wanted, leaves and views that autograd cannot write to (of ``unbind``, ``split``, ``chunk``).
     """
     validation.heads(q, k)
-    validation.tables(q, cos, sin, rows=q.shape[1])
+    cos, sin = validation.tables(q, cos, sin, rows=q.shape[1])
     biases = validation.biases(q, k, q_bias, k_bias)
     if not inplace and not biases:
-        return torch.ops.rope_dist.rotary(q, k, cos, sin, interleaved)
+        return library.rotary(q, k, cos, sin, interleaved)
     return library.rotate(q, k, cos=cos, sin=sin, interleaved=interleaved, inplace=inplace, **biases)
 
 
 def rotary_at(
     q: torch.Tensor,
-    k: torch.Tensor,
+    k: torch.Tensor | None,
     inv_freq: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     *,
@@ -81,20 +82,21 @@ def rotary_at(
     inplace: bool = False,
     q_bias: torch.Tensor | None = None,
     k_bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """:func:`rotary` without tables: angles from frequencies and positions, right at any length.
 
     Angles are computed in fixed point (see ``angles.py``), to 2e-7 of the exact product of the float32
     frequency and the position; a float32 product is off by 3e-2 at position one million.
 
     Args:
-        q, k: ``[B, S, heads, D]``, any strides, or packed ``[T, heads, D]``.
+        q, k: ``[B, S, heads, D]``, any strides, or packed ``[T, heads, D]``; ``k`` None rotates ``q`` alone.
         inv_freq: ``[R/2]`` floating radians a token, or what :func:`turns` made of them, which saves its
             few small launches a call.
         position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, values within int32.
             None: tokens count from 0, in each sequence of ``cu_seqlens`` if given.
-        cu_seqlens: ``[sequences + 1]`` int32 or int64, bounds of packed sequences; only without
-            ``position_ids``.
+        cu_seqlens: ``[sequences + 1]`` int32 or int64, bounds of packed sequences, not decreasing; only without
+            ``position_ids``. Tokens before the first bound and from the last on are in no sequence and are
+            not rotated.
         attention_scaling: factor on the rotated dimensions (YaRN's temperature).
         interleaved, inplace, q_bias, k_bias: as in :func:`rotary`.
 
@@ -102,12 +104,12 @@ def rotary_at(
         As :func:`rotary`.
 
     Raises:
-        ValueError: as :func:`rotary`; positions outside int32 (looked at on CPU tensors only: elsewhere it
-            would wait for the device).
+        ValueError: as :func:`rotary`; positions outside int32 and bounds that decrease or are outside the tokens
+            (looked at on CPU tensors only: elsewhere it would wait for the device).
     """
-    packed = q.ndim == 3 and k.ndim == 3
+    packed = q.ndim == 3 and (k is None or k.ndim == 3)
     if packed:
-        q, k = q[None], k[None]
+        q, k = q[None], k[None] if k is not None else None
         position_ids = (
             position_ids[None] if position_ids is not None and position_ids.ndim == 1 else position_ids
         )
@@ -120,7 +122,7 @@ def rotary_at(
     if cu_seqlens is not None:
         if not packed:
             raise ValueError(f"cu_seqlens needs packed q and k [T, heads, D], got {list(q.shape)}")
-        validation.bounds(cu_seqlens, q.device)
+        validation.bounds(cu_seqlens, q.shape[1], q.device)
     words = inv_freq if inv_freq.dtype == torch.int32 else turns(inv_freq)
     q, k = library.rotate(
         q,
@@ -133,4 +135,4 @@ def rotary_at(
         inplace=inplace,
         **validation.biases(q, k, q_bias, k_bias),
     )
-    return (q[0], k[0]) if packed else (q, k)
+    return (q[0], k[0] if k is not None else None) if packed else (q, k)

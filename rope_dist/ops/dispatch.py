@@ -124,6 +124,13 @@ def _warn_once(device: str, reason: str) -> None:
     )
 
 
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Products in the dtypes of their operands: what an operator returns must not depend on autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def rotary(
     q: torch.Tensor,
     k: torch.Tensor,

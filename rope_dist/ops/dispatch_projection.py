@@ -31,7 +31,8 @@ def qkv_rotary(
     weights = (w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
     angles = (cos, sin, words, positions, scaling, interleaved)
     if dispatch.backend_for(x) == "reference":
-        return reference.qkv_rotary(x, *weights, *angles)
+        with dispatch.without_autocast(x):
+            return reference.qkv_rotary(x, *weights, *angles)
     if path == "auto":
         path = choose(x, *weights, *angles)
     run = separate if path == "separate" else fused
@@ -53,6 +54,9 @@ def choose(
             raise ValueError(f"ROPE_DIST_PATH={fixed!r} is no path; there are {', '.join(PATHS[1:])}")
         possible = candidates(x, w_q, w_k, w_v, head_dim, rotary_dim)
         return fixed if fixed in possible else "separate"
+    if torch.are_deterministic_algorithms_enabled():
+        # A measured choice may differ between processes, and with it the rounding.
+        return "separate"
     form = (cos is not None, any(b is not None for b in (b_q, b_k, b_v)), interleaved)
     # Everything that the answer depends on: looked up before it is worked out, for a call that decodes one
     # token should not spend its time here.
@@ -70,6 +74,10 @@ def choose(
     if len(possible) == 1 or not x.is_cuda:
         # Without a GPU nothing is timed: the interpreter runs the kernel that is the most special.
         return possible[-1]
+    from . import triton_projection
+
+    aligned = triton_projection.fits_descriptors(x.reshape(-1, x.shape[-1]), *weights)
+    names = ("table", "bias", "interleaved", "unaligned")
     problem = tuning.Problem(
         device=torch.cuda.get_device_name(x.device),
         dtype=str(x.dtype).removeprefix("torch."),
@@ -78,9 +86,7 @@ def choose(
         widths=tuple(w.shape[0] for w in weights),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        form="+".join(
-            name for name, used in zip(("table", "bias", "interleaved"), form, strict=True) if used
-        ),
+        form="+".join(name for name, used in zip(names, (*form, not aligned), strict=True) if used),
     )
     arguments = (x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, positions, scaling, interleaved)
     ways = {
@@ -128,6 +134,16 @@ def candidates(
     return paths
 
 
+def project(x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim) -> list[torch.Tensor]:
+    """The library's matrix products, ``[B, S, heads, head_dim]`` for each weight that there is."""
+    with dispatch.without_autocast(x):
+        return [
+            functional.linear(x, w, b).unflatten(-1, (w.shape[0] // head_dim, head_dim))
+            for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v))
+            if w is not None
+        ]
+
+
 def separate(
     x,
     w_q,
@@ -146,14 +162,9 @@ def separate(
     path="separate",
 ):
     """The library's matrix products, then one rotary pass in place."""
-    heads = [
-        functional.linear(x, w, b).unflatten(-1, (w.shape[0] // head_dim, head_dim))
-        for w, b in ((w_q, b_q), (w_k, b_k), (w_v, b_v))
-        if w is not None
-    ]
-    q, k = heads[:2]
+    q, k, *v = project(x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
     dispatch.rotate_(q, k, cos, sin, words, positions, scaling=scaling, interleaved=interleaved)
-    return q, k, heads[2] if w_v is not None else x.new_empty(0)
+    return q, k, v[0] if v else x.new_empty(0)
 
 
 def fused(x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, positions, scaling, interleaved, path):
@@ -187,13 +198,14 @@ def _operands(w_q, w_k, w_v, b_q, b_k, b_v) -> tuple[tuple, tuple | None]:
 
 
 def _flat_angles(x, cos, sin, words, positions) -> dict[str, torch.Tensor | None]:
-    """Tables or positions with one row a token, as the tokens lie."""
+    """Tables or positions with one row a token, as the tokens lie; tables aligned as descriptors want them."""
     batch, length = x.shape[:2]
     if words is None:
         # Small beside q and k, and a view where each batch has its own.
         cos, sin = (
             t.float().expand(batch, -1, -1).reshape(batch * length, -1).contiguous() for t in (cos, sin)
         )
+        cos, sin = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (cos, sin))
         return {"cos": cos, "sin": sin}
     if positions is None:
         positions = torch.arange(length, device=x.device)
@@ -257,7 +269,8 @@ def pack_inverse(
 ) -> torch.Tensor:
     """As :func:`rope_dist.ops.reference.pack_inverse`, in one pass."""
     if dispatch.backend_for(q) == "reference":
-        return reference.pack_inverse(q, k, v, cos, sin, words, positions, scaling, interleaved)
+        with dispatch.without_autocast(q):
+            return reference.pack_inverse(q, k, v, cos, sin, words, positions, scaling, interleaved)
     from . import triton_rotary
 
     present = [x for x in (q, k, v) if x is not None]

@@ -8,18 +8,19 @@ from . import library, validation
 
 
 def apply_rotary_pos_emb(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As ``transformers.models.llama.modeling_llama.apply_rotary_pos_emb``, in one launch.
 
     Rotates in float32 and rounds once; the stock function rounds after every operation.
 
     Args:
         q: ``[B, Hq, S, D]``, or ``[B, S, Hq, D]`` with ``unsqueeze_dim=2``.
-        k: the same with its own heads.
+        k: the same with its own heads; None rotates ``q`` alone.
         cos, sin: ``[B or 1, S, R]`` floating, each pair's value twice, as the stock rotary embedding makes
-            them; of the two equal halves the first is read.
-        unsqueeze_dim: the axis of the heads.
+            them; of the two equal halves the first is read. Or ``[S, R]``, as vision towers have them.
+        unsqueeze_dim: where ``cos`` gets an axis for the heads, as in the stock function: 1 or 2, and with
+            ``[S, R]`` 0 (``[B, H, S, D]``) or 1 (``[B, S, H, D]``, ``[S, H, D]``).
 
     Returns:
         Tensors shaped and typed as ``q`` and ``k``. Differentiable in both.
@@ -27,22 +28,34 @@ def apply_rotary_pos_emb(
     Raises:
         ValueError: shapes, dtypes or devices that do not belong together.
     """
-    if unsqueeze_dim not in (1, 2):
-        raise ValueError(f"unsqueeze_dim must be 1 ([B, H, S, D]) or 2 ([B, S, H, D]), got {unsqueeze_dim}")
-    if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"q and k must have four axes, got {list(q.shape)} and {list(k.shape)}")
-    if unsqueeze_dim == 1:
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-    if cos.ndim != 3 or cos.shape[-1] % 2 or cos.shape != sin.shape:
+    if cos.ndim not in (2, 3) or cos.shape[-1] % 2 or cos.shape != sin.shape:
         raise ValueError(
-            f"cos and sin must be [B or 1, S, R] with R even, got {list(cos.shape)} and {list(sin.shape)}"
+            f"cos and sin must be [B or 1, S, R] or [S, R] with R even, got {list(cos.shape)} and {list(sin.shape)}"
         )
+    # The axis of the heads, counted from the last: that of tokens and heads which comes first differs.
+    axis = unsqueeze_dim - cos.ndim - 1 if unsqueeze_dim >= 0 else unsqueeze_dim
+    if axis not in (-3, -2):
+        before = cos.ndim - 2
+        raise ValueError(
+            f"unsqueeze_dim must be {before} ([B, H, S, D]) or {before + 1} ([B, S, H, D]) for cos {list(cos.shape)}, "
+            f"got {unsqueeze_dim}"
+        )
+    axes = 3 if cos.ndim == 2 and q.ndim == 3 else 4
+    if q.ndim != axes or (k is not None and k.ndim != axes):
+        shapes = f"{list(q.shape)} and {list(k.shape) if k is not None else None}"
+        raise ValueError(f"q and k must have four axes (or three, with cos [S, R]), got {shapes}")
     half = cos.shape[-1] // 2
-    cos, sin = cos[..., :half], sin[..., :half]
+
+    def moved(x: torch.Tensor | None) -> torch.Tensor | None:
+        x = x if x is None or axis == -2 else x.transpose(-3, -2)
+        return x if x is None or axes == 4 else x[None]
+
+    q, k = moved(q), moved(k)
     validation.heads(q, k)
-    validation.tables(q, cos, sin, rows=q.shape[1])
-    q, k = torch.ops.rope_dist.rotary(q, k, cos, sin)
-    return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
+    cos, sin = validation.tables(q, cos[..., :half], sin[..., :half], rows=q.shape[1])
+    rotated = library.rotary(q, k, cos, sin)
+    back = [x if x is None or axes == 4 else x[0] for x in rotated]
+    return tuple(x if x is None or axis == -2 else x.transpose(-3, -2) for x in back)
 
 
 def apply_rotary_emb(
@@ -64,7 +77,7 @@ def apply_rotary_emb(
         interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R/2)``.
         inplace: change ``x`` and return it.
         seqlen_offsets: added to the positions; one integer, or ``[sequences]`` integers on the device.
-        cu_seqlens: ``[sequences + 1]`` int32 or int64.
+        cu_seqlens: ``[sequences + 1]`` int32 or int64, not decreasing; tokens outside the bounds are not rotated.
         max_seqlen: longest sequence in ``cu_seqlens``; only checked against the table.
 
     Returns:
@@ -86,7 +99,7 @@ def apply_rotary_emb(
     validation.tables(x, cos[None], sin[None], rows=None)
     sequences, length = x.shape[:2]
     if packed:
-        validation.bounds(cu_seqlens, x.device)
+        validation.bounds(cu_seqlens, x.shape[1], x.device)
         sequences, length = cu_seqlens.shape[0] - 1, max_seqlen or 0
     offset, offsets = 0, None
     if isinstance(seqlen_offsets, torch.Tensor):

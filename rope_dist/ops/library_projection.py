@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import dispatch_projection
+from . import dispatch, dispatch_projection
 from .library import LIBRARY
 
 _ANGLES = (
@@ -75,16 +75,21 @@ def _qkv_backward(ctx, grad_q, grad_k, grad_v):
         grad_q, grad_k, grad_v if w_v is not None else None, *angles, ctx.scaling, ctx.interleaved
     )
     grad_x, grad_w, grad_b = None, [None] * 3, [None] * 3
-    if ctx.needs_input_grad[0]:
-        # One product, rounded once; the joined weights live only as long as it takes.
-        grad_x = packed @ torch.cat(weights)
     rows = packed.flatten(0, 1)
-    if any(ctx.needs_input_grad[1:4]):
-        joined = (rows.t() @ x.flatten(0, 1)).split(widths)
-        grad_w = [joined[i] if i < len(joined) and ctx.needs_input_grad[1 + i] else None for i in range(3)]
-    if any(ctx.needs_input_grad[4:7]):
-        joined = rows.sum(0).split(widths)
-        grad_b = [joined[i] if i < len(joined) and ctx.needs_input_grad[4 + i] else None for i in range(3)]
+    with dispatch.without_autocast(x):
+        if ctx.needs_input_grad[0]:
+            # One product, rounded once; the joined weights live only as long as it takes.
+            grad_x = packed @ torch.cat(weights)
+        if any(ctx.needs_input_grad[1:4]):
+            joined = (rows.t() @ x.flatten(0, 1)).split(widths)
+            grad_w = [
+                joined[i] if i < len(joined) and ctx.needs_input_grad[1 + i] else None for i in range(3)
+            ]
+        if any(ctx.needs_input_grad[4:7]):
+            joined = rows.sum(0).split(widths)
+            grad_b = [
+                joined[i] if i < len(joined) and ctx.needs_input_grad[4 + i] else None for i in range(3)
+            ]
     return grad_x, *grad_w, *grad_b, *[None] * 8
 
 

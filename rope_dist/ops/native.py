@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 1
+ABI = 2
 FOLDER = Path(os.environ.get("ROPE_DIST_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native")
 """Where the libraries are; the variable names another folder, such as one of a build with sanitizers."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -153,7 +153,11 @@ def rotate(
         # In float64, as the reference: the tables are small beside the heads.
         at = reference.token_positions(*q.shape[:2], positions, cu_seqlens, offsets, offset, q.device)
         cos, sin = angles.tables(words, at, scaling, _table_dtype(q))
-        words = positions = cu_seqlens = offsets = None
+        positions = None
+        if cu_seqlens is not None:
+            # A token's row is its place; one that is in no sequence has none.
+            positions = torch.where(at == reference.NOWHERE, -1, torch.arange(q.shape[1]))
+        words = cu_seqlens = offsets = None
         offset = 0
     sources = [_inner(q), _inner(k) if k is not None else None]
     # A target that has no unit inner stride is written by way of one that has.
@@ -230,7 +234,8 @@ def _pointer(x: torch.Tensor | None) -> int:
 
 def _strides(x: torch.Tensor, axes: int) -> list[int]:
     """Strides of the first axes; 0 where one entry serves all, and is never stepped over."""
-    return [stride if size > 1 else 0 for size, stride in zip(x.shape[:axes], x.stride()[:axes], strict=True)]
+    sizes, strides = x.shape, x.stride()
+    return [strides[axis] if sizes[axis] > 1 else 0 for axis in range(axes)]
 
 
 def _heads(x: torch.Tensor | None, out: torch.Tensor | None, bias: torch.Tensor | None) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import torch
 
 from . import (
     dispatch_projection,
+    library,
     library_projection,  # noqa: F401  (registers the operators)
     validation,
 )
@@ -43,7 +44,7 @@ def qkv_rotary(
         head_dim: even.
         inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.turns` made of them.
         position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64; None counts from 0.
-        cos, sin: instead of both, tables ``[B, S, R/2]`` or ``[1, S, R/2]``.
+        cos, sin: instead of both, tables ``[B, S, R/2]``, ``[1, S, R/2]`` or ``[S, R/2]``.
         attention_scaling: factor on the rotated dimensions, with ``inv_freq``; tables carry it in them.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R/2)``.
         path: ``"auto"``, or ``"separate"`` (matrix products, then a rotary pass), ``"pointers"``,
@@ -51,8 +52,9 @@ def qkv_rotary(
 
     Returns:
         ``q``, ``k``, ``v``: ``[B, S, heads, head_dim]`` (packed: ``[T, heads, head_dim]``), contiguous; ``v``
-        None without ``w_v``. Differentiable in ``x``, weights and biases; the backward pass keeps ``x``, the
-        weights and the positions, no output.
+        None without ``w_v``. In the dtype of ``x``, under autocast too. Differentiable in ``x``, weights and
+        biases; the backward pass keeps ``x``, the weights and the positions, no output. Under ``torch.func`` and
+        forward-mode differentiation the products are PyTorch's, whatever the path.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not belong together, neither or both of frequencies and
@@ -77,7 +79,7 @@ def qkv_rotary(
     else:
         if position_ids is not None or attention_scaling != 1.0:
             raise ValueError("position_ids and attention_scaling go with inv_freq; tables carry both in them")
-        validation.tables(x.new_empty(batch, length, 0, head_dim), cos, sin, rows=length)
+        cos, sin = validation.tables(x.new_empty(batch, length, 0, head_dim), cos, sin, rows=length)
     if path not in dispatch_projection.PATHS:
         raise ValueError(f"no such path {path!r}; there are {', '.join(dispatch_projection.PATHS)}")
     if path not in ("auto", "separate"):
@@ -85,10 +87,18 @@ def qkv_rotary(
         possible = dispatch_projection.candidates(x, w_q, w_k, w_v, head_dim, 2 * half)
         if path not in possible:
             raise ValueError(f"path {path!r} cannot serve these tensors; {', '.join(possible)} can")
-    q, k, v = torch.ops.rope_dist.qkv_rotary(
-        x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, position_ids, float(attention_scaling),
-        interleaved, path,
-    )  # fmt: skip
+    if library.transformed():
+        q, k, *v = dispatch_projection.project(x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
+        q, k = library.rotate(
+            q, k, cos=cos, sin=sin, words=words, positions=position_ids, scaling=float(attention_scaling),
+            interleaved=interleaved,
+        )  # fmt: skip
+        v = v[0] if v else None
+    else:
+        q, k, v = torch.ops.rope_dist.qkv_rotary(
+            x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, position_ids, float(attention_scaling),
+            interleaved, path,
+        )  # fmt: skip
     out = (q, k, v) if w_v is not None else (q, k, None)
     return tuple(y[0] if packed and y is not None else y for y in out)
 
@@ -125,9 +135,11 @@ def decode_rotary(
         The queries ``[B, S, Hq, head_dim]`` (packed: ``[T, Hq, head_dim]``).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together, or slots past the cache (looked at
-            on CPU tensors only).
+        ValueError: shapes, dtypes or devices that do not belong together, caches that share memory, slots past the
+            cache (looked at on CPU tensors only), or a transform of ``torch.func``.
     """
+    if library.transformed():
+        raise ValueError("decode_rotary is for inference: torch.func and forward mode go with qkv_rotary")
     packed = x.ndim == 2
     if packed:
         x = x[None]
@@ -148,7 +160,7 @@ def decode_rotary(
             raise ValueError(
                 f"{name}_cache must be {x.dtype} on {x.device}, got {cache.dtype} on {cache.device}"
             )
-        validation.writable(cache, f"{name}_cache")
+    validation.writable(k_cache, v_cache, names=("k_cache", "v_cache"))
     tokens = x.shape[0] * x.shape[1]
     if slots.shape != (tokens,):
         raise ValueError(f"slots must be [{tokens}], got {list(slots.shape)}")

@@ -85,6 +85,10 @@ def rotary(
     )
 
 
+NOWHERE = -(2**63)
+"""Position of a token that is in no sequence; all others are within int32."""
+
+
 def token_positions(
     batch: int,
     length: int,
@@ -103,19 +107,23 @@ def token_positions(
         offset: added to every position.
 
     Returns:
-        ``[B or 1, S]`` int64.
+        ``[B or 1, S]`` int64; :data:`NOWHERE` for tokens outside the bounds.
     """
     if positions is not None:
         return positions.to(torch.int64)
     index = torch.arange(length, device=device)[None]
     sequence = torch.arange(batch, device=device)[:, None]
+    inside = None
     if cu_seqlens is not None:
         starts = cu_seqlens[:-1].to(torch.int64)
         sequence = torch.searchsorted(starts, index, right=True) - 1
+        inside = (sequence >= 0) & (index < cu_seqlens[-1])
+        sequence = sequence.clamp_min(0)
         index = index - starts[sequence]
     if offsets is not None:
         index = index + offsets.to(torch.int64)[sequence]
-    return index + offset
+    index = index + offset
+    return index if inside is None else torch.where(inside, index, NOWHERE)
 
 
 def rotate_tokens(
@@ -140,29 +148,39 @@ def rotate_tokens(
         cos, sin: tables ``[B or 1, rows, R/2]``; a token's row is its position, and a token whose position
             is not in the table is not rotated.
         words: instead, frequencies ``[2, R/2]`` from :func:`rope_dist.ops.turns`, with ``scaling``.
-        positions, cu_seqlens, offsets, offset: see :func:`token_positions`.
+        positions, cu_seqlens, offsets, offset: see :func:`token_positions`; a token in no sequence is not rotated.
         q_bias, k_bias: ``[heads * D]``, added before the rotation; 16-bit sums are not rounded between.
 
     Returns:
         New contiguous tensors; for ``k`` None an empty one.
     """
     at = token_positions(q.shape[0], q.shape[1], positions, cu_seqlens, offsets, offset, q.device)
+    known = at != NOWHERE if cu_seqlens is not None else None
     if words is not None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         cos, sin = angles.tables(words, at, scaling, dtype)
+    elif (
+        cu_seqlens is None
+        and offsets is None
+        and positions is None
+        and 0 <= offset <= cos.shape[1] - q.shape[1]
+    ):
+        cos, sin = (t[:, offset : offset + q.shape[1]] for t in (cos, sin))
     else:
         rows = cos.shape[1]
-        known = ((at >= 0) & (at < rows))[..., None]
-        row = at.clamp(0, max(rows - 1, 0))
-        entry = torch.arange(cos.shape[0], device=q.device)[:, None] if cos.shape[0] > 1 else 0
+        known = (at >= 0) & (at < rows)
         if rows == 0:
-            cos, sin = cos.new_ones(*at.shape, cos.shape[2]), sin.new_zeros(*at.shape, sin.shape[2])
-        else:
-            cos, sin = torch.where(known, cos[entry, row], 1.0), torch.where(known, sin[entry, row], 0.0)
+            cos, sin = (t.new_zeros(t.shape[0], 1, t.shape[2]) for t in (cos, sin))
+        entry = torch.arange(cos.shape[0], device=q.device)[:, None] if cos.shape[0] > 1 else 0
+        row = at.clamp(0, max(rows - 1, 0))
+        cos, sin = cos[entry, row], sin[entry, row]
 
     def turned(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         wide = x if bias is None else _add_bias(x, bias)
-        return rotate(wide, cos, sin, interleaved=interleaved, inverse=inverse).to(x.dtype)
+        out = rotate(wide, cos, sin, interleaved=interleaved, inverse=inverse)
+        if known is not None:
+            out = torch.where(known[:, :, None, None], out, wide).contiguous()
+        return out.to(x.dtype)
 
     return turned(q, q_bias), turned(k, k_bias) if k is not None else q.new_empty(0)
 

@@ -56,19 +56,21 @@ def decode_kernel(
 
     token = tl.arange(0, ROWS)
     inner = tl.arange(0, BLOCK_K)
-    x_at = x + (token % rows)[:, None] * x_stride + inner[None, :]
+    # Rows past the last are zeros, not read.
+    here = token < rows
+    x_at = x + token.to(tl.int64)[:, None] * x_stride + inner[None, :]
     a_at = weight + row_a[None, :] * stride + inner[:, None]
     b_at = weight + row_b[None, :] * stride + inner[:, None]
     sum_a = tl.zeros((ROWS, PAIRS), tl.float32)
     sum_b = tl.zeros((ROWS, PAIRS), tl.float32)
     for step in range(tl.cdiv(depth, BLOCK_K)):
         if EVEN_DEPTH:
-            part = tl.load(x_at)
+            part = tl.load(x_at, mask=here[:, None], other=0.0)
             weight_a = tl.load(a_at)
             weight_b = tl.load(b_at)
         else:
             left = depth - step * BLOCK_K
-            part = tl.load(x_at, mask=inner[None, :] < left, other=0.0)
+            part = tl.load(x_at, mask=here[:, None] & (inner[None, :] < left), other=0.0)
             weight_a = tl.load(a_at, mask=inner[:, None] < left, other=0.0)
             weight_b = tl.load(b_at, mask=inner[:, None] < left, other=0.0)
         sum_a = tl.dot(part, weight_a, sum_a)
@@ -81,7 +83,6 @@ def decode_kernel(
         sum_a += tl.load(bias + row_a).to(tl.float32)[None, :]
         sum_b += tl.load(bias + row_b).to(tl.float32)[None, :]
 
-    here = token < rows
     turned = turned & (is_v == 0)
     if TABLE:
         at = (token * HALF)[:, None] + pair[None, :]
@@ -93,9 +94,11 @@ def decode_kernel(
         high = tl.load(words + pair, mask=turned, other=0)
         low = tl.load(words + HALF + pair, mask=turned, other=0)
         cos, sin = fast_cos_sin(angle(position[:, None], high[None, :], low[None, :]), HARDWARE)
-        cos = tl.where(turned[None, :], cos * scaling, 1.0)
-        sin = tl.where(turned[None, :], sin * scaling, 0.0)
-    sum_a, sum_b = rotate(sum_a, sum_b, cos, sin)
+        cos *= scaling
+        sin *= scaling
+    rotated_a, rotated_b = rotate(sum_a, sum_b, cos, sin)
+    sum_a = tl.where(turned[None, :], rotated_a, sum_a)
+    sum_b = tl.where(turned[None, :], rotated_b, sum_b)
 
     target = token.to(tl.int64)
     if HAS_SLOTS:

@@ -50,9 +50,11 @@ def _rotate_tile(
     if A_HEAD > 1:
         # Partial rotary: of the groups of R columns in a head only the first turns.
         turned = (tl.arange(0, GROUPS) % A_HEAD == 0)[None, :, None]
-        cos = tl.where(turned, cos, 1.0)
-        sin = tl.where(turned, sin, 0.0)
-    first, second = rotate(first, second, cos, sin)
+        a, b = rotate(first, second, cos, sin)
+        first = tl.where(turned, a, first)
+        second = tl.where(turned, b, second)
+    else:
+        first, second = rotate(first, second, cos, sin)
     pairs = tl.join(first, second)
     if not INTERLEAVED:
         pairs = tl.permute(pairs, (0, 1, 3, 2))

@@ -32,6 +32,7 @@ def _heads(
     x += (batch * stride_b + seq * stride_s) * VEC
     out += (batch * out_b + seq * out_s) * VEC
     column = tl.arange(0, WIDTH)[None, :]
+    wide = column.to(tl.int64)
     for start in range(0, HEADS, CHUNK):
         head = start + tl.arange(0, CHUNK)[:, None]
         known = head < HEADS
@@ -41,31 +42,31 @@ def _heads(
         if HALF > 0:
             if INTERLEAVED:
                 mask = known & (column < 2 * HALF)
-                pair = tl.load(source + column * stride_d, mask=mask).to(tl.float32)
+                pair = tl.load(source + wide * stride_d, mask=mask).to(tl.float32)
                 if BIAS:
                     pair += tl.load(added + column, mask=mask).to(tl.float32)
                 first, second = tl.split(tl.reshape(pair, (CHUNK, WIDTH // 2, 2)))
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
                 pair = tl.reshape(tl.join(first, second), (CHUNK, WIDTH))
-                tl.store(target + column * out_d, pair.to(out.dtype.element_ty), mask=mask)
+                tl.store(target + wide * out_d, pair.to(out.dtype.element_ty), mask=mask)
             else:
                 mask = known & (column < HALF)
-                first = tl.load(source + column * stride_d, mask=mask).to(tl.float32)
+                first = tl.load(source + wide * stride_d, mask=mask).to(tl.float32)
                 if BIAS:
                     first += tl.load(added + column, mask=mask).to(tl.float32)
-                second = tl.load(source + (column + HALF) * stride_d, mask=mask).to(tl.float32)
+                second = tl.load(source + (wide + HALF) * stride_d, mask=mask).to(tl.float32)
                 if BIAS:
                     second += tl.load(added + column + HALF, mask=mask).to(tl.float32)
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
-                tl.store(target + column * out_d, first.to(out.dtype.element_ty), mask=mask)
-                tl.store(target + (column + HALF) * out_d, second.to(out.dtype.element_ty), mask=mask)
+                tl.store(target + wide * out_d, first.to(out.dtype.element_ty), mask=mask)
+                tl.store(target + (wide + HALF) * out_d, second.to(out.dtype.element_ty), mask=mask)
         if TAIL > 0:
             rest = 2 * HALF + tl.arange(0, TAIL_WIDTH)[None, :]
             mask = known & (rest < 2 * HALF + TAIL)
-            value = tl.load(source + rest * stride_d, mask=mask)
+            value = tl.load(source + rest.to(tl.int64) * stride_d, mask=mask)
             if BIAS:
                 value = value.to(tl.float32) + tl.load(added + rest, mask=mask).to(tl.float32)
-            tl.store(target + rest * out_d, value.to(out.dtype.element_ty), mask=mask)
+            tl.store(target + rest.to(tl.int64) * out_d, value.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -88,6 +89,7 @@ def rotary_kernel(
     batch = (token // length).to(tl.int64)
     seq = (token % length).to(tl.int64)
 
+    known_token = True
     if HAS_POSITIONS:
         position = tl.load(positions + batch * pos_b + seq * pos_s).to(tl.int32)
     else:
@@ -100,19 +102,21 @@ def rotary_kernel(
             for block in range(0, sequences, SEQUENCES):
                 index = block + tl.arange(0, SEQUENCES)
                 bound = tl.load(cu_seqlens + index, mask=index < sequences, other=2147483647).to(tl.int32)
-                before = bound <= position - offset
+                before = bound <= seq
                 first = tl.maximum(first, tl.max(tl.where(before, bound, 0), axis=0))
                 sequence += tl.sum(before.to(tl.int32), axis=0)
             position -= first
+            known_token = (sequence >= 0) & (seq < tl.load(cu_seqlens + sequences))
         if HAS_OFFSETS:
-            position += tl.load(offsets + sequence).to(tl.int32)
+            position += tl.load(offsets + sequence, mask=sequence >= 0, other=0).to(tl.int32)
 
     HALF_WIDTH: tl.constexpr = WIDTH // 2 if INTERLEAVED else WIDTH
     pair = tl.arange(0, HALF_WIDTH)
     if TABLE:
-        # Rows past the table turn by nothing, as in flash-attention: no access outside it.
+        # Tokens past the table pass through, as in flash-attention: no access outside it.
         row = position.to(tl.int64)
-        known = (position >= 0) & (position < table_rows) & (pair < HALF)
+        known_token = known_token & (position >= 0) & (position < table_rows)
+        known = known_token & (pair < HALF)
         cos = tl.load(cos_table + batch * cos_b + row * cos_s + pair, mask=known, other=1.0).to(tl.float32)
         sin = tl.load(sin_table + batch * sin_b + row * sin_s + pair, mask=known, other=0.0).to(tl.float32)
     else:
@@ -124,11 +128,19 @@ def rotary_kernel(
     if INVERSE:
         sin = -sin
 
-    _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
-           Q_BIAS, Q_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
-    if K_HEADS > 0:
-        _heads(k, k_out, k_bias, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
-               K_BIAS, K_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
+    # Turned by nothing, an infinity would still make its partner NaN: what is not rotated is copied.
+    if known_token:
+        _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
+               Q_BIAS, Q_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
+        if K_HEADS > 0:
+            _heads(k, k_out, k_bias, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
+                   K_BIAS, K_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
+    else:
+        _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
+               Q_BIAS, Q_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
+        if K_HEADS > 0:
+            _heads(k, k_out, k_bias, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
+                   K_BIAS, K_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
     if V_HEADS > 0:
         _heads(v, v_out, v, batch, seq, cos, sin, v_b, v_s, v_h, v_d, vo_b, vo_s, vo_h, vo_d,
                False, V_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
@@ -183,7 +195,8 @@ def launch(
             what is made from it.
         positions: ``[B or 1, S]`` integers. None: the index in the sequence plus ``offset`` and the
             sequence's entry in ``offsets`` (``[sequences]`` integers).
-        cu_seqlens: ``[sequences + 1]`` integers, bounds of the packed sequences.
+        cu_seqlens: ``[sequences + 1]`` integers, bounds of the packed sequences, not decreasing; tokens outside
+            them are not rotated.
         q_bias, k_bias: ``[heads * D]`` in the dtype of ``q``, added in float32 before the rotation.
     """
     batch, length, _, head_dim = q.shape

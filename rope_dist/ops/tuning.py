@@ -2,9 +2,10 @@
 
 A fused kernel saves a pass over queries and keys and gives up some of the vendor library's matrix product;
 which weighs more differs by GPU, shape and version, so nothing is assumed. The first call of a shape class
-times the ways that can serve it, in the order A B B A with a cold L2 cache, and keeps the fastest. Until it
-may measure (inside a CUDA graph's capture, or with ``ROPE_DIST_TUNE=0``) the unfused way is taken and
-nothing is remembered.
+times the ways that can serve it, in the order A B B A with a cold L2 cache and the GPU never waiting for the
+host, and keeps the fastest; the unfused one unless another wins by twice what the measurement is uncertain by.
+Until it may measure (inside a CUDA graph's capture, or with ``ROPE_DIST_TUNE=0``) the unfused way is taken and
+nothing is remembered. So it is under ``torch.use_deterministic_algorithms(True)``.
 
 Environment: ``ROPE_DIST_PATH`` fixes the way where it can serve a call; ``ROPE_DIST_TUNE=0`` forbids
 measuring; ``ROPE_DIST_CACHE`` is the folder of the choices (``$XDG_CACHE_HOME/rope_dist``, else
@@ -20,7 +21,7 @@ import statistics
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ from ..files import write_text
 from ..version import __version__
 
 DEFAULT = "separate"
-ROUNDS = 5
+LEAST_ROUNDS, MOST_ROUNDS = 9, 41
+TOLERANCE = 0.005
+SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Problem:
     Attributes:
         rows: tokens, rounded up to a power of two.
         widths: rows of each weight.
-        form: what else changes the kernel: ``"table"``, ``"bias"``, ``"interleaved"``, joined by ``+``.
+        form: what else changes the kernels: ``"table"``, ``"bias"``, ``"interleaved"``, ``"unaligned"`` (what
+            descriptors cannot read), joined by ``+``.
     """
 
     device: str
@@ -96,16 +100,19 @@ class Choices:
         except (OSError, ValueError):
             return {}
         entries = entries if isinstance(entries, dict) else {}
-        return {key: entry for key, entry in entries.items() if isinstance(entry, dict) and "choice" in entry}
+        return {key: entry for key, entry in entries.items() if _is_choice(key, entry)}
 
     def get(self, problem: Problem) -> str | None:
         """The way that was fastest, or None where that was not measured."""
         entry = self._entries.get(problem.key())
         return entry["choice"] if entry else None
 
-    def put(self, problem: Problem, times: dict[str, float]) -> str:
-        """Remember the fastest of ``times`` (milliseconds); a file that cannot be written only warns."""
-        choice = min(times, key=times.get)
+    def put(self, problem: Problem, times: dict[str, float], choice: str | None = None) -> str:
+        """Remember ``choice`` (None: the fastest) of ``times`` in milliseconds.
+
+        A file that cannot be written only warns.
+        """
+        choice = choice or min(times, key=times.get)
         with self._lock:
             entry = {"choice": choice, "milliseconds": times}
             # Another process may have written since: keep its entries.
@@ -120,6 +127,22 @@ class Choices:
     def rows(self) -> list[dict]:
         """One dictionary a choice: the problem's fields, ``choice`` and ``milliseconds``."""
         return [{**json.loads(key), **entry} for key, entry in self._entries.items()]
+
+
+def _is_choice(key: str, entry: object) -> bool:
+    """Whether an entry of a file is one that :meth:`Choices.put` writes: others are as if they were not there."""
+    try:
+        problem = json.loads(key)
+    except ValueError:
+        return False
+    return (
+        isinstance(problem, dict)
+        and problem.keys() == {field.name for field in fields(Problem)}
+        and isinstance(entry, dict)
+        and isinstance(entry.get("choice"), str)
+        and isinstance(entry.get("milliseconds"), dict)
+        and all(isinstance(time, int | float) for time in entry["milliseconds"].values())
+    )
 
 
 _CHOICES: Choices | None = None
@@ -163,11 +186,31 @@ def choose(problem: Problem, ways: dict[str, Callable[[], object]], timer: timin
         known = choices().get(problem)
         if known in ways:
             return known
-        return choices().put(problem, measure(ways, timer or timing.timer("cuda", cold=True)))
+        times = measure(ways, timer or timing.timer("cuda", cold=True, queued=True))
+        medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+        return choices().put(problem, medians, fastest(times))
 
 
-def measure(ways: dict[str, Callable[[], object]], timer: timing.Timer) -> dict[str, float]:
-    """Median milliseconds of each way that runs, forwards and backwards in turn.
+def fastest(times: dict[str, list[float]]) -> str:
+    """The name with the least time; :data:`DEFAULT` unless that is below its by twice what is uncertain, so that
+    processes agree.
+
+    Args:
+        times: one time a round for each name. What slows a round down leaves its ratios.
+    """
+    ratios = {
+        name: [a / b for a, b in zip(seconds, times[DEFAULT], strict=True)] for name, seconds in times.items()
+    }
+    surely = {
+        name: statistics.median(values)
+        for name, values in ratios.items()
+        if statistics.median(values) * (1 + 2 * timing.uncertainty(values)) < 1
+    }
+    return min(surely, key=surely.get, default=DEFAULT)
+
+
+def measure(ways: dict[str, Callable[[], object]], timer: timing.Timer) -> dict[str, list[float]]:
+    """Seconds of each way that runs, one a round, forwards and backwards in turn.
 
     A way that fails (too little memory, a kernel that does not compile here) is left out with a warning;
     :data:`DEFAULT` may not fail.
@@ -181,5 +224,6 @@ def measure(ways: dict[str, Callable[[], object]], timer: timing.Timer) -> dict[
             if name == DEFAULT:
                 raise
             warnings.warn(f"rope_dist does without {name!r} here: {error}", stacklevel=2)
-    times = timing.sample(running, timer, least=ROUNDS, most=ROUNDS)
-    return {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    return timing.sample(
+        running, timer, least=LEAST_ROUNDS, most=MOST_ROUNDS, seconds=SECONDS, tolerance=TOLERANCE
+    )

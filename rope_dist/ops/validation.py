@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch.autograd import forward_ad
 
 
 def heads(q: torch.Tensor, k: torch.Tensor | None) -> None:
     """``q`` and ``k`` are ``[B, S, heads, D]`` of one shape (but for the heads), dtype and device."""
     if k is None:
         if q.ndim != 4:
-            raise ValueError(f"x must be [B, S, heads, D], got {list(q.shape)}")
+            raise ValueError(f"the heads must be [B, S, heads, D], got {list(q.shape)}")
     elif q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q and k must be [B, S, heads, D] with one B, S and D, got {list(q.shape)} and {list(k.shape)}"
         )
     if not q.dtype.is_floating_point or (k is not None and q.dtype != k.dtype):
-        raise ValueError(
-            f"q and k must have one floating dtype, got {q.dtype} and {k.dtype if k is not None else None}"
-        )
+        given = f"{q.dtype}" if k is None else f"{q.dtype} and {k.dtype}"
+        raise ValueError(f"q and k must have one floating dtype, got {given}")
     if k is not None and q.device != k.device:
         raise ValueError(f"q and k must be on one device, got {q.device} and {k.device}")
 
 
 def biases(
-    q: torch.Tensor, k: torch.Tensor, q_bias: torch.Tensor | None, k_bias: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor | None, q_bias: torch.Tensor | None, k_bias: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
     """Those of ``q_bias`` and ``k_bias`` that are given: ``[heads * D]``, of the dtype and device of ``q``."""
     given = {}
     for name, bias, x in (("q_bias", q_bias, q), ("k_bias", k_bias, k)):
         if bias is None:
             continue
+        if x is None:
+            raise ValueError(f"{name} without {name[0]}")
         size = x.shape[2] * x.shape[3]
         if bias.shape != (size,) or bias.dtype != x.dtype or bias.device != x.device:
             raise ValueError(
@@ -40,8 +44,19 @@ def biases(
     return given
 
 
-def tables(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, rows: int | None) -> None:
-    """``cos`` and ``sin`` are ``[B or 1, rows, R/2]`` constants that fit ``q``; ``rows`` None: any number."""
+def tables(
+    q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, rows: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``cos`` and ``sin`` are ``[B or 1, rows, R/2]`` or ``[rows, R/2]`` constants that fit ``q``.
+
+    Args:
+        rows: None: any number.
+
+    Returns:
+        Both with three axes.
+    """
+    if cos.ndim == sin.ndim == 2:
+        cos, sin = cos[None], sin[None]
     if (
         cos.shape != sin.shape
         or cos.ndim != 3
@@ -49,18 +64,23 @@ def tables(q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, rows: int |
         or (rows is not None and cos.shape[1] != rows)
     ):
         raise ValueError(
-            f"cos and sin must be [B or 1, S, R/2] for q {list(q.shape)}, got {list(cos.shape)} and {list(sin.shape)}"
+            f"cos and sin must be [B or 1, S, R/2] or [S, R/2] for q {list(q.shape)}, got {list(cos.shape)} and "
+            f"{list(sin.shape)}"
         )
     if 2 * cos.shape[2] > q.shape[3]:
-        raise ValueError(f"the tables rotate {2 * cos.shape[2]} dimensions, the heads have {q.shape[3]}")
+        raise ValueError(
+            f"the tables rotate {2 * cos.shape[2]} dimensions, the heads have {q.shape[3]}: of tables [S, R] that "
+            "have each value twice (Hugging Face's) give the first half"
+        )
     if cos.dtype != sin.dtype or not cos.dtype.is_floating_point:
         raise ValueError(f"cos and sin must have one floating dtype, got {cos.dtype} and {sin.dtype}")
     if not q.device == cos.device == sin.device:
         raise ValueError(
             f"q, cos and sin must be on one device, got {q.device}, {cos.device} and {sin.device}"
         )
-    if cos.requires_grad or sin.requires_grad:
+    if cos.requires_grad or sin.requires_grad or _has_tangent(cos) or _has_tangent(sin):
         raise ValueError("cos and sin are constants of the rotation: detach them, no gradient reaches them")
+    return cos, sin
 
 
 def frequencies(inv_freq: torch.Tensor, head_dim: int, device: torch.device) -> None:
@@ -73,7 +93,7 @@ def frequencies(inv_freq: torch.Tensor, head_dim: int, device: torch.device) -> 
         )
     if 2 * inv_freq.shape[-1] > head_dim:
         raise ValueError(f"inv_freq rotates {2 * inv_freq.shape[-1]} dimensions, the heads have {head_dim}")
-    if inv_freq.requires_grad:
+    if inv_freq.requires_grad or _has_tangent(inv_freq):
         raise ValueError("inv_freq is a constant of the rotation: detach it, no gradient reaches it")
     if inv_freq.device != device:
         raise ValueError(f"inv_freq must be on {device}, got {inv_freq.device}")
@@ -92,25 +112,122 @@ def integers(values: torch.Tensor, name: str, device: torch.device) -> None:
         raise ValueError(f"{name} must be int32 or int64, got {values.dtype}")
     if values.device != device:
         raise ValueError(f"{name} must be on {device}, got {values.device}")
-    if (
-        values.dtype == torch.int64
-        and device.type == "cpu"
-        and values.numel() > 0
-        and not torch.compiler.is_compiling()
-    ):
+    if values.dtype == torch.int64 and values.numel() > 0 and _readable(device):
         low, high = (int(x) for x in values.aminmax())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"{name} must be within int32, got values from {low} to {high}")
 
 
-def bounds(cu_seqlens: torch.Tensor, device: torch.device) -> None:
-    """``cu_seqlens`` is ``[sequences + 1]`` integers with at least one sequence."""
+def bounds(cu_seqlens: torch.Tensor, tokens: int, device: torch.device) -> None:
+    """``cu_seqlens`` is ``[sequences + 1]`` integers, at least two; on a CPU: none below the one before it, and
+    within the ``tokens``."""
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must be [sequences + 1], got {list(cu_seqlens.shape)}")
     integers(cu_seqlens, "cu_seqlens", device)
+    if _readable(device) and not (
+        cu_seqlens[0] >= 0 and cu_seqlens[-1] <= tokens and (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    ):
+        raise ValueError(
+            f"cu_seqlens must not decrease and be within 0 and {tokens} tokens, got {cu_seqlens.tolist()}"
+        )
 
 
-def writable(x: torch.Tensor, name: str) -> None:
-    """``x`` can be changed in place: no two of its elements share memory."""
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        raise ValueError(f"{name} is expanded (strides {list(x.stride())}): it cannot be rotated in place")
+def writable(*tensors: torch.Tensor | None, names: tuple[str, ...] = ("q", "k")) -> None:
+    """Tensors can be changed in place: no two elements, of one or of two of them, share memory."""
+    present = [(x, name) for x, name in zip(tensors, names, strict=False) if x is not None]
+    for x, name in present:
+        if not x.is_contiguous() and _overlaps_itself(x):
+            raise ValueError(
+                f"{name} is expanded or its elements share memory (strides {list(x.stride())}): it cannot be "
+                "rotated in place"
+            )
+    if len(present) == 2:
+        (a, first), (b, second) = present
+        if a is b or _share_elements(a, b):
+            raise ValueError(
+                f"{first} and {second} share memory: in place it would be rotated twice (give one tensor with "
+                f"{second}=None, or inplace=False)"
+            )
+
+
+def changeable(x: torch.Tensor, name: str) -> None:
+    """Autograd can follow a change of ``x``: it is no leaf, and no view that it does not know how to write to."""
+    is_view = x._is_view()
+    base = x._base if is_view else x
+    if base.requires_grad and base.is_leaf:
+        raise ValueError(
+            f"{name} is a leaf that requires a gradient, or a view of one: autograd does not let it be changed in "
+            "place. Rotate it with inplace=False"
+        )
+    if is_view and torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT:
+        raise ValueError(
+            f"{name} is one of several views that one call made (unbind, split, chunk), or was made without "
+            "gradients: autograd does not follow a change of it. Take it by an index or narrow(), or rotate it with "
+            "inplace=False"
+        )
+
+
+def _readable(device: torch.device) -> bool:
+    """Whether values can be looked at: they are on a CPU, and neither traced nor batched by ``torch.func.vmap``."""
+    return (
+        device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _overlaps_itself(x: torch.Tensor) -> bool:
+    """Whether one axis steps into what the axes with smaller strides reach. Views of memory that is whole never do."""
+    if x.numel() == 0:
+        return False
+    if torch.compiler.is_compiling():
+        return any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def _share_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False  # such tensors have no storage
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or a.numel() == 0 or b.numel() == 0:
+        return False
+    axes = (
+        *zip(a.stride(), a.shape, strict=True),
+        *((-s, n) for s, n in zip(b.stride(), b.shape, strict=True)),
+    )
+    return _is_reached(b.storage_offset() - a.storage_offset(), axes)
+
+
+@functools.lru_cache(1024)
+def _is_reached(distance: int, axes: tuple[tuple[int, int], ...]) -> bool:
+    """Whether ``distance`` is a sum of ``i * stride`` with ``0 <= i < size`` of each of ``axes`` (stride, size).
+
+    Axes of one stride are one axis from -size to size; the largest first leaves at most a few indices to try.
+    """
+    spans: dict[int, tuple[int, int]] = {}
+    for stride, size in axes:
+        low, high = spans.get(abs(stride), (0, 0))
+        spans[abs(stride)] = (low - (size - 1), high) if stride < 0 else (low, high + size - 1)
+    steps = sorted((stride, *span) for stride, span in spans.items() if span != (0, 0))
+
+    def reached(left: int, count: int) -> bool:
+        if count == 0:
+            return left == 0
+        stride, low, high = steps[count - 1]
+        down = sum(s * n for s, n, _ in steps[: count - 1])
+        up = sum(s * n for s, _, n in steps[: count - 1])
+        first, last = max(low, -((up - left) // stride)), min(high, (left - down) // stride)
+        return any(reached(left - stride * i, count - 1) for i in range(first, last + 1))
+
+    return reached(distance, len(steps))

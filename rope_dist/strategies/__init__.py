@@ -12,6 +12,7 @@ it turns at ``theta_i / f_i`` radians a token after the extension. ``s`` is alwa
 from __future__ import annotations
 
 from ..defaults import DEFAULT_STRATEGY
+from ..messages import unknown
 from .auto import auto
 from .base import (
     MAX_LENGTH,
@@ -72,7 +73,7 @@ __all__ = [
 
 
 def get_strategy(name: str) -> Strategy:
-    """The strategy of that name; ``ValueError`` naming the known ones otherwise."""
+    """The strategy of that name; ``ValueError`` with the nearest and all known ones otherwise."""
     if not isinstance(name, str) or name not in STRATEGIES:
-        raise ValueError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}")
+        raise ValueError(unknown("strategy", name, STRATEGIES))
     return STRATEGIES[name]

@@ -20,19 +20,34 @@ if HAS_TRITON and not torch.cuda.is_available():
     interpreter.install()
 
 
+@pytest.fixture(autouse=True)
+def own_choices(tmp_path, monkeypatch):
+    """No choice of these tests, whose times may be invented, is kept where real ones are."""
+    monkeypatch.setenv("ROPE_DIST_CACHE", str(tmp_path / "choices"))
+    monkeypatch.delenv("ROPE_DIST_PATH", raising=False)
+    monkeypatch.delenv("ROPE_DIST_TUNE", raising=False)
+    from rope_dist.ops import dispatch_projection
+
+    monkeypatch.setattr(dispatch_projection, "_CHOSEN", {})
+
+
 @pytest.fixture
 def device() -> torch.device:
     """Where the kernels run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["reference", "triton"])
-def backend(request):
+@pytest.fixture(params=["reference", "native", "triton"])
+def backend(request, device):
     """Run the test on each backend that is installed."""
     from rope_dist import ops
+    from rope_dist.ops import native
 
     if request.param == "triton" and not HAS_TRITON:
         pytest.skip("Triton is not installed")
+    missing = native.unavailable(torch.empty(0, device=device)) if request.param == "native" else None
+    if missing is not None:
+        pytest.skip(f"no native library: {missing}")
     with ops.use_backend(request.param):
         yield request.param
 

@@ -88,6 +88,23 @@ def test_writes_the_cache_by_slot(backend, device, dtype, tokens):
         assert torch.equal(cache[untouched], old[untouched])
 
 
+def test_rows_past_two_to_the_31(triton_backend, device):
+    """The last token of each of several long prompts, as a view: only the touched pages exist."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB")
+    torch.manual_seed(9)
+    x, weights, biases = problem(device, torch.float16, batch=9, length=1, depth=64, heads=(2, 1, 1))
+    memory = torch.empty(8 * 2**28 + 64, dtype=torch.float16, device=device)
+    far = memory.as_strided((9, 1, 64), (2**28, 64, 1))
+    far.copy_(x)
+    inv_freq, positions = frequencies(64).to(device), torch.full((9, 1), 77, device=device)
+    want = exact_projection(x, weights, biases, *exact_tables(inv_freq, positions), 64)
+    for path in ("decode", "pointers"):
+        out = ops.qkv_rotary(far, *weights, head_dim=64, inv_freq=inv_freq, position_ids=positions, path=path)
+        for actual, expected in zip(out, want, strict=True):
+            assert_rounded(actual, expected, few=4, share=SHARE[torch.float16], slack=SLACK)
+
+
 def test_compiles_whole_and_keeps_its_contract(device):
     x, weights, _ = problem(device, torch.float32, batch=2, length=1, depth=16, heads=(2, 1, 1), dim=16)
     words = ops.turns(frequencies(16).to(device))

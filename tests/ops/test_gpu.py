@@ -14,11 +14,6 @@ from .test_projection import problem
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ROPE_DIST_CACHE", str(tmp_path))
-
-
 def calls(device) -> dict:
     """One call of every operator, by name, on its own tensors."""
     x, weights, _ = problem(device, torch.bfloat16, length=200, depth=256, heads=(8, 2, 2), dim=128)
@@ -79,7 +74,6 @@ def test_does_not_wait_for_the_device(device, name):
 
 def test_the_first_call_measures_and_the_next_does_not(device, monkeypatch):
     call = calls(device)["qkv_rotary"]
-    monkeypatch.setattr("rope_dist.ops.dispatch_projection._CHOSEN", {})
     call()
     (row,) = tuning.choices().rows()
     assert set(row["milliseconds"]) >= {"separate", row["choice"]}

@@ -19,11 +19,6 @@ from rope_dist import ops
 from rope_dist.evaluation.models import cache_option
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ROPE_DIST_CACHE", str(tmp_path / "choices"))
-
-
 @pytest.fixture
 def exact(device):
     """A small LLaMA in float64: what the same model in bfloat16 is off by is rounding."""

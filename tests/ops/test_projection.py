@@ -14,9 +14,13 @@ from .helpers import assert_rounded, exact, exact_tables, frequencies
 PATHS = ("separate", "descriptors", "pointers")
 
 # Sum, bias and rotation are four float32 roundings; float16 is 8 times finer than bfloat16 beside them.
-SHARE = {torch.bfloat16: 2e-4, torch.float16: 5e-4}
-# Tensor cores truncate where they align the terms of a sum; the interpreter sums exactly.
-SLACK = 4.0 if torch.cuda.is_available() else 1.0
+SHARE, SLACK = {torch.bfloat16: 2e-4, torch.float16: 5e-4}, 1.0
+# A GPU's tensor cores truncate where they align the terms of a sum, and the sine and cosine of its special function
+# unit are right to 2^-20.5; the interpreter sums exactly and takes the polynomial.
+SINE_ERROR = 2.0**-20.5
+GPU_SHARE, GPU_SLACK = {torch.bfloat16: 4e-4, torch.float16: 1.75e-3}, 4.0
+if torch.cuda.is_available():
+    SHARE, SLACK = GPU_SHARE, GPU_SLACK
 
 
 def problem(device, dtype, *, batch=1, length=5, depth=64, heads=(4, 2, 2), dim=64, bias=False):
@@ -97,6 +101,24 @@ def test_rounding_differs_in_few_elements(triton_backend, device, dtype, path):
     out = ops.qkv_rotary(x, *weights, head_dim=128, inv_freq=inv_freq, position_ids=positions, path=path)
     want = exact_projection(x, weights, biases, *exact_tables(inv_freq, positions), 128)
     assert_rounded(torch.cat(out, 2), torch.cat(want, 2), few=0, share=SHARE[dtype], slack=SLACK)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_tolerance_on_a_gpu_is_that_of_its_instructions(dtype):
+    """It takes the largest error that is documented for sine and cosine, and not four times as much."""
+    torch.manual_seed(2)
+    x = torch.randn(1, 600, 16, 128, dtype=torch.float64)
+    positions = torch.randint(0, 1_000_001, (1, 600))
+    tables = exact_tables(frequencies(128), positions)
+    want = exact(x, *tables)
+
+    def check(error):
+        cos, sin = (t + error * (torch.randint(0, 2, t.shape) * 2 - 1) for t in tables)
+        assert_rounded(exact(x, cos, sin).to(dtype), want, few=4, share=GPU_SHARE[dtype], slack=GPU_SLACK)
+
+    check(SINE_ERROR)
+    with pytest.raises(AssertionError):
+        check(4 * SINE_ERROR)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -183,6 +205,70 @@ def test_packed_and_strided_inputs(triton_backend, device):
         out = ops.qkv_rotary(x, *weights, head_dim=64, inv_freq=inv_freq, position_ids=positions, path=path)
         for actual, expected in zip(out, want, strict=True):
             assert_rounded(actual, expected[0], share=SHARE[torch.float16], slack=SLACK)
+
+
+@pytest.mark.parametrize("path", [*PATHS, "decode"])
+def test_an_infinity_stays_where_nothing_rotates(triton_backend, device, path):
+    """In what of a head passes through, and in the values: turned by nothing its partner would be NaN."""
+    if path not in ("separate", "decode", *possible_paths(device)):
+        pytest.skip("this GPU has no descriptors")
+    torch.manual_seed(11)
+    x, weights, biases = problem(device, torch.float16, length=3, depth=64, heads=(2, 1, 1), bias=True)
+    biases[0][40] = biases[1][63] = biases[2][5] = float("inf")
+    inv_freq = frequencies(32).to(device)
+    out = ops.qkv_rotary(x, *weights, *biases, head_dim=64, inv_freq=inv_freq, path=path)
+    want = exact_projection(
+        x, weights, biases, *exact_tables(inv_freq, torch.arange(3, device=device)[None]), 64
+    )
+    for actual, expected in zip(out, want, strict=True):
+        finite = expected.isfinite()
+        assert (~finite).sum() == 3
+        assert torch.equal(actual.isfinite(), finite)
+        tolerance = 4e-3
+        torch.testing.assert_close(actual.double()[finite], expected[finite], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("path", ["auto", *PATHS, "decode"])
+def test_tables_at_any_address(triton_backend, device, path):
+    if path not in ("auto", "separate", "decode", *possible_paths(device)):
+        pytest.skip("this GPU has no descriptors")
+    x, weights, _ = problem(device, torch.bfloat16, length=4, depth=32, heads=(1, 1, 1))
+    positions = torch.arange(4, device=device)[None]
+    flat = torch.empty(2, 1 + 4 * 32, device=device)[:, 1:].unflatten(1, (1, 4, 32))
+    for table, values in zip(flat, exact_tables(frequencies(64).to(device), positions), strict=True):
+        assert table.data_ptr() % 16
+        table.copy_(values)
+    got = ops.qkv_rotary(x, *weights, head_dim=64, cos=flat[0], sin=flat[1], path=path)
+    want = ops.qkv_rotary(x, *weights, head_dim=64, cos=flat[0].clone(), sin=flat[1].clone(), path=path)
+    for actual, expected in zip(got, want, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("inside", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", ["auto", "separate"])
+def test_autocast_changes_neither_type_nor_values(backend, device, dtype, inside, path):
+    """Eager, compiled, gradients: an operator computes in the type of its operands."""
+    torch.manual_seed(12)
+    x, weights, biases = problem(device, dtype, depth=32, heads=(2, 1, 1), dim=16, bias=True)
+    leaves = [t.requires_grad_() for t in (x, *weights, *biases)]
+    angles = {"head_dim": 16, "inv_freq": ops.turns(frequencies(16).to(device)), "path": path}
+
+    def step():
+        out = ops.qkv_rotary(*leaves, **angles)
+        return out, torch.autograd.grad([y.float().sin().sum() for y in out], leaves)
+
+    want = step()
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda *leaves: ops.qkv_rotary(*leaves, **angles), fullgraph=True, backend="aot_eager"
+    )
+    with torch.autocast(device.type, inside):
+        got = step()
+        traced = compiled(*leaves)
+    for actual, expected in zip((*got[0], *got[1], *traced), (*want[0], *want[1], *want[0]), strict=True):
+        assert actual.dtype == dtype
+        assert torch.equal(actual, expected)
 
 
 def test_nothing_in_nothing_out(backend, device):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -129,6 +131,103 @@ def test_packed_sequences_count_from_their_own_start(backend, device, lengths):
         assert_rounded(out[1], exact(k[None], *tables)[0])
 
 
+OUTSIDE = [([2, 5, 10], None), ([0, 4, 4, 9], None), ([3, 3, 7], [5, 2]), ([0, 12], None), ([12, 12], None)]
+
+
+@pytest.mark.parametrize(("bounds", "offsets"), OUTSIDE)
+@pytest.mark.parametrize("form", ["positions", "table", "positions and bias"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_tokens_of_no_sequence_pass_through(backend, device, bounds, offsets, form, interleaved, inplace):
+    """Also those that are infinite: turned by nothing, they would make their partners NaN."""
+    torch.manual_seed(4)
+    x = torch.randn(12, 3, 20, device=device).bfloat16()
+    within = torch.zeros(12, dtype=torch.bool, device=device)
+    positions = torch.zeros(1, 12, dtype=torch.long, device=device)
+    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
+        within[start:end] = True
+        first = offsets[index] if offsets and form == "table" else 0
+        positions[0, start:end] = torch.arange(end - start, device=device) + first
+    x[~within, 0, 5] = float("inf")
+    cos, sin = exact_tables(frequencies(16).to(device), positions)
+    cu_seqlens = torch.tensor(bounds, device=device, dtype=torch.int32)
+    bias = torch.randn(60, device=device).bfloat16() if "bias" in form else None
+    biased = x.double() + (bias.double().view(3, 20) if bias is not None else 0)
+    want = exact(biased[None], cos, sin, interleaved=interleaved)[0]
+    want[~within] = biased[~within]
+    options = {"cu_seqlens": cu_seqlens, "interleaved": interleaved, "inplace": inplace}
+    if form == "table":
+        tables = [
+            t.float()[0]
+            for t in exact_tables(frequencies(16).to(device), torch.arange(12, device=device)[None])
+        ]
+        starts = torch.tensor(offsets, device=device) if offsets else 0
+        out = ops.apply_rotary_emb(x, *tables, seqlen_offsets=starts, **options)
+    else:
+        out, _ = ops.rotary_at(x, None, frequencies(16).to(device), q_bias=bias, **options)
+    finite = want.isfinite()
+    assert torch.equal(out[~finite], want[~finite].bfloat16())
+    assert_rounded(out[finite], want[finite])
+
+
+@pytest.mark.parametrize("bounds", [[0, 7, 4, 10], [-1, 10], [0, 11], [5, 0]])
+def test_bounds_that_are_no_bounds(backend, bounds):
+    x, bounds = torch.zeros(10, 2, 8), torch.tensor(bounds)
+    for call in (
+        lambda: ops.rotary_at(x, x, torch.ones(4), cu_seqlens=bounds),
+        lambda: ops.apply_rotary_emb(x, torch.ones(10, 4), torch.ones(10, 4), cu_seqlens=bounds),
+    ):
+        with pytest.raises(ValueError, match="must not decrease and be within 0 and 10 tokens, got"):
+            call()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_past_the_table_or_the_rotated_columns_passes_through(
+    backend, device, dtype, interleaved, inplace
+):
+    x = torch.randn(2, 7, 3, 24, device=device).to(dtype)
+    x[0, 1, 0, 20] = x[1, 6, 1, 3] = x[1, 5, 2, 22] = float("inf")
+    cos, sin = (
+        t.float()[0] for t in exact_tables(frequencies(16).to(device), torch.arange(4, device=device)[None])
+    )
+    want = x.clone()
+    want[:, :4] = exact(x[:, :4], cos[None], sin[None], interleaved=interleaved)
+    given = x.clone()
+    out = ops.apply_rotary_emb(
+        given,
+        cos,
+        sin,
+        interleaved=interleaved,
+        inplace=inplace,
+        seqlen_offsets=torch.zeros(2, dtype=torch.int32, device=device),
+    )
+    assert torch.equal(out[:, 4:], x[:, 4:])
+    assert torch.equal(out[..., 16:], x[..., 16:])
+    assert_rounded(out[:, :4, :, :16], exact(x[:, :4, :, :16], cos[None], sin[None], interleaved=interleaved))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_tables_of_two_axes(backend, device, inplace):
+    q, k = (torch.randn(2, 5, h, 16, device=device) for h in (3, 1))
+    cos, sin = (
+        t.float() for t in exact_tables(frequencies(16).to(device), torch.arange(5, device=device)[None])
+    )
+    want = [exact(x, cos, sin) for x in (q, k)]
+    for x, y in zip(ops.rotary(q, k, cos[0], sin[0], inplace=inplace), want, strict=True):
+        assert_rounded(x, y)
+    x, w = torch.randn(5, 8, device=device), torch.randn(32, 8, device=device)
+    for a, b in zip(
+        ops.qkv_rotary(x, w, w, w, head_dim=16, cos=cos[0], sin=sin[0]),
+        ops.qkv_rotary(x, w, w, w, head_dim=16, cos=cos, sin=sin),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="give the first half"):
+        ops.rotary(q, k, *(torch.cat((t, t), -1)[0] for t in (cos, sin)))
+
+
 def test_float64_keeps_its_precision(backend):
     q = torch.randn(1, 3, 2, 8, dtype=torch.float64)
     inv_freq = frequencies(8)
@@ -156,9 +255,9 @@ def test_no_pairs_to_rotate(backend, device):
 def test_elements_past_two_to_the_31(triton_backend, device):
     """Heads so far apart that a 32-bit offset would land elsewhere; only the touched pages exist."""
     apart = 2**31 + 64
-    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 5 * 2**30:
-        pytest.skip("needs 5 GiB")
-    memory = torch.empty(apart + 2 * 64, dtype=torch.float16, device=device)
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 7 * 2**30:
+        pytest.skip("needs 7 GiB")
+    memory = torch.empty(3 * 2**30 + 64, dtype=torch.float16, device=device)
     for axis in range(3):
         shape, strides = [1, 1, 1, 64], [64, 64, 64, 1]
         shape[axis], strides[axis] = 2, apart
@@ -170,4 +269,18 @@ def test_elements_past_two_to_the_31(triton_backend, device):
         want = exact(values, *exact_tables(inv_freq, positions))
         assert_rounded(ops.rotary_at(q, values.clone(), inv_freq, positions)[0], want)
         ops.rotary_at(q, values.clone(), inv_freq, positions, inplace=True)
+        assert_rounded(q.clone(), want)
+    # Dimensions outermost: no stride, but three of them, are past it. Pairs, and what passes through.
+    q = memory.as_strided((1, 1, 2, 4), (64, 64, 1, 2**30))
+    for rotary_dim, interleaved in itertools.product((4, 2), (False, True)):
+        values = torch.randn(q.shape, device=device).half()
+        q.copy_(values)
+        inv_freq = frequencies(rotary_dim).to(device)
+        positions = torch.full((1, 1), 123, device=device)
+        want = exact(values, *exact_tables(inv_freq, positions), interleaved=interleaved)
+        options = {"interleaved": interleaved}
+        assert_rounded(ops.rotary_at(q, values.clone(), inv_freq, positions, **options)[0], want)
+        ops.rotary_at(
+            q, None, inv_freq, positions, inplace=True, q_bias=torch.zeros(8, device=device).half(), **options
+        )
         assert_rounded(q.clone(), want)

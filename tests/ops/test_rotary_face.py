@@ -89,13 +89,34 @@ def test_operators_keep_their_contracts(backend, device):
     torch.library.opcheck(torch.ops.rope_dist.rotate_, (q.detach(), k, None, None, words, positions))
 
 
-@pytest.mark.parametrize("axis", [1, 2])
-def test_hugging_face_drop_in(backend, device, axis):
+# Axes of q, the shape of the tables, and where those get the axis of the heads.
+HUGGING_FACE = [
+    ("BHSD", "BSR", 1),
+    ("BSHD", "BSR", 2),
+    ("BHSD", "BSR", -3),
+    ("BSHD", "BSR", -2),
+    ("BHSD", "SR", 0),  # Pixtral
+    ("BSHD", "SR", 1),
+    ("HSD", "SR", 0),
+    ("SHD", "SR", 1),
+    ("SHD", "SR", -2),  # the vision towers of Qwen
+]
+
+
+@pytest.mark.parametrize(("axes", "table", "axis"), HUGGING_FACE)
+@pytest.mark.parametrize(
+    "heads", [(4, 2), (5, 5)]
+)  # as many as there are tokens: only the axis tells them apart
+def test_hugging_face_drop_in(backend, device, axes, table, axis, heads):
     stock = pytest.importorskip("transformers.models.llama.modeling_llama").apply_rotary_pos_emb
-    q, k, inv_freq, positions = problem(device)
-    cos, sin = (torch.cat((x, x), -1).float() for x in exact_tables(inv_freq, positions))
-    if axis == 1:
-        q, k = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
+    torch.manual_seed(1)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [9, 99, 999, 9_999, 999_999]], device=device)
+    cos, sin = (torch.cat((x, x), -1).float() for x in exact_tables(frequencies(64).to(device), positions))
+    q, k = (
+        torch.randn(*({"B": 2, "S": 5, "H": n, "D": 64}[name] for name in axes), device=device) for n in heads
+    )
+    if table == "SR":
+        cos, sin = cos[1], sin[1]
     for x in (q, k):
         x.requires_grad_()
     got = ops.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=axis)
@@ -185,6 +206,8 @@ def test_mistakes_in_the_other_forms():
         ops.apply_rotary_pos_emb(q[0], q[0], table, table)
     with pytest.raises(ValueError, match="unsqueeze_dim"):
         ops.apply_rotary_pos_emb(q, q, table, table, unsqueeze_dim=3)
+    with pytest.raises(ValueError, match=r"must be 0 .* or 1 .* for cos \[5, 32\], got 2"):
+        ops.apply_rotary_pos_emb(q, q, table[0], table[0], unsqueeze_dim=2)
     with pytest.raises(ValueError, match="rows"):
         ops.apply_rotary_emb(q, table[0], table[0], seqlen_offsets=1)
     with pytest.raises(ValueError, match="seqlen_offsets must be"):

@@ -1,0 +1,258 @@
+"""Types of argument values: what is wrong is reported while the arguments are parsed, before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .. import defaults
+from ..defaults import PACKAGED_MODEL_NAMES, PRESETS, STRATEGY_NAMES, STRATEGY_SETTINGS, THRESHOLD_NAMES
+from ..messages import one_line, unknown
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of whole numbers of at least ``least``."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if value < least:
+            raise ArgumentTypeError(f"must be at least {least}, got {text}")
+        if value >= 2**63:
+            raise ArgumentTypeError(f"must be below 2^63, got {text}")
+        return value
+
+    return number
+
+
+tokens = whole(2)
+
+
+def even(text: str) -> int:
+    value = whole(2)(text)
+    if value % 2:
+        raise ArgumentTypeError(f"must be even (a rotary pair has two dimensions), got {text}")
+    return value
+
+
+def real(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    value = real(text)
+    if value <= 0:
+        raise ArgumentTypeError(f"must be above 0, got {text}")
+    return value
+
+
+def scaling_factor(text: str) -> float:
+    value = real(text)
+    if value < 1:
+        raise ArgumentTypeError(f"must be at least 1 (the length is only extended), got {text}")
+    return value
+
+
+def theta(text: str) -> float:
+    value = real(text)
+    if value <= 1:
+        raise ArgumentTypeError(f"must be above 1, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    value = real(text)
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return value
+
+
+def threshold(text: str) -> float | str:
+    if text in THRESHOLD_NAMES:
+        return text
+    try:
+        value = real(text)
+    except ArgumentTypeError:
+        value = -1.0
+    if value < 0:
+        raise ArgumentTypeError(
+            f"must be a number of at least 0, or {', '.join(THRESHOLD_NAMES)}, got {text!r}"
+        )
+    return value
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+def strategy(text: str) -> str:
+    if text not in STRATEGY_NAMES:
+        raise ArgumentTypeError(unknown("strategy", text, STRATEGY_NAMES))
+    return text
+
+
+def stock_or_strategy(text: str) -> str:
+    if text != "stock" and text not in STRATEGY_NAMES:
+        raise ArgumentTypeError(unknown("strategy", text, ("stock", *STRATEGY_NAMES)))
+    return text
+
+
+def variant(text: str) -> str:
+    """What ``eval`` reads with: ``stock``, a strategy with or without settings, or a plan."""
+    if text.endswith(".json"):
+        return readable_file(text)
+    name, _, settings = text.partition(":")
+    if text != "stock" and name not in STRATEGY_NAMES:
+        raise ArgumentTypeError(
+            unknown("strategy", name, ("stock", *STRATEGY_NAMES), ", or a plan (PATH.json)")
+        )
+    for part in filter(None, settings.split(",")):
+        check_setting(name, *setting(part))
+    return text
+
+
+def engine(text: str) -> str:
+    if text not in defaults.ENGINE_NAMES:
+        raise ArgumentTypeError(unknown("engine", text, defaults.ENGINE_NAMES))
+    return text
+
+
+def model(text: str) -> str:
+    """What can be planned from: a preset, a directory, a config.json or a hub id."""
+    return _model(text, PRESETS)
+
+
+def weights(text: str) -> str:
+    """What can be loaded: a packaged model, a directory or a hub id."""
+    if text in PRESETS and text not in PACKAGED_MODEL_NAMES and not _exists(text):
+        raise ArgumentTypeError(
+            f"the preset {text} has frequencies and no weights: give a directory or the hub id {PRESETS[text][0]}"
+        )
+    return _model(text, PACKAGED_MODEL_NAMES)
+
+
+def _model(text: str, names: Iterable[str]) -> str:
+    if text in names or _exists(text):
+        return text
+    if text.count("/") != 1 or text[0] in "./~" or text[-1] == "/":
+        if "/" in text:
+            raise ArgumentTypeError(f"no such file or directory: {text}")
+        # A misspelt name should not wait for the hub to say no.
+        raise ArgumentTypeError(
+            unknown(
+                "model", text, names, "; or give a directory with a config.json, or a hub id (owner/name)"
+            )
+        )
+    return text
+
+
+def device(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu|hpu|npu)(:\d{1,3})?", text):
+        raise ArgumentTypeError(f"unknown device {text!r}; known: cpu, cuda, cuda:N")
+    return text
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def readable_file(text: str) -> str:
+    try:
+        with open(text, "rb"):
+            return text
+    except (OSError, ValueError) as error:
+        raise ArgumentTypeError(f"cannot read {text}: {one_line(error)}") from None
+
+
+def corpus(text: str) -> str:
+    if text not in defaults.CORPUS_NAMES and not _exists(text):
+        raise ArgumentTypeError(unknown("text", text, defaults.CORPUS_NAMES, "; or give a text file"))
+    return text
+
+
+def output_file(text: str) -> str:
+    """A path whose folder is there."""
+    folder = Path(text).parent
+    if not text or _is_directory(text):
+        raise ArgumentTypeError(f"cannot write {text!r}: it is a directory")
+    if not _is_directory(folder):
+        raise ArgumentTypeError(f"cannot write {text}: there is no directory {folder}")
+    return text
+
+
+def _exists(text: str) -> bool:
+    try:
+        return bool(text) and Path(text).exists()
+    except (OSError, ValueError):  # longer than a name may be, a null byte
+        return False
+
+
+def _is_directory(path: str | Path) -> bool:
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+# --- settings of a strategy --------------------------------------------------------------------
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` with the value as JSON, else as text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ArgumentTypeError(f"{text!r} is not KEY=VALUE, e.g. beta_fast=16")
+    try:
+        return key.replace("-", "_"), json.loads(value)
+    except (ValueError, RecursionError):
+        return key.replace("-", "_"), value
+
+
+def check_setting(strategy_name: str, name: str, value: Any) -> None:
+    """``ArgumentTypeError`` unless the strategy has the setting ``name`` and ``value`` is of its kind."""
+    known = STRATEGY_SETTINGS[strategy_name]
+    if name not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise ArgumentTypeError(f"the strategy {strategy_name} has no setting {name!r}; {has}")
+    kind = known[name]
+    if not _KINDS[kind](value):
+        raise ArgumentTypeError(f"{name} of {strategy_name} must be {kind}, got {json.dumps(value)[:80]}")
+    if kind == defaults.NAMES:
+        for candidate in value:
+            strategy(candidate)
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return not isinstance(value, (bool, str)) and math.isfinite(value)
+    except (TypeError, OverflowError):
+        return False
+
+
+def _is_list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    defaults.NUMBER: _is_number,
+    defaults.INTEGER: lambda value: _is_number(value) and value == int(value),
+    defaults.BOOLEAN: lambda value: isinstance(value, bool),
+    defaults.NUMBERS: _is_list_of(_is_number),
+    defaults.NAMES: _is_list_of(lambda value: isinstance(value, str)),
+    defaults.THRESHOLD: lambda value: _is_number(value) or value in THRESHOLD_NAMES,
+    defaults.DIVERGENCE: lambda value: value in defaults.DIVERGENCE_NAMES,
+    defaults.DTYPE: lambda value: value in defaults.MEASURE_DTYPES,
+}

@@ -1,0 +1,298 @@
+"""The command line's arguments: help and errors come without torch, and the parsers' names are the objects'."""
+
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import rope_dist
+from rope_dist import defaults
+from rope_dist.cli import _parser
+from rope_dist.presets import PRESETS
+from rope_dist.strategies import STRATEGIES
+
+VERBS = (
+    *("plan", "compare", "export", "export hf", "export gguf", "export vllm", "verify"),
+    *("eval", "eval perplexity", "eval passkey", "eval tasks", "bench", "demo", "info"),
+)
+
+LLAMA = ("plan", "llama2-7b", "--target", "8192")
+DPROPE = (*LLAMA, "--strategy", "dprope")
+
+AT_ONCE = [
+    ((), 0, "usage: rope-dist"),
+    (("--version",), 0, f"rope-dist {rope_dist.__version__}"),
+    *(((*verb.split(), "--help"), 0, f"usage: rope-dist {verb}") for verb in VERBS),
+    (("fly",), 2, "unknown command 'fly'; known: plan, compare"),
+    (("paln",), 2, "unknown command 'paln', did you mean plan?"),
+    (("eval",), 2, "perplexity|passkey|tasks"),
+    (("eval", "tasks"), 2, "--tasks"),
+    (("eval", "passkey", "--scoring", "luck"), 2, "known: generate, decoys"),
+    (("eval", "passkey", "--depths", "1.5"), 2, "from 0 to 1"),
+    (("eval", "perplexity", "--target", "9000", "--factor", "2"), 2, "not allowed with"),
+    (("eval", "perplexity", "--strategies", "yran"), 2, "unknown strategy 'yran', did you mean yarn?"),
+    (("eval", "perplexity", "--strategies", "yarn:betafast=3"), 2, "yarn has no setting 'betafast'"),
+    (
+        ("eval", "perplexity", "--strategies", "yarn:target_length=5"),
+        2,
+        "yarn has no setting 'target_length'",
+    ),
+    (("eval", "perplexity", "--strategies", "dprope:threshold"), 2, "not KEY=VALUE"),
+    (("eval", "perplexity", "--strategies", "none.json"), 2, "cannot read none.json: No such file"),
+    (("eval", "perplexity", "--text", "pyhton"), 2, "did you mean python?"),
+    (("eval", "perplexity", "--model", "smollm-135m"), 2, "did you mean smollm2-135m?"),
+    (
+        ("eval", "perplexity", "--model", "llama2-7b"),
+        2,
+        "give a directory or the hub id meta-llama/Llama-2-7b-hf",
+    ),
+    (("plan", "llama2-7b"), 2, "--target --factor"),
+    (("plan", "llama2-7b", "--target", "8192", "--factor", "2"), 2, "not allowed with"),
+    *(
+        (("plan", "llama2-7b", "--factor", value), 2, message)
+        for value, message in {
+            "0": "at least 1",
+            "-1": "at least 1",
+            "0.5": "at least 1",
+            "nan": "finite",
+            "inf": "finite",
+            "1e400": "finite",
+            "x": "must be a number",
+            "": "must be a number",
+        }.items()
+    ),
+    *(
+        (("plan", "llama2-7b", "--target", value), 2, message)
+        for value, message in {
+            "x": "whole number",
+            "8192.5": "whole number",
+            "-8192": "at least 2",
+            "1": "at least 2",
+            "9" * 30: "below 2^63",
+            "9" * 9999: "whole number",
+        }.items()
+    ),
+    ((*LLAMA, "--strategy", "yran"), 2, "unknown strategy 'yran', did you mean yarn?"),
+    ((*LLAMA, "--strategy", "magic"), 2, "unknown strategy 'magic'; known: extrapolation"),
+    (("plan", "lama2-7b", "--target", "8192"), 2, "unknown model 'lama2-7b', did you mean llama2-7b?"),
+    (("plan", "", "--target", "8192"), 2, "unknown model ''"),
+    (("plan", "./nowhere", "--target", "8192"), 2, "no such file or directory: ./nowhere"),
+    (("plan", "a/b/c", "--target", "8192"), 2, "no such file or directory: a/b/c"),
+    (("plan", "x" * 5000, "--target", "8192"), 2, "unknown model 'xxx"),
+    (("info", "lama2-7b"), 2, "did you mean llama2-7b?"),
+    (("plan", "llama2-7b", "--theta", "3", "--target", "8192"), 2, "not both: --theta"),
+    (("plan", "--head-dim", "128", "--target", "99"), 2, "missing: --theta, --original"),
+    (("plan", "--theta", "1e4", "--head-dim", "127", "--original", "64", "--target", "99"), 2, "even"),
+    (("plan", "--theta", "1", "--head-dim", "128", "--original", "64", "--target", "99"), 2, "above 1"),
+    ((*LLAMA, "--intervals", "1"), 2, "at least 2"),
+    ((*LLAMA, "--divergence", "kl"), 2, "known: pretrained-extended"),
+    ((*DPROPE, "--threshold", "some"), 2, "paper-2x, paper-4x"),
+    ((*DPROPE, "--threshold", "-1"), 2, "at least 0"),
+    ((*DPROPE, "--threshold", "0", "--interpolated-dims", "80"), 2, "not both"),
+    ((*DPROPE, "--threshold", "0", "--set", "threshold=1"), 2, "threshold is given twice"),
+    ((*DPROPE, "--candidates", "pi", "yran"), 2, "did you mean yarn?"),
+    ((*DPROPE, "--set", 'candidates=["pi", "yran"]'), 2, "did you mean yarn?"),
+    ((*LLAMA, "--threshold", "0"), 2, "the strategy is auto: give --strategy dprope"),
+    ((*LLAMA, "--set", "threshold"), 2, "not KEY=VALUE"),
+    ((*LLAMA, "--set", "beta_fast=16"), 2, "auto has no setting 'beta_fast'; it has fast_turns"),
+    ((*LLAMA, "--strategy", "pi", "--set", "beta_fast=16"), 2, "pi has no setting 'beta_fast'; it has none"),
+    *(
+        (
+            (*LLAMA, "--strategy", "yarn", "--set", f"beta_fast={value}"),
+            2,
+            "beta_fast of yarn must be a number",
+        )
+        for value in ("abc", "null", "[1]", "true", "NaN", "1e400", "1" + "0" * 400, "{}", "", "[" * 99999)
+    ),
+    ((*LLAMA, "--strategy", "yarn", "--set", "truncate=1"), 2, "truncate of yarn must be true or false"),
+    (
+        (*LLAMA, "--strategy", "longrope", "--set", "factors=2"),
+        2,
+        "factors of longrope must be a list of numbers",
+    ),
+    ((*LLAMA, "--strategy", "longrope", "--set", "factors=[NaN]"), 2, "must be a list of numbers"),
+    *(
+        ((*LLAMA, "--strategy", strategy, "--set", f"{name}=5"), 2, message)
+        for strategy in ("yarn", "dprope")
+        for name, message in {
+            "target_length": "has no setting 'target_length'",
+            "theta": "has no setting 'theta'",
+            "rope": "has no setting 'rope'",
+            "source": "has no setting 'source'",
+            "strategy": "has no setting 'strategy'",
+            "intervals": "give --intervals",
+        }.items()
+    ),
+    ((*LLAMA, "-o", "/nowhere/plan.json"), 2, "there is no directory /nowhere"),
+    ((*LLAMA, "-o", "/"), 2, "it is a directory"),
+    (("compare", "llama2-7b"), 2, "--target"),
+    (("compare", "llama2-7b", "--target", "8192", "--strategies", "magic"), 2, "unknown strategy"),
+    (("compare", "llama2-7b", "--target", "8192", "--divergence", "kl"), 2, "pretrained-extended"),
+    (("demo", "--tokens", "1"), 2, "at least 2"),
+    (("demo", "--text", "no-such-text"), 2, "unknown text 'no-such-text'; known: python"),
+    (("demo", "--strategies", "yran"), 2, "did you mean yarn?"),
+    (("demo", "--minutes", "0"), 2, "above 0"),
+    (("demo", "--device", "xyz"), 2, "unknown device 'xyz'; known: cpu, cuda"),
+    (("demo", "--device", "meta"), 2, "unknown device 'meta'"),
+    (("bench", "--seconds", "0"), 2, "above 0"),
+    (("bench", "--tokens", "0"), 2, "at least 1"),
+    (("export", "hf", "."), 2, "--output"),
+    (("export", "hf", ".", "--factor", "2"), 2, "--output"),
+    (("export", "hf", ".", "--plan", "none.json", "-o", "x"), 2, "cannot read none.json: No such file"),
+    (("export", "hf", ".", "--plan", "/", "-o", "x"), 2, "cannot read /: Is a directory"),
+    (("export", "hf", ".", "--factor", "2", "-o", "x", "--engine", "vlm"), 2, "did you mean vllm?"),
+    (("export", "vllm", "--factor", "2"), 2, "give a MODEL to plan from"),
+    (("export", "vllm", "--plan", __file__, "--strategy", "pi"), 2, "--strategy goes with"),
+    (("verify", "x", "--plan", "none.json"), 2, "cannot read none.json: No such file"),
+]
+
+# Runs every command line of standard input in one process in which importing these packages is an error.
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torch", "transformers", "numpy", "triton", "matplotlib"):
+            raise AssertionError(f"imports {name}")
+
+sys.meta_path.insert(0, Refuse())
+from rope_dist.cli import main
+
+results = []
+for arguments in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except AssertionError as refused:
+            code, _ = None, err.write(str(refused))
+    results.append((code, out.getvalue(), err.getvalue()))
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def without_torch():
+    """(exit code, output, errors) of every command line of :data:`AT_ONCE`, run where torch cannot be imported."""
+    lines = [list(arguments) for arguments, *_ in AT_ONCE]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "index", range(len(AT_ONCE)), ids=lambda i: " ".join(AT_ONCE[i][0])[:60].strip() or "no arguments"
+)
+def test_help_and_bad_arguments_come_without_torch(without_torch, index):
+    (_, code, text), (found, out, error) = AT_ONCE[index], without_torch[index]
+    assert found == code, error
+    if code == 0:
+        assert text in out
+        assert error == ""
+    else:
+        assert text in error
+        assert error.count("\n") == 1
+        assert out == ""
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_help_has_an_example_that_parses(without_torch, verb):
+    (index,) = (i for i, line in enumerate(AT_ONCE) if line[0] == (*verb.split(), "--help"))
+    examples = re.findall(r"^  rope-dist (.*)$", without_torch[index][1], re.MULTILINE)
+    assert examples
+    for example in examples:
+        arguments = shlex.split(example)
+        assert arguments[: len(verb.split())] == verb.split()
+        # Files of the examples are not here.
+        _parser().parse_args(
+            [__file__ if a in ("plan.json", "book.txt", "./my-model") else a for a in arguments]
+        )
+
+
+def test_it_starts_at_once():
+    code = "import sys, time; t = time.perf_counter(); from rope_dist.cli import main\nmain(['plan', '--help'])\n"
+    code += "print('seconds', time.perf_counter() - t, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (
+        float(done.stderr.split()[1]) < 0.5
+    )  # 0.03 on a machine with nothing else to do; torch alone takes a second
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "stock",
+        "dprope:threshold=0,intervals=36",
+        "refined:dtype=float64",
+        "yarn:beta-fast=16",
+        "auto:slow_turns=0.5",
+    ],
+)
+def test_eval_takes_strategies_with_their_settings(variant):
+    assert _parser().parse_args(["eval", "perplexity", "--strategies", variant]).strategies == [variant]
+
+
+class TestNames:
+    """The names that the parsers have without torch are those of the objects."""
+
+    def test_strategies_and_their_settings(self):
+        assert tuple(STRATEGIES) == defaults.STRATEGY_NAMES
+        for name, function in STRATEGIES.items():
+            parameters = inspect.signature(function).parameters
+            assert set(defaults.STRATEGY_SETTINGS[name]) == set(parameters) - {"rope", "target_length"}, name
+
+    @pytest.mark.parametrize("strategy", defaults.STRATEGY_NAMES)
+    def test_every_setting_takes_its_own_default_and_kind(self, strategy):
+        from rope_dist.cli.values import check_setting
+
+        parameters = inspect.signature(STRATEGIES[strategy]).parameters
+        for name in defaults.STRATEGY_SETTINGS[strategy]:
+            default = parameters[name].default
+            if default is not None and name != "dtype":
+                check_setting(strategy, name, list(default) if isinstance(default, tuple) else default)
+
+    def test_presets(self):
+        assert {name: preset.repository for name, preset in PRESETS.items()} == {
+            name: repository for name, (repository, _) in defaults.PRESETS.items()
+        }
+
+    def test_the_measure(self):
+        from rope_dist.distribution import DEFAULT_INTERVALS, DIVERGENCES, check_dtype
+        from rope_dist.strategies import DPROPE_THRESHOLDS
+
+        assert defaults.INTERVALS == DEFAULT_INTERVALS
+        assert defaults.DIVERGENCE_NAMES == DIVERGENCES
+        assert [str(check_dtype(name)) for name in defaults.MEASURE_DTYPES] == [
+            "torch.float32",
+            "torch.float64",
+        ]
+        assert tuple(DPROPE_THRESHOLDS) == defaults.THRESHOLD_NAMES
+
+    def test_engines_texts_models_and_tasks(self):
+        from rope_dist.evaluation import CORPORA, PACKAGED_MODELS, STOCK, TASK_SETS, passkey, sweep
+        from rope_dist.export import ENGINES
+
+        assert tuple(ENGINES) == defaults.ENGINE_NAMES
+        assert tuple(CORPORA) == defaults.CORPUS_NAMES
+        assert tuple(PACKAGED_MODELS) == defaults.PACKAGED_MODEL_NAMES
+        assert tuple(TASK_SETS) == defaults.TASK_SET_NAMES
+        assert defaults.METHODS == sweep.METHODS
+        assert (defaults.SCORINGS, defaults.DEPTHS) == (passkey.SCORINGS, passkey.DEPTHS)
+        assert set(defaults.EVALUATED_STRATEGIES) <= {STOCK, *STRATEGIES}
+
+    def test_demo(self):
+        from rope_dist import demo
+
+        assert demo.STRATEGIES == defaults.DEMO_STRATEGIES
