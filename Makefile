@@ -1,5 +1,5 @@
-# make run    a real model reads past its trained length: tables and plots, five to ten minutes on two cores
-# make test   the test suite
+# make run    a real model reads past its trained length: tables and plots, four minutes on two cores
+# make test   the test suite; TESTS=... a part of it
 # make test-matrix   the tests of enabled models on the oldest and the newest versions of transformers
 # make native the C++ and CUDA libraries, where their compilers are
 # make check-native   static checks and sanitizers of the native sources
@@ -31,7 +31,7 @@ run: $(ENV) $(DEMO_ENV)
 	$(PYTHON) -m rope_dist demo
 
 test: $(ENV)
-	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 2")' 2>/dev/null)
+	$(PYTHON) -m pytest $$($(PYTHON) -c 'import xdist; print("-n 2")' 2>/dev/null) $(TESTS)
 
 # Environments of their own: nox keeps them in .nox.
 test-matrix: $(ENV)
