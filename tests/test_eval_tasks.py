@@ -95,8 +95,9 @@ class TestLocalTasks:
     @pytest.mark.usefixtures("local_only")
     def test_scores_are_those_of_the_extended_model(self, command, model_directory, tmp_path):
         options = ("--tasks", "riddles", "--strategies", "stock", "pi", "--factor", "4")
-        code, out, _ = command(*options)
+        code, out, error = command(*options)
         assert code == 0
+        assert error.count("reading takes about 1 s on this machine") == 2
         record = json.loads((tmp_path / "out" / "tasks.json").read_text())
         found = {m["what"]["variant"]: m["result"] for m in record["measurements"]}
         model, tokenizer = load_model(str(model_directory))

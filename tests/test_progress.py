@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rope_dist.demo as demo
-from rope_dist.evaluation import progress
+from rope_dist.evaluation import Record, describe, make_variants, passkey, progress, sweep
 from rope_dist.evaluation.perplexity import sliding_window_nll, token_nll
 from rope_dist.evaluation.progress import Pace, Progress, duration, measure_pace, work
 
@@ -84,6 +84,41 @@ def test_progress_ends_at_all_of_the_work(llama, ids, monkeypatch):
 )
 def test_durations_are_for_reading(seconds, text):
     assert duration(seconds) == text
+
+
+class TestAnnouncements:
+    """Commands say how long reading takes before they read; here every token takes two minutes."""
+
+    @pytest.fixture(autouse=True)
+    def slow(self, monkeypatch):
+        for module in (sweep, passkey):
+            monkeypatch.setattr(module, "measure_pace", lambda model: Pace(120.0, 0.0))
+
+    @pytest.fixture
+    def record(self, llama, tmp_path):
+        return lambda kind: Record(tmp_path / "record.json", kind, describe(llama, "llama"))
+
+    def test_perplexity(self, llama, ids, record, capsys):
+        def read(**options):
+            text = sweep.Passage("text", 0, ids[:1])
+            variants = make_variants(llama, ["stock", "pi"], 128)
+            record_now = record("perplexity")
+            sweep_options = {"lengths": [20], "stride": 10, "progress": True, **options}
+            list(sweep.measure_perplexity(llama, [text], variants, record_now, **sweep_options))
+            return capsys.readouterr().err
+
+        # Two variants of 20 tokens, whole; then of three windows of 20.
+        assert read(methods=["whole"]) == "reading takes about 80 min on this machine\n"
+        assert read() == "reading takes about 4.0 h on this machine\n"
+        assert read() == ""  # all of it is on record
+
+    def test_passkeys(self, llama, letters, record, capsys):
+        cases = passkey.make_cases([500], (0.5, 1.0), trials=1)
+        variants = make_variants(llama, ["stock"], 128)
+        list(passkey.measure_passkey(llama, letters, cases, variants, record("passkey"), progress=True))
+        # The prompt with the late key is read whole, the other from its key on: between one and two of 500 tokens.
+        hours = float(capsys.readouterr().err.removeprefix("reading takes about ").split()[0])
+        assert 500 / 30 < hours < 1.8 * 500 / 30
 
 
 class TestHowMuchTheDemonstrationReads:

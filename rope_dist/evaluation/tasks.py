@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..optional import require
 from .memory import memory_errors_in_words
+from .progress import announce, measure_pace
 from .records import Record
 from .variants import Variant
 
@@ -135,6 +136,7 @@ def measure_tasks(
                             batch_size=batch_size,
                             max_length=max_length,
                         )
+                        _announce_requests(lm, model)
                         try:
                             out = lm_eval.simple_evaluate(
                                 model=lm,
@@ -152,6 +154,27 @@ def measure_tasks(
                     result = {**_scores(out, task.name), "seconds": round(time.perf_counter() - began, 1)}
                     record.put(what, result, variant)
                 yield variant, {"what": what, "result": result}, finished
+
+
+def _announce_requests(lm: Any, model: PreTrainedModel) -> None:
+    """Let lm-eval's model say how long its prompts take to read before it begins. Generated tokens come on top."""
+    pace = measure_pace(model)
+    score, generate = lm._loglikelihood_tokens, lm.generate_until
+
+    def seconds(tokens: int) -> float:
+        return pace.seconds(min(tokens, lm.max_length))
+
+    def announced_score(
+        requests: Sequence[tuple[Any, list[int], list[int]]], *options: Any, **more: Any
+    ) -> Any:
+        announce(sum(seconds(len(context) + len(continuation)) for _, context, continuation in requests))
+        return score(requests, *options, **more)
+
+    def announced_generate(requests: Sequence[Any], *options: Any, **more: Any) -> Any:
+        announce(sum(seconds(len(lm.tok_encode(request.args[0]))) for request in requests))
+        return generate(requests, *options, **more)
+
+    lm._loglikelihood_tokens, lm.generate_until = announced_score, announced_generate
 
 
 def _data_errors() -> type[Exception]:
