@@ -208,6 +208,7 @@ def main(parsed: argparse.Namespace) -> None:
     trainer.save_state()
     if arguments.process_index == 0:
         print(f"mean loss {result.training_loss:.4f}; saved to {output}")
+    trainer.accelerator.end_training()  # A process group that is still open can abort the process as it exits.
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def rotary_angle_distribution(
 
     Raises:
         ValueError: ``inv_freq`` is not a vector of finite positive numbers, ``length < 1``,
-            ``intervals < 2``, ``smoothing < 0`` or another ``dtype``.
+            ``intervals < 2``, ``smoothing`` below 0 or above 1e9, or another ``dtype``.
     """
     intervals = check_intervals(intervals)
     dtype = check_dtype(dtype)
@@ -88,8 +88,8 @@ def rotary_angle_distribution(
         raise ValueError("inv_freq must hold finite positive numbers only")
     if length < 1:
         raise ValueError(f"length must be at least 1 position, got {length}")
-    if isinstance(smoothing, bool) or not isinstance(smoothing, Real) or not 0 <= smoothing < math.inf:
-        raise ValueError(f"smoothing must be a finite number of at least 0, got {smoothing!r}")
+    if isinstance(smoothing, bool) or not isinstance(smoothing, Real) or not 0 <= smoothing <= 1e9:
+        raise ValueError(f"smoothing must be a number from 0 to 1e9, got {smoothing!r}")
 
     inv_freq = inv_freq.detach().to(device="cpu", dtype=dtype)
     pairs = inv_freq.numel()

@@ -340,7 +340,7 @@ class TestBadInput:
         assert "not a file" in fails(of=tmp_path / "loop")
         if os.path.isdir("/proc"):
             # Not even root makes one there; the name is the user's, not that of the temporary.
-            assert "'/proc/out.gguf'" in fails(out="/proc/out.gguf")
+            assert "/proc/out.gguf: No such file" in fails(out="/proc/out.gguf")
 
     @pytest.mark.parametrize(
         "failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]

@@ -489,6 +489,8 @@ class TestFaults:
         source = directory(config_of("Llama"))
         plan = rope_dist.plan(source, factor=2, strategy="yarn")
         logging.getLogger("transformers").addHandler(caplog.handler)
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_warning()
         try:
             out = hf(source, plan, tmp_path / "out")
             export.verify(out, plan, source=out)
@@ -497,6 +499,7 @@ class TestFaults:
             transformers.AutoConfig.from_pretrained(out)
             assert "short_mscale" in caplog.text  # It is there to be said.
         finally:
+            transformers.logging.set_verbosity(verbosity)
             logging.getLogger("transformers").removeHandler(caplog.handler)
 
     def test_a_failed_check_names_the_output(self, directory, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Strategies against Hugging Face's own formulas, the authors' procedure and the paper's figures."""
 
+import inspect
 import math
 
 import authors
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import rope_dist
 from rope_dist.presets import PRESETS
 from rope_dist.strategies import (
     STRATEGIES,
@@ -221,8 +223,8 @@ class TestDprope:
         ("longrope", {"factors": [1.0] * 64, "attention_factor": 0}, "attention_factor"),
         ("yarn", {"beta_fast": 1, "beta_slow": 1}, "beta_fast > beta_slow"),
         ("llama3", {"low_freq_factor": 4}, "high_freq_factor > low_freq_factor"),
-        ("llama3", {"factor": 0.5}, "at least 1"),
-        ("dynamic-ntk", {"factor": 0.5}, "at least 1"),
+        ("llama3", {"factor": 0.5}, "from 1 to"),
+        ("dynamic-ntk", {"factor": 0.5}, "from 1 to"),
     ],
 )
 def test_bad_settings_are_refused(name, settings, message):
@@ -289,3 +291,24 @@ def test_auto_is_monotone_and_between_1_and_s(theta, dim, length, scale):
 def test_auto_refuses(options):
     with pytest.raises(ValueError, match="auto"):
         get_strategy("auto")(LLAMA2, 8192, **options)
+
+
+@pytest.mark.parametrize("value", [1e308, 1e-308, 5e-324, -1e308, 1e30, 2**70, 0])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        (name, setting)
+        for name, function in STRATEGIES.items()
+        for setting in list(inspect.signature(function).parameters)[2:]
+        if name != "refined"
+    ],
+)
+def test_a_setting_out_of_range_is_named(name, setting, value):
+    """Or a plan of finite numbers is made: nothing overflows on the way."""
+    try:
+        made = rope_dist.plan("llama2-7b", target_length=8192, strategy=name, settings={setting: value})
+    except ValueError as error:
+        message = str(error)
+        assert setting in message or name in message
+    else:
+        assert all(math.isfinite(f) and f > 0 for f in (*made.factors, made.attention_scaling))

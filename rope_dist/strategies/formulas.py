@@ -9,6 +9,9 @@ import torch
 
 from .base import PretrainedRope, Scaling, check_factors, check_number, scale_of
 
+LARGEST = 1e9
+"""Of a factor or a number of periods: far beyond any use, far below what overflows."""
+
 
 def _pair_index(rope: PretrainedRope) -> torch.Tensor:
     return torch.arange(rope.pairs, dtype=torch.float64, device="cpu")
@@ -46,8 +49,8 @@ def dynamic_ntk(rope: PretrainedRope, target_length: int, *, factor: float | Non
     """
     s = scale_of(rope, target_length)
     factor = s if factor is None else check_number(factor, "dynamic-ntk's factor")
-    if not factor >= 1:
-        raise ValueError(f"dynamic-ntk's factor must be at least 1, got {factor}")
+    if not 1 <= factor <= LARGEST:
+        raise ValueError(f"dynamic-ntk's factor must be from 1 to {LARGEST:g}, got {factor}")
     return Scaling(_base_change(rope, factor * s - (factor - 1)), settings={"factor": factor})
 
 
@@ -82,8 +85,10 @@ def yarn(
     s = scale_of(rope, target_length)
     beta_fast = check_number(beta_fast, "yarn's beta_fast")
     beta_slow = check_number(beta_slow, "yarn's beta_slow")
-    if not beta_fast > beta_slow > 0:
-        raise ValueError(f"yarn needs beta_fast > beta_slow > 0, got {beta_fast} and {beta_slow}")
+    if not LARGEST >= beta_fast > beta_slow >= 1 / LARGEST:
+        raise ValueError(
+            f"yarn needs {LARGEST:g} >= beta_fast > beta_slow >= {1 / LARGEST:g}, got {beta_fast} and {beta_slow}"
+        )
     if not isinstance(truncate, bool):
         raise ValueError(f"yarn's truncate must be true or false, got {truncate!r}")
     if attention_factor is None:
@@ -130,8 +135,8 @@ def llama3(
     """
     s = scale_of(rope, target_length)
     factor = s if factor is None else check_number(factor, "llama3's factor")
-    if not factor >= 1:
-        raise ValueError(f"llama3's factor must be at least 1, got {factor}")
+    if not 1 <= factor <= LARGEST:
+        raise ValueError(f"llama3's factor must be from 1 to {LARGEST:g}, got {factor}")
     low_freq_factor = check_number(low_freq_factor, "llama3's low_freq_factor")
     high_freq_factor = check_number(high_freq_factor, "llama3's high_freq_factor")
     if not high_freq_factor > low_freq_factor > 0:
