@@ -84,7 +84,8 @@ ROPE_INLINE void store_some(T* x, const float* values) {
   }
 }
 
-// Cosines and sines of pairs [pair, pair + N) at a position.
+// Cosines and sines of pairs [pair, pair + N) at a position; 1 and 0 for a token that has none. (A branch around the
+// rotation, which would keep infinities from their partners, costs registers: spills on sm_120.)
 template <int N>
 ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_t pair, float* cos, float* sin) {
   const float sign = call.inverse ? -1.0f : 1.0f;
@@ -94,21 +95,22 @@ ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_
     for (int i = 0; i < N; ++i) {
       const int32_t turn = angle(static_cast<int32_t>(position), call.words[pair + i], call.words[call.half + pair + i]);
       cos_sin(turn, cos[i], sin[i]);
-      cos[i] *= scaling;
-      sin[i] *= scaling * sign;
+      cos[i] = position == kNowhere ? 1.0f : cos[i] * scaling;
+      sin[i] = position == kNowhere ? 0.0f : sin[i] * scaling * sign;
     }
     return;
   }
+  const bool known = position >= 0 && position < call.rows;
   const float* cos_row = static_cast<const float*>(call.cos) + b * call.cos_b + position * call.cos_s + pair;
   const float* sin_row = static_cast<const float*>(call.sin) + b * call.sin_b + position * call.sin_s + pair;
-  if (N % 4 == 0 && (reinterpret_cast<uintptr_t>(cos_row) | reinterpret_cast<uintptr_t>(sin_row)) % 16 == 0) {
+  if (known && N % 4 == 0 && (reinterpret_cast<uintptr_t>(cos_row) | reinterpret_cast<uintptr_t>(sin_row)) % 16 == 0) {
     load_some<N>(cos_row, cos);
     load_some<N>(sin_row, sin);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      cos[i] = cos_row[i];
-      sin[i] = sin_row[i];
+      cos[i] = known ? cos_row[i] : 1.0f;
+      sin[i] = known ? sin_row[i] : 0.0f;
     }
   }
 #pragma unroll
@@ -146,11 +148,11 @@ ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, i
   }
 }
 
-// The dimensions that pass through, from first on, shared by the threads of a row.
+// The dimensions that pass through, shared by the threads of a row.
 template <typename T>
-ROPE_INLINE void pass_rest(const Call& call, int64_t first, const T* in, T* out, const T* bias, int column, int columns) {
+ROPE_INLINE void pass_rest(const Call& call, const T* in, T* out, const T* bias, int column, int columns) {
   if (in == out && !bias) return;
-  for (int64_t i = first + column; i < call.head_dim; i += columns) {
+  for (int64_t i = 2 * call.half + column; i < call.head_dim; i += columns) {
     if (bias) {
       round_to(to_float(in[i]) + to_float(bias[i]), out[i]);
     } else {
@@ -164,13 +166,11 @@ template <typename T, bool Interleaved, int N, bool Bias>
 ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int row, int columns, int rows) {
   const int64_t b = token / call.length, s = token % call.length;
   const int64_t position = position_of(call, b, s);
-  const bool known = call.words ? position != kNowhere : position >= 0 && position < call.rows;
-  const int64_t passed = known ? 2 * call.half : 0;
   const int64_t heads = call.q.heads + call.k.heads;
   // Wide heads take several rounds; the usual ones take one.
   for (int64_t pair = static_cast<int64_t>(column) * N; pair < call.half || pair == static_cast<int64_t>(column) * N;
        pair += static_cast<int64_t>(columns) * N) {
-    const bool rotated = known && pair < call.half;
+    const bool rotated = pair < call.half;
     const bool once = pair == static_cast<int64_t>(column) * N;
     float cos[N], sin[N];
     if (rotated) angles_of<N>(call, b, position, pair, cos, sin);
@@ -183,7 +183,7 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
       T* out = static_cast<T*>(x.out) + b * x.out_b + s * x.out_s + own * x.out_h;
       const T* bias = Bias && x.bias ? static_cast<const T*>(x.bias) + own * call.head_dim : nullptr;
       if (rotated) rotate_some<T, Interleaved, N>(in, out, bias, pair, call.half, cos, sin);
-      if (once) pass_rest(call, passed, in, out, bias, column, columns);
+      if (once) pass_rest(call, in, out, bias, column, columns);
     }
   }
 }

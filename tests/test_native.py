@@ -330,3 +330,23 @@ def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dty
         for out, right in zip(outs, expected, strict=True):
             tolerance = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
             torch.testing.assert_close(out.float(), right, rtol=tolerance, atol=2e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("bounds", [[1, 4, 6], [3, 3, 7], [7, 7], [0, 2]])
+def test_the_gpu_kernels_threads_leave_tokens_of_no_sequence(threads_on_host, bounds, interleaved):
+    q, k = (heads("BSHD", 1, 7, n, 16, torch.float32, seed=n) for n in (3, 1))
+    cu_seqlens = torch.tensor(bounds)
+    words = angles.turns(1.0 / 10000.0 ** (torch.arange(8) / 8))
+    outside = torch.ones(7, dtype=torch.bool)
+    outside[bounds[0] : bounds[-1]] = False
+    for source in ({"words": words, "scaling": 1.25}, dict(zip(("cos", "sin"), tables(9, 8), strict=True))):
+        outs = torch.empty_like(q), torch.empty_like(k)
+        arguments = [source.get(name) for name in ("cos", "sin", "words")]
+        scaling = source.get("scaling", 1.0)
+        call = native.pack(q, k, *outs, *arguments, None, cu_seqlens, None, 0, scaling, interleaved, False)
+        assert threads_on_host(call, 0) == 0
+        expected = reference.rotate_tokens(q, k, **source, cu_seqlens=cu_seqlens, interleaved=interleaved)
+        for out, x, right in zip(outs, (q, k), expected, strict=True):
+            assert torch.equal(out[:, outside], x[:, outside])
+            torch.testing.assert_close(out, right, rtol=0, atol=2e-6)

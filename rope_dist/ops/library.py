@@ -57,13 +57,12 @@ def _rotate_in_place_fake(q: torch.Tensor, k: torch.Tensor | None, *rest) -> Non
 # inverse rotation by the same angles: nothing of q and k has to be kept.
 
 
+@torch.compiler.assume_constant_result  # its guards are on both
 def transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is at work.
 
-    Registered gradients know neither; :class:`Rotate` does. While torch.compile traces, it sees to both itself.
+    Registered gradients know neither; :class:`Rotate` does.
     """
-    if torch.compiler.is_compiling():
-        return False
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
@@ -152,6 +151,13 @@ def _rotate(q: torch.Tensor, k: torch.Tensor | None, *rest) -> tuple[torch.Tenso
     if not transformed():
         q, out = torch.ops.rope_dist.rotate(q, k, *rest)
         return q, out if k is not None else None
+    return _rotate_transformed(q, k, *rest)
+
+
+@torch.compiler.disable(
+    reason="a transform of torch.func within torch.compile: compile what it is applied to"
+)
+def _rotate_transformed(q, k, *rest) -> tuple[torch.Tensor, torch.Tensor | None]:
     return Rotate.apply(q, k, *rest) if k is not None else (Rotate.apply(q, k, *rest), None)
 
 

@@ -187,3 +187,31 @@ def test_an_enabled_model(device):
     with rope_dist.enable(model):
         got = grad(loss)(parameters), jvp(loss, (parameters,), (tangents,))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", ["tables", "positions", "projection"])
+def test_compiled_around_and_within(device, form):
+    """torch.compile of a transform leaves the rotation to PyTorch; it never loses a tangent."""
+    torch.compiler.reset()
+    q, k, *angles = problem(device, torch.float32)
+    cos, sin = angles[-2:]
+    w = torch.randn(16, 8, device=device)
+
+    def rotate(q):
+        if form == "projection":
+            return ops.qkv_rotary(q[:, :, 0], w, w, head_dim=8, cos=cos, sin=sin)[0]
+        return FORMS[form](q, k, *angles)[0]
+
+    transforms = (
+        lambda f: grad(lambda q: f(q).sin().sum()),
+        lambda f: lambda q: jvp(f, (q,), (q.sin(),))[1],
+    )
+    compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), rotate(q))
+    for transform in transforms:
+        want = transform(rotate)(q)
+        torch.testing.assert_close(torch.compile(transform(rotate), backend="aot_eager")(q), want)
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="func within torch"):
+            torch.compile(transform(rotate), backend="aot_eager", fullgraph=True)(q)
+    torch.testing.assert_close(compiled(q), rotate(q))
