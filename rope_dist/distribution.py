@@ -89,7 +89,7 @@ def rotary_angle_distribution(
     if length < 1:
         raise ValueError(f"length must be at least 1 position, got {length}")
     if isinstance(smoothing, bool) or not isinstance(smoothing, Real) or not 0 <= smoothing <= 1e9:
-        raise ValueError(f"smoothing must be a number from 0 to 1e9, got {smoothing!r}")
+        raise ValueError(f"smoothing must be a finite number from 0 to 1e9, got {smoothing!r}")
 
     inv_freq = inv_freq.detach().to(device="cpu", dtype=dtype)
     pairs = inv_freq.numel()
