@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 
@@ -224,15 +225,15 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     assert not list(tmp_path.iterdir())
 
 
+COMMAND = f"{shlex.quote(sys.executable)} -m rope_dist"
+
+
 def test_a_closed_pipe_is_no_error():
-    command = f"{sys.executable} -m rope_dist compare llama2-7b --target 8192 --json | head -1; exit ${{PIPESTATUS[0]}}"
+    command = f"{COMMAND} compare llama2-7b --target 8192 --json | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stdout == "[\n"
     assert done.stderr == ""
     assert done.returncode == 0
-
-
-COMMAND = f"{sys.executable} -m rope_dist"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")

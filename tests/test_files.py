@@ -140,7 +140,10 @@ class TestMessages:
 
     def test_a_missing_folder(self, tmp_path, capsys):
         assert plan_to(tmp_path / "no" / "plan.json") == 2
-        assert f"cannot write {tmp_path}/no/plan.json: there is no directory {tmp_path}/no" in capsys.readouterr().err
+        assert (
+            f"cannot write {tmp_path}/no/plan.json: there is no directory {tmp_path}/no"
+            in capsys.readouterr().err
+        )
 
     def test_a_folder_that_takes_no_new_file(self, tmp_path, monkeypatch):
         def closed(**options):
