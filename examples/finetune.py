@@ -208,7 +208,10 @@ def main(parsed: argparse.Namespace) -> None:
     trainer.save_state()
     if arguments.process_index == 0:
         print(f"mean loss {result.training_loss:.4f}; saved to {output}")
-    trainer.accelerator.end_training()  # A process group that is still open can abort the process as it exits.
+    # gloo's threads need the interpreter to let go of the last tensors they sent: a process that ends or closes the
+    # group at that moment aborts or hangs. Waiting for the one that saves gives them the time.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def test_two_processes_train_as_one(model_directory, text, tmp_path, launch):
         EXAMPLES / "finetune.py",
         *training(model_directory, text, tmp_path / "two", *arguments),
     ]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("begins with the first step") == 1
     two = weights(tmp_path / "two")
