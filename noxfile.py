@@ -8,7 +8,17 @@ nox.options.reuse_existing_virtualenvs = True
 VERSIONS = ("5.17.0", "5.23.0", "5.24.0")
 """The first is the lower bound in pyproject.toml; the key/value cache has another name since the last."""
 TORCH = "torch==2.13.0"
-TESTS = ("tests/test_enable.py", "tests/test_families.py", "tests/test_uses.py", "tests/test_planning.py")
+TESTS = (
+    "tests/test_enable.py",
+    "tests/test_export_hf.py",
+    "tests/test_export_models.py",
+    "tests/test_families.py",
+    "tests/test_model_config.py",
+    "tests/test_passkey.py",
+    "tests/test_planning.py",
+    "tests/test_progress.py",
+    "tests/test_uses.py",
+)
 
 
 def _run(session: nox.Session, version: str) -> None:
