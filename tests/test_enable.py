@@ -156,7 +156,9 @@ class TestEqualsStock:
         rope_dist.enable(model)
         assert torch.equal(model(ids).logits, expected)
 
-    @pytest.mark.skipif(" " in torch.__path__[0], reason="torch's compiler cannot link to a path with a space")
+    @pytest.mark.skipif(
+        " " in torch.__path__[0], reason="torch's compiler cannot link to a path with a space"
+    )
     def test_compiles_whole(self, llama, ids):
         expected = llama(ids).logits
         with rope_dist.enable(llama, factor=2) as enabled:

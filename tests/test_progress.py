@@ -57,6 +57,21 @@ def test_a_line_every_half_minute_without_a_terminal(monkeypatch):
     assert "\r" not in out.getvalue()
 
 
+def test_a_bar_with_the_time_left_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    monkeypatch.setattr(progress.sys, "stderr", out)
+    with Progress("reading", 100) as bar:
+        bar.start_t -= 20
+        bar.update(40)
+        bar.refresh()
+    assert "reading:  40%" in out.getvalue()
+    assert "00:20<00:30" in out.getvalue()
+
+
 def test_short_work_and_no_description_print_nothing(capsys):
     for description in ("reading", None):
         with Progress(description, 100) as bar:
