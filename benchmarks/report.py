@@ -46,9 +46,7 @@ def perplexity() -> str:
     trained = result["trained_length"]
     parts = result["by_position"]
     marked = [f"{p['start']}-{p['end']}{'*' if p['start'] >= trained else ''}" for p in parts]
-    rows = [
-        [r["label"], *(f"{p['perplexity'][r['label']]:.2f}" for p in parts)] for r in result["readings"]
-    ]
+    rows = [[r["label"], *(f"{p['perplexity'][r['label']]:.2f}" for p in parts)] for r in result["readings"]]
     table = markdown(rows, ["", *marked])
     step = result["rotary_step_seconds"]
     return (
