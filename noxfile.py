@@ -10,6 +10,7 @@ VERSIONS = ("5.17.0", "5.23.0", "5.24.0")
 TORCH = "torch==2.13.0"
 TESTS = (
     "tests/test_enable.py",
+    "tests/test_enable_configs.py",
     "tests/test_export_hf.py",
     "tests/test_export_models.py",
     "tests/test_families.py",

@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 from . import ops
 from .comparison import table_3
+from .defaults import DEMO_STRATEGIES
 from .files import write_text
 from .planning import pretrained_rope
 from .plots import plot_perplexity
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from .evaluation import Reading
 
-STRATEGIES = ("stock", "auto", "dprope")
-"""In the order in which they are read; the last ones are left out where time is short."""
 LENGTHS = (1.5, 1.375)
 """Multiples of the trained length that are read, the first that fits into the time. Below the smaller one a model
 still reads well with its own frequencies (SmolLM2 fails from 1.25 on), so that a table would show nothing."""
@@ -56,8 +55,9 @@ def run(
         text: a corpus or a file, as in :func:`rope_dist.evaluation.load_text`.
         tokens: how much of the text is read, from its beginning. None: 1.5 or 1.375 times the trained length, by what
             fits into ``minutes``; the speed of this machine is measured first.
-        strategies: what it is read with (``stock`` and names of strategies). None: :data:`STRATEGIES`, the last of
-            which is left out where it does not fit into ``minutes``.
+        strategies: what it is read with (``stock`` and names of strategies). None:
+            :data:`rope_dist.defaults.DEMO_STRATEGIES`, the last of which is left out where it does not fit into
+            ``minutes``.
         factor: how far the model's trained length is extended.
         minutes: about how long all of it may take. What was asked for is read even if it takes longer; a line says so.
         output: folder for ``perplexity.png`` and ``demo.json``, made if missing.
@@ -99,26 +99,28 @@ def run(
     target = round(trained * factor)
     ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids
     left = 60 * minutes - (time.perf_counter() - started)
-    lengths = [tokens] if tokens else sorted({round(trained * min(x, factor)) for x in LENGTHS}, reverse=True)
-    tokens, chosen, seconds = _choose(model, lengths, strategies, left)
-    if ids.shape[1] < tokens:
+    asked = tokens is not None
+    lengths = [tokens] if asked else sorted({round(trained * min(x, factor)) for x in LENGTHS}, reverse=True)
+    if ids.shape[1] < lengths[-1]:
         raise ValueError(
-            f"{title} has {ids.shape[1]} tokens, fewer than the {tokens} to be read: give a longer text or --tokens"
+            f"{title} has {ids.shape[1]} tokens, fewer than the {lengths[-1]} to be read: give a longer text or "
+            "--tokens"
         )
+    lengths = [length for length in lengths if length <= ids.shape[1]]
+    tokens, chosen, seconds = _choose(model, lengths, strategies, left)
     ids = ids[:, :tokens]
     say(
         f"   reads {tokens} tokens of {title}, extended from {trained} to {target} without training;\n"
         f"   {len(chosen)} readings of about {duration(seconds)} each\n"
     )
     if seconds * len(chosen) > left:
-        say(f"   (that is longer than {minutes:g} min: this machine is too slow for less to show anything)\n")
+        why = "as asked for" if asked or strategies else "less would show nothing"
+        say(f"   (more than the {minutes:g} min of --minutes: {why})\n")
     readings = _read(model, ids, chosen, target, say, None if strategies else started + 60 * minutes)
     say("\n" + perplexity_table(readings, trained) + "\n")
-    for name in STRATEGIES if strategies is None else ():
-        if name not in [reading.label for reading in readings]:
-            say(
-                f"   {name} was left out for lack of time: rope-dist demo --minutes {2 * minutes:g} reads it too\n"
-            )
+    if strategies is None and len(readings) < len(DEMO_STRATEGIES):
+        left_out = ", ".join(DEMO_STRATEGIES[len(readings) :])
+        say(f"   left out for lack of time: {left_out}; --strategies {' '.join(DEMO_STRATEGIES)} reads all\n")
     for reading in readings:
         if reading.plan:
             say(f"   {reading.plan!r}")
@@ -159,10 +161,10 @@ def _choose(
     began = time.perf_counter()
     pace = measure_pace(model)
     left = SHARE * (left - (time.perf_counter() - began))
-    counts = [len(strategies)] if strategies else [len(STRATEGIES), len(STRATEGIES) - 1]
+    counts = [len(strategies)] if strategies else [len(DEMO_STRATEGIES), len(DEMO_STRATEGIES) - 1]
     choices = [(count, tokens) for count in counts for tokens in lengths]
     count, tokens = next((c for c in choices if c[0] * pace.seconds(c[1]) <= left), choices[-1])
-    return tokens, tuple(strategies or STRATEGIES[:count]), pace.seconds(tokens)
+    return tokens, tuple(strategies or DEMO_STRATEGIES[:count]), pace.seconds(tokens)
 
 
 def _read(

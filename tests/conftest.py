@@ -38,6 +38,15 @@ def llama_config(**changes):
 
 
 @pytest.fixture
+def stock_again():
+    """Whatever a test leaves enabled, the next starts from stock."""
+    import rope_dist
+
+    yield
+    rope_dist.disable()
+
+
+@pytest.fixture
 def make_llama():
     """Random LLaMAs in evaluation mode: ``make_llama(**config_changes)``."""
 

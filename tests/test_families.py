@@ -20,10 +20,7 @@ from rope_dist.transformers.families import REFUSED
 TOKENS = 40  # past the sliding windows of 16
 
 
-@pytest.fixture(autouse=True)
-def stock_again():
-    yield
-    rope_dist.disable()
+pytestmark = pytest.mark.usefixtures("stock_again")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -173,6 +173,23 @@ def test_the_last_strategy_is_left_out_when_the_machine_gets_slower(llama, ids):
     assert len(demo._read(llama, ids[:1], ("stock", "auto", "dprope"), 128, said.append, None)) == 3
 
 
+def test_a_text_between_the_two_lengths_is_read_as_far_as_it_goes(model_directory, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    text = tmp_path / "text.txt"
+    said = []
+    options = {"model_name": str(model_directory), "text": str(text), "output": tmp_path, "say": said.append}
+    text.write_text("abcd" * 23)  # 92 tokens of the 96 and 88 that are read of a model trained to 64
+    assert demo.run(**options)["tokens"] == 88
+    assert demo.run(**options, tokens=70, minutes=1e-9)["tokens"] == 70
+    assert any("(more than the 1e-09 min of --minutes: as asked for)" in line for line in said)
+    assert any(
+        "left out for lack of time: dprope; --strategies stock auto dprope reads all" in x for x in said
+    )
+    text.write_text("abcd" * 20)
+    with pytest.raises(ValueError, match="has 80 tokens, fewer than the 88 to be read"):
+        demo.run(**options)
+
+
 def test_the_table_has_two_halves_and_then_eighths(llama, ids):
     nll = torch.arange(1, 100, dtype=torch.float32) / 50
     parts = demo.table_rows([demo_reading("stock", nll), demo_reading("auto", 2 * nll)], 64)

@@ -106,13 +106,15 @@ def _without_bars() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
-    enabled, bar = logging.is_progress_bar_enabled(), gguf.tqdm
+    enabled, bar = logging.is_progress_bar_enabled(), getattr(gguf, "tqdm", None)
     logging.disable_progress_bar()
-    gguf.tqdm = functools.partial(bar, disable=True)  # its bar asks no setting
+    if bar is not None:
+        gguf.tqdm = functools.partial(bar, disable=True)  # asks no setting
     try:
         yield
     finally:
-        gguf.tqdm = bar
+        if bar is not None:
+            gguf.tqdm = bar
         if enabled:
             logging.enable_progress_bar()
 

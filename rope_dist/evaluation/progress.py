@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,10 +112,9 @@ def measure_pace(model: PreTrainedModel) -> Pace:
     return Pace(token, context)
 
 
-def announce(seconds: float, say: Callable[[str], None] | None = None) -> None:
-    """Say how long reading will take, on stderr by default."""
-    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-    say(f"reading takes about {duration(seconds)} on this machine")
+def announce(seconds: float) -> None:
+    """Say on stderr how long reading will take."""
+    print(f"reading takes about {duration(seconds)} on this machine", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
