@@ -41,7 +41,7 @@ check-native: $(ENV)
 	PYTHON=$(PYTHON) csrc/check.sh
 
 gate: $(ENV)
-	TRITON_INTERPRET=0 $(PYTHON) -m rope_dist.ops.static_gate
+	TRITON_INTERPRET=0 $(PYTHON) -m tools.static_gate
 
 # Optional: what cannot be built is said in one line, and rope-dist info repeats it.
 # The editable installation in .venv has built them already.

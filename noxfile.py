@@ -18,7 +18,7 @@ TESTS = (
     "tests/test_passkey.py",
     "tests/test_planning.py",
     "tests/test_progress.py",
-    "tests/test_uses.py",
+    "tests/test_integrations.py",
 )
 
 

@@ -118,7 +118,7 @@ QUESTION = Question(
     },
     sources=(
         "rope_dist/ops/**/*.py",
-        "rope_dist/transformers/**/*.py",
+        "rope_dist/hf/**/*.py",
         "csrc/*.h",
         "csrc/*.cpp",
         "csrc/*.cu",

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .hf import disable, enable, report, supported
     from .ops import qkv_rotary, rotary
     from .planning import RopePlan, plan
-    from .transformers import disable, enable, report, supported
 
 _HOME = {
     "RopePlan": "planning",
     "plan": "planning",
     "qkv_rotary": "ops",
     "rotary": "ops",
-    "disable": "transformers",
-    "enable": "transformers",
-    "report": "transformers",
-    "supported": "transformers",
+    "disable": "hf",
+    "enable": "hf",
+    "report": "hf",
+    "supported": "hf",
 }
 
 __all__ = [

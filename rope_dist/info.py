@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import defaults
+from .hf import enable, report, summary
+from .hf.families import FAMILIES
+from .hf.reporting import FUSED, ROTARY
 from .ops import dispatch, native, tuning
 from .planning import load_config
 from .presets import PRESETS
 from .timing import machine
-from .transformers import enable, report, summary
-from .transformers.families import FAMILIES
-from .transformers.reporting import FUSED, ROTARY
 from .version import __version__
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import model_of
+from helpers.model_families import model_of
 
 import rope_dist
 
@@ -19,7 +19,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 RANKS = 2
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = Path(__file__).parent / "helpers/distributed_worker.py"
 
 
 @pytest.fixture

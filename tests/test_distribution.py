@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from authors import angle_counts
+from helpers.dprope_authors import angle_counts
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import llama_config
-from stock import assert_stock, classes
+from helpers.stock import assert_stock, classes
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 import rope_dist
-from rope_dist.transformers import enabled_modules
+from rope_dist.hf import enabled_modules
 
 pytestmark = pytest.mark.usefixtures("stock_again")
 

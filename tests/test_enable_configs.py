@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from conftest import llama_config
-from stock import assert_stock
+from helpers.stock import assert_stock
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import rope_dist

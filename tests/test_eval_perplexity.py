@@ -23,8 +23,8 @@ from rope_dist.evaluation.memory import cache_bytes, check_memory, memory_errors
 from rope_dist.evaluation.models import cache_option
 from rope_dist.evaluation.perplexity import sliding_windows
 from rope_dist.evaluation.sweep import average_buckets, average_perplexity
+from rope_dist.hf import enabled_modules
 from rope_dist.optional import MissingPackageError
-from rope_dist.transformers import enabled_modules
 
 
 @pytest.fixture

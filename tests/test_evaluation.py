@@ -20,8 +20,8 @@ from rope_dist.evaluation import (
     read_with_strategies,
     token_nll,
 )
+from rope_dist.hf import enabled_modules
 from rope_dist.optional import MissingPackageError
-from rope_dist.transformers import enabled_modules
 
 
 @pytest.fixture

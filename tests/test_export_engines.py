@@ -37,7 +37,7 @@ def engine(request, tmp_path_factory):
 
 def tables(engine, directory, tmp_path):
     name, tree = engine
-    script = Path(__file__).with_name("engine_rotary.py")
+    script = Path(__file__).parent / "helpers/engine_rotary.py"
     out = tmp_path / "out.pt"
     command = [sys.executable, script, name, tree, directory, out]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, model_of
+from helpers.model_families import FAMILIES, model_of
 
 import rope_dist
 from rope_dist import export

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from export_helpers import LlamaCpp, write_gguf
+from helpers.exports import LlamaCpp, write_gguf
 
 import rope_dist
 from rope_dist import export

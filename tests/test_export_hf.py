@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import llama_config
-from export_helpers import stock_run
+from helpers.exports import stock_run
 
 import rope_dist
 from rope_dist import export

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from families import FAMILIES, OWN_HEAD_DIM, SLIDING_THEN_FULL, SMALL, config_of
+from helpers.model_families import FAMILIES, OWN_HEAD_DIM, SLIDING_THEN_FULL, SMALL, config_of
 from test_export_hf import other_versions
 
 import rope_dist

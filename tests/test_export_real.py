@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_helpers import LlamaCpp
+from helpers.exports import LlamaCpp
 from transformers import DynamicCache
 
 import rope_dist

@@ -8,14 +8,14 @@ import pickle
 import pytest
 import torch
 import transformers
-from families import FAMILIES, TIER_A, TIER_B, TIER_C, config_of, model_of
+from helpers.model_families import FAMILIES, TIER_A, TIER_B, TIER_C, config_of, model_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import rope_dist
 from rope_dist import ops
-from rope_dist.transformers import enabled_modules
-from rope_dist.transformers.families import FAMILIES as ENTRIES
-from rope_dist.transformers.families import REFUSED
+from rope_dist.hf import enabled_modules
+from rope_dist.hf.families import FAMILIES as ENTRIES
+from rope_dist.hf.families import REFUSED
 
 TOKENS = 40  # past the sliding windows of 16
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import llama_config
-from families import SMALL
+from helpers.model_families import SMALL
 from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention

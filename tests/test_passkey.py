@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import llama_config
-from families import model_of
+from helpers.model_families import model_of
 from transformers import LlamaForCausalLM
 
 from rope_dist.cli import main

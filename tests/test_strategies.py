@@ -3,10 +3,10 @@
 import inspect
 import math
 
-import authors
 import pytest
 import torch
 from conftest import llama_config
+from helpers import dprope_authors as authors
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from families import model_of
+from helpers.model_families import model_of
 
 import rope_dist
 from rope_dist import ops
-from rope_dist.transformers import enabled_modules
+from rope_dist.hf import enabled_modules
 
 ADAPTER = "q_proj: not a plain nn.Linear (an adapter or quantised)"
 

@@ -15,8 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ..defaults import DEFAULT_STRATEGY
+from ..hf import enable
 from ..planning import RopePlan
-from ..transformers import enable
 from .models import PACKAGED_MODELS, load_model
 
 

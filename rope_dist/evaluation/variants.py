@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..hf import enable
 from ..planning import RopePlan
-from ..transformers import enable
 
 STOCK = "stock"
 """The label of the unchanged model, run by stock transformers."""

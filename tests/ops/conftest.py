@@ -15,7 +15,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from . import interpreter
+    from helpers import triton_interpreter as interpreter
 
     interpreter.install()
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tensors import assert_rounded, exact_tables, frequencies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rope_dist import ops
 
-from .helpers import assert_rounded, exact_tables, frequencies
 from .test_projection import SHARE, SLACK, exact_projection, problem
 
 

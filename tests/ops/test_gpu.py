@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tensors import frequencies
 
 from rope_dist import ops
 from rope_dist.ops import native, tuning
 
-from .helpers import frequencies
 from .test_projection import problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

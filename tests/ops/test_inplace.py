@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tensors import assert_rounded, exact, exact_tables, frequencies
 from torch import nn
 
 from rope_dist import ops
-
-from .helpers import assert_rounded, exact, exact_tables, frequencies
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,11 @@ import itertools
 
 import pytest
 import torch
+from helpers.tensors import assert_rounded, exact, exact_tables, frequencies
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rope_dist import ops
-
-from .helpers import assert_rounded, exact, exact_tables, frequencies
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

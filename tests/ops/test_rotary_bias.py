@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tensors import assert_rounded, exact, exact_tables, frequencies
 
 from rope_dist import ops
-
-from .helpers import assert_rounded, exact, exact_tables, frequencies
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -8,11 +8,10 @@ from random import Random
 
 import pytest
 import torch
+from helpers.tensors import frequencies
 
 from rope_dist import ops
 from rope_dist.ops import dispatch_projection, tuning
-
-from .helpers import frequencies
 
 PROBLEM = tuning.Problem("a GPU", "bfloat16", 8192, 4096, (4096, 1024, 1024), 128, 128)
 

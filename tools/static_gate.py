@@ -1,4 +1,4 @@
-"""``python -m rope_dist.ops.static_gate``: what the compiler makes of every kernel, without a GPU.
+"""``python -m tools.static_gate``: what the compiler makes of every kernel, without a GPU.
 
 Compiles each kernel as its launch would for the architectures it is for, reads registers, stack, shared
 memory and machine instructions, and holds them to limits. A compiler or a change that loses the tensor
@@ -23,7 +23,9 @@ import torch
 import triton
 from tabulate import tabulate
 
-from . import static_compile, triton_decode, triton_projection, triton_rotary
+from rope_dist.ops import triton_decode, triton_projection, triton_rotary
+
+from . import static_compile
 from .static_compile import Report
 
 BF16 = torch.bfloat16
@@ -313,7 +315,7 @@ def check(case: Case, target: str) -> tuple[Report, list[str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the gate; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m rope_dist.ops.static_gate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.static_gate", description=__doc__)
     parser.add_argument("--target", choices=sorted(static_compile.TARGETS), help="only this architecture")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     options = parser.parse_args(arguments)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import model_of
+from helpers.model_families import model_of
 from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

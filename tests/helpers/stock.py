@@ -2,7 +2,7 @@
 
 import torch
 
-from rope_dist.transformers import enabled_modules
+from rope_dist.hf import enabled_modules
 
 
 def classes(model):

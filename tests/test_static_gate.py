@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,11 +15,10 @@ pytest.importorskip("triton")
 def run(*arguments: str, code: str = "pass") -> subprocess.CompletedProcess:
     """In a process of its own: this one interprets kernels, that one compiles them."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    script = (
-        f"import sys; from rope_dist.ops import static_gate as g; {code}; sys.exit(g.main({list(arguments)}))"
-    )
+    script = f"import sys; from tools import static_gate as g; {code}; sys.exit(g.main({list(arguments)}))"
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script],
+        cwd=Path(__file__).parents[1],
         env=environment,
         capture_output=True,
         text=True,

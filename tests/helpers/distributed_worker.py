@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from families import model_of
+from model_families import model_of
 from transformers import LlamaForCausalLM
 
 import rope_dist
 from rope_dist import ops
-from rope_dist.transformers import enabled_modules
+from rope_dist.hf import enabled_modules
 
 STEPS = 4
 LEARNING_RATE = 0.5

@@ -7,10 +7,9 @@ import sys
 
 import pytest
 import torch
+from helpers.tensors import assert_rounded, exact, exact_tables, frequencies
 
 from rope_dist import ops
-
-from .helpers import assert_rounded, exact, exact_tables, frequencies
 
 
 def problem(device, dtype=torch.float32, dim=64, rotary_dim=64):
