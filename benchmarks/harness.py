@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 
-from rope_dist import timing
+from rope_dist import machine, timing
 
 BUFFERS = 2
 TOLERANCES = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -224,7 +224,7 @@ def ranking(results: dict[str, dict]) -> list[str]:
 
 def _admit(provider, case, buffers, expected, device, entry) -> list[Callable[[], Any]] | None:
     """The bound calls of a provider that is right, or None with the reason in ``entry``."""
-    room = timing.available_memory(device)
+    room = machine.free_bytes(device)
     if room is not None and provider.need > room:
         entry["skipped"] = f"needs {_gib(provider.need)} of memory, {_gib(room)} are free"
         return None
@@ -264,7 +264,9 @@ def _times(running, case, device, seconds, most, results) -> dict[str, dict]:
     if not running:
         return {}
     # On a CPU two copies of large tensors push each other out of the cache.
-    overwrite = case.kernel and (device.type == "cuda" or case.bytes < 2 * timing.cache_bytes(device))
+    overwrite = case.kernel and (
+        device.type == "cuda" or case.bytes < 2 * machine.last_level_cache_bytes(device)
+    )
     modes = {"seconds": overwrite}
     if device.type == "cuda" and case.kernel:
         modes["warm_seconds"] = False
@@ -346,7 +348,7 @@ def _high_water() -> int:
 
 def require_memory(case: Case, device: torch.device) -> None:
     """:class:`BenchmarkError` where the case's own tensors do not fit."""
-    room = timing.available_memory(device)
+    room = machine.free_bytes(device)
     if room is not None and case.need > room:
         raise BenchmarkError(
             f"{case.name} needs {_gib(case.need)} of memory on {device}, {_gib(room)} are free: "

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from tabulate import tabulate
 
-from rope_dist import timing
+from rope_dist import machine, timing
 from rope_dist.files import write_text
 from rope_dist.info import info
 from rope_dist.version import __version__
@@ -163,7 +163,7 @@ class Question:
             "commit": commit(),
             "sources": {"patterns": list(self.sources), "files": hashes(self.sources)},
             "device": device.type,
-            "machine": timing.machine(),
+            "machine": machine.describe(),
             "built": info()["built"],
             "clocks": {"before": clocks(device)},
             "unit": self.unit,
@@ -333,7 +333,7 @@ def commit() -> str | None:
 
 def clocks(device: torch.device) -> dict[str, Any]:
     """How busy the machine is, and on a GPU its clocks, temperature and power."""
-    noted: dict[str, Any] = {"load": timing.load()}
+    noted: dict[str, Any] = {"load": machine.load()}
     if device.type == "cuda":
         query = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit,driver_version"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"]

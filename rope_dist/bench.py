@@ -11,7 +11,8 @@ import torch
 from tabulate import tabulate
 
 from . import ops
-from .timing import Timer, available_memory, error, machine, ratio, sample, spread, three_digits, timer
+from .machine import describe, free_bytes
+from .timing import Timer, error, ratio, sample, spread, three_digits, timer
 
 HEADS, HEAD_DIM, THETA = (32, 8), 128, 500000.0
 """Queries and keys of Llama-3-8B."""
@@ -54,7 +55,7 @@ def bench(
     # Inputs, two copies, and the stock function's intermediate results.
     need, room = (
         8 * max(tokens) * sum(HEADS) * HEAD_DIM * getattr(torch, dtype).itemsize,
-        available_memory(where),
+        free_bytes(where),
     )
     if room is not None and need > room:
         raise ValueError(
@@ -64,7 +65,7 @@ def bench(
         lengths = {
             str(n): _length(n, getattr(torch, dtype), where, clock, seconds / len(tokens)) for n in tokens
         }
-    return {"machine": machine(), "device": where.type, "dtype": dtype, "lengths": lengths}
+    return {"machine": describe(), "device": where.type, "dtype": dtype, "lengths": lengths}
 
 
 def text(result: dict[str, Any]) -> str:

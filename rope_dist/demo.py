@@ -17,9 +17,10 @@ from . import ops
 from .comparison import table_3
 from .defaults import DEMO_STRATEGIES
 from .files import write_text
+from .machine import describe
 from .planning import pretrained_rope
 from .plots import plot_perplexity
-from .timing import machine, sample, spread, timer
+from .timing import sample, spread, timer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +78,7 @@ def run(
         raise ValueError(f"tokens must be at least 2, got {tokens}")
     if not (math.isfinite(minutes) and minutes > 0):
         raise ValueError(f"minutes must be a positive number, got {minutes}")
-    here = machine()
+    here = describe()
     say(", ".join(f"{key} {value}" for key, value in here.items()))
     say("\n1. Disturbance of LLaMA2's rotary angles, beside Table 3 of Wu et al. (EMNLP 2024)\n")
     say(table_3())

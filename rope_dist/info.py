@@ -10,10 +10,10 @@ from . import defaults
 from .hf import enable, report, summary
 from .hf.families import FAMILIES
 from .hf.reporting import FUSED, ROTARY
+from .machine import describe
 from .ops import dispatch, native, tuning
 from .planning import load_config
 from .presets import PRESETS
-from .timing import machine
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def info(model: str | None = None) -> dict[str, dict[str, str]]:
     Raises:
         ValueError: no such model, or none that can be enabled.
     """
-    here = machine()
+    here = describe()
     return {
         "versions": {
             "rope_dist": __version__,

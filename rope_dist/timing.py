@@ -1,4 +1,4 @@
-"""Side-by-side timing, and the description of the machine that every figure needs.
+"""Side-by-side timing.
 
 The benchmarks, ``rope-dist bench``, the demonstration and the choice of kernels all time with :func:`sample`.
 """
@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import platform
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+
+from .machine import last_level_cache_bytes
 
 Timer = Callable[[Callable[[], object]], float]
 """Seconds of one call."""
@@ -124,7 +121,7 @@ def timer(device: torch.device | str, *, cold: bool = False, queued: bool = Fals
     """
     device = torch.device(device)
     pause = 1e-3
-    size = cache_bytes(device) * (2 if device.type == "cuda" else 1) if cold else 0
+    size = last_level_cache_bytes(device) * (2 if device.type == "cuda" else 1) if cold else 0
     flush = torch.empty(size, dtype=torch.int8, device=device)
 
     def wall(call: Callable[[], object]) -> float:
@@ -153,30 +150,6 @@ def timer(device: torch.device | str, *, cold: bool = False, queued: bool = Fals
     return events if device.type == "cuda" else wall
 
 
-def cache_bytes(device: torch.device | str) -> int:
-    """Bytes of the last level of cache; 64 MiB where the system does not say."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size or 64 << 20
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        number = file.read_text().strip().rstrip("K")
-        sizes += [int(number) << 10] if number.isdigit() else []
-    return max(sizes, default=64 << 20)
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be taken; None where the system does not say."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return int(found[1]) << 10 if found else None
-
-
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest distance of two vectors of the last axis, as a share of the expected one's length.
 
@@ -195,38 +168,3 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def three_digits(value: float) -> str:
     """``value`` for a table: three significant digits (10.0), more of a number above 999; no exponent from 0.001 on."""
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
-
-
-def machine() -> dict[str, str]:
-    """Processor, threads and versions, for the head of a table or a result file."""
-
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    return {
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: installed(package) for package in ("torch", "transformers", "triton")},
-    }
-
-
-def load() -> float | None:
-    """Processes that wanted to run in the last minute, or None where the system does not say."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _processor() -> str:
-    # platform.processor() is empty on most Linux systems.
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -194,7 +194,7 @@ def test_a_whole_model_is_timed_to_the_end_of_its_last_kernel(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda name=name: said.append(name))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
-    monkeypatch.setattr(harness.timing, "available_memory", lambda device: None)
+    monkeypatch.setattr(harness.machine, "free_bytes", lambda device: None)
     monkeypatch.setattr(harness.timing, "timer", None)
 
     def model(x):

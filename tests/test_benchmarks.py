@@ -133,7 +133,7 @@ class TestHarness:
     def test_on_a_gpu_graphs_are_captured_and_timed_cold_and_warm(self, monkeypatch):
         """The calls of the GPU's path, with a GPU's functions played by what this machine has."""
         from benchmarks import harness
-        from rope_dist import timing
+        from rope_dist import machine, timing
 
         said = []
 
@@ -160,8 +160,9 @@ class TestHarness:
                 return 1e3 * (end.at - self.at)
 
         monkeypatch.setattr(harness, "captured", Graph)
-        monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 20)
-        monkeypatch.setattr(timing, "available_memory", lambda device: 1 << 34)
+        monkeypatch.setattr(machine, "last_level_cache_bytes", lambda device: 1 << 20)
+        monkeypatch.setattr(timing, "last_level_cache_bytes", lambda device: 1 << 20)
+        monkeypatch.setattr(machine, "free_bytes", lambda device: 1 << 34)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append("wait"), raising=False)
         for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
@@ -199,7 +200,7 @@ class TestHarness:
         monkeypatch.setattr(harness, "captured", refuse)
         monkeypatch.setattr(harness, "peak_memory", lambda call, device: 0)
         monkeypatch.setattr(harness, "release", lambda device: None)
-        monkeypatch.setattr(harness.timing, "available_memory", lambda device: None)
+        monkeypatch.setattr(harness.machine, "free_bytes", lambda device: None)
         found = harness.measure(doubling(), torch.device("cuda"), seconds=0.1)
         assert found["ranking"] == []
         assert found["results"]["stock"]["failed"] == (

@@ -19,7 +19,7 @@ from rope_dist.evaluation import (
     sweep,
     token_nll,
 )
-from rope_dist.evaluation.memory import cache_bytes, check_memory, memory_errors_in_words
+from rope_dist.evaluation.memory import check_memory, kv_cache_bytes, memory_errors_in_words
 from rope_dist.evaluation.models import cache_option
 from rope_dist.evaluation.perplexity import sliding_windows
 from rope_dist.evaluation.sweep import average_buckets, average_perplexity
@@ -230,7 +230,7 @@ class TestMemory:
         taken = sum(
             t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
         )
-        assert cache_bytes(llama, 600) == taken
+        assert kv_cache_bytes(llama, 600) == taken
 
     def test_too_little_is_foreseen(self, llama, monkeypatch):
         monkeypatch.setattr("rope_dist.evaluation.memory.free_bytes", lambda device: 2**20)
@@ -239,7 +239,7 @@ class TestMemory:
             check_memory(llama, 200_000, 512)
 
     def test_what_is_free_is_the_least_of_machine_and_container(self, tmp_path, monkeypatch):
-        from rope_dist.evaluation import memory
+        from rope_dist import machine as memory
 
         cpu = torch.device("cpu")
         monkeypatch.setattr(memory, "_CGROUP", tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_text
-from ..timing import machine
+from ..machine import describe
 from .variants import Variant
 
 
@@ -46,7 +46,7 @@ class Record:
         if self.path.exists() and not restart:
             self._data = self._read(kind, model)
         self._by_what = {_key(m["what"]): m for m in self._data["measurements"]}
-        here = machine()
+        here = describe()
         if here not in self._data["machines"]:
             self._data["machines"].append(here)
 

@@ -42,7 +42,7 @@ class Gpu:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
         monkeypatch.setattr(timing.torch, "empty", lambda *sizes, **options: Flush())
-        monkeypatch.setattr(timing, "cache_bytes", lambda device: 1 << 20)
+        monkeypatch.setattr(timing, "last_level_cache_bytes", lambda device: 1 << 20)
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.host)
 
     def enqueue(self, seconds: float) -> float:
