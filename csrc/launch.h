@@ -34,18 +34,18 @@ struct Heads {
 struct Call {
   int64_t dtype;
   int64_t batch, length, head_dim;
-  int64_t half;  // rotated pairs of a head
-  int64_t interleaved, inverse;
+  int64_t num_pairs;  // rotated pairs of a head
+  int64_t interleaved, conjugate;
   Heads q, k;  // k.heads 0: no keys
-  // Tables [batch, rows, half], float64 for float64 heads and float32 otherwise, innermost stride 1; a token's
+  // Tables [batch, rows, num_pairs], float64 for float64 heads and float32 otherwise, innermost stride 1; a token's
   // row is its position, and a token whose row is not there passes through.
   const void* cos;
   int64_t cos_b, cos_s;
   const void* sin;
   int64_t sin_b, sin_s;
   int64_t rows;
-  // Instead of tables, CUDA only: fixed-point frequencies [2, half] and the factor on cosine and sine.
-  const int32_t* words;
+  // Instead of tables, CUDA only: fixed-point frequencies [2, num_pairs] and the factor on cosine and sine.
+  const int32_t* inv_freq_q64;
   double scaling;
   // Position of a token: as given; else its index in its sequence, plus offset and its sequence's offsets. A
   // token before the first bound, or from the last on, is in no sequence and passes through.
@@ -53,7 +53,7 @@ struct Call {
   int64_t positions_b, positions_s;
   const int64_t* bounds;  // cu_seqlens [sequences + 1], with batch 1
   int64_t sequences;
-  const int64_t* offsets;
+  const int64_t* seqlen_offsets;
   int64_t offset;
 };
 
@@ -87,7 +87,7 @@ int64_t position_of(const Call& call, int64_t b, int64_t s) {
     sequence = low;
     start = call.bounds[low];
   }
-  return s - start + (call.offsets ? call.offsets[sequence] : 0) + call.offset;
+  return s - start + (call.seqlen_offsets ? call.seqlen_offsets[sequence] : 0) + call.offset;
 }
 
 }  // namespace rope

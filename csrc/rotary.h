@@ -19,7 +19,7 @@
 
 namespace rope {
 
-// Turns the pair (first, second) by the angle. The inverse rotation is the same with -sin: negating is exact.
+// Rotates the pair (first, second) by the angle. The conjugate rotation is the same with -sin: negating is exact.
 template <typename Compute>
 ROPE_INLINE void rotate(Compute first, Compute second, Compute cos, Compute sin, Compute& out_first,
                         Compute& out_second) {
@@ -34,11 +34,11 @@ ROPE_INLINE int64_t first_of(int64_t i) {
 }
 
 template <bool Interleaved>
-ROPE_INLINE int64_t second_of(int64_t i, int64_t half) {
-  return Interleaved ? 2 * i + 1 : i + half;
+ROPE_INLINE int64_t second_of(int64_t i, int64_t num_pairs) {
+  return Interleaved ? 2 * i + 1 : i + num_pairs;
 }
 
-// Angle of a position in 2^-32 turns; high and low are the words of rope_dist.ops.turns, both signed.
+// Angle of a position in 2^-32 revolutions; high and low are the halves of inv_freq_q64 (fixed_point.py), both signed.
 ROPE_INLINE int32_t angle(int32_t position, int32_t high, int32_t low) {
   const int64_t carry = (static_cast<int64_t>(position) * low) >> 32;
   return static_cast<int32_t>(static_cast<uint32_t>(position) * static_cast<uint32_t>(high) +
@@ -53,12 +53,12 @@ ROPE_INLINE float flip_sign(float x, uint32_t sign) {
   return x;
 }
 
-// Cosine and sine of an angle in 2^-32 turns: the polynomials of rope_dist/ops/triton_angles.py, whose largest
+// Cosine and sine of an angle in 2^-32 revolutions: the polynomials of rope_dist/ops/triton_angles.py, whose largest
 // error is 7e-8. The library functions would reduce an argument that is reduced already.
-ROPE_INLINE void cos_sin(int32_t turn, float& cos, float& sin) {
-  // Two bits of this are the nearest quarter turn; shifted out, what is left is the signed distance to it.
-  const uint32_t quarter = static_cast<uint32_t>(turn) + (1u << 29);
-  const float u = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(turn) << 2)) * 4.656612873077393e-10f;
+ROPE_INLINE void cos_sin(int32_t revolutions, float& cos, float& sin) {
+  // Two bits of this are the nearest quarter revolution; shifted out, what is left is the signed distance to it.
+  const uint32_t quarter = static_cast<uint32_t>(revolutions) + (1u << 29);
+  const float u = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(revolutions) << 2)) * 4.656612873077393e-10f;
   const float z = u * u;
   float s = fmaf(z, -3.588034451240674e-05f, 0.0024898769333958626f);
   s = fmaf(z, s, -0.08074536919593811f);

@@ -127,20 +127,20 @@ struct ComputeOf<double> {
 // narrowing again would cost as much as the rotation. Of half-split tables that takes the even entries apart from
 // the odd ones.
 template <typename T, bool Interleaved>
-ROPE_INLINE bool in_words(int64_t half) {
+ROPE_INLINE bool in_words(int64_t num_pairs) {
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  return sizeof(T) == 2 && (Interleaved || half % 2 == 0);
+  return sizeof(T) == 2 && (Interleaved || num_pairs % 2 == 0);
 #else
   return false;
 #endif
 }
 
 template <typename T, bool Interleaved>
-ROPE_INLINE void rotate_words(const T* in, T* out, const float* cos, const float* sin, int64_t half) {
+ROPE_INLINE void rotate_words(const T* in, T* out, const float* cos, const float* sin, int64_t num_pairs) {
   const T type{};
   if (Interleaved) {
     ROPE_VECTORIZE
-    for (int64_t i = 0; i < half; ++i) {
+    for (int64_t i = 0; i < num_pairs; ++i) {
       const uint32_t word = load_word(in + 2 * i);
       float first, second;
       rotate(lower(type, word), upper(type, word), cos[i], sin[i], first, second);
@@ -148,24 +148,24 @@ ROPE_INLINE void rotate_words(const T* in, T* out, const float* cos, const float
     }
     return;
   }
-  const float* odd_cos = cos + half / 2;
-  const float* odd_sin = sin + half / 2;
+  const float* odd_cos = cos + num_pairs / 2;
+  const float* odd_sin = sin + num_pairs / 2;
   ROPE_VECTORIZE
-  for (int64_t i = 0; i < half / 2; ++i) {
-    const uint32_t a = load_word(in + 2 * i), b = load_word(in + half + 2 * i);
+  for (int64_t i = 0; i < num_pairs / 2; ++i) {
+    const uint32_t a = load_word(in + 2 * i), b = load_word(in + num_pairs + 2 * i);
     float first, second, odd_first, odd_second;
     rotate(lower(type, a), lower(type, b), cos[i], sin[i], first, second);
     rotate(upper(type, a), upper(type, b), odd_cos[i], odd_sin[i], odd_first, odd_second);
     store_word(out + 2 * i, to_lower(type, first) | to_upper(type, odd_first));
-    store_word(out + half + 2 * i, to_lower(type, second) | to_upper(type, odd_second));
+    store_word(out + num_pairs + 2 * i, to_lower(type, second) | to_upper(type, odd_second));
   }
 }
 
 template <typename T, bool Interleaved, typename Compute>
-ROPE_INLINE void rotate_pairs(const T* in, T* out, const Compute* cos, const Compute* sin, int64_t half) {
+ROPE_INLINE void rotate_pairs(const T* in, T* out, const Compute* cos, const Compute* sin, int64_t num_pairs) {
   ROPE_VECTORIZE
-  for (int64_t i = 0; i < half; ++i) {
-    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, half);
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
     Compute first, second;
     rotate(load(in, a), load(in, b), cos[i], sin[i], first, second);
     store(out, a, first);
@@ -176,38 +176,38 @@ ROPE_INLINE void rotate_pairs(const T* in, T* out, const Compute* cos, const Com
 // Without words, and with a bias.
 template <typename T, bool Interleaved, typename Compute>
 ROPE_INLINE void rotate_biased(const T* in, T* out, const T* bias, const Compute* cos, const Compute* sin,
-                               int64_t half, int64_t head_dim) {
-  const bool apart = in_words<T, Interleaved>(half) && !Interleaved;
-  for (int64_t i = 0; i < half; ++i) {
-    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, half);
-    const int64_t entry = apart ? i / 2 + i % 2 * (half / 2) : i;
+                               int64_t num_pairs, int64_t head_dim) {
+  const bool apart = in_words<T, Interleaved>(num_pairs) && !Interleaved;
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
+    const int64_t entry = apart ? i / 2 + i % 2 * (num_pairs / 2) : i;
     Compute first, second;
     rotate(load(in, a) + load(bias, a), load(in, b) + load(bias, b), cos[entry], sin[entry], first, second);
     store(out, a, first);
     store(out, b, second);
   }
-  for (int64_t i = 2 * half; i < head_dim; ++i) store(out, i, load(in, i) + load(bias, i));
+  for (int64_t i = 2 * num_pairs; i < head_dim; ++i) store(out, i, load(in, i) + load(bias, i));
 }
 
 // One head. Its size is not a template's argument: 16 seconds of compilation bought nothing measurable.
 template <typename T, bool Interleaved, typename Compute>
 ROPE_INLINE void rotate_head(const T* in, T* out, const T* bias, const Compute* cos, const Compute* sin,
-                             int64_t half, int64_t head_dim) {
+                             int64_t num_pairs, int64_t head_dim) {
   if (bias) {
-    rotate_biased<T, Interleaved>(in, out, bias, cos, sin, half, head_dim);
+    rotate_biased<T, Interleaved>(in, out, bias, cos, sin, num_pairs, head_dim);
     return;
   }
   if constexpr (sizeof(T) == 2) {
-    if (in_words<T, Interleaved>(half)) {
-      rotate_words<T, Interleaved>(in, out, cos, sin, half);
+    if (in_words<T, Interleaved>(num_pairs)) {
+      rotate_words<T, Interleaved>(in, out, cos, sin, num_pairs);
     } else {
-      rotate_pairs<T, Interleaved>(in, out, cos, sin, half);
+      rotate_pairs<T, Interleaved>(in, out, cos, sin, num_pairs);
     }
   } else {
-    rotate_pairs<T, Interleaved>(in, out, cos, sin, half);
+    rotate_pairs<T, Interleaved>(in, out, cos, sin, num_pairs);
   }
-  if (in != out && 2 * half < head_dim) {
-    std::memcpy(out + 2 * half, in + 2 * half, static_cast<size_t>(head_dim - 2 * half) * sizeof(T));
+  if (in != out && 2 * num_pairs < head_dim) {
+    std::memcpy(out + 2 * num_pairs, in + 2 * num_pairs, static_cast<size_t>(head_dim - 2 * num_pairs) * sizeof(T));
   }
 }
 
@@ -246,33 +246,33 @@ ROPE_INLINE void rotate_block(const Call& call, const Heads& x, int64_t b, int64
       // A token without a row passes through: as one of which nothing is rotated.
       rotate_head<T, Interleaved>(in + token * x.in_s + head * x.in_h, out + token * x.out_s + head * x.out_h,
                                         bias ? bias + head * call.head_dim : nullptr, cos[token], sin[token],
-                                        cos[token] ? call.half : 0, call.head_dim);
+                                        cos[token] ? call.num_pairs : 0, call.head_dim);
     }
   }
 }
 
-// A row of cosines or sines as the loops want it: as it lies, or in own (room for half entries) where it has to
+// A row of cosines or sines as the loops want it: as it lies, or in own (room for num_pairs entries) where it has to
 // be changed. For 16-bit heads NaN is made the plain one. Row is null for a token that is not turned.
 template <typename T, bool Interleaved, typename Compute>
-ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, int64_t half, Compute* own) {
+ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, int64_t num_pairs, Compute* own) {
   if (!row) return nullptr;
   if constexpr (sizeof(T) == 2) {
     const float nan = from_bits(0x7fc00000u);
     const float sign = negate ? -1.0f : 1.0f;
-    const bool apart = in_words<T, Interleaved>(half) && !Interleaved;
-    const int64_t step = apart ? 2 : 1, entries = apart ? half / 2 : half;
+    const bool apart = in_words<T, Interleaved>(num_pairs) && !Interleaved;
+    const int64_t step = apart ? 2 : 1, entries = apart ? num_pairs / 2 : num_pairs;
     for (int64_t i = 0; i < entries; ++i) own[i] = row[step * i] == row[step * i] ? sign * row[step * i] : nan;
-    for (int64_t i = 0; i < half - entries; ++i) {
+    for (int64_t i = 0; i < num_pairs - entries; ++i) {
       own[entries + i] = row[2 * i + 1] == row[2 * i + 1] ? sign * row[2 * i + 1] : nan;
     }
     return own;
   }
   if (!negate) return row;
-  for (int64_t i = 0; i < half; ++i) own[i] = -row[i];
+  for (int64_t i = 0; i < num_pairs; ++i) own[i] = -row[i];
   return own;
 }
 
-// Tokens [first, last) of batch * length. Scratch holds 2 * kBlock * half elements.
+// Tokens [first, last) of batch * length. Scratch holds 2 * kBlock * num_pairs elements.
 template <typename T, bool Interleaved>
 ROPE_INLINE void rotate_tokens(const Call& call, int64_t first, int64_t last, void* scratch) {
   using Compute = typename ComputeOf<T>::type;
@@ -288,9 +288,9 @@ ROPE_INLINE void rotate_tokens(const Call& call, int64_t first, int64_t last, vo
       const bool known = row >= 0 && row < call.rows;
       const Compute* cos_row = static_cast<const Compute*>(call.cos) + (known ? b * call.cos_b + row * call.cos_s : 0);
       const Compute* sin_row = static_cast<const Compute*>(call.sin) + (known ? b * call.sin_b + row * call.sin_s : 0);
-      Compute* own = static_cast<Compute*>(scratch) + 2 * t * call.half;
-      cos[t] = table_row<T, Interleaved>(known ? cos_row : nullptr, false, call.half, own);
-      sin[t] = table_row<T, Interleaved>(known ? sin_row : nullptr, call.inverse != 0, call.half, own + call.half);
+      Compute* own = static_cast<Compute*>(scratch) + 2 * t * call.num_pairs;
+      cos[t] = table_row<T, Interleaved>(known ? cos_row : nullptr, false, call.num_pairs, own);
+      sin[t] = table_row<T, Interleaved>(known ? sin_row : nullptr, call.conjugate != 0, call.num_pairs, own + call.num_pairs);
     }
     for (const Heads* x : {&call.q, &call.k}) rotate_block<T, Interleaved>(call, *x, b, s, tokens, cos, sin);
     first += tokens;
@@ -346,7 +346,7 @@ ROPE_EXPORT int rope_dist_cpu_rotary(const rope::Call* call, int64_t threads) {
   using namespace rope;
   static const Range ranges[] = {rotate_float32, rotate_float64, rotate_float16, rotate_bfloat16};
   static const int64_t sizes[] = {4, 8, 2, 2};
-  if (call->dtype < 0 || call->dtype > 3 || call->words) return kUnsupported;
+  if (call->dtype < 0 || call->dtype > 3 || call->inv_freq_q64) return kUnsupported;
   const Range run = ranges[call->dtype];
   const int64_t tokens = call->batch * call->length;
   const int64_t bytes = tokens * (call->q.heads + call->k.heads) * call->head_dim * sizes[call->dtype];
@@ -355,7 +355,7 @@ ROPE_EXPORT int rope_dist_cpu_rotary(const rope::Call* call, int64_t threads) {
   if (threads > tokens) threads = tokens;
   if (threads < 1) threads = 1;
   try {
-    const size_t scratch_size = static_cast<size_t>(2 * kBlock * call->half) * (call->dtype == kFloat64 ? 8 : 4);
+    const size_t scratch_size = static_cast<size_t>(2 * kBlock * call->num_pairs) * (call->dtype == kFloat64 ? 8 : 4);
     // Apart by two cache lines, so that no thread waits for another's writes.
     const size_t apart = scratch_size + 128;
     std::vector<char> scratch(apart * static_cast<size_t>(threads));

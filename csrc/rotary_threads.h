@@ -88,13 +88,13 @@ ROPE_INLINE void store_some(T* x, const float* values) {
 // rotation, which would keep infinities from their partners, costs registers: spills on sm_120.)
 template <int N>
 ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_t pair, float* cos, float* sin) {
-  const float sign = call.inverse ? -1.0f : 1.0f;
-  if (call.words) {
+  const float sign = call.conjugate ? -1.0f : 1.0f;
+  if (call.inv_freq_q64) {
     const float scaling = static_cast<float>(call.scaling);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const int32_t turn = angle(static_cast<int32_t>(position), call.words[pair + i], call.words[call.half + pair + i]);
-      cos_sin(turn, cos[i], sin[i]);
+      const int32_t revolutions = angle(static_cast<int32_t>(position), call.inv_freq_q64[pair + i], call.inv_freq_q64[call.num_pairs + pair + i]);
+      cos_sin(revolutions, cos[i], sin[i]);
       cos[i] = position == kNowhere ? 1.0f : cos[i] * scaling;
       sin[i] = position == kNowhere ? 0.0f : sin[i] * scaling * sign;
     }
@@ -119,20 +119,20 @@ ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_
 
 // N pairs of one head: adjacent ones, whose members are N elements in each half, or 2 N neighbours.
 template <typename T, bool Interleaved, int N>
-ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, int64_t half, const float* cos,
+ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, int64_t num_pairs, const float* cos,
                              const float* sin) {
   float x[2 * N], y[2 * N];
   if (Interleaved) {
     load_some<2 * N>(in + 2 * pair, x);
   } else {
     load_some<N>(in + pair, x);
-    load_some<N>(in + half + pair, x + N);
+    load_some<N>(in + num_pairs + pair, x + N);
   }
   if (bias) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       x[Interleaved ? 2 * i : i] += to_float(bias[first_of<Interleaved>(pair + i)]);
-      x[Interleaved ? 2 * i + 1 : N + i] += to_float(bias[second_of<Interleaved>(pair + i, half)]);
+      x[Interleaved ? 2 * i + 1 : N + i] += to_float(bias[second_of<Interleaved>(pair + i, num_pairs)]);
     }
   }
 #pragma unroll
@@ -144,7 +144,7 @@ ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, i
     store_some<2 * N>(out + 2 * pair, y);
   } else {
     store_some<N>(out + pair, y);
-    store_some<N>(out + half + pair, y + N);
+    store_some<N>(out + num_pairs + pair, y + N);
   }
 }
 
@@ -152,7 +152,7 @@ ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, i
 template <typename T>
 ROPE_INLINE void pass_rest(const Call& call, const T* in, T* out, const T* bias, int column, int columns) {
   if (in == out && !bias) return;
-  for (int64_t i = 2 * call.half + column; i < call.head_dim; i += columns) {
+  for (int64_t i = 2 * call.num_pairs + column; i < call.head_dim; i += columns) {
     if (bias) {
       round_to(to_float(in[i]) + to_float(bias[i]), out[i]);
     } else {
@@ -168,9 +168,9 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
   const int64_t position = position_of(call, b, s);
   const int64_t heads = call.q.heads + call.k.heads;
   // Wide heads take several rounds; the usual ones take one.
-  for (int64_t pair = static_cast<int64_t>(column) * N; pair < call.half || pair == static_cast<int64_t>(column) * N;
+  for (int64_t pair = static_cast<int64_t>(column) * N; pair < call.num_pairs || pair == static_cast<int64_t>(column) * N;
        pair += static_cast<int64_t>(columns) * N) {
-    const bool rotated = pair < call.half;
+    const bool rotated = pair < call.num_pairs;
     const bool once = pair == static_cast<int64_t>(column) * N;
     float cos[N], sin[N];
     if (rotated) angles_of<N>(call, b, position, pair, cos, sin);
@@ -182,7 +182,7 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
       const T* in = static_cast<const T*>(x.in) + b * x.in_b + s * x.in_s + own * x.in_h;
       T* out = static_cast<T*>(x.out) + b * x.out_b + s * x.out_s + own * x.out_h;
       const T* bias = Bias && x.bias ? static_cast<const T*>(x.bias) + own * call.head_dim : nullptr;
-      if (rotated) rotate_some<T, Interleaved, N>(in, out, bias, pair, call.half, cos, sin);
+      if (rotated) rotate_some<T, Interleaved, N>(in, out, bias, pair, call.num_pairs, cos, sin);
       if (once) pass_rest(call, in, out, bias, column, columns);
     }
   }
@@ -192,7 +192,7 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
 template <typename T>
 inline bool wide(const Call& call) {
   constexpr int64_t kVector = 16 / sizeof(T);
-  bool fits = (call.interleaved ? 2 * call.half : call.half) % kVector == 0;
+  bool fits = (call.interleaved ? 2 * call.num_pairs : call.num_pairs) % kVector == 0;
   for (const Heads* x : {&call.q, &call.k}) {
     const int64_t all = x->in_b | x->in_s | x->in_h | x->out_b | x->out_s | x->out_h;
     fits = fits && all % kVector == 0 && reinterpret_cast<uintptr_t>(x->in) % 16 == 0 &&
@@ -208,7 +208,7 @@ struct Shape {
 };
 
 inline Shape shape_of(const Call& call, int pairs) {
-  const int64_t wanted = (call.half + pairs - 1) / pairs;
+  const int64_t wanted = (call.num_pairs + pairs - 1) / pairs;
   const int64_t columns = wanted < 1 ? 1 : (wanted > 128 ? 128 : wanted);
   const int64_t heads = call.q.heads + call.k.heads;
   const int64_t rows = 128 / columns < heads ? 128 / columns : heads;

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import library, validation
+from . import launch_cache, library, validation
+from .arguments import Angles
 
 
 def apply_rotary_pos_emb(
@@ -44,16 +45,21 @@ def apply_rotary_pos_emb(
     if q.ndim != axes or (k is not None and k.ndim != axes):
         shapes = f"{list(q.shape)} and {list(k.shape) if k is not None else None}"
         raise ValueError(f"q and k must have four axes (or three, with cos [S, R]), got {shapes}")
-    half = cos.shape[-1] // 2
+    num_pairs = cos.shape[-1] // 2
 
     def moved(x: torch.Tensor | None) -> torch.Tensor | None:
         x = x if x is None or axis == -2 else x.transpose(-3, -2)
         return x if x is None or axes == 4 else x[None]
 
     q, k = moved(q), moved(k)
-    validation.heads(q, k)
-    cos, sin = validation.tables(q, cos[..., :half], sin[..., :half], rows=q.shape[1])
-    rotated = library.rotary(q, k, cos, sin)
+    angles = Angles(cos[..., :num_pairs], sin[..., :num_pairs])
+    launch, key = launch_cache.find("apply_rotary_pos_emb", (q, k), angles)
+    if launch is not None:
+        rotated = launch(q, k, angles)
+    else:
+        validation.heads(q, k)
+        angles = Angles(*validation.tables(q, *angles[:2], rows=q.shape[1]))
+        rotated = library.rotate(q, k, angles, key=key)
     back = [x if x is None or axes == 4 else x[0] for x in rotated]
     return tuple(x if x is None or axis == -2 else x.transpose(-3, -2) for x in back)
 
@@ -113,15 +119,18 @@ def apply_rotary_emb(
             raise ValueError(
                 f"a length of {length} from {offset} needs {length + offset} rows of cos, got {cos.shape[0]}"
             )
-    x, _ = library.rotate(
-        x,
-        None,
-        cos=cos[None],
-        sin=sin[None],
+    angles = Angles(
+        cos[None],
+        sin[None],
         cu_seqlens=cu_seqlens,
-        offsets=offsets,
+        seqlen_offsets=offsets,
         offset=offset,
         interleaved=interleaved,
-        inplace=inplace,
+    )
+    launch, key = launch_cache.find("apply_rotary_emb", (x,), angles, inplace)
+    x, _ = (
+        launch(x, None, angles)
+        if launch is not None
+        else library.rotate(x, None, angles, inplace=inplace, key=key)
     )
     return x[0] if packed else x

@@ -1,46 +1,53 @@
 """Registration of the operators with ``torch.library``: schema, shapes, gradients.
 
-The operators of ``torch.ops.rope_dist`` are what models call, so that ``torch.compile(fullgraph=True)``
-sees opaque nodes. Which backend serves a call is decided in ``dispatch.py``.
+The operators of ``torch.ops.rope_dist`` are what is called where something looks on:
+``torch.compile(fullgraph=True)`` sees opaque nodes, autograd finds gradients. Eager calls that nothing observes go
+straight to ``dispatch.py``, which chooses the backend of both; ``launch_cache.find`` tells them apart.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.autograd import forward_ad
 
-from . import dispatch, validation
+from . import dispatch, dispatch_projection, launch_cache, validation
+from .arguments import Angles, Projections, schema
+from .backend import without_autocast
+from .launch_cache import transformed
 
-# Library.define/impl rather than torch.library.custom_op: a quarter of the call overhead, which
-# counts in decoding, where one call rotates a single token.
+# Library.define/impl rather than torch.library.custom_op: a quarter of the call overhead.
 LIBRARY = torch.library.Library("rope_dist", "DEF")
-LIBRARY.define(
-    "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved=False, bool inverse=False) "
-    "-> (Tensor, Tensor)"
-)
-LIBRARY.impl("rotary", dispatch.rotary, "CompositeExplicitAutograd")
-
-_ANGLES = (
-    "Tensor? cos=None, Tensor? sin=None, Tensor? words=None, Tensor? positions=None, Tensor? cu_seqlens=None, "
-    "Tensor? offsets=None, int offset=0, float scaling=1.0, bool interleaved=False, bool inverse=False"
-)
-_BIASES = "Tensor? q_bias=None, Tensor? k_bias=None"
-LIBRARY.define(f"rotate(Tensor q, Tensor? k, {_ANGLES}, {_BIASES}) -> (Tensor, Tensor)")
-LIBRARY.impl("rotate", dispatch.rotate, "CompositeExplicitAutograd")
-LIBRARY.define(f"rotate_(Tensor(a!) q, Tensor(b!)? k, {_ANGLES}, {_BIASES}) -> ()")
-LIBRARY.impl("rotate_", dispatch.rotate_, "CompositeExplicitAutograd")
+_ANGLES, _PROJECTIONS = schema(Angles), schema(Projections)
+_ROTATE = f"Tensor? q_bias=None, Tensor? k_bias=None, {_ANGLES}"
+_NO_ANGLES = (None,) * len(Angles._fields)
 
 
-@torch.library.register_fake("rope_dist::rotary", lib=LIBRARY)
-def _rotary_fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    interleaved: bool = False,
-    inverse: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def _define(signature: str, implementation) -> None:
+    LIBRARY.define(signature)
+    LIBRARY.impl(signature.partition("(")[0], implementation, "CompositeExplicitAutograd")
+
+
+# --- rotation ------------------------------------------------------------------------------------
+
+
+def _rotate_impl(q, k, q_bias=None, k_bias=None, *flat) -> tuple[torch.Tensor, torch.Tensor]:
+    q_out, k_out = _run("operator", q, k, Angles(*flat), q_bias, k_bias)
+    return q_out, k_out if k_out is not None else q.new_empty(0)
+
+
+def _rotate_in_place_impl(q, k, q_bias=None, k_bias=None, *flat) -> None:
+    _run("operator in place", q, k, Angles(*flat), q_bias, k_bias)
+
+
+def _run(operation: str, q, k, angles: Angles, q_bias, k_bias) -> tuple[torch.Tensor, torch.Tensor | None]:
+    launch, key = launch_cache.find(operation, (q, k, q_bias, k_bias), angles)
+    if launch is not None:
+        return launch(q, k, angles, q_bias, k_bias)
+    inplace = operation == "operator in place"
+    return dispatch.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
+
+
+_define(f"rotate(Tensor q, Tensor? k, {_ROTATE}) -> (Tensor, Tensor)", _rotate_impl)
+_define(f"rotate_(Tensor(a!) q, Tensor(b!)? k, {_ROTATE}) -> ()", _rotate_in_place_impl)
 
 
 @torch.library.register_fake("rope_dist::rotate", lib=LIBRARY)
@@ -54,66 +61,37 @@ def _rotate_in_place_fake(q: torch.Tensor, k: torch.Tensor | None, *rest) -> Non
 
 
 # The rotation is orthogonal up to the attention scaling that sits in the tables, so its gradient is the
-# inverse rotation by the same angles: nothing of q and k has to be kept.
+# conjugate rotation by the same angles: nothing of q and k has to be kept.
 
 
-@torch.compiler.assume_constant_result  # its guards are on both
-def transformed() -> bool:
-    """Whether a transform of ``torch.func`` or forward-mode differentiation is at work.
-
-    Registered gradients know neither; :class:`Rotate` does.
-    """
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def _rotary_setup(ctx, inputs, output) -> None:
-    _, _, cos, sin, ctx.interleaved, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin)
-
-
-def _rotary_backward(ctx, grad_q: torch.Tensor, grad_k: torch.Tensor):
-    cos, sin = ctx.saved_tensors
-    if transformed():
-        rest = (cos, sin, *[None] * 4, 0, 1.0, ctx.interleaved, not ctx.inverse, None, None)
-        grad_q, grad_k = _rotate(grad_q, grad_k, *rest)
-    else:
-        grad_q, grad_k = torch.ops.rope_dist.rotary(
-            grad_q, grad_k, cos, sin, ctx.interleaved, not ctx.inverse
-        )
-    return grad_q, grad_k, None, None, None, None
-
-
-torch.library.register_autograd(
-    "rope_dist::rotary", _rotary_backward, setup_context=_rotary_setup, lib=LIBRARY
-)
-
-
-def _save_angles(ctx, rest: tuple) -> None:
-    """Keep what the gradient needs of the arguments after ``k``: the angles, and which biases there are."""
-    ctx.save_for_backward(*rest[:6])
-    ctx.offset, ctx.scaling, ctx.interleaved, ctx.inverse, *biases = rest[6:]
+def _save(ctx, angles: Angles, biases: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
+    ctx.save_for_backward(*angles.tensors())
+    ctx.numbers = angles[len(angles.tensors()) :]
     ctx.biased = [bias is not None for bias in biases]
 
 
+def _saved_angles(ctx) -> Angles:
+    return Angles(*ctx.saved_tensors, *ctx.numbers)
+
+
 def _gradients(ctx, grad_q: torch.Tensor, grad_k: torch.Tensor | None) -> tuple:
-    """Gradients of every argument of ``rotate``; a bias is added to each token, so it gets the sum over them."""
-    angles = (*ctx.saved_tensors, ctx.offset, ctx.scaling, ctx.interleaved, not ctx.inverse)
-    grad_q, grad_k = _rotate(grad_q, grad_k, *angles, None, None)
+    """Gradients of q, k and the biases; a bias is added to each token, so it gets the sum over them."""
+    grad_q, grad_k = _rotate(grad_q, grad_k, _saved_angles(ctx).conjugated())
     of_biases = [
         grad.sum((0, 1)).flatten() if biased else None
         for grad, biased in zip((grad_q, grad_k), ctx.biased, strict=True)
     ]
-    return grad_q, grad_k, *[None] * 10, *of_biases
+    return grad_q, grad_k, *of_biases
 
 
 def _rotate_setup(ctx, inputs, output) -> None:
-    _, k, *rest = inputs
+    _, k, q_bias, k_bias, *flat = inputs
     ctx.has_k = k is not None
-    _save_angles(ctx, tuple(rest))
+    _save(ctx, Angles(*flat), (q_bias, k_bias))
 
 
 def _rotate_backward(ctx, grad_q: torch.Tensor, grad_k: torch.Tensor | None = None) -> tuple:
-    return _gradients(ctx, grad_q, grad_k if ctx.has_k else None)
+    return *_gradients(ctx, grad_q, grad_k if ctx.has_k else None), *_NO_ANGLES
 
 
 torch.library.register_autograd(
@@ -134,24 +112,27 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         _rotate_setup(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[2:8])  # what the gradient keeps: under vmap both must be the same
+        ctx.save_for_forward(
+            *Angles(*inputs[4:]).tensors()
+        )  # as for backward: under vmap both must be the same
 
     backward = staticmethod(_rotate_backward)
 
     @staticmethod
-    def jvp(ctx, q: torch.Tensor, k: torch.Tensor | None, *rest):
+    def jvp(ctx, q: torch.Tensor, k: torch.Tensor | None, q_bias, k_bias, *rest):
         """The rotation is linear in the heads and the biases: tangents are rotated as they are."""
-        angles = (*ctx.saved_tensors, ctx.offset, ctx.scaling, ctx.interleaved, ctx.inverse)
-        q, k = _rotate(q, k, *angles, *rest[10:])
+        q, k = _rotate(q, k, _saved_angles(ctx), q_bias, k_bias)
         return (q, k) if k is not None else q
 
 
-def _rotate(q: torch.Tensor, k: torch.Tensor | None, *rest) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _rotate(
+    q: torch.Tensor, k: torch.Tensor | None, angles: Angles, q_bias=None, k_bias=None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The operator, differentiable in every way that is asked for now."""
-    if not transformed():
-        q, out = torch.ops.rope_dist.rotate(q, k, *rest)
-        return q, out if k is not None else None
-    return _rotate_transformed(q, k, *rest)
+    if transformed():
+        return _rotate_transformed(q, k, q_bias, k_bias, *angles)
+    q, out = torch.ops.rope_dist.rotate(q, k, q_bias, k_bias, *angles)
+    return q, out if k is not None else None
 
 
 @torch.compiler.disable(
@@ -169,65 +150,192 @@ class RotateInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, *angles):
-        _save_angles(ctx, (*angles, bias, None))
+    def forward(ctx, x: torch.Tensor, bias: torch.Tensor | None, *flat):
+        _save(ctx, Angles(*flat), (bias, None))
         ctx.mark_dirty(x)
-        torch.ops.rope_dist.rotate_(x, None, *angles, bias)
+        torch.ops.rope_dist.rotate_(x, None, bias, None, *flat)
         return x
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        grad, *_, of_bias, _ = _gradients(ctx, grad, None)
-        return grad, of_bias, *[None] * 10
-
-
-def rotary(
-    q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call the operator for checked arguments and tables with a row a token (see ``reference.rotary``)."""
-    if k is None or transformed():
-        return rotate(q, k, cos=cos, sin=sin, interleaved=interleaved)
-    return torch.ops.rope_dist.rotary(q, k, cos, sin, interleaved)
+        grad, _, of_bias, _ = _gradients(ctx, grad, None)
+        return grad, of_bias, *_NO_ANGLES
 
 
 def rotate(
     q: torch.Tensor,
     k: torch.Tensor | None,
-    *,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    words: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    offsets: torch.Tensor | None = None,
-    offset: int = 0,
-    scaling: float = 1.0,
-    interleaved: bool = False,
+    angles: Angles,
     q_bias: torch.Tensor | None = None,
     k_bias: torch.Tensor | None = None,
+    *,
     inplace: bool = False,
+    key: launch_cache.Key | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call the operator for checked arguments (see ``reference.rotate_tokens``), in place or not.
+    """Rotate for checked arguments (see ``reference.rotate_tokens``), in place or not.
+
+    Args:
+        key: of ``launch_cache.find``, which had no launch; None: the call goes through the operator.
 
     Raises:
         ValueError: ``inplace`` and tensors that cannot be changed in place (:func:`validation.writable`).
     """
-    angles = (cos, sin, words, positions, cu_seqlens, offsets, offset, scaling, interleaved, False)
+    if inplace:
+        validation.writable(q, k)
+    if key is not None:
+        return dispatch.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
     if not inplace:
-        return _rotate(q, k, *angles, q_bias, k_bias)
-    validation.writable(q, k)
+        return _rotate(q, k, angles, q_bias, k_bias)
     gradient = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, q_bias, k_bias)
     )
     if not gradient and not transformed():
-        torch.ops.rope_dist.rotate_(q, k, *angles, q_bias, k_bias)
+        torch.ops.rope_dist.rotate_(q, k, q_bias, k_bias, *angles)
         return q, k
     if torch.compiler.is_compiling() or transformed():
         # They follow a copy into a view, and the compiler leaves it out.
-        out = _rotate(q, k, *angles, q_bias, k_bias)
+        out = _rotate(q, k, angles, q_bias, k_bias)
         return tuple(x.copy_(y) if x is not None else None for x, y in zip((q, k), out, strict=True))
-    for x, bias, name in ((q, q_bias, "q"), (k, k_bias, "k")):
+    pairs = ((q, q_bias, "q"), (k, k_bias, "k"))
+    for x, bias, name in pairs:
         if x is not None and (x.requires_grad or (bias is not None and bias.requires_grad)):
             validation.changeable(x, name)
-    pairs = ((q, q_bias), (k, k_bias))
-    return tuple(RotateInPlace.apply(x, bias, *angles) if x is not None else None for x, bias in pairs)
+    return tuple(RotateInPlace.apply(x, bias, *angles) if x is not None else None for x, bias, _ in pairs)
+
+
+# --- projection and rotation ---------------------------------------------------------------------
+
+
+def _split(flat: tuple) -> tuple[Projections, Angles, tuple]:
+    """``flat`` arguments of an operator as the groups that they begin with, and the rest."""
+    projections, angles = len(Projections._fields), len(Angles._fields)
+    return (
+        Projections(*flat[:projections]),
+        Angles(*flat[projections : projections + angles]),
+        flat[projections + angles :],
+    )
+
+
+def _qkv_impl(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    projections, angles, (path,) = _split(flat)
+    q, k, v = dispatch_projection.qkv_rotary(x, projections, angles, path)
+    return q, k, v if v is not None else x.new_empty(0)
+
+
+def _decode_impl(x: torch.Tensor, k_cache, v_cache, slots, *flat) -> torch.Tensor:
+    projections, angles, _ = _split(flat)
+    return dispatch_projection.decode_cached(x, projections, angles, (k_cache, v_cache), slots)
+
+
+def _pack_impl(q, k, v, *flat) -> torch.Tensor:
+    return dispatch_projection.pack_gradients(q, k, v, Angles(*flat))
+
+
+_define(
+    f"qkv_rotary(Tensor x, {_PROJECTIONS}, {_ANGLES}, str path='auto') -> (Tensor, Tensor, Tensor)", _qkv_impl
+)
+_define(
+    "decode_cached(Tensor x, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
+    f"{_PROJECTIONS}, {_ANGLES}) -> Tensor",
+    _decode_impl,
+)
+_define(f"pack_gradients(Tensor q, Tensor k, Tensor? v, {_ANGLES}) -> Tensor", _pack_impl)
+
+
+@torch.library.register_fake("rope_dist::qkv_rotary", lib=LIBRARY)
+def _qkv_fake(x, *flat):
+    projections, _, _ = _split(flat)
+    heads = [
+        x.new_empty(*x.shape[:2], w.shape[0] // projections.head_dim, projections.head_dim)
+        if w is not None
+        else x.new_empty(0)
+        for w in projections[:3]
+    ]
+    return tuple(heads)
+
+
+@torch.library.register_fake("rope_dist::decode_cached", lib=LIBRARY)
+def _decode_fake(x, k_cache, v_cache, slots, w_q, *rest):
+    return x.new_empty(*x.shape[:2], w_q.shape[0] // k_cache.shape[2], k_cache.shape[2])
+
+
+@torch.library.register_fake("rope_dist::pack_gradients", lib=LIBRARY)
+def _pack_fake(q, k, v, *flat):
+    heads = sum(x.shape[2] for x in (q, k, v) if x is not None)
+    return q.new_empty(*q.shape[:2], heads * q.shape[3])
+
+
+def _qkv_setup(ctx, inputs, output) -> None:
+    x, *flat = inputs
+    projections, angles, _ = _split(tuple(flat))
+    ctx.numbers = angles[len(angles.tensors()) :]
+    # What the caller holds anyway: no output and nothing as large as one.
+    ctx.save_for_backward(*angles.tensors(), x, *projections[:3])
+
+
+def _qkv_backward(ctx, grad_q, grad_k, grad_v):
+    *tensors, x, w_q, w_k, w_v = ctx.saved_tensors
+    weights = [w for w in (w_q, w_k, w_v) if w is not None]
+    widths = [w.shape[0] for w in weights]
+    angles = Angles(*tensors, *ctx.numbers).conjugated()
+    packed = torch.ops.rope_dist.pack_gradients(grad_q, grad_k, grad_v if w_v is not None else None, *angles)
+    rows = packed.flatten(0, 1)
+    wanted = ctx.needs_input_grad
+
+    def parts(joined: torch.Tensor, first: int) -> list[torch.Tensor | None]:
+        """``joined`` gradients of all weights or biases, split to those that are wanted."""
+        split = [*joined.split(widths), None][:3]
+        return [grad if wanted[first + i] else None for i, grad in enumerate(split)]
+
+    grad_x, grad_w, grad_b = None, [None] * 3, [None] * 3
+    with without_autocast(x):
+        if wanted[0]:
+            # One product, rounded once; the joined weights live only as long as it takes.
+            grad_x = packed @ torch.cat(weights)
+        if any(wanted[1:4]):
+            grad_w = parts(rows.t() @ x.flatten(0, 1), 1)
+        if any(wanted[4:7]):
+            grad_b = parts(rows.sum(0), 4)
+    return grad_x, *grad_w, *grad_b, None, *_NO_ANGLES, None
+
+
+torch.library.register_autograd("rope_dist::qkv_rotary", _qkv_backward, setup_context=_qkv_setup, lib=LIBRARY)
+
+
+def _pack_setup(ctx, inputs, output) -> None:
+    q, k, v, *flat = inputs
+    angles = Angles(*flat)
+    ctx.shapes = [x.shape[2:] for x in (q, k, v) if x is not None]
+    ctx.numbers = angles[len(angles.tensors()) :]
+    ctx.save_for_backward(*angles.tensors())
+
+
+def _pack_backward(ctx, grad):
+    parts = grad.split([heads * dim for heads, dim in ctx.shapes], dim=-1)
+    q, k, *v = (part.unflatten(-1, shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+    q, k = torch.ops.rope_dist.rotate(q, k, None, None, *_saved_angles(ctx).conjugated())
+    return q, k, v[0] if v else None, *_NO_ANGLES
+
+
+torch.library.register_autograd(
+    "rope_dist::pack_gradients", _pack_backward, setup_context=_pack_setup, lib=LIBRARY
+)
+
+
+def qkv_rotary(
+    x: torch.Tensor,
+    projections: Projections,
+    angles: Angles,
+    path: str = "auto",
+    key: launch_cache.Key | None = None,
+) -> dispatch_projection.Heads:
+    """Project and rotate for checked arguments; ``key`` as in :func:`rotate`."""
+    if key is not None:
+        with torch.no_grad():
+            return dispatch_projection.qkv_rotary(x, projections, angles, path, key)
+    if transformed():
+        q, k, *v = dispatch_projection.project(x, projections)
+        q, k = _rotate(q, k, angles)
+        return q, k, v[0] if v else None
+    q, k, v = torch.ops.rope_dist.qkv_rotary(x, *projections, *angles, path)
+    return q, k, v if projections.w_v is not None else None

@@ -1,7 +1,7 @@
 """The libraries of ``csrc``, by ctypes: the CPU's rotation, and CUDA's where Triton is not.
 
 They know no torch: a call packs pointers, sizes and strides into the struct of ``csrc/launch.h``. Nothing
-here raises because a library is missing; :func:`unavailable` says why, and ``dispatch.py`` takes the reference.
+here raises because a library is missing: :meth:`Native.supports` gives the reason.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ import functools
 import json
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from . import fixed_point, reference
+from .arguments import Angles
+from .backend import Backend, Launch, NotBuilt
 
 ABI = 2
 FOLDER = Path(os.environ.get("ROPE_DIST_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native")
@@ -70,25 +75,19 @@ def load(name: str) -> Built | str:
     return Built(library, describe().decode(), architectures)
 
 
+def _built(name: str) -> Built:
+    built = load(name)
+    if isinstance(built, str):
+        raise RuntimeError(built)
+    return built
+
+
 def _not_built(name: str) -> str:
     try:
-        said = json.loads((FOLDER / "build.json").read_text(encoding="utf-8"))[name]
-        return f"not built: {said}"
+        status = json.loads((FOLDER / "build.json").read_text(encoding="utf-8"))[name]
+        return f"not built: {status}"
     except (OSError, ValueError, KeyError):
         return "not built"
-
-
-def dtypes_on(device: str) -> tuple[torch.dtype, ...]:
-    """What the library for that type of device rotates, if it is there; nothing for other devices."""
-    return {"cpu": tuple(DTYPES), "cuda": CUDA_DTYPES}.get(device, ())
-
-
-def unavailable(x: torch.Tensor) -> str | None:
-    """Why the library for ``x``, of one of :func:`dtypes_on`, cannot be used, or None: it can."""
-    built = load(x.device.type)
-    if isinstance(built, str):
-        return built
-    return None if x.is_cpu else missing_architecture(x.device.index)
 
 
 @functools.cache
@@ -113,115 +112,134 @@ def missing_architecture(device: int) -> str | None:
     )
 
 
-def rotate(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    q_out: torch.Tensor,
-    k_out: torch.Tensor | None,
-    *,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    words: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    offsets: torch.Tensor | None = None,
-    offset: int = 0,
-    scaling: float = 1.0,
-    interleaved: bool = False,
-    inverse: bool = False,
-    q_bias: torch.Tensor | None = None,
-    k_bias: torch.Tensor | None = None,
-    threads: int | None = None,
-) -> None:
-    """Rotate ``q`` into ``q_out`` and ``k`` into ``k_out`` where :func:`unavailable` is None. Checks nothing.
+class Native(Backend):
+    """Rotates CPU tensors, and CUDA tensors where there is no Triton; it does not project."""
 
-    Args:
-        q, k: ``[B, S, heads, D]`` of one dtype, any strides; ``q_out`` may be ``q`` itself.
-        cos, sin, words, positions, cu_seqlens, offsets, offset, scaling: as in
-            :func:`rope_dist.ops.reference.rotate_tokens`. The CUDA kernel makes tables from ``words`` itself.
-        q_bias, k_bias: ``[heads * D]``, added before the rotation with no rounding between.
-        threads: of the CPU; None: as many as torch uses.
+    name = "native"
 
-    Raises:
-        RuntimeError: the launch failed.
+    def supports(self, x: torch.Tensor, requested: bool = False) -> str | None:
+        if x.dtype not in {"cpu": DTYPES, "cuda": CUDA_DTYPES}.get(x.device.type, ()):
+            return f"it has no kernel for {x.dtype} on {x.device.type}"
+        built = load(x.device.type)
+        if isinstance(built, str):
+            return NotBuilt(f"the native library is missing: {built}")
+        lacking = None if x.is_cpu else missing_architecture(x.device.index)
+        return None if lacking is None else NotBuilt(f"the native library is missing: {lacking}")
+
+    def rotate(self, q, k, q_out, k_out, angles, q_bias=None, k_bias=None, threads: int | None = None):
+        """As :meth:`Backend.rotate`; ``threads`` of the CPU, None: as many as torch uses.
+
+        Raises:
+            RuntimeError: the launch failed.
+        """
+        if q.numel() == 0 and (k is None or k.numel() == 0):
+            return None
+        ready = _ready(q, angles)
+        sources = [_inner(q), _inner(k) if k is not None else None]
+        # A target that has no unit inner stride is written by way of one that has.
+        targets = [
+            source if out is x and source is not x else (_inner(out) if out is not None else None)
+            for x, source, out in zip((q, k), sources, (q_out, k_out), strict=True)
+        ]
+        biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
+        again = packed_launch(*sources, *targets, ready, *biases, threads=threads)
+        again(*sources, *targets, ready, *biases)
+        for out, target in zip((q_out, k_out), targets, strict=True):
+            if target is not None and target is not out:
+                out.copy_(target)
+        given = (q, k, q_out, k_out, *angles.tensors(), q_bias, k_bias)
+        used = (*sources, *targets, *ready.tensors(), *biases)
+        return again if all(a is b for a, b in zip(given, used, strict=True)) else None
+
+
+def _ready(q: torch.Tensor, angles: Angles) -> Angles:
+    """``angles`` as the libraries take them: float32 tables (float64 for such heads), int64 positions and bounds.
+
+    The CUDA kernel makes tables from ``inv_freq_q64`` itself. For the CPU they are made here, in float64 as the
+    reference does: they are small beside the heads.
     """
-    if q.numel() == 0 and (k is None or k.numel() == 0):
-        return
-    if words is not None and q.is_cpu:
-        from . import angles, reference
-
-        # In float64, as the reference: the tables are small beside the heads.
-        at = reference.token_positions(*q.shape[:2], positions, cu_seqlens, offsets, offset, q.device)
-        cos, sin = angles.tables(words, at, scaling, _table_dtype(q))
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    cos, sin, inv_freq_q64, positions, cu_seqlens, seqlen_offsets = angles.tensors()
+    if inv_freq_q64 is not None and q.is_cpu:
+        at = reference.token_positions(angles, *q.shape[:2], q.device)
+        cos, sin = fixed_point.tables(inv_freq_q64, at, angles.scaling, dtype)
         positions = None
         if cu_seqlens is not None:
             # A token's row is its place; one that is in no sequence has none.
             positions = torch.where(at == reference.NOWHERE, -1, torch.arange(q.shape[1]))
-        words = cu_seqlens = offsets = None
-        offset = 0
-    sources = [_inner(q), _inner(k) if k is not None else None]
-    # A target that has no unit inner stride is written by way of one that has.
-    targets = [
-        source if out is x and source is not x else (_inner(out) if out is not None else None)
-        for x, source, out in zip((q, k), sources, (q_out, k_out), strict=True)
-    ]
+        return Angles(
+            cos, sin, positions=positions, interleaved=angles.interleaved, conjugate=angles.conjugate
+        )
     if cos is not None:
-        cos, sin = (_rows(t.to(_table_dtype(q))) for t in (cos, sin))
-    words, q_bias, k_bias = (t.contiguous() if t is not None else None for t in (words, q_bias, k_bias))
-    positions, cu_seqlens, offsets = (
-        t.to(torch.int64) if t is not None else None for t in (positions, cu_seqlens, offsets)
-    )
-    cu_seqlens, offsets = (t.contiguous() if t is not None else None for t in (cu_seqlens, offsets))
-    packed = pack(
-        *sources, *targets, cos, sin, words, positions, cu_seqlens, offsets, offset, scaling, interleaved,
-        inverse, q_bias, k_bias,
-    )  # fmt: skip
-    _launch(q, packed, threads)
-    for out, target in zip((q_out, k_out), targets, strict=True):
-        if target is not None and target is not out:
-            out.copy_(target)
-
-
-def pack(
-    q, k, q_out, k_out, cos, sin, words, positions, cu_seqlens, offsets, offset, scaling, interleaved, inverse,
-    q_bias=None, k_bias=None,
-) -> bytes:  # fmt: skip
-    """``rope::Call`` of ``csrc/launch.h`` for tensors as it wants them; they must outlive the launch."""
-    return _CALL.pack(
-        DTYPES[q.dtype], *q.shape[:2], q.shape[3], (cos if words is None else words).shape[-1],
-        interleaved, inverse,
-        *_heads(q, q_out, q_bias), *_heads(k, k_out, k_bias),
-        *_table(cos), *_table(sin), cos.shape[1] if cos is not None else 0,
-        _pointer(words), scaling,
-        _pointer(positions), *(_strides(positions, 2) if positions is not None else (0, 0)),
-        _pointer(cu_seqlens), cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 0,
-        _pointer(offsets), offset,
-    )  # fmt: skip
-
-
-def _launch(q: torch.Tensor, packed: bytes, threads: int | None) -> None:
-    library = load(q.device.type).library
-    if q.is_cpu:
-        status = library.rope_dist_cpu_rotary(packed, threads or torch.get_num_threads())
-        message = {-1: "unsupported arguments", -2: "out of memory"}.get(status, "")
+        cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos.to(dtype), sin.to(dtype)))
     else:
+        inv_freq_q64 = inv_freq_q64.contiguous()
+    positions = positions.to(torch.int64) if positions is not None else None
+    cu_seqlens, seqlen_offsets = (
+        t.to(torch.int64).contiguous() if t is not None else None for t in (cu_seqlens, seqlen_offsets)
+    )
+    return angles._replace(
+        cos=cos, sin=sin, inv_freq_q64=inv_freq_q64, positions=positions, cu_seqlens=cu_seqlens,
+        seqlen_offsets=seqlen_offsets,
+    )  # fmt: skip
+
+
+def packed_launch(q, k, q_out, k_out, angles, q_bias, k_bias, *, threads: int | None = None) -> Launch:
+    """What launches the library for tensors as it wants them, with all but their pointers packed beforehand."""
+    pack = packing(q, k, q_out, k_out, angles)
+    device, index = q.device.type, q.device.index
+    library = _built(device).library
+    if device == "cpu":
+        cpu = library.rope_dist_cpu_rotary
+
+        def on_cpu(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
+            status = cpu(pack(q, k, q_out, k_out, angles, q_bias, k_bias), threads or torch.get_num_threads())
+            if status:
+                _fail({-1: "unsupported arguments", -2: "out of memory"}.get(status, ""))
+
+        return on_cpu
+
+    def on_gpu(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
+        call = pack(q, k, q_out, k_out, angles, q_bias, k_bias)
         # A launch goes to the current device.
-        current = torch.cuda.current_device() == q.device.index
-        with contextlib.nullcontext() if current else torch.cuda.device(q.device):
-            stream = torch._C._cuda_getCurrentRawStream(q.device.index)
-            status = library.rope_dist_cuda_rotary(packed, stream)
-        message = library.rope_dist_cuda_error(status).decode() if status else ""
-    if status:
-        raise RuntimeError(f"the native rotation failed: {message}")
+        current = torch.cuda.current_device() == index
+        with contextlib.nullcontext() if current else torch.cuda.device(index):
+            status = library.rope_dist_cuda_rotary(call, torch._C._cuda_getCurrentRawStream(index))
+        if status:
+            _fail(library.rope_dist_cuda_error(status).decode())
+
+    return on_gpu
 
 
-def _table_dtype(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def _fail(message: str) -> None:
+    raise RuntimeError(f"the native rotation failed: {message}")
 
 
-def _rows(table: torch.Tensor) -> torch.Tensor:
-    """``table`` with a contiguous last axis; rows may lie anywhere."""
-    return table if table.stride(-1) == 1 else table.contiguous()
+def packing(q, k, q_out, k_out, angles: Angles) -> Callable[..., bytes]:
+    """A function of the tensors that packs ``rope::Call`` of ``csrc/launch.h``; the tensors must outlive the launch."""
+    cos, sin, positions, cu_seqlens = angles.cos, angles.sin, angles.positions, angles.cu_seqlens
+    head = (
+        DTYPES[q.dtype], *q.shape[:2], q.shape[3], angles.num_pairs, angles.interleaved, angles.conjugate,
+    )  # fmt: skip
+    q_sizes, k_sizes = _sizes(q, q_out), _sizes(k, k_out)
+    cos_strides, sin_strides = _strides(cos, 2), _strides(sin, 2)
+    rows = cos.shape[1] if cos is not None else 0
+    position_strides = _strides(positions, 2)
+    sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 0
+    scaling, offset = angles.scaling, angles.offset
+
+    def pack(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> bytes:
+        return _CALL.pack(
+            *head,
+            q.data_ptr(), q_out.data_ptr(), _pointer(q_bias), *q_sizes,
+            _pointer(k), _pointer(k_out), _pointer(k_bias), *k_sizes,
+            _pointer(angles.cos), *cos_strides, _pointer(angles.sin), *sin_strides, rows,
+            _pointer(angles.inv_freq_q64), scaling,
+            _pointer(angles.positions), *position_strides,
+            _pointer(angles.cu_seqlens), sequences, _pointer(angles.seqlen_offsets), offset,
+        )  # fmt: skip
+
+    return pack
 
 
 def _inner(x: torch.Tensor) -> torch.Tensor:
@@ -229,20 +247,17 @@ def _inner(x: torch.Tensor) -> torch.Tensor:
 
 
 def _pointer(x: torch.Tensor | None) -> int:
-    return x.data_ptr() if x is not None else 0
+    return 0 if x is None else x.data_ptr()
 
 
-def _strides(x: torch.Tensor, axes: int) -> list[int]:
+def _strides(x: torch.Tensor | None, axes: int) -> tuple[int, ...]:
     """Strides of the first axes; 0 where one entry serves all, and is never stepped over."""
-    sizes, strides = x.shape, x.stride()
-    return [strides[axis] if sizes[axis] > 1 else 0 for axis in range(axes)]
-
-
-def _heads(x: torch.Tensor | None, out: torch.Tensor | None, bias: torch.Tensor | None) -> tuple[int, ...]:
     if x is None:
-        return (0,) * 10
-    return (x.data_ptr(), out.data_ptr(), _pointer(bias), x.shape[2], *_strides(x, 3), *_strides(out, 3))
+        return (0,) * axes
+    return tuple(
+        stride if size > 1 else 0 for size, stride in zip(x.shape[:axes], x.stride()[:axes], strict=True)
+    )
 
 
-def _table(table: torch.Tensor | None) -> tuple[int, ...]:
-    return (table.data_ptr(), *_strides(table, 2)) if table is not None else (0, 0, 0)
+def _sizes(x: torch.Tensor | None, out: torch.Tensor | None) -> tuple[int, ...]:
+    return (x.shape[2] if x is not None else 0, *_strides(x, 3), *_strides(out, 3))

@@ -1,16 +1,12 @@
-"""The checked public face of the fused projection."""
+"""The projection of queries, keys and values with the rotation: :func:`qkv_rotary`, :func:`decode_rotary`."""
 
 from __future__ import annotations
 
 import torch
 
-from . import (
-    dispatch_projection,
-    library,
-    library_projection,  # noqa: F401  (registers the operators)
-    validation,
-)
-from .angles import turns
+from . import autotune, dispatch, dispatch_projection, launch_cache, library, validation
+from .arguments import Angles, Projections
+from .fixed_point import to_fixed_point
 
 
 def qkv_rotary(
@@ -42,13 +38,13 @@ def qkv_rotary(
         w_q, w_k, w_v: ``[heads * head_dim, K]`` in the dtype of ``x``; ``w_v`` None leaves the values out.
         b_q, b_k, b_v: ``[heads * head_dim]`` or None.
         head_dim: even.
-        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.turns` made of them.
+        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.to_fixed_point` made of them.
         position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64; None counts from 0.
         cos, sin: instead of both, tables ``[B, S, R/2]``, ``[1, S, R/2]`` or ``[S, R/2]``.
         attention_scaling: factor on the rotated dimensions, with ``inv_freq``; tables carry it in them.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R/2)``.
-        path: ``"auto"``, or ``"separate"`` (matrix products, then a rotary pass), ``"pointers"``,
-            ``"descriptors"`` (the fused kernels) or ``"decode"`` (at most 16 tokens).
+        path: ``"auto"``, or ``"separate"`` (matrix products, then a rotary pass), ``"triton"``,
+            ``"triton_tma"`` (the fused kernels) or ``"decode"`` (at most 16 tokens).
 
     Returns:
         ``q``, ``k``, ``v``: ``[B, S, heads, head_dim]`` (packed: ``[T, heads, head_dim]``), contiguous; ``v``
@@ -66,41 +62,52 @@ def qkv_rotary(
         position_ids = (
             position_ids[None] if position_ids is not None and position_ids.ndim == 1 else position_ids
         )
-    _weights(x, head_dim, (("q", w_q, b_q), ("k", w_k, b_k), ("v", w_v, b_v)))
-    batch, length = x.shape[:2]
-    words = None
-    if (inv_freq is None) == (cos is None) or (cos is None) != (sin is None):
+    inv_freq_q64 = _fixed_point(inv_freq)
+    projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
+    angles = Angles(
+        cos, sin, inv_freq_q64, position_ids, scaling=float(attention_scaling), interleaved=interleaved
+    )
+    options = (head_dim, path, autotune.fixed(), torch.are_deterministic_algorithms_enabled())
+    options += launch_cache.metadata(inv_freq)
+    launch, key = launch_cache.find("qkv_rotary", (x, *projections[:6]), angles, *options)
+    if launch is not None:
+        validation.values(position_ids, "position_ids")
+        out = launch(x, projections, angles)
+    else:
+        angles = _checked(x, projections, angles, inv_freq, path)
+        out = library.qkv_rotary(x, projections, angles, path, key)
+    return tuple(y[0] if y is not None else None for y in out) if packed else out
+
+
+def _fixed_point(inv_freq: torch.Tensor | None) -> torch.Tensor | None:
+    return inv_freq if inv_freq is None or inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
+
+
+def _checked(
+    x: torch.Tensor, projections: Projections, angles: Angles, inv_freq: torch.Tensor | None, path: str
+) -> Angles:
+    """``angles`` with tables of three axes; ``ValueError`` where arguments do not belong together."""
+    _check_projections(x, projections)
+    head_dim, (batch, length) = projections.head_dim, x.shape[:2]
+    if (inv_freq is None) == (angles.cos is None) or (angles.cos is None) != (angles.sin is None):
         raise ValueError("give inv_freq, or cos and sin")
     if inv_freq is not None:
         validation.frequencies(inv_freq, head_dim, x.device)
-        if position_ids is not None:
-            validation.positions(position_ids, batch, length, x.device)
-        words = inv_freq if inv_freq.dtype == torch.int32 else turns(inv_freq)
+        if angles.positions is not None:
+            validation.positions(angles.positions, batch, length, x.device)
     else:
-        if position_ids is not None or attention_scaling != 1.0:
+        if angles.positions is not None or angles.scaling != 1.0:
             raise ValueError("position_ids and attention_scaling go with inv_freq; tables carry both in them")
-        cos, sin = validation.tables(x.new_empty(batch, length, 0, head_dim), cos, sin, rows=length)
+        heads = x.new_empty(batch, length, 0, head_dim)
+        cos, sin = validation.tables(heads, *angles[:2], rows=length)
+        angles = angles._replace(cos=cos, sin=sin)
     if path not in dispatch_projection.PATHS:
         raise ValueError(f"no such path {path!r}; there are {', '.join(dispatch_projection.PATHS)}")
     if path not in ("auto", "separate"):
-        half = (cos if words is None else words).shape[-1]
-        possible = dispatch_projection.candidates(x, w_q, w_k, w_v, head_dim, 2 * half)
+        possible = dispatch_projection.candidates(dispatch.choose(x).backend, x, projections, angles)
         if path not in possible:
             raise ValueError(f"path {path!r} cannot serve these tensors; {', '.join(possible)} can")
-    if library.transformed():
-        q, k, *v = dispatch_projection.project(x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
-        q, k = library.rotate(
-            q, k, cos=cos, sin=sin, words=words, positions=position_ids, scaling=float(attention_scaling),
-            interleaved=interleaved,
-        )  # fmt: skip
-        v = v[0] if v else None
-    else:
-        q, k, v = torch.ops.rope_dist.qkv_rotary(
-            x, w_q, w_k, w_v, b_q, b_k, b_v, head_dim, cos, sin, words, position_ids, float(attention_scaling),
-            interleaved, path,
-        )  # fmt: skip
-    out = (q, k, v) if w_v is not None else (q, k, None)
-    return tuple(y[0] if packed and y is not None else y for y in out)
+    return angles
 
 
 def decode_rotary(
@@ -138,20 +145,52 @@ def decode_rotary(
         ValueError: shapes, dtypes or devices that do not belong together, caches that share memory, slots past the
             cache (looked at on CPU tensors only), or a transform of ``torch.func``.
     """
-    if library.transformed():
+    if launch_cache.transformed():
         raise ValueError("decode_rotary is for inference: torch.func and forward mode go with qkv_rotary")
     packed = x.ndim == 2
     if packed:
         x = x[None]
         position_ids = position_ids[None] if position_ids.ndim == 1 else position_ids
+    projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, k_cache.shape[-1])
+    angles = Angles(
+        inv_freq_q64=_fixed_point(inv_freq), positions=position_ids, scaling=float(attention_scaling),
+        interleaved=interleaved,
+    )  # fmt: skip
+    caches = (k_cache, v_cache)
+    with torch.no_grad():
+        tensors = (x, *projections[:6], *caches, slots)
+        launch, key = launch_cache.find("decode_rotary", tensors, angles, *launch_cache.metadata(inv_freq))
+        if launch is None:
+            _check_caches(x, projections, caches, slots)
+            validation.frequencies(inv_freq, projections.head_dim, x.device)
+            validation.positions(position_ids, x.shape[0], x.shape[1], x.device)
+        validation.values(position_ids, "position_ids")
+        validation.writable(*caches, names=("k_cache", "v_cache"))
+        _check_slots(slots, k_cache.shape[0])
+        if launch is not None:
+            q = launch(x, projections, angles, caches, slots)
+        elif key is not None:
+            q = dispatch_projection.decode_cached(x, projections, angles, caches, slots, key)
+        else:
+            q = torch.ops.rope_dist.decode_cached(x, *caches, slots, *projections, *angles)
+    return q[0] if packed else q
+
+
+def _check_caches(
+    x: torch.Tensor,
+    projections: Projections,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    slots: torch.Tensor,
+) -> None:
+    k_cache, v_cache = caches
     if k_cache.ndim != 3 or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"caches must be [entries, heads, head_dim] of one shape, got {list(k_cache.shape)} and "
             f"{list(v_cache.shape)}"
         )
-    head_dim = k_cache.shape[2]
-    _weights(x, head_dim, (("q", w_q, b_q), ("k", w_k, b_k), ("v", w_v, b_v)))
-    for cache, weight, name in ((k_cache, w_k, "k"), (v_cache, w_v, "v")):
+    _check_projections(x, projections)
+    head_dim = projections.head_dim
+    for cache, weight, name in ((k_cache, projections.w_k, "k"), (v_cache, projections.w_v, "v")):
         if cache.shape[1] * head_dim != weight.shape[0]:
             raise ValueError(
                 f"{name}_cache has {cache.shape[1]} heads, w_{name} {weight.shape[0] // head_dim}"
@@ -160,32 +199,28 @@ def decode_rotary(
             raise ValueError(
                 f"{name}_cache must be {x.dtype} on {x.device}, got {cache.dtype} on {cache.device}"
             )
-    validation.writable(k_cache, v_cache, names=("k_cache", "v_cache"))
     tokens = x.shape[0] * x.shape[1]
     if slots.shape != (tokens,):
         raise ValueError(f"slots must be [{tokens}], got {list(slots.shape)}")
     validation.integers(slots, "slots", x.device)
-    if slots.device.type == "cpu" and tokens and not torch.compiler.is_compiling():
+
+
+def _check_slots(slots: torch.Tensor, entries: int) -> None:
+    """On a CPU, where it costs no wait: entries exist."""
+    validation.values(slots, "slots")
+    if slots.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
         last = int(slots.max())
-        if last >= k_cache.shape[0]:
-            raise ValueError(f"slot {last} is past the cache's {k_cache.shape[0]} entries")
-    validation.frequencies(inv_freq, head_dim, x.device)
-    validation.positions(position_ids, x.shape[0], x.shape[1], x.device)
-    words = inv_freq if inv_freq.dtype == torch.int32 else turns(inv_freq)
-    with torch.no_grad():
-        q = torch.ops.rope_dist.decode_cached(
-            x, w_q, w_k, w_v, b_q, b_k, b_v, k_cache, v_cache, slots, None, None, words, position_ids,
-            float(attention_scaling), interleaved,
-        )  # fmt: skip
-    return q[0] if packed else q
+        if last >= entries:
+            raise ValueError(f"slot {last} is past the cache's {entries} entries")
 
 
-def _weights(x: torch.Tensor, head_dim: int, projections: tuple) -> None:
+def _check_projections(x: torch.Tensor, projections: Projections) -> None:
+    head_dim = projections.head_dim
     if x.ndim != 3 or not x.dtype.is_floating_point:
         raise ValueError(f"x must be [B, S, K] or [T, K] floating, got {list(x.shape)} {x.dtype}")
     if head_dim <= 0 or head_dim % 2:
         raise ValueError(f"head_dim must be even and positive, got {head_dim}")
-    for name, weight, bias in projections:
+    for name, weight, bias in zip("qkv", projections[:3], projections[3:6], strict=True):
         if weight is None:
             if bias is not None:
                 raise ValueError(f"b_{name} without w_{name}")

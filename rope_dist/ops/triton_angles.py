@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Least-maximum-error fits in u, an angle in eighths of a turn on [-1, 1]; each coefficient was rounded to
+# Least-maximum-error fits in u, an angle in eighths of a revolution on [-1, 1]; each coefficient was rounded to
 # float32 before the next was fitted, and pi/4 is split in two, so that little but the last rounding is
 # left: the largest error is 7e-8, the mean 1.3e-8. The multiply-adds are written out because Triton 3.10
 # will no longer make them by itself.
@@ -18,29 +18,29 @@ COS_2 = tl.constexpr(-0.3084251284599304)
 COS_4 = tl.constexpr(0.015854282304644585)
 COS_6 = tl.constexpr(-0.000325863336911425)
 COS_8 = tl.constexpr(3.490520384730189e-06)
-EIGHTH = tl.constexpr(4.656612873077393e-10)  # 2^-31: from 2^-34 turns to eighths of a turn
+EIGHTH = tl.constexpr(4.656612873077393e-10)  # 2^-31: from 2^-34 revolutions to eighths of one
 RADIANS = tl.constexpr(1.4629180792671596e-09)  # 2 pi / 2^32
 
 
 @triton.jit
 def angle(position, high, low):
-    """Angle of ``position`` (int32) in 2^-32 turns, int32; ``high`` and ``low`` are the words of angles.turns."""
-    # One wide multiplication and one multiply-add; the lower word is signed (angles.turns), so negative
+    """Angle of ``position`` (int32) in 2^-32 revolutions, int32, by the halves of inv_freq_q64."""
+    # One wide multiplication and one multiply-add; the lower half is signed (fixed_point.py), so negative
     # positions need nothing more.
     carry = ((position.to(tl.int64) * low.to(tl.int64)) >> 32).to(tl.int32)
     return tl.add(tl.mul(position, high, sanitize_overflow=False), carry, sanitize_overflow=False)
 
 
 @triton.jit
-def cos_sin(turn):
-    """Cosine and sine, float32, of an angle in 2^-32 turns (int32).
+def cos_sin(revolutions):
+    """Cosine and sine, float32, of an angle in 2^-32 revolutions (int32).
 
     A polynomial rather than tl.cos and tl.sin, which reduce any argument: thousands of instructions and local
     memory. Its error, 7e-8, is that of float32 itself.
     """
-    # Two bits of this are the nearest quarter turn; shifted out, what is left is the signed distance to it.
-    quarter = tl.add(turn, 1 << 29, sanitize_overflow=False)
-    u = (turn << 2).to(tl.float32) * EIGHTH
+    # Two bits of this are the nearest quarter revolution; shifted out, what is left is the signed distance to it.
+    quarter = tl.add(revolutions, 1 << 29, sanitize_overflow=False)
+    u = (revolutions << 2).to(tl.float32) * EIGHTH
     z = u * u
     sin = tl.fma(z, SIN_7, SIN_5)
     sin = tl.fma(z, sin, SIN_3)
@@ -58,15 +58,15 @@ def cos_sin(turn):
 
 
 @triton.jit
-def fast_cos_sin(turn, HARDWARE: tl.constexpr):
+def fast_cos_sin(revolutions, HARDWARE: tl.constexpr):
     """:func:`cos_sin` for a kernel whose results have 16 bits and whose registers hold an accumulator.
 
-    The special function unit is right to 7e-7 within a turn (NVIDIA documents 2^-20.5 for the sine and 2^-20.9
+    The special function unit is right to 7e-7 within a revolution (NVIDIA documents 2^-20.5 for the sine and 2^-20.9
     for the cosine), little beside what 16 bits resolve, and takes a sixth of the polynomial's instructions.
     ``HARDWARE`` is false where there is no inline assembly for it.
     """
     if HARDWARE:
-        radians = turn.to(tl.float32) * RADIANS
+        radians = revolutions.to(tl.float32) * RADIANS
         cos = tl.inline_asm_elementwise(
             "cos.approx.ftz.f32 $0, $1;", "=f,f", [radians], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -74,7 +74,7 @@ def fast_cos_sin(turn, HARDWARE: tl.constexpr):
             "sin.approx.ftz.f32 $0, $1;", "=f,f", [radians], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        cos, sin = cos_sin(turn)
+        cos, sin = cos_sin(revolutions)
     return cos, sin
 
 
@@ -91,5 +91,5 @@ def _flip(x, bits):
 
 @triton.jit
 def rotate(first, second, cos, sin):
-    """The pair turned by the angle; all float32 (and broadcast to one shape)."""
+    """The pair is_rotary by the angle; all float32 (and broadcast to one shape)."""
     return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)

@@ -11,8 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from . import triton_launch
+from .arguments import Angles, Projections
+from .backend import Launch
 from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
-from .triton_rotary import architecture, device_of
+from .triton_launch import architecture
+from .triton_projection import angle_rows, three, token_stride
 
 MAX_TOKENS = 16
 PAIRS = 16
@@ -20,10 +24,10 @@ PAIRS = 16
 
 @triton.jit
 def decode_kernel(
-    x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, words, positions, slots,
+    x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions, slots,
     rows, depth, q_heads, k_heads, period, scaling, x_stride, q_stride, k_stride, v_stride,
     k_token, k_head, v_token, v_head,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
     PROGRAMS_A_HEAD: tl.constexpr, EVEN_DEPTH: tl.constexpr, INTERLEAVED: tl.constexpr, TABLE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -41,14 +45,14 @@ def decode_kernel(
     own = head - tl.where(is_v, q_heads + k_heads, tl.where(is_k, q_heads, 0))
 
     pair = (program % PROGRAMS_A_HEAD) * PAIRS + tl.arange(0, PAIRS)
-    turned = pair < HALF
+    is_rotary = pair < NUM_PAIRS
     # The pairs past the rotated ones are any two columns that are left; they pass through.
     if INTERLEAVED:
         first = 2 * pair
         second = first + 1
     else:
-        first = tl.where(turned, pair, HALF + pair)
-        second = tl.where(turned, HALF + pair, HEAD_DIM // 2 + pair)
+        first = tl.where(is_rotary, pair, NUM_PAIRS + pair)
+        second = tl.where(is_rotary, NUM_PAIRS + pair, HEAD_DIM // 2 + pair)
     known = pair < HEAD_DIM // 2
     # Rows past the head wrap to its first: read, never stored, and no mask in the loop.
     row_a = (own * HEAD_DIM + tl.where(known, first, 0)).to(tl.int64)
@@ -83,22 +87,22 @@ def decode_kernel(
         sum_a += tl.load(bias + row_a).to(tl.float32)[None, :]
         sum_b += tl.load(bias + row_b).to(tl.float32)[None, :]
 
-    turned = turned & (is_v == 0)
+    is_rotary = is_rotary & (is_v == 0)
     if TABLE:
-        at = (token * HALF)[:, None] + pair[None, :]
-        mask = here[:, None] & turned[None, :]
+        at = (token % period * NUM_PAIRS)[:, None] + pair[None, :]
+        mask = here[:, None] & is_rotary[None, :]
         cos = tl.load(cos_table + at, mask=mask, other=1.0)
         sin = tl.load(sin_table + at, mask=mask, other=0.0)
     else:
         position = tl.load(positions + token % period, mask=here, other=0).to(tl.int32)
-        high = tl.load(words + pair, mask=turned, other=0)
-        low = tl.load(words + HALF + pair, mask=turned, other=0)
+        high = tl.load(inv_freq_q64 + pair, mask=is_rotary, other=0)
+        low = tl.load(inv_freq_q64 + NUM_PAIRS + pair, mask=is_rotary, other=0)
         cos, sin = fast_cos_sin(angle(position[:, None], high[None, :], low[None, :]), HARDWARE)
         cos *= scaling
         sin *= scaling
     rotated_a, rotated_b = rotate(sum_a, sum_b, cos, sin)
-    sum_a = tl.where(turned[None, :], rotated_a, sum_a)
-    sum_b = tl.where(turned[None, :], rotated_b, sum_b)
+    sum_a = tl.where(is_rotary[None, :], rotated_a, sum_a)
+    sum_b = tl.where(is_rotary[None, :], rotated_b, sum_b)
 
     target = token.to(tl.int64)
     if HAS_SLOTS:
@@ -114,51 +118,50 @@ def decode_kernel(
 
 def launch(
     x: torch.Tensor,
-    weights: tuple[torch.Tensor, ...],
-    biases: tuple[torch.Tensor, ...] | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor | None,
-    *,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    words: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    interleaved: bool = False,
+    projections: Projections,
+    angles: Angles,
+    outputs: list[torch.Tensor],
     slots: torch.Tensor | None = None,
     arch: str | None = None,
-) -> None:
+) -> Launch | None:
     """Project and rotate up to 16 tokens. Checks nothing.
 
     Args:
-        x: ``[M, K]`` float16 or bfloat16, last axis contiguous, ``1 <= M <= 16``.
-        weights, biases: as in ``triton_projection.launch``.
-        q: contiguous ``[M, Hq, D]``.
-        k, v: ``[M, Hk, D]``, or with ``slots`` caches ``[slots, Hk, D]``, of which token ``m`` writes entry
-            ``slots[m]`` and nothing where that is negative; last axis contiguous.
-        cos, sin: ``[M, R/2]`` float32, contiguous; or words, positions and scaling as there.
-        slots: ``[M]`` integers.
+        x, projections, angles: as in :func:`triton_projection.launch`, with any even ``head_dim``; at most 16 tokens.
+        outputs: queries, contiguous ``[B, S, Hq, D]``; keys and, with their weight, values ``[B, S, Hk, D]``,
+            contiguous too, or with ``slots`` caches ``[entries, Hk, D]``, last axis contiguous.
+        slots: ``[B * S]`` integers: token ``m`` writes entry ``slots[m]``, and nothing where that is negative.
         arch: instead of that of the device of ``x``.
+
+    Returns:
+        What does the same again, called as ``launch(x, projections, angles, outputs, slots)``.
     """
-    rows, depth = x.shape
-    head_dim = q.shape[2]
-    half = (cos if words is None else words).shape[-1]
-    w_q, w_k, w_v = weights if len(weights) == 3 else (*weights, weights[1])
-    b_q, b_k, b_v = (None,) * 3 if biases is None else biases if len(biases) == 3 else (*biases, biases[1])
-    heads = q.shape[1] + k.shape[1] + (v.shape[1] if v is not None else 0)
-    v = v if v is not None else k
+    weights, biases, head_dim = projections.weights(), projections.biases(), projections.head_dim
+    rows, depth = x.shape[0] * x.shape[1], x.shape[2]
+    heads = [weight.shape[0] // head_dim for weight in weights]
     a_head = triton.cdiv(head_dim // 2, PAIRS)
     block_k = 256
-    arch = arch or architecture(x.device)
-    with device_of(x):
-        decode_kernel[(heads * a_head,)](
-            x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos, sin, words, positions, slots,
-            rows, depth, q.shape[1], k.shape[1], rows if words is None else positions.shape[0], scaling,
-            x.stride(0), w_q.stride(0), w_k.stride(0), w_v.stride(0),
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            ROWS=MAX_TOKENS, BLOCK_K=block_k, PAIRS=PAIRS, HEAD_DIM=head_dim, HALF=half, PROGRAMS_A_HEAD=a_head,
-            EVEN_DEPTH=depth % block_k == 0, INTERLEAVED=interleaved, TABLE=words is None,
-            HAS_BIAS=biases is not None, HAS_SLOTS=slots is not None,
-            HARDWARE=has_hardware(arch), num_warps=4, num_stages=4,
-        )  # fmt: skip
+    # Strides of an entry and of a head: a cache's own, or of tokens side by side.
+    strides = [
+        (y.stride(0), y.stride(1)) if slots is not None else (n * head_dim, head_dim)
+        for y, n in zip(outputs[1:], heads[1:], strict=True)
+    ]
+    numbers = (
+        rows, depth, heads[0], heads[1], angle_rows(angles), angles.scaling, token_stride(x),
+        *three([weight.stride(0) for weight in weights]), *strides[0], *strides[-1],
+    )  # fmt: skip
+    options = {
+        "ROWS": MAX_TOKENS, "BLOCK_K": block_k, "PAIRS": PAIRS, "HEAD_DIM": head_dim,
+        "NUM_PAIRS": angles.num_pairs, "PROGRAMS_A_HEAD": a_head, "EVEN_DEPTH": depth % block_k == 0,
+        "INTERLEAVED": angles.interleaved, "TABLE": angles.cos is not None, "HAS_BIAS": biases is not None,
+        "HAS_SLOTS": slots is not None, "HARDWARE": has_hardware(arch or architecture(x.device)),
+        "num_warps": 4, "num_stages": 4,
+    }  # fmt: skip
+    arguments = (x, *three(weights), *three(outputs), *three(biases), *angles[:4], slots, *numbers)
+    run = triton_launch.launch(decode_kernel, sum(heads) * a_head, x.device, arguments, options)
+
+    def again(x, projections, angles, outputs, slots=None) -> None:
+        weights, biases = three(projections.weights()), three(projections.biases())
+        run(x, *weights, *three(outputs), *biases, *angles[:4], slots, *numbers)
+
+    return again if run is not None else None

@@ -12,14 +12,18 @@ serialised, and with descriptors on Ampere the copies are no longer asynchronous
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from . import triton_launch
+from .arguments import Angles, Projections
+from .backend import Launch
 from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
-from .triton_rotary import architecture, device_of
+from .triton_launch import architecture
 
 
 @triton.jit
@@ -34,25 +38,25 @@ def _tile(index, m_tiles, n_tiles, GROUP: tl.constexpr):
 @triton.jit
 def _rotate_tile(
     acc, cos, sin,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Rotate the heads of ``acc`` ``[BLOCK_M, BLOCK_N]`` by ``cos`` and ``sin`` ``[BLOCK_M, HALF]``."""
-    GROUPS: tl.constexpr = BLOCK_N // (2 * HALF)
-    A_HEAD: tl.constexpr = HEAD_DIM // (2 * HALF)
+    """Rotate the heads of ``acc`` ``[BLOCK_M, BLOCK_N]`` by ``cos`` and ``sin`` ``[BLOCK_M, NUM_PAIRS]``."""
+    GROUPS: tl.constexpr = BLOCK_N // (2 * NUM_PAIRS)
+    A_HEAD: tl.constexpr = HEAD_DIM // (2 * NUM_PAIRS)
     if INTERLEAVED:
-        pairs = tl.reshape(acc, (BLOCK_M, GROUPS, HALF, 2))
+        pairs = tl.reshape(acc, (BLOCK_M, GROUPS, NUM_PAIRS, 2))
     else:
-        pairs = tl.permute(tl.reshape(acc, (BLOCK_M, GROUPS, 2, HALF)), (0, 1, 3, 2))
+        pairs = tl.permute(tl.reshape(acc, (BLOCK_M, GROUPS, 2, NUM_PAIRS)), (0, 1, 3, 2))
     first, second = tl.split(pairs)
     cos = tl.expand_dims(cos, 1)
     sin = tl.expand_dims(sin, 1)
     if A_HEAD > 1:
-        # Partial rotary: of the groups of R columns in a head only the first turns.
-        turned = (tl.arange(0, GROUPS) % A_HEAD == 0)[None, :, None]
+        # Partial rotary: of the groups of R columns in a head only the first is rotated.
+        is_rotary = (tl.arange(0, GROUPS) % A_HEAD == 0)[None, :, None]
         a, b = rotate(first, second, cos, sin)
-        first = tl.where(turned, a, first)
-        second = tl.where(turned, b, second)
+        first = tl.where(is_rotary, a, first)
+        second = tl.where(is_rotary, b, second)
     else:
         first, second = rotate(first, second, cos, sin)
     pairs = tl.join(first, second)
@@ -63,25 +67,25 @@ def _rotate_tile(
 
 @triton.jit
 def _angles(
-    words,
+    inv_freq_q64,
     positions,
     row,
     rows,
     period,
     scaling,
-    HALF: tl.constexpr,
+    NUM_PAIRS: tl.constexpr,
     SCALED: tl.constexpr,
     PERIODIC: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """cos and sin ``[BLOCK_M, HALF]`` of the tokens ``row``, whose positions may repeat after ``period``."""
+    """cos and sin ``[BLOCK_M, NUM_PAIRS]`` of the tokens ``row``, whose positions may repeat after ``period``."""
     known = row < rows
     if PERIODIC:
         row = row % period
     position = tl.load(positions + row, mask=known, other=0).to(tl.int32)
-    pair = tl.arange(0, HALF)
-    high = tl.load(words + pair)
-    low = tl.load(words + HALF + pair)
+    pair = tl.arange(0, NUM_PAIRS)
+    high = tl.load(inv_freq_q64 + pair)
+    low = tl.load(inv_freq_q64 + NUM_PAIRS + pair)
     cos, sin = fast_cos_sin(angle(position[:, None], high[None, :], low[None, :]), HARDWARE)
     if SCALED:
         cos *= scaling
@@ -91,10 +95,10 @@ def _angles(
 
 @triton.jit
 def descriptor_kernel(
-    x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, words, positions,
+    x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
     rows, depth, n_q, n_k, n_v, period, scaling,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    PROGRAMS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +116,7 @@ def descriptor_kernel(
         out = q
         bias = b_q
         width = n_q
-        turns = True
+        rotates = True
         # Chosen here, once a tile: a choice inside the loop over the depth would end its pipelining.
         if n >= q_tiles:
             weight = w_k
@@ -126,7 +130,7 @@ def descriptor_kernel(
                 bias = b_v
                 width = n_v
                 n -= k_tiles
-                turns = False
+                rotates = False
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(k_steps):
             a = x.load([m * BLOCK_M, step * BLOCK_K])
@@ -135,25 +139,28 @@ def descriptor_kernel(
         if HAS_BIAS:
             column = n * BLOCK_N + tl.arange(0, BLOCK_N)
             acc += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-        if turns:
+        if rotates:
             if TABLE:
-                cos = cos_table.load([m * BLOCK_M, 0])
-                sin = sin_table.load([m * BLOCK_M, 0])
+                row = m * BLOCK_M
+                if PERIODIC:
+                    row = row % period
+                cos = cos_table.load([row, 0])
+                sin = sin_table.load([row, 0])
             else:
                 row = m * BLOCK_M + tl.arange(0, BLOCK_M)
                 cos, sin = _angles(
-                    words, positions, row, rows, period, scaling, HALF, SCALED, PERIODIC, HARDWARE
+                    inv_freq_q64, positions, row, rows, period, scaling, NUM_PAIRS, SCALED, PERIODIC, HARDWARE
                 )
-            acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, HALF, INTERLEAVED)
+            acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, NUM_PAIRS, INTERLEAVED)
         out.store([m * BLOCK_M, n * BLOCK_N], acc.to(out.dtype))
 
 
 @triton.jit
 def pointer_kernel(
-    x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, words, positions,
+    x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
     rows, depth, n_q, n_k, n_v, period, scaling, x_stride, q_stride, k_stride, v_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +180,7 @@ def pointer_kernel(
     if HAS_BIAS:
         bias = tl.where(is_k, b_k, b_q)
     n = tl.where(is_k, n - q_tiles, n)
-    turns = True
+    rotates = True
     if HAS_V:
         is_v = is_k & (n >= k_tiles)
         weight = tl.where(is_v, w_v, weight)
@@ -183,7 +190,7 @@ def pointer_kernel(
         if HAS_BIAS:
             bias = tl.where(is_v, b_v, bias)
         n = tl.where(is_v, n - k_tiles, n)
-        turns = is_v == 0
+        rotates = is_v == 0
 
     row = m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -205,16 +212,19 @@ def pointer_kernel(
         b_at += BLOCK_K
     if HAS_BIAS:
         acc += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
-    if turns:
+    if rotates:
         if TABLE:
-            pair = tl.arange(0, HALF)
-            at = row.to(tl.int64)[:, None] * HALF + pair[None, :]
+            pair = tl.arange(0, NUM_PAIRS)
+            source = row % period if PERIODIC else row
+            at = source.to(tl.int64)[:, None] * NUM_PAIRS + pair[None, :]
             known = row[:, None] < rows
             cos = tl.load(cos_table + at, mask=known, other=1.0)
             sin = tl.load(sin_table + at, mask=known, other=0.0)
         else:
-            cos, sin = _angles(words, positions, row, rows, period, scaling, HALF, SCALED, PERIODIC, HARDWARE)
-        acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, HALF, INTERLEAVED)
+            cos, sin = _angles(
+                inv_freq_q64, positions, row, rows, period, scaling, NUM_PAIRS, SCALED, PERIODIC, HARDWARE
+            )
+        acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, NUM_PAIRS, INTERLEAVED)
     out_at = out + row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < width))
 
@@ -226,15 +236,16 @@ def fits(head_dim: int, rotary_dim: int) -> bool:
     return powers and 16 <= rotary_dim <= head_dim <= 256
 
 
-def fits_descriptors(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+def fits_tma(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
     """Whether the matrices can be read by descriptors: aligned to 16 bytes in address and row."""
+    strides = [token_stride(x), *(weight.stride(0) for weight in weights)]
     return all(
-        y.data_ptr() % 16 == 0 and y.stride(0) * y.element_size() % 16 == 0 and y.shape[0] * y.shape[1] > 0
-        for y in (x, *weights)
+        y.data_ptr() % 16 == 0 and stride * y.element_size() % 16 == 0
+        for y, stride in zip((x, *weights), strides, strict=True)
     )
 
 
-def has_descriptors(arch: str, head_dim: int) -> bool:
+def has_tma(arch: str, head_dim: int) -> bool:
     """Whether the descriptor kernel is for ``arch``: Hopper, and data-centre Blackwell but for wide heads.
 
     Other GPUs lack the instructions or, as consumer Blackwell, the shared memory; on sm_100 a tile of 256
@@ -243,12 +254,16 @@ def has_descriptors(arch: str, head_dim: int) -> bool:
     return arch == "sm_90" or (arch in ("sm_100", "sm_103") and head_dim <= 128)
 
 
-def configuration(arch: str, descriptors: bool, head_dim: int) -> dict[str, object]:
+TMA_ROWS = 128
+"""Rows of a tile of the descriptor kernel."""
+
+
+def configuration(arch: str, tma: bool, head_dim: int) -> dict[str, object]:
     """Block, warps and stages for ``arch``, which the static gate holds to."""
-    if descriptors and arch == "sm_90":
-        return {"block": (128, 256, 64), "num_warps": 8, "num_stages": 3}
-    if descriptors:
-        return {"block": (128, 128, 64), "num_warps": 8, "num_stages": 4}
+    if tma and arch == "sm_90":
+        return {"block": (TMA_ROWS, 256, 64), "num_warps": 8, "num_stages": 3}
+    if tma:
+        return {"block": (TMA_ROWS, 128, 64), "num_warps": 8, "num_stages": 4}
     rows = 64 if head_dim > 128 else 128
     if arch.startswith("gfx"):
         return {"block": (rows, max(128, head_dim), 64), "num_warps": 4, "num_stages": 2}
@@ -263,83 +278,126 @@ def programs(device: torch.device) -> int:
 
 def launch(
     x: torch.Tensor,
-    weights: tuple[torch.Tensor, ...],
-    biases: tuple[torch.Tensor, ...] | None,
-    outputs: tuple[torch.Tensor, ...],
+    projections: Projections,
+    angles: Angles,
+    outputs: list[torch.Tensor],
     *,
-    head_dim: int,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    words: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    interleaved: bool = False,
-    descriptors: bool = True,
+    tma: bool,
     arch: str | None = None,
     num_programs: int | None = None,
-) -> None:
-    """Project ``x`` by two or three weights into ``outputs``, rotating the first two. Checks nothing.
+) -> Launch | None:
+    """Project ``x`` into ``outputs``, rotating the first two. Checks nothing.
 
     Args:
-        x: ``[M, K]`` float16 or bfloat16, last axis contiguous, M and K positive.
-        weights: of queries, keys and, unless it is left out, values: ``[N, K]`` each, last axis contiguous,
-            N a multiple of ``head_dim``.
-        biases: one ``[N]`` for each weight, or None.
-        outputs: contiguous ``[M, N]`` for each weight.
-        head_dim: for which :func:`fits` holds.
-        cos, sin: ``[M, R/2]`` float32, contiguous.
-        words: instead, ``[2, R/2]`` int32 from :func:`rope_dist.ops.turns`, with ``positions`` ``[M]`` or, for
-            batches that share them, ``[S]`` integers, contiguous.
-        descriptors: which kernel; needs :func:`fits_descriptors`.
+        x: ``[B, S, K]`` float16 or bfloat16, not empty, tokens equally far apart, last axis contiguous.
+        projections: weights ``[N, K]``, last axis contiguous, and a ``head_dim`` for which :func:`fits` holds.
+        angles: tables ``[B or 1, S, R/2]``, float32 and aligned to 16 bytes; or ``inv_freq_q64`` and positions
+            ``[B or 1, S]``; all contiguous. Those of one row serve every batch.
+        outputs: contiguous ``[B, S, heads, head_dim]`` for each weight.
+        tma: which kernel; needs :func:`fits_tma`, and of tables a row a token or a multiple of the tile's rows.
         arch, num_programs: instead of those of the device of ``x``.
+
+    Returns:
+        What does the same again, called as ``launch(x, projections, angles, outputs)``.
     """
-    rows, depth = x.shape
-    half = (cos if words is None else words).shape[-1]
-    has_v = len(weights) == 3
+    weights, biases, head_dim = projections.weights(), projections.biases(), projections.head_dim
+    rows, depth, row_stride = x.shape[0] * x.shape[1], x.shape[2], token_stride(x)
     arch = arch or architecture(x.device)
-    tuned = configuration(arch, descriptors, head_dim)
+    tuned = configuration(arch, tma, head_dim)
     block_m, block_n, block_k = tuned["block"]
     widths = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     tiles = triton.cdiv(rows, block_m) * sum(triton.cdiv(width, block_n) for width in widths)
-    w_q, w_k, w_v = weights if has_v else (*weights, weights[1])
-    q, k, v = outputs if has_v else (*outputs, outputs[1])
-    b_q, b_k, b_v = (None,) * 3 if biases is None else biases if has_v else (*biases, biases[1])
-    table = words is None
-    period = rows if table else positions.shape[0]
+    period = angle_rows(angles)
     common = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
         "GROUP": 8,
         "HEAD_DIM": head_dim,
-        "HALF": half,
-        "INTERLEAVED": interleaved,
-        "TABLE": table,
-        "SCALED": scaling != 1.0,
+        "NUM_PAIRS": angles.num_pairs,
+        "INTERLEAVED": angles.interleaved,
+        "TABLE": angles.cos is not None,
+        "SCALED": angles.scaling != 1.0,
         "PERIODIC": period != rows,
         "HAS_BIAS": biases is not None,
-        "HAS_V": has_v,
+        "HAS_V": len(weights) == 3,
         "HARDWARE": has_hardware(arch),
         # Left alone the compiler takes up to 212 for a longer schedule; at 192 it spills nothing either.
-        **({"maxnreg": 192} if descriptors and arch == "sm_90" and head_dim <= 128 else {}),
+        **({"maxnreg": 192} if tma and arch == "sm_90" and head_dim <= 128 else {}),
         "num_warps": tuned["num_warps"],
         "num_stages": tuned["num_stages"],
     }
-    with device_of(x):
-        if descriptors:
-            count = min(num_programs or programs(x.device), tiles)
-            load = [TensorDescriptor.from_tensor(w, [block_n, block_k]) for w in (w_q, w_k, w_v)]
-            store = [TensorDescriptor.from_tensor(y, [block_m, block_n]) for y in (q, k, v)]
-            tables = [TensorDescriptor.from_tensor(t, [block_m, half]) if table else None for t in (cos, sin)]
-            descriptor_kernel[(count,)](
-                TensorDescriptor.from_tensor(x, [block_m, block_k]), *load, *store, b_q, b_k, b_v, *tables,
-                words, positions, rows, depth, *widths, period, scaling,
-                PROGRAMS=count, **common,
-            )  # fmt: skip
-        else:
-            pointer_kernel[(tiles,)](
-                x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos, sin, words, positions,
-                rows, depth, *widths, period, scaling,
-                x.stride(0), w_q.stride(0), w_k.stride(0), w_v.stride(0),
-                EVEN_DEPTH=depth % block_k == 0, **common,
-            )  # fmt: skip
+    numbers = (rows, depth, *widths, period, angles.scaling)
+    strides = (row_stride, *three([weight.stride(0) for weight in weights]))
+
+    if not tma:
+        common["EVEN_DEPTH"] = depth % block_k == 0
+        arguments = (x, *three(weights), *three(outputs), *three(biases), *angles[:4], *numbers, *strides)
+        run = triton_launch.launch(pointer_kernel, tiles, x.device, arguments, common)
+
+        def again(x, projections, angles, outputs) -> None:
+            biases = projections.biases()
+            weights = three(projections.weights())
+            run(x, *weights, *three(outputs), *three(biases), *angles[:4], *numbers, *strides)
+
+        return again if run is not None else None
+
+    programs_used = min(num_programs or programs(x.device), tiles)
+    num_pairs = angles.num_pairs
+    read_x = Descriptor(x, (rows, depth), row_stride, (block_m, block_k))
+    read = [Descriptor(w, w.shape, w.stride(0), (block_n, block_k)) for w in weights]
+    write = [
+        Descriptor(y, (rows, w.shape[0]), w.shape[0], (block_m, block_n))
+        for y, w in zip(outputs, weights, strict=True)
+    ]
+    table = Descriptor(angles.cos, (period, num_pairs), num_pairs, (block_m, num_pairs))
+
+    def described(x, projections, angles, outputs) -> tuple[Any, ...]:
+        loads = [descriptor(weight) for descriptor, weight in zip(read, projections.weights(), strict=True)]
+        stores = [descriptor(output) for descriptor, output in zip(write, outputs, strict=True)]
+        tables = (table(angles.cos), table(angles.sin))
+        biases = projections.biases()
+        return read_x(x), *three(loads), *three(stores), *three(biases), *tables, *angles[2:4], *numbers
+
+    common["PROGRAMS"] = programs_used
+    arguments = described(x, projections, angles, outputs)
+    run = triton_launch.launch(descriptor_kernel, programs_used, x.device, arguments, common)
+
+    def again_by_descriptors(x, projections, angles, outputs) -> None:
+        run(*described(x, projections, angles, outputs))
+
+    return again_by_descriptors if run is not None else None
+
+
+class Descriptor:
+    """Makes tensor descriptors of matrices that differ in their address only."""
+
+    def __init__(self, base: torch.Tensor | None, shape, row_stride: int, block) -> None:
+        self.fields = None
+        if base is not None:
+            made = TensorDescriptor(base, list(shape), [row_stride, 1], list(block))
+            self.fields = {name: value for name, value in vars(made).items() if name != "base"}
+
+    def __call__(self, base: torch.Tensor | None) -> TensorDescriptor | None:
+        if self.fields is None:
+            return None
+        # Its own constructor would check again what holds for every such matrix.
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.__dict__.update(self.fields, base=base)
+        return descriptor
+
+
+def three(items: list | None) -> tuple:
+    """``items`` of queries, keys and values; keys stand in for values that are left out, and None for all."""
+    return (None,) * 3 if items is None else tuple(items) if len(items) == 3 else (*items, items[1])
+
+
+def token_stride(x: torch.Tensor) -> int:
+    """Elements between the tokens of ``x`` ``[B, S, K]``."""
+    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def angle_rows(angles: Angles) -> int:
+    """Tokens that ``angles`` has a row for."""
+    source = angles.cos if angles.cos is not None else angles.positions
+    return source.shape[0] * source.shape[1]

@@ -8,13 +8,13 @@ apart.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
+from . import triton_launch
+from .arguments import Angles
+from .backend import Launch
 from .triton_angles import angle, cos_sin, rotate
 
 
@@ -22,7 +22,7 @@ from .triton_angles import angle, cos_sin, rotate
 def _heads(
     x, out, bias, batch, seq, cos, sin,
     stride_b, stride_s, stride_h, stride_d, out_b, out_s, out_h, out_d,
-    BIAS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, TAIL: tl.constexpr, INTERLEAVED: tl.constexpr,
+    BIAS: tl.constexpr, HEADS: tl.constexpr, NUM_PAIRS: tl.constexpr, TAIL: tl.constexpr, INTERLEAVED: tl.constexpr,
     VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, TAIL_WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -39,9 +39,9 @@ def _heads(
         source = x + head.to(tl.int64) * stride_h * VEC
         target = out + head.to(tl.int64) * out_h * VEC
         added = bias + head * HEAD_DIM if BIAS else x
-        if HALF > 0:
+        if NUM_PAIRS > 0:
             if INTERLEAVED:
-                mask = known & (column < 2 * HALF)
+                mask = known & (column < 2 * NUM_PAIRS)
                 pair = tl.load(source + wide * stride_d, mask=mask).to(tl.float32)
                 if BIAS:
                     pair += tl.load(added + column, mask=mask).to(tl.float32)
@@ -50,19 +50,19 @@ def _heads(
                 pair = tl.reshape(tl.join(first, second), (CHUNK, WIDTH))
                 tl.store(target + wide * out_d, pair.to(out.dtype.element_ty), mask=mask)
             else:
-                mask = known & (column < HALF)
+                mask = known & (column < NUM_PAIRS)
                 first = tl.load(source + wide * stride_d, mask=mask).to(tl.float32)
                 if BIAS:
                     first += tl.load(added + column, mask=mask).to(tl.float32)
-                second = tl.load(source + (wide + HALF) * stride_d, mask=mask).to(tl.float32)
+                second = tl.load(source + (wide + NUM_PAIRS) * stride_d, mask=mask).to(tl.float32)
                 if BIAS:
-                    second += tl.load(added + column + HALF, mask=mask).to(tl.float32)
+                    second += tl.load(added + column + NUM_PAIRS, mask=mask).to(tl.float32)
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
                 tl.store(target + wide * out_d, first.to(out.dtype.element_ty), mask=mask)
-                tl.store(target + (wide + HALF) * out_d, second.to(out.dtype.element_ty), mask=mask)
+                tl.store(target + (wide + NUM_PAIRS) * out_d, second.to(out.dtype.element_ty), mask=mask)
         if TAIL > 0:
-            rest = 2 * HALF + tl.arange(0, TAIL_WIDTH)[None, :]
-            mask = known & (rest < 2 * HALF + TAIL)
+            rest = 2 * NUM_PAIRS + tl.arange(0, TAIL_WIDTH)[None, :]
+            mask = known & (rest < 2 * NUM_PAIRS + TAIL)
             value = tl.load(source + rest.to(tl.int64) * stride_d, mask=mask)
             if BIAS:
                 value = value.to(tl.float32) + tl.load(added + rest, mask=mask).to(tl.float32)
@@ -71,15 +71,16 @@ def _heads(
 
 @triton.jit
 def rotary_kernel(
-    q, k, v, q_out, k_out, v_out, q_bias, k_bias, cos_table, sin_table, words, positions, cu_seqlens, offsets,
+    q, k, v, q_out, k_out, v_out, q_bias, k_bias,
+    cos_table, sin_table, inv_freq_q64, positions, cu_seqlens, seqlen_offsets,
     length, sequences, offset, table_rows, scaling,
     q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d,
     qo_b, qo_s, qo_h, qo_d, ko_b, ko_s, ko_h, ko_d, vo_b, vo_s, vo_h, vo_d,
     cos_b, cos_s, sin_b, sin_s, pos_b, pos_s,
     Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr,
-    HALF: tl.constexpr, TAIL: tl.constexpr, HEAD_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TABLE: tl.constexpr,
+    NUM_PAIRS: tl.constexpr, TAIL: tl.constexpr, HEAD_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, TABLE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
     TAIL_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -108,33 +109,33 @@ def rotary_kernel(
             position -= first
             known_token = (sequence >= 0) & (seq < tl.load(cu_seqlens + sequences))
         if HAS_OFFSETS:
-            position += tl.load(offsets + sequence, mask=sequence >= 0, other=0).to(tl.int32)
+            position += tl.load(seqlen_offsets + sequence, mask=sequence >= 0, other=0).to(tl.int32)
 
-    HALF_WIDTH: tl.constexpr = WIDTH // 2 if INTERLEAVED else WIDTH
-    pair = tl.arange(0, HALF_WIDTH)
+    PAIR_WIDTH: tl.constexpr = WIDTH // 2 if INTERLEAVED else WIDTH
+    pair = tl.arange(0, PAIR_WIDTH)
     if TABLE:
         # Tokens past the table pass through, as in flash-attention: no access outside it.
         row = position.to(tl.int64)
         known_token = known_token & (position >= 0) & (position < table_rows)
-        known = known_token & (pair < HALF)
+        known = known_token & (pair < NUM_PAIRS)
         cos = tl.load(cos_table + batch * cos_b + row * cos_s + pair, mask=known, other=1.0).to(tl.float32)
         sin = tl.load(sin_table + batch * sin_b + row * sin_s + pair, mask=known, other=0.0).to(tl.float32)
     else:
-        high = tl.load(words + pair, mask=pair < HALF, other=0)
-        low = tl.load(words + HALF + pair, mask=pair < HALF, other=0)
+        high = tl.load(inv_freq_q64 + pair, mask=pair < NUM_PAIRS, other=0)
+        low = tl.load(inv_freq_q64 + NUM_PAIRS + pair, mask=pair < NUM_PAIRS, other=0)
         cos, sin = cos_sin(angle(position, high, low))
         cos *= scaling
         sin *= scaling
-    if INVERSE:
+    if CONJUGATE:
         sin = -sin
 
     # Turned by nothing, an infinity would still make its partner NaN: what is not rotated is copied.
     if known_token:
         _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
-               Q_BIAS, Q_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
+               Q_BIAS, Q_HEADS, NUM_PAIRS, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
         if K_HEADS > 0:
             _heads(k, k_out, k_bias, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
-                   K_BIAS, K_HEADS, HALF, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
+                   K_BIAS, K_HEADS, NUM_PAIRS, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
     else:
         _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
                Q_BIAS, Q_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
@@ -146,17 +147,17 @@ def rotary_kernel(
                False, V_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
 
 
-def blocks(most_heads: int, half: int, interleaved: bool, itemsize: int) -> dict[str, int]:
+def blocks(most_heads: int, num_pairs: int, interleaved: bool, itemsize: int) -> dict[str, int]:
     """Heads a chunk, their width and the warps, so that each thread holds 16 bytes of a chunk.
 
     Args:
         most_heads: heads of the tensor that has most.
-        half: rotated pairs a head.
+        num_pairs: rotated pairs a head.
         interleaved: pairs are adjacent, so that one access holds both members.
         itemsize: bytes an element.
     """
     vector = 16 // itemsize
-    width = triton.next_power_of_2(max(half, 1)) * (2 if interleaved else 1)
+    width = triton.next_power_of_2(max(num_pairs, 1)) * (2 if interleaved else 1)
     # At least two heads for each element of a vector, masked where there are fewer: the chunk then has more
     # threads than a row of angles has elements, and the compiler loads those where they are used. With
     # fewer it passes them through shared memory.
@@ -169,43 +170,20 @@ def launch(
     k: torch.Tensor | None,
     q_out: torch.Tensor,
     k_out: torch.Tensor | None,
-    *,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    words: torch.Tensor | None = None,
-    positions: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
-    offsets: torch.Tensor | None = None,
-    offset: int = 0,
-    scaling: float = 1.0,
-    interleaved: bool = False,
-    inverse: bool = False,
+    angles: Angles,
     q_bias: torch.Tensor | None = None,
     k_bias: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
     v_out: torch.Tensor | None = None,
-) -> None:
-    """Rotate ``q`` into ``q_out`` and ``k`` into ``k_out``, and copy ``v`` into ``v_out``. Checks nothing.
-
-    Args:
-        q, k, v: ``[B, S, heads, D]`` of one dtype (float16, bfloat16, float32), any strides; with
-            ``cu_seqlens`` B is 1. ``q_out`` may be ``q`` itself, and so on.
-        cos, sin: ``[B or 1, rows, R/2]``, last axis contiguous; row of a token is its position.
-        words: ``[2, R/2]`` int32 from :func:`rope_dist.ops.turns`, instead of tables; ``scaling`` multiplies
-            what is made from it.
-        positions: ``[B or 1, S]`` integers. None: the index in the sequence plus ``offset`` and the
-            sequence's entry in ``offsets`` (``[sequences]`` integers).
-        cu_seqlens: ``[sequences + 1]`` integers, bounds of the packed sequences, not decreasing; tokens outside
-            them are not rotated.
-        q_bias, k_bias: ``[heads * D]`` in the dtype of ``q``, added in float32 before the rotation.
-    """
+) -> Launch | None:
+    """As :meth:`Backend.rotate` for float16, bfloat16 and float32, and copy ``v`` into ``v_out``."""
     batch, length, _, head_dim = q.shape
     tokens = batch * length
-    half = (cos if words is None else words).shape[-1]
+    num_pairs = angles.num_pairs
     tensors = [(q, q_out), (k, k_out), (v, v_out)]
     heads = [x.shape[2] if x is not None else 0 for x, _ in tensors]
     if tokens == 0 or max(heads) == 0 or head_dim == 0:
-        return
+        return None
     # An axis of one element is never stepped over; its stride must not cost the alignment of the others.
     strides = [
         tuple(stride if size > 1 else 0 for size, stride in zip(y.shape[:3], y.stride()[:3], strict=True))
@@ -225,41 +203,34 @@ def launch(
 
     # What is not rotated stays where it is, unless a bias is added to it.
     biased = q_bias is not None or k_bias is not None
-    tail = 0 if q_out is q and not biased else head_dim - 2 * half
-    q_bias, k_bias = (bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias))
-    table = words is None
-    shape = blocks(max(heads), half, interleaved, q.element_size())
-    with device_of(q):
-        rotary_kernel[(tokens,)](
-            q, k, v, q_out, k_out, v_out, q_bias, k_bias, cos, sin, words, positions, cu_seqlens, offsets,
-            length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, offset,
-            cos.shape[1] if table else 0, scaling,
-            *scaled(q), *scaled(k), *scaled(v), *scaled(q_out), *scaled(k_out), *scaled(v_out),
-            *_row_strides(cos), *_row_strides(sin), *_row_strides(positions),
-            Q_BIAS=q_bias is not None, K_BIAS=k_bias is not None,
-            Q_HEADS=heads[0], K_HEADS=heads[1], V_HEADS=heads[2],
-            HALF=half, TAIL=tail, HEAD_DIM=head_dim, INTERLEAVED=interleaved, INVERSE=inverse, TABLE=table,
-            HAS_POSITIONS=positions is not None, HAS_CU_SEQLENS=cu_seqlens is not None,
-            HAS_OFFSETS=offsets is not None, VEC=vec,
-            TAIL_WIDTH=triton.next_power_of_2(max(tail, 1)), V_WIDTH=triton.next_power_of_2(head_dim),
-            SEQUENCES=128, **shape,
-        )  # fmt: skip
+    tail = 0 if q_out is q and not biased else head_dim - 2 * num_pairs
+    whole_biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
+    cos, cu_seqlens = angles.cos, angles.cu_seqlens
+    numbers = (
+        length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, angles.offset,
+        cos.shape[1] if cos is not None else 0, angles.scaling,
+        *scaled(q), *scaled(k), *scaled(v), *scaled(q_out), *scaled(k_out), *scaled(v_out),
+        *_row_strides(cos), *_row_strides(angles.sin), *_row_strides(angles.positions),
+    )  # fmt: skip
+    options = {
+        "Q_BIAS": q_bias is not None, "K_BIAS": k_bias is not None,
+        "Q_HEADS": heads[0], "K_HEADS": heads[1], "V_HEADS": heads[2],
+        "NUM_PAIRS": num_pairs, "TAIL": tail, "HEAD_DIM": head_dim,
+        "INTERLEAVED": angles.interleaved, "CONJUGATE": angles.conjugate, "TABLE": cos is not None,
+        "HAS_POSITIONS": angles.positions is not None, "HAS_CU_SEQLENS": cu_seqlens is not None,
+        "HAS_OFFSETS": angles.seqlen_offsets is not None, "VEC": vec,
+        "TAIL_WIDTH": triton.next_power_of_2(max(tail, 1)), "V_WIDTH": triton.next_power_of_2(head_dim),
+        "SEQUENCES": 128, **blocks(max(heads), num_pairs, angles.interleaved, q.element_size()),
+    }  # fmt: skip
+    arguments = (q, k, v, q_out, k_out, v_out, *whole_biases, *angles.tensors(), *numbers)
+    run = triton_launch.launch(rotary_kernel, tokens, q.device, arguments, options)
+    if run is None or v is not None or whole_biases[0] is not q_bias or whole_biases[1] is not k_bias:
+        return None
 
+    def again(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
+        run(q, k, None, q_out, k_out, None, q_bias, k_bias, *angles[:6], *numbers)
 
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"`` and the like; without a GPU what the interpreter is to follow, ``"sm_90"``."""
-    if device.type != "cuda":
-        return "sm_90"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-def device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Make the device of ``x`` current: Triton launches on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return again
 
 
 def _row_strides(x: torch.Tensor | None) -> tuple[int, int]:

@@ -26,9 +26,8 @@ def heads(q: torch.Tensor, k: torch.Tensor | None) -> None:
 
 def biases(
     q: torch.Tensor, k: torch.Tensor | None, q_bias: torch.Tensor | None, k_bias: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
-    """Those of ``q_bias`` and ``k_bias`` that are given: ``[heads * D]``, of the dtype and device of ``q``."""
-    given = {}
+) -> None:
+    """``q_bias`` and ``k_bias`` are None or ``[heads * D]``, of the dtype and device of ``q``."""
     for name, bias, x in (("q_bias", q_bias, q), ("k_bias", k_bias, k)):
         if bias is None:
             continue
@@ -40,8 +39,6 @@ def biases(
                 f"{name} must be [{size}] {x.dtype} on {x.device}, got {list(bias.shape)} {bias.dtype} on "
                 f"{bias.device}"
             )
-        given[name] = bias
-    return given
 
 
 def tables(
@@ -84,11 +81,11 @@ def tables(
 
 
 def frequencies(inv_freq: torch.Tensor, head_dim: int, device: torch.device) -> None:
-    """``inv_freq`` is ``[R/2]`` floating, or ``[2, R/2]`` int32 words, with ``R <= head_dim``."""
-    words = inv_freq.ndim == 2 and inv_freq.shape[0] == 2 and inv_freq.dtype == torch.int32
-    if not words and (inv_freq.ndim != 1 or not inv_freq.dtype.is_floating_point):
+    """``inv_freq`` is ``[R/2]`` floating, or ``[2, R/2]`` int32 fixed point, with ``R <= head_dim``."""
+    fixed_point = inv_freq.ndim == 2 and inv_freq.shape[0] == 2 and inv_freq.dtype == torch.int32
+    if not fixed_point and (inv_freq.ndim != 1 or not inv_freq.dtype.is_floating_point):
         raise ValueError(
-            "inv_freq must be [R/2] floating, or the [2, R/2] int32 of rope_dist.ops.turns, got "
+            "inv_freq must be [R/2] floating, or the [2, R/2] int32 of rope_dist.ops.to_fixed_point, got "
             f"{list(inv_freq.shape)} {inv_freq.dtype}"
         )
     if 2 * inv_freq.shape[-1] > head_dim:
@@ -106,27 +103,43 @@ def positions(position_ids: torch.Tensor, batch: int, length: int, device: torch
     integers(position_ids, "position_ids", device)
 
 
-def integers(values: torch.Tensor, name: str, device: torch.device) -> None:
-    """``values`` are int32 or int64 on ``device``, within int32 (looked at on a CPU only)."""
-    if values.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int32 or int64, got {values.dtype}")
-    if values.device != device:
-        raise ValueError(f"{name} must be on {device}, got {values.device}")
-    if values.dtype == torch.int64 and values.numel() > 0 and _readable(device):
-        low, high = (int(x) for x in values.aminmax())
-        if low < -(2**31) or high >= 2**31:
-            raise ValueError(f"{name} must be within int32, got values from {low} to {high}")
+def integers(integer: torch.Tensor, name: str, device: torch.device) -> None:
+    """``integer`` is int32 or int64 on ``device``, within int32 (looked at on a CPU only)."""
+    if integer.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {integer.dtype}")
+    if integer.device != device:
+        raise ValueError(f"{name} must be on {device}, got {integer.device}")
+    values(integer, name)
+
+
+def values(integer: torch.Tensor | None, name: str) -> None:
+    """``integer``, where there is one that can be read without waiting, is within int32."""
+    if (
+        integer is None
+        or integer.dtype != torch.int64
+        or integer.numel() == 0
+        or not _readable(integer.device)
+    ):
+        return
+    low, high = (int(x) for x in integer.aminmax())
+    if low < -(2**31) or high >= 2**31:
+        raise ValueError(f"{name} must be within int32, got values from {low} to {high}")
 
 
 def bounds(cu_seqlens: torch.Tensor, tokens: int, device: torch.device) -> None:
-    """``cu_seqlens`` is ``[sequences + 1]`` integers, at least two; on a CPU: none below the one before it, and
-    within the ``tokens``."""
+    """``cu_seqlens`` is ``[sequences + 1]`` integers, at least two; see :func:`bound_values`."""
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must be [sequences + 1], got {list(cu_seqlens.shape)}")
     integers(cu_seqlens, "cu_seqlens", device)
-    if _readable(device) and not (
-        cu_seqlens[0] >= 0 and cu_seqlens[-1] <= tokens and (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-    ):
+    bound_values(cu_seqlens, tokens)
+
+
+def bound_values(cu_seqlens: torch.Tensor | None, tokens: int) -> None:
+    """Bounds, where there are some on a CPU, are none below the one before it, and within the ``tokens``."""
+    if cu_seqlens is None or not _readable(cu_seqlens.device):
+        return
+    ordered = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    if not (cu_seqlens[0] >= 0 and cu_seqlens[-1] <= tokens and ordered):
         raise ValueError(
             f"cu_seqlens must not decrease and be within 0 and {tokens} tokens, got {cu_seqlens.tolist()}"
         )

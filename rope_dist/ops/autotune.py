@@ -1,13 +1,13 @@
-"""Which way a projection with rotation is fastest: measured on this GPU, remembered on disk.
+"""Which path of a projection with rotation is fastest: measured on this GPU, remembered on disk.
 
 A fused kernel saves a pass over queries and keys and gives up some of the vendor library's matrix product;
 which weighs more differs by GPU, shape and version, so nothing is assumed. The first call of a shape class
-times the ways that can serve it, in the order A B B A with a cold L2 cache and the GPU never waiting for the
+times the candidates that can serve it, in the order A B B A with a cold L2 cache and the GPU never waiting for the
 host, and keeps the fastest; the unfused one unless another wins by twice what the measurement is uncertain by.
-Until it may measure (inside a CUDA graph's capture, or with ``ROPE_DIST_TUNE=0``) the unfused way is taken and
+Until it may measure (inside a CUDA graph's capture, or with ``ROPE_DIST_TUNE=0``) the unfused path is taken and
 nothing is remembered. So it is under ``torch.use_deterministic_algorithms(True)``.
 
-Environment: ``ROPE_DIST_PATH`` fixes the way where it can serve a call; ``ROPE_DIST_TUNE=0`` forbids
+Environment: ``ROPE_DIST_PATH`` fixes the path where it can serve a call; ``ROPE_DIST_TUNE=0`` forbids
 measuring; ``ROPE_DIST_CACHE`` is the folder of the choices (``$XDG_CACHE_HOME/rope_dist``, else
 ``~/.cache/rope_dist``).
 """
@@ -37,14 +37,14 @@ SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Problem:
+class AutotuneKey:
     """A class of calls that share a choice.
 
     Attributes:
         rows: tokens, rounded up to a power of two.
         widths: rows of each weight.
-        form: what else changes the kernels: ``"table"``, ``"bias"``, ``"interleaved"``, ``"unaligned"`` (what
-            descriptors cannot read), joined by ``+``.
+        form: what else changes the kernels: ``"table"``, ``"bias"``, ``"interleaved"``, ``"no TMA"`` (GPUs and
+            matrices that descriptors cannot serve), joined by ``+``.
     """
 
     device: str
@@ -56,7 +56,7 @@ class Problem:
     rotary_dim: int
     form: str = ""
 
-    def key(self) -> str:
+    def line(self) -> str:
         """One line that identifies the class within one set of versions."""
         return json.dumps(asdict(self), sort_keys=True)
 
@@ -67,7 +67,7 @@ def rows_class(rows: int) -> int:
 
 
 def versions() -> dict[str, str]:
-    """What a choice depends on besides the problem."""
+    """What a choice depends on besides its key."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -84,8 +84,8 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "rope_dist"
 
 
-class Choices:
-    """Choices of one set of versions: in memory, and in one JSON file that processes share."""
+class AutotuneCache:
+    """AutotuneCache of one set of versions: in memory, and in one JSON file that processes share."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder if folder is not None else cache_folder()
@@ -102,12 +102,12 @@ class Choices:
         entries = entries if isinstance(entries, dict) else {}
         return {key: entry for key, entry in entries.items() if _is_choice(key, entry)}
 
-    def get(self, problem: Problem) -> str | None:
-        """The way that was fastest, or None where that was not measured."""
-        entry = self._entries.get(problem.key())
+    def get(self, key: AutotuneKey) -> str | None:
+        """The path that was fastest, or None where that was not measured."""
+        entry = self._entries.get(key.line())
         return entry["choice"] if entry else None
 
-    def put(self, problem: Problem, times: dict[str, float], choice: str | None = None) -> str:
+    def put(self, key: AutotuneKey, times: dict[str, float], choice: str | None = None) -> str:
         """Remember ``choice`` (None: the fastest) of ``times`` in milliseconds.
 
         A file that cannot be written only warns.
@@ -116,7 +116,7 @@ class Choices:
         with self._lock:
             entry = {"choice": choice, "milliseconds": times}
             # Another process may have written since: keep its entries.
-            self._entries = {**self._read(), **self._entries, problem.key(): entry}
+            self._entries = {**self._read(), **self._entries, key.line(): entry}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.path, json.dumps(self._entries, indent=1))
@@ -125,19 +125,19 @@ class Choices:
         return choice
 
     def rows(self) -> list[dict]:
-        """One dictionary a choice: the problem's fields, ``choice`` and ``milliseconds``."""
+        """One dictionary a choice: the fields of its key, ``choice`` and ``milliseconds``."""
         return [{**json.loads(key), **entry} for key, entry in self._entries.items()]
 
 
 def _is_choice(key: str, entry: object) -> bool:
-    """Whether an entry of a file is one that :meth:`Choices.put` writes: others are as if they were not there."""
+    """Whether an entry of a file is one that :meth:`AutotuneCache.put` writes: others are as if they were not there."""
     try:
-        problem = json.loads(key)
+        fields_of_key = json.loads(key)
     except ValueError:
         return False
     return (
-        isinstance(problem, dict)
-        and problem.keys() == {field.name for field in fields(Problem)}
+        isinstance(fields_of_key, dict)
+        and fields_of_key.keys() == {field.name for field in fields(AutotuneKey)}
         and isinstance(entry, dict)
         and isinstance(entry.get("choice"), str)
         and isinstance(entry.get("milliseconds"), dict)
@@ -145,21 +145,21 @@ def _is_choice(key: str, entry: object) -> bool:
     )
 
 
-_CHOICES: Choices | None = None
+_CACHE: AutotuneCache | None = None
 _LOCK = threading.RLock()
 
 
-def choices() -> Choices:
+def cache() -> AutotuneCache:
     """The choices of this process."""
-    global _CHOICES
+    global _CACHE
     with _LOCK:
-        if _CHOICES is None or (_CHOICES.folder != cache_folder()):
-            _CHOICES = Choices()
-        return _CHOICES
+        if _CACHE is None or (_CACHE.folder != cache_folder()):
+            _CACHE = AutotuneCache()
+        return _CACHE
 
 
 def fixed() -> str | None:
-    """The way that ``ROPE_DIST_PATH`` names, or None."""
+    """The path that ``ROPE_DIST_PATH`` names, or None."""
     return os.environ.get("ROPE_DIST_PATH") or None
 
 
@@ -170,25 +170,27 @@ def may_measure() -> bool:
     return torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
 
 
-def choose(problem: Problem, ways: dict[str, Callable[[], object]], timer: timing.Timer | None = None) -> str:
-    """The name of the fastest of ``ways`` for ``problem``.
+def choose(
+    key: AutotuneKey, candidates: dict[str, Callable[[], object]], timer: timing.Timer | None = None
+) -> str:
+    """The name of the fastest of ``candidates`` for ``key``.
 
     Args:
-        ways: callables by name; :data:`DEFAULT` is among them.
+        candidates: callables by name; :data:`DEFAULT` is among them.
         timer: seconds of one call; by default the GPU's, with a cold cache.
     """
-    known = choices().get(problem)
-    if known in ways:
+    known = cache().get(key)
+    if known in candidates:
         return known
     if timer is None and not may_measure():
         return DEFAULT
     with _LOCK:
-        known = choices().get(problem)
-        if known in ways:
+        known = cache().get(key)
+        if known in candidates:
             return known
-        times = measure(ways, timer or timing.timer("cuda", cold=True, queued=True))
+        times = measure(candidates, timer or timing.timer("cuda", cold=True, queued=True))
         medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
-        return choices().put(problem, medians, fastest(times))
+        return cache().put(key, medians, fastest(times))
 
 
 def fastest(times: dict[str, list[float]]) -> str:
@@ -209,17 +211,17 @@ def fastest(times: dict[str, list[float]]) -> str:
     return min(surely, key=surely.get, default=DEFAULT)
 
 
-def measure(ways: dict[str, Callable[[], object]], timer: timing.Timer) -> dict[str, list[float]]:
-    """Seconds of each way that runs, one a round, forwards and backwards in turn.
+def measure(candidates: dict[str, Callable[[], object]], timer: timing.Timer) -> dict[str, list[float]]:
+    """Seconds of each candidate that runs, one a round, forwards and backwards in turn.
 
-    A way that fails (too little memory, a kernel that does not compile here) is left out with a warning;
+    A candidate that fails (too little memory, a kernel that does not compile here) is left out with a warning;
     :data:`DEFAULT` may not fail.
     """
     running = {}
-    for name, way in ways.items():
+    for name, call in candidates.items():
         try:
-            way()  # compiles, and warms the library's own choices
-            running[name] = way
+            call()  # compiles, and warms the library's own choices
+            running[name] = call
         except Exception as error:
             if name == DEFAULT:
                 raise

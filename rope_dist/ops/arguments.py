@@ -1,0 +1,94 @@
+"""Arguments that travel together: the angles of a rotation and the weights of a projection.
+
+Both are named tuples whose fields, in order, are the arguments of the ``torch.library`` operators: ``*angles`` is
+what an operator takes, ``Angles(*rest)`` what its implementation makes of it, and torch.compile traces them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, get_type_hints
+
+import torch
+
+
+class Angles(NamedTuple):
+    """The angle of every token and pair, by a table or by frequencies and positions.
+
+    Attributes:
+        cos, sin: tables ``[B or 1, rows, R/2]``, floating; a token's row is its position, and a token whose position
+            is not in the table is not rotated.
+        inv_freq_q64: instead, ``[2, R/2]`` int32 from :func:`rope_dist.ops.to_fixed_point`.
+        positions: ``[B or 1, S]`` int32 or int64, values within int32. None: a token's index in its sequence, plus
+            ``offset`` and the sequence's entry in ``seqlen_offsets``.
+        cu_seqlens: ``[sequences + 1]`` integers, not decreasing: bounds of packed sequences in the one row of the
+            batch; a token outside them is not rotated.
+        seqlen_offsets: ``[sequences]`` integers (``[B]`` without ``cu_seqlens``).
+        offset: added to every index.
+        scaling: factor on cos and sin made from ``inv_freq_q64`` (YaRN's attention factor); a table has it in it.
+        interleaved: pairs are dimensions ``(2i, 2i + 1)`` (GPT-J) instead of ``(i, i + R/2)`` (Hugging Face).
+        conjugate: rotate by the negative angles, which is the gradient of the rotation.
+    """
+
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    inv_freq_q64: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    seqlen_offsets: torch.Tensor | None = None
+    offset: int = 0
+    scaling: float = 1.0
+    interleaved: bool = False
+    conjugate: bool = False
+
+    @property
+    def num_pairs(self) -> int:
+        """``R/2``, the rotated pairs of a head."""
+        source = self.inv_freq_q64 if self.cos is None else self.cos
+        assert source is not None
+        return source.shape[-1]
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The fields that hold tensors, which come first."""
+        return self[:6]
+
+    def conjugated(self) -> Angles:
+        """The negative angles."""
+        return self._replace(conjugate=not self.conjugate)
+
+
+class Projections(NamedTuple):
+    """Weights ``[heads * head_dim, K]`` of queries, keys and, unless left out, values, as ``nn.Linear`` has them."""
+
+    w_q: torch.Tensor
+    w_k: torch.Tensor
+    w_v: torch.Tensor | None
+    b_q: torch.Tensor | None
+    b_k: torch.Tensor | None
+    b_v: torch.Tensor | None
+    head_dim: int
+
+    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Each weight that is there with its bias."""
+        both = zip(self[:3], self[3:6], strict=True)
+        return [(weight, bias) for weight, bias in both if weight is not None]
+
+    def weights(self) -> list[torch.Tensor]:
+        """The weights that are there."""
+        return [weight for weight in self[:3] if weight is not None]
+
+    def biases(self) -> list[torch.Tensor] | None:
+        """A contiguous bias for each weight that is there, zeros where there is none; None where no weight has one."""
+        if self.b_q is self.b_k is self.b_v is None:
+            return None
+        pairs = self.pairs()
+        return [b.contiguous() if b is not None else w.new_zeros(w.shape[0]) for w, b in pairs]
+
+
+def schema(group: type[Angles] | type[Projections]) -> str:
+    """The fields of ``group`` in the syntax of ``torch.library`` schemas."""
+    names = {torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
+    fields = []
+    for name, kind in get_type_hints(group).items():
+        default = f"={group._field_defaults[name]}" if name in group._field_defaults else ""
+        fields.append(f"{names[kind]} {name}{default}")
+    return ", ".join(fields)

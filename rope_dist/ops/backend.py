@@ -1,0 +1,146 @@
+"""What a backend is, and the one that is always there. ``dispatch.BACKENDS`` lists them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+
+import torch
+
+from . import reference
+from .arguments import Angles, Projections
+
+Launch = Callable[..., None]
+"""Called as :meth:`Backend.rotate`, for tensors of the same metadata as those it was made for."""
+
+
+override: str | None = None
+"""The name of a backend that :func:`dispatch.use` chose for now."""
+
+
+@torch.compiler.assume_constant_result
+def requested() -> str:
+    """Name of the backend that the user chose, or ``"auto"``; torch.compile takes it as it is when it traces."""
+    return override or os.environ.get("ROPE_DIST_BACKEND", "auto")
+
+
+class NotBuilt(str):
+    """A reason why a backend does not serve a tensor that building or installing its library would remove."""
+
+
+class Backend:
+    """Rotates queries and keys, and projects them first where it has a fused kernel for that.
+
+    A backend implements :meth:`supports` and :meth:`rotate`; the other methods have defaults made of these.
+
+    Attributes:
+        name: for ``ROPE_DIST_BACKEND`` and :func:`rope_dist.ops.use_backend`.
+        projects: whether it has kernels that project and rotate; else :func:`reference.qkv_rotary` does.
+    """
+
+    name: str
+    projects = False
+
+    def supports(self, x: torch.Tensor, requested: bool = False) -> str | None:
+        """Why heads of the dtype and device of ``x`` are not rotated here; None: they are.
+
+        Args:
+            requested: the user named this backend.
+        """
+        raise NotImplementedError
+
+    def rotate(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        q_out: torch.Tensor,
+        k_out: torch.Tensor | None,
+        angles: Angles,
+        q_bias: torch.Tensor | None = None,
+        k_bias: torch.Tensor | None = None,
+    ) -> Launch | None:
+        """Rotate ``q`` into ``q_out`` and ``k`` into ``k_out`` (or None both). Checks nothing.
+
+        Args:
+            q, k: ``[B, S, heads, D]`` of one dtype, any strides; ``q_out`` may be ``q`` itself, ``k_out`` ``k``.
+            angles: see :class:`Angles`; the last axis of tables is contiguous.
+            q_bias, k_bias: ``[heads * D]`` in the dtype of ``q``, added before the rotation without rounding between.
+
+        Returns:
+            What does the same again, at less cost, for tensors that share shapes, strides, dtypes, device and
+            alignment to 16 bytes with these; None where there is no such thing.
+        """
+        raise NotImplementedError
+
+    def pack_gradients(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, angles: Angles
+    ) -> torch.Tensor:
+        """``q`` and ``k`` ``[B, S, heads, D]`` rotated, and ``v`` as it is, side by side ``[B, S, all heads * D]``."""
+        packed, parts = packed_heads(q, k, v)
+        self.rotate(q, k, parts[0], parts[1], angles)
+        if v is not None:
+            parts[2].copy_(v)
+        return packed
+
+    def paths(self, x: torch.Tensor, projections: Projections, angles: Angles) -> list[str]:
+        """Names of the fused projections that can serve these tensors, the most specialised last."""
+        return []
+
+    def project(
+        self, path: str, x: torch.Tensor, projections: Projections, angles: Angles
+    ) -> tuple[list[torch.Tensor], Launch | None]:
+        """Project ``x`` ``[B, S, K]`` and rotate by one of :meth:`paths`.
+
+        Returns:
+            Queries, keys and, where they have a weight, values ``[B, S, heads, head_dim]``; and what does the
+            same again, as :meth:`rotate` returns it, called as ``launch(x, projections, angles, outputs)``.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self,
+        x: torch.Tensor,
+        projections: Projections,
+        angles: Angles,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+    ) -> tuple[torch.Tensor, Launch | None] | None:
+        """Project and rotate, writing keys and values to entries ``slots`` of ``caches``, in one launch.
+
+        Returns:
+            The queries ``[B, S, heads, head_dim]``, and what does the same again, called as
+            ``launch(x, projections, angles, [q, *caches], slots)``; None, with nothing written, where no kernel serves.
+        """
+        return None
+
+
+class Reference(Backend):
+    """Plain PyTorch: every dtype and device."""
+
+    name = "reference"
+
+    def supports(self, x: torch.Tensor, requested: bool = False) -> str | None:
+        return None
+
+    def rotate(self, q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
+        rotated = reference.rotate_tokens(q, k, angles, q_bias, k_bias)
+        for out, new in zip((q_out, k_out), rotated, strict=True):
+            if out is not None:
+                out.copy_(new)
+
+
+def packed_heads(*heads: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """An empty ``[B, S, all heads * D]``, and its part for each of ``heads`` ``[B, S, heads, D]`` that is there."""
+    present = [x for x in heads if x is not None]
+    widths = [x.shape[2] * x.shape[3] for x in present]
+    packed = present[0].new_empty(*present[0].shape[:2], sum(widths))
+    parts = zip(packed.split(widths, dim=-1), present, strict=True)
+    return packed, [part.unflatten(-1, x.shape[2:]) for part, x in parts]
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Products in the dtypes of their operands: what an operator returns must not depend on autocast."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

@@ -1,0 +1,123 @@
+"""The rotation of queries and keys that are there: :func:`rotary` by tables, :func:`rotary_at` by positions."""
+
+from __future__ import annotations
+
+import torch
+
+from . import launch_cache, library, validation
+from .arguments import Angles
+from .fixed_point import to_fixed_point
+
+
+def rotary(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotate queries and keys by the angles of their positions (Su et al. 2021, eq. 34).
+
+    Args:
+        q: ``[B, S, Hq, D]`` queries, floating, any strides (a transposed ``[B, Hq, S, D]`` is as good).
+        k: ``[B, S, Hk, D]`` keys, same dtype and device; None rotates ``q`` alone.
+        cos, sin: ``[B, S, R/2]``, ``[1, S, R/2]`` or ``[S, R/2]``, floating (float32 where ``q`` is 16-bit),
+            ``R <= D`` rotated dimensions; see :func:`cos_sin`.
+        interleaved: pairs are ``(2i, 2i + 1)`` instead of Hugging Face's ``(i, i + R/2)``.
+        inplace: change ``q`` and ``k`` and return them.
+        q_bias, k_bias: ``[Hq * D]`` and ``[Hk * D]`` in the dtype of ``q``, added first, 16-bit sums without
+            rounding between: the end of a projection whose product was made without its bias.
+
+    Returns:
+        New tensors, contiguous, shaped and typed as ``q`` and ``k`` (None for None). Differentiable in ``q``,
+        ``k`` and the biases, backward and forward, and under ``torch.func``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together, tables that need a gradient (they
+            are constants); in place, tensors that are expanded or share memory, and, where a gradient is
+            wanted, leaves and views that autograd cannot write to (of ``unbind``, ``split``, ``chunk``).
+    """
+    angles = Angles(cos, sin, interleaved=interleaved)
+    launch, key = launch_cache.find("rotary", (q, k, q_bias, k_bias), angles, inplace)
+    if launch is not None:
+        return launch(q, k, angles, q_bias, k_bias)
+    validation.heads(q, k)
+    cos, sin = validation.tables(q, cos, sin, rows=q.shape[1])
+    validation.biases(q, k, q_bias, k_bias)
+    angles = Angles(cos, sin, interleaved=interleaved)
+    return library.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
+
+
+def rotary_at(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    inv_freq: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    attention_scaling: float = 1.0,
+    interleaved: bool = False,
+    inplace: bool = False,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """:func:`rotary` without tables: angles from frequencies and positions, right at any length.
+
+    Angles are computed in fixed point (see ``fixed_point.py``), to 2e-7 of the exact product of the float32
+    frequency and the position; a float32 product is off by 3e-2 at position one million.
+
+    Args:
+        q, k: ``[B, S, heads, D]``, any strides, or packed ``[T, heads, D]``; ``k`` None rotates ``q`` alone.
+        inv_freq: ``[R/2]`` floating radians a token, or what :func:`to_fixed_point` made of them, which saves its
+            few small launches a call.
+        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, values within int32.
+            None: tokens count from 0, in each sequence of ``cu_seqlens`` if given.
+        cu_seqlens: ``[sequences + 1]`` int32 or int64, bounds of packed sequences, not decreasing; only without
+            ``position_ids``. Tokens before the first bound and from the last on are in no sequence and are
+            not rotated.
+        attention_scaling: factor on the rotated dimensions (YaRN's temperature).
+        interleaved, inplace, q_bias, k_bias: as in :func:`rotary`.
+
+    Returns:
+        As :func:`rotary`.
+
+    Raises:
+        ValueError: as :func:`rotary`; positions outside int32 and bounds that decrease or are outside the tokens
+            (looked at on CPU tensors only: elsewhere it would wait for the device).
+    """
+    packed = q.ndim == 3 and (k is None or k.ndim == 3)
+    if packed:
+        q, k = q[None], k[None] if k is not None else None
+        position_ids = (
+            position_ids[None] if position_ids is not None and position_ids.ndim == 1 else position_ids
+        )
+    inv_freq_q64 = inv_freq if inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
+    angles = Angles(
+        inv_freq_q64=inv_freq_q64, positions=position_ids, cu_seqlens=cu_seqlens,
+        scaling=float(attention_scaling), interleaved=interleaved,
+    )  # fmt: skip
+    options = (inplace, packed, *launch_cache.metadata(inv_freq))
+    launch, key = launch_cache.find("rotary_at", (q, k, q_bias, k_bias), angles, *options)
+    if launch is not None:
+        # What is looked at on a CPU only: the values.
+        validation.values(position_ids, "position_ids")
+        validation.bound_values(cu_seqlens, q.shape[1])
+        out = launch(q, k, angles, q_bias, k_bias)
+    else:
+        validation.heads(q, k)
+        validation.frequencies(inv_freq, q.shape[3], q.device)
+        if position_ids is not None:
+            if cu_seqlens is not None:
+                raise ValueError("give position_ids or cu_seqlens, not both")
+            validation.positions(position_ids, q.shape[0], q.shape[1], q.device)
+        if cu_seqlens is not None:
+            if not packed:
+                raise ValueError(f"cu_seqlens needs packed q and k [T, heads, D], got {list(q.shape)}")
+            validation.bounds(cu_seqlens, q.shape[1], q.device)
+        validation.biases(q, k, q_bias, k_bias)
+        out = library.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
+    return (out[0][0], out[1][0] if out[1] is not None else None) if packed else out

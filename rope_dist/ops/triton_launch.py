@@ -1,0 +1,58 @@
+"""Launching Triton kernels: on the device of their tensors, and a second time without Triton's own preparations."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.compiler import CompiledKernel
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"`` and the like; without a GPU what the interpreter is to follow, ``"sm_90"``."""
+    if device.type != "cuda":
+        return "sm_90"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Make ``device`` current: Triton launches on the current one."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def launch(
+    kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> Callable[..., None] | None:
+    """Launch ``kernel``.
+
+    Args:
+        kernel: a function under ``triton.jit``.
+        programs: the grid, of one axis.
+        arguments: those that are no constants of the compilation, in the order of the kernel.
+        options: its constants by name, and how it is compiled.
+
+    Returns:
+        What launches it again with other ``arguments``, of which only addresses may differ; None where kernels
+        are interpreted.
+    """
+    with on_device(device):
+        compiled = kernel[(programs,)](*arguments, **options)
+    if not isinstance(compiled, CompiledKernel):
+        return None
+    constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+    run = compiled[(programs, 1, 1)]
+
+    def again(*arguments: Any) -> None:
+        with on_device(device):
+            run(*arguments, *constants)
+
+    return again
