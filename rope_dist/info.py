@@ -11,7 +11,7 @@ from .hf import enable, report, summary
 from .hf.families import FAMILIES
 from .hf.reporting import FUSED, ROTARY
 from .machine import describe
-from .ops import dispatch, native, tuning
+from .ops import autotune, dispatch, native
 from .planning import load_config
 from .presets import PRESETS
 from .version import __version__
@@ -40,9 +40,9 @@ def info(model: str | None = None) -> dict[str, dict[str, str]]:
             **{k: here[k] for k in ("python", "torch", "transformers", "triton")},
         },
         "machine": {k: here[k] for k in ("system", "processor", "threads", "gpu") if k in here},
-        "built": {"CPU library": _built("cpu"), "CUDA library": _built("cuda")},
-        "used": {"cpu": _used(torch.device("cpu")), **{str(d): _used(d) for d in _gpus()}},
-        "measured": _choices(),
+        "native libraries": {"CPU library": _built("cpu"), "CUDA library": _built("cuda")},
+        "backends": {str(device): _backends(device) for device in (torch.device("cpu"), *_gpus())},
+        "autotune cache": _autotuned(),
         "models": _families(),
         **({model: _model(model)} if model is not None else {}),
     }
@@ -61,7 +61,7 @@ def text(found: dict[str, dict[str, str]]) -> str:
 def _families() -> dict[str, str]:
     paths: dict[str, list[str]] = {FUSED: [], ROTARY: []}
     for family in FAMILIES:
-        paths[FUSED if family.attention.between is None else ROTARY].append(family.name)
+        paths[FUSED if family.attention.pre_rotary_norm is None else ROTARY].append(family.name)
     return {path: ", ".join(names) for path, names in paths.items()}
 
 
@@ -120,9 +120,9 @@ def _built(name: str) -> str:
     return f"yes, {found.build}, for compute capabilities {numbers} (PTX of {found.architectures[-1]})"
 
 
-def _choices() -> dict[str, str]:
-    """The fastest path of each projection and rotation that was timed, kept by ``ops/tuning.py``."""
-    kept = tuning.choices()
+def _autotuned() -> dict[str, str]:
+    """The fastest path of each projection and rotation that was timed, kept by ``ops/autotune.py``."""
+    kept = autotune.cache()
     rows = {}
     for row in kept.rows():
         shape = f"{row['rows']} tokens, {row['depth']} to {row['widths']}, {row['dtype']} {row['form']}"
@@ -139,14 +139,15 @@ def _gpus() -> list[torch.device]:
     return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
-def _used(device: torch.device) -> str:
+def _backends(device: torch.device) -> str:
+    """The backend of each dtype on ``device``, and why those before it in the list do not serve."""
     # Empty tensors ask the very function that chooses for the real ones.
-    choices: dict[str, list[str]] = {}
+    dtypes: dict[str, list[str]] = {}
+    reasons: dict[str, str] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        backend = dispatch.rotary_backend(torch.empty(0, dtype=dtype, device=device))
-        choices.setdefault(backend.name, []).append(str(dtype).removeprefix("torch."))
-    reasons = {
-        name: dispatch.rotary_backend(torch.empty(0, dtype=getattr(torch, dtypes[0]), device=device)).reason
-        for name, dtypes in choices.items()
-    }
-    return "; ".join(f"{name} for {', '.join(choices[name])}: {reasons[name]}" for name in choices)
+        choice = dispatch.choose(torch.empty(0, dtype=dtype, device=device))
+        dtypes.setdefault(choice.backend.name, []).append(str(dtype).removeprefix("torch."))
+        for name, reason in choice.skipped.items():
+            reasons.setdefault(name, reason)
+    serving = "; ".join(f"{name} for {', '.join(of)}" for name, of in dtypes.items())
+    return "; ".join([serving, *(f"not {name}: {reason}" for name, reason in reasons.items())])

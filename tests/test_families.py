@@ -220,25 +220,25 @@ def test_copies_and_pickles(name, ids, tmp_path):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_report(name):
     model = model_of(name, dtype=torch.bfloat16)
-    assert {layer.does for layer in rope_dist.report(model)} == {"untouched"}
+    assert {layer.path for layer in rope_dist.report(model)} == {"untouched"}
     enabled = rope_dist.enable(model)
     layers = enabled.report()
     assert [layer.name for layer in layers] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert layers[0].does == "rotary"
+    assert layers[0].path == "rotary"
     with ops.use_backend("triton"):
         layers = enabled.report()
     if name in TIER_B:
-        assert layers[0].does == "rotary"
-        assert layers[0].why == "queries and keys are normalised before the rotation"
+        assert layers[0].path == "rotary"
+        assert layers[0].reason == "queries and keys are normalised before the rotation"
     else:
-        assert (layers[0].does, layers[0].why) == ("projection + rotary", "")
+        assert (layers[0].path, layers[0].reason) == ("projection + rotary", "")
     if name == "SmolLM3":
-        assert layers[1].does == "untouched"
-        assert layers[1].why == "the layer has no rotary embedding"
+        assert layers[1].path == "untouched"
+        assert layers[1].reason == "the layer has no rotary embedding"
     else:
-        assert layers[1] == type(layers[1])(layers[1].name, layers[0].does, layers[0].why)
+        assert layers[1] == type(layers[1])(layers[1].name, layers[0].path, layers[0].reason)
     with ops.use_backend("triton"):
-        assert layers[0].does in str(enabled)
+        assert layers[0].path in str(enabled)
 
 
 def test_a_family_split_over_the_tiers():

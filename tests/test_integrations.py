@@ -164,7 +164,7 @@ def test_offloaded_to_the_cpu(ids):
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(model(ids).logits, expected)
     with ops.use_backend("triton"):
-        assert {layer.does for layer in rope_dist.report(model)} == {"rotary"}
+        assert {layer.path for layer in rope_dist.report(model)} == {"rotary"}
 
 
 def test_offloaded_before_it_is_enabled(ids, tmp_path):
@@ -193,7 +193,7 @@ def test_device_map_with_a_layer_on_disk(ids, tmp_path):
         assert torch.equal(split(ids).logits, expected)
         with ops.use_backend("triton"):
             layers = rope_dist.report(split, dtype=torch.bfloat16)
-    assert layers[1].does == "rotary"
+    assert layers[1].path == "rotary"
 
 
 def test_a_part_of_a_sequence_is_rotated_by_its_own_positions(ids):
@@ -224,8 +224,8 @@ def test_quantised_projections_stay_their_own(ids):
     assert torch.equal(enabled(ids).logits, stock(ids).logits)
     with ops.use_backend("triton"):
         layer, _ = rope_dist.report(enabled, dtype=torch.bfloat16)
-    assert layer.does == "rotary"
-    assert layer.why.startswith("q_proj: its weight is not a plain tensor")
+    assert layer.path == "rotary"
+    assert layer.reason.startswith("q_proj: its weight is not a plain tensor")
 
 
 class Adapted(nn.Module):
@@ -245,19 +245,19 @@ def test_the_report_follows_the_model():
     enabled = rope_dist.enable(model)
     attention = model.model.layers[1].self_attn
     with ops.use_backend("triton"):
-        assert [layer.does for layer in enabled.report()] == ["projection + rotary"] * 2
+        assert [layer.path for layer in enabled.report()] == ["projection + rotary"] * 2
         plain = attention.v_proj
         attention.v_proj = Adapted(plain)
-        assert [layer.why for layer in enabled.report()] == [
+        assert [layer.reason for layer in enabled.report()] == [
             "",
             "v_proj: not a plain nn.Linear (an adapter or quantised)",
         ]
         attention.v_proj = plain
         hook = plain.register_forward_hook(lambda *_: None)
-        assert enabled.report()[1].why == "v_proj: it has hooks"
+        assert enabled.report()[1].reason == "v_proj: it has hooks"
         hook.remove()
-        assert enabled.report()[1].why == ""
-        assert "float16 and bfloat16" in rope_dist.report(model, dtype=torch.float32)[0].why
+        assert enabled.report()[1].reason == ""
+        assert "float16 and bfloat16" in rope_dist.report(model, dtype=torch.float32)[0].reason
     assert rope_dist.report(nn.Linear(2, 2)) == []
 
 

@@ -16,7 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rope_dist import ops
-from rope_dist.ops import angles, dispatch, native, reference
+from rope_dist.ops import dispatch, fixed_point, native, reference
+from rope_dist.ops.arguments import Angles
+
+ROTATE = native.Native().rotate
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_library = pytest.mark.skipif(
@@ -77,20 +80,21 @@ def complex_rotation(x, cos, sin, interleaved):
     dim=st.sampled_from((2, 6, 34, 64, 80, 128, 130)),
     partial=st.sampled_from((0, 1, 2)),
     interleaved=st.booleans(),
-    inverse=st.booleans(),
+    conjugate=st.booleans(),
     inplace=st.booleans(),
     own_tables=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_has_the_bits_of_the_reference(
-    dtype, layout, batch, length, counts, dim, partial, interleaved, inverse, inplace, own_tables, seed
+    dtype, layout, batch, length, counts, dim, partial, interleaved, conjugate, inplace, own_tables, seed
 ):
     q, k = (heads(layout, batch, length, count, dim, dtype, seed + count) for count in counts)
     half = max(1, dim // 2 - 7 * partial)
     cos, sin = tables(length, half, entries=batch if own_tables else 1, seed=seed)
-    expected = reference.rotary(q, k, cos, sin, interleaved, inverse)
+    angles = Angles(cos, sin, interleaved=interleaved, conjugate=conjugate)
+    expected = reference.rotate_tokens(q, k, angles)
     outs = (q, k) if inplace else (torch.empty(q.shape, dtype=dtype), torch.empty(k.shape, dtype=dtype))
-    native.rotate(q, k, *outs, cos=cos, sin=sin, interleaved=interleaved, inverse=inverse)
+    ROTATE(q, k, *outs, angles)
     for out, right in zip(outs, expected, strict=True):
         assert same_bits(out, right)
 
@@ -119,15 +123,15 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, interleave
     x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, 64, 8, 128)
     one, zero = torch.ones(1, 64, 64), torch.zeros(1, 64, 64)
     out = torch.empty_like(x)
-    native.rotate(x, None, out, None, cos=one, sin=zero, interleaved=interleaved)
+    ROTATE(x, None, out, None, Angles(one, zero, interleaved=interleaved))
     assert same_bits(out, reference.rotate(x, one, zero, interleaved=interleaved))
     wild = torch.randint(-(2**31), 2**31, (2, 1, 64, 64), generator=torch.Generator().manual_seed(0))
     cos, sin = wild.to(torch.int32).view(torch.float32)  # any float32, NaN with every payload
     cos[0, 0, :4] = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e-45])
     cos.view(torch.int32)[0, 1, 0] = -1
-    for inverse in (False, True):
-        options = {"interleaved": interleaved, "inverse": inverse}
-        native.rotate(x, None, out, None, cos=cos, sin=sin, **options)
+    for conjugate in (False, True):
+        options = {"interleaved": interleaved, "conjugate": conjugate}
+        ROTATE(x, None, out, None, Angles(cos, sin, **options))
         assert same_bits(out, reference.rotate(x, cos, sin, **options))
 
 
@@ -139,12 +143,13 @@ def test_1_to_64_threads_give_the_same_bits(dtype):
     q = torch.randn(1, length, 32, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     k = q[:, :, :3].clone()
     cos, sin = tables(q.shape[1], 64)
-    expected = reference.rotary(q, k, cos, sin)
+    angles = Angles(cos, sin)
+    expected = reference.rotate_tokens(q, k, angles)
     outs = (torch.empty_like(q), torch.empty_like(k))
     for threads in (1, 2, 3, 5, 8, 13, 32, 63, 64):
         for out in outs:
             out.zero_()
-        native.rotate(q, k, *outs, cos=cos, sin=sin, threads=threads)
+        ROTATE(q, k, *outs, angles, threads=threads)
         for out, right in zip(outs, expected, strict=True):
             assert torch.equal(out.view(BITS[out.element_size()]), right.view(BITS[out.element_size()]))
 
@@ -160,7 +165,7 @@ def test_gradients(interleaved, rotated):
         return ops.rotary(q, k, 1.1 * cos, 1.1 * sin, interleaved=interleaved)
 
     with ops.use_backend("native"):
-        assert dispatch.rotary_backend(q).name == "native"
+        assert ops.backend_for(q) == "native"
         assert torch.autograd.gradcheck(function, (q, k))
         assert torch.autograd.gradgradcheck(function, (q, k))
 
@@ -170,15 +175,18 @@ def test_gradients(interleaved, rotated):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_positions_and_packed_sequences(dtype, packed, inplace):
-    words = angles.turns(1.0 / 10000.0 ** (torch.arange(32) / 32))
+    inv_freq_q64 = fixed_point.to_fixed_point(1.0 / 10000.0 ** (torch.arange(32) / 32))
     q, k = (heads("BSHD", 1 if packed else 3, 11, n, 64, dtype) for n in (4, 1))
     options = {"cu_seqlens": torch.tensor([0, 4, 4, 9, 11], dtype=torch.int32)} if packed else {
         "positions": torch.randint(-5, 10**6, (3, 11), generator=torch.Generator().manual_seed(1))
     }  # fmt: skip
-    for source in ({"words": words, "scaling": 1.25}, dict(zip(("cos", "sin"), tables(9, 32), strict=True))):
-        expected = reference.rotate_tokens(q, k, **source, **options)
+    for source in (
+        Angles(inv_freq_q64=inv_freq_q64, scaling=1.25, **options),
+        Angles(*tables(9, 32), **options),
+    ):
+        expected = reference.rotate_tokens(q, k, source)
         outs = (q.clone(), k.clone())
-        native.rotate(*(outs if inplace else (q, k)), *outs, **source, **options)
+        ROTATE(*(outs if inplace else (q, k)), *outs, source)
         for out, right in zip(outs, expected, strict=True):
             assert same_bits(out, right)
 
@@ -192,7 +200,7 @@ def test_a_bias_is_added_before_without_rounding(dtype):
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     wide = q.to(compute) + bias.to(compute).unflatten(0, (3, 20))
     expected = reference.rotate(wide, cos, sin).to(dtype), reference.rotate(k, cos, sin)
-    native.rotate(q, k, q, k, cos=cos, sin=sin, q_bias=bias)
+    ROTATE(q, k, q, k, Angles(cos, sin), q_bias=bias)
     assert same_bits(q, expected[0])
     assert same_bits(k, expected[1])
 
@@ -210,7 +218,7 @@ def test_compiles_whole_and_survives_a_fork():
     if child == 0:
         signal.alarm(20)
         # Of torch nothing may run in parallel here: its own threads did not survive the fork.
-        native.rotate(q, None, out, None, cos=cos, sin=sin, threads=2)
+        ROTATE(q, None, out, None, Angles(cos, sin), threads=2)
         os._exit(0 if out.numpy().tobytes() == right else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -219,7 +227,7 @@ def test_a_missing_library_is_one_warning_and_the_reference(monkeypatch, tmp_pat
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     (tmp_path / "build.json").write_text(json.dumps({"cpu": "no C++ compiler"}))
     native.load.cache_clear()
-    dispatch._warn_once.cache_clear()
+    dispatch.forget()
     try:
         q, k = (heads("BSHD", 1, 4, n, 16, torch.float32) for n in (2, 1))
         cos, sin = tables(4, 8)
@@ -232,13 +240,14 @@ def test_a_missing_library_is_one_warning_and_the_reference(monkeypatch, tmp_pat
         broken = tmp_path / "librope_dist_cpu.so"
         broken.write_bytes(b"no library")
         native.load.cache_clear()
+        dispatch.forget()
         assert "librope_dist_cpu.so does not load" in native.load("cpu")
         with ops.use_backend("reference"), warnings.catch_warnings():
             warnings.simplefilter("error")  # whoever asks for the reference misses nothing
             ops.rotary(q, k, cos, sin)
     finally:
         native.load.cache_clear()
-        dispatch._warn_once.cache_clear()
+        dispatch.forget()
 
 
 @pytest.mark.skipif(isinstance(native.load("cuda"), str), reason="no native CUDA library")
@@ -246,19 +255,22 @@ def test_the_cuda_library_loads_where_cuda_is_absent():
     built = native.load("cuda")
     assert built.architectures
     assert built.library.rope_dist_cuda_error(-1) == b"unsupported arguments"
-    empty = native.pack(
-        *(torch.empty(1, 0, 2, 8),) * 4, *(torch.empty(1, 0, 4),) * 2, *(None,) * 4, 0, 1.0, False, False
-    )
+    empty = packed(*(torch.empty(1, 0, 2, 8),) * 4, Angles(*(torch.empty(1, 0, 4),) * 2))
     assert built.library.rope_dist_cuda_rotary(empty, 0) == 0
     if torch.cuda.is_available():
         return
     # A launch is refused before anything is read: the pointers here are the host's.
     q, table = torch.ones(1, 3, 2, 8), torch.ones(1, 3, 4)
-    call = native.pack(*(q,) * 4, table, table, *(None,) * 4, 0, 1.0, False, False)
+    call = packed(*(q,) * 4, Angles(table, table))
     status = built.library.rope_dist_cuda_rotary(call, 0)
     assert status > 0
     assert re.search("driver|device", built.library.rope_dist_cuda_error(status).decode())
     assert q.eq(1).all()
+
+
+def packed(q, k, q_out, k_out, angles, q_bias=None) -> bytes:
+    """The struct that a launch takes."""
+    return native.packing(q, k, q_out, k_out, angles)(q, k, q_out, k_out, angles, q_bias)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +300,7 @@ def threads_on_host(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
 def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dtype, layout, interleaved):
     bounds = torch.tensor([0, 2, 2, 7])
-    words = angles.turns(1.0 / 10000.0 ** (torch.arange(256) / 256))
+    inv_freq_q64 = fixed_point.to_fixed_point(1.0 / 10000.0 ** (torch.arange(256) / 256))
     for dim, half, counts in (
         (128, 64, (32, 8)),
         (80, 20, (3, 1)),
@@ -299,9 +311,8 @@ def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dty
         q, k = (heads(layout, 1, 7, n, dim, dtype, seed=n) for n in counts)
         wide = tables(7, half + 3)
         for cos, sin in ((t[..., :half] for t in wide), tables(5, half)):
-            expected = reference.rotate_tokens(
-                q, k, cos, sin, None, None, bounds, None, 1, 1.0, interleaved, True
-            )
+            angles = Angles(cos, sin, cu_seqlens=bounds, offset=1, interleaved=interleaved, conjugate=True)
+            expected = reference.rotate_tokens(q, k, angles)
             for inplace in (False, True):
                 sources = (q.clone(), k.clone()) if inplace else (q, k)
                 outs = (
@@ -309,24 +320,17 @@ def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dty
                     if inplace
                     else (torch.empty(q.shape, dtype=dtype), torch.empty(k.shape, dtype=dtype))
                 )
-                call = native.pack(
-                    *sources, *outs, cos, sin, None, None, bounds, None, 1, 1.0, interleaved, True
-                )
-                assert threads_on_host(call, 0) == 0
+                assert threads_on_host(packed(*sources, *outs, angles), 0) == 0
                 for out, right in zip(outs, expected, strict=True):
                     assert same_bits(out, right)
-        own = words[:, :half].contiguous()
+        own = inv_freq_q64[:, :half].contiguous()
         positions = torch.tensor([[0, 1, 5, 16383, 131071, 1048575, -3]])
         bias = heads("BSHD", 1, 1, counts[0], dim, dtype, seed=3).flatten()
         biased = q.float() + bias.float().unflatten(0, (counts[0], dim))
-        expected = reference.rotate_tokens(
-            biased, k.float(), None, None, own, positions, scaling=1.25, interleaved=interleaved
-        )
+        angles = Angles(inv_freq_q64=own, positions=positions, scaling=1.25, interleaved=interleaved)
+        expected = reference.rotate_tokens(biased, k.float(), angles)
         outs = torch.empty(q.shape, dtype=dtype), torch.empty(k.shape, dtype=dtype)
-        call = native.pack(
-            q, k, *outs, None, None, own, positions, None, None, 0, 1.25, interleaved, False, bias
-        )
-        assert threads_on_host(call, 0) == 0
+        assert threads_on_host(packed(q, k, *outs, angles, bias), 0) == 0
         for out, right in zip(outs, expected, strict=True):
             tolerance = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
             torch.testing.assert_close(out.float(), right, rtol=tolerance, atol=2e-6)
@@ -337,16 +341,14 @@ def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dty
 def test_the_gpu_kernels_threads_leave_tokens_of_no_sequence(threads_on_host, bounds, interleaved):
     q, k = (heads("BSHD", 1, 7, n, 16, torch.float32, seed=n) for n in (3, 1))
     cu_seqlens = torch.tensor(bounds)
-    words = angles.turns(1.0 / 10000.0 ** (torch.arange(8) / 8))
+    inv_freq_q64 = fixed_point.to_fixed_point(1.0 / 10000.0 ** (torch.arange(8) / 8))
     outside = torch.ones(7, dtype=torch.bool)
     outside[bounds[0] : bounds[-1]] = False
-    for source in ({"words": words, "scaling": 1.25}, dict(zip(("cos", "sin"), tables(9, 8), strict=True))):
+    for source in (Angles(inv_freq_q64=inv_freq_q64, scaling=1.25), Angles(*tables(9, 8))):
+        angles = source._replace(cu_seqlens=cu_seqlens, interleaved=interleaved)
         outs = torch.empty_like(q), torch.empty_like(k)
-        arguments = [source.get(name) for name in ("cos", "sin", "words")]
-        scaling = source.get("scaling", 1.0)
-        call = native.pack(q, k, *outs, *arguments, None, cu_seqlens, None, 0, scaling, interleaved, False)
-        assert threads_on_host(call, 0) == 0
-        expected = reference.rotate_tokens(q, k, **source, cu_seqlens=cu_seqlens, interleaved=interleaved)
+        assert threads_on_host(packed(q, k, *outs, angles), 0) == 0
+        expected = reference.rotate_tokens(q, k, angles)
         for out, x, right in zip(outs, (q, k), expected, strict=True):
             assert torch.equal(out[:, outside], x[:, outside])
             torch.testing.assert_close(out, right, rtol=0, atol=2e-6)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rope_dist import ops
+from rope_dist.ops.arguments import Angles
 from rope_dist.ops.reference import rotate
 from rope_dist.strategies import default_inv_freq
 
@@ -107,15 +108,16 @@ def test_gradient_of_one_of_two():
     k.requires_grad_()
     grad = torch.randn_like(k)
     (ops.rotary(q, k, cos, sin)[1] * grad).sum().backward()
-    torch.testing.assert_close(k.grad, rotate(grad, cos, sin, inverse=True))
+    torch.testing.assert_close(k.grad, rotate(grad, cos, sin, conjugate=True))
     assert q.grad is None
 
 
-def test_inverse_undoes_the_rotation():
+def test_the_conjugate_undoes_the_rotation():
     q, k, cos, _ = case(dtype=torch.float64)
     angle = cos.double().acos()  # tables whose squares sum to 1 in float64
-    there = torch.ops.rope_dist.rotary(q, k, angle.cos(), angle.sin())
-    back = torch.ops.rope_dist.rotary(*there, angle.cos(), angle.sin(), False, True)
+    angles = Angles(angle.cos(), angle.sin())
+    there = torch.ops.rope_dist.rotate(q, k, None, None, *angles)
+    back = torch.ops.rope_dist.rotate(*there, None, None, *angles.conjugated())
     torch.testing.assert_close(back, (q, k), rtol=0, atol=1e-14)
 
 
@@ -124,7 +126,7 @@ def test_registration(dtype):
     """Schema, fake kernel, autograd and compilation agree with the implementation."""
     q, k, cos, sin = case(dtype=dtype)
     torch.library.opcheck(
-        torch.ops.rope_dist.rotary.default, (q.requires_grad_(), k.requires_grad_(), cos, sin)
+        torch.ops.rope_dist.rotate.default, (q.requires_grad_(), k.requires_grad_(), None, None, cos, sin)
     )
 
 

@@ -24,7 +24,7 @@ def stock_again():
 def kinds(model):
     """What each attention layer of a bfloat16 copy does where the kernels run, and why."""
     with ops.use_backend("triton"):
-        return {(layer.does, layer.why) for layer in rope_dist.report(copy.deepcopy(model).bfloat16())}
+        return {(layer.path, layer.reason) for layer in rope_dist.report(copy.deepcopy(model).bfloat16())}
 
 
 class TestPeft:

@@ -24,6 +24,7 @@ import triton
 from tabulate import tabulate
 
 from rope_dist.ops import triton_decode, triton_projection, triton_rotary
+from rope_dist.ops.arguments import Angles, Projections
 
 from . import static_compile
 from .static_compile import Report
@@ -51,13 +52,14 @@ def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _angles(tokens: int, rotary_dim: int, table: bool) -> dict[str, torch.Tensor]:
+def _angles(tokens: int, rotary_dim: int, table: bool, **options: Any) -> Angles:
+    """Angles of ``tokens`` of one sequence."""
+    num_pairs = rotary_dim // 2
     if table:
-        return {name: _meta(tokens, rotary_dim // 2, dtype=torch.float32) for name in ("cos", "sin")}
-    return {
-        "words": _meta(2, rotary_dim // 2, dtype=torch.int32),
-        "positions": _meta(tokens, dtype=torch.int64),
-    }
+        cos, sin = (_meta(1, tokens, num_pairs, dtype=torch.float32) for _ in range(2))
+        return Angles(cos, sin, **options)
+    inv_freq_q64 = _meta(2, num_pairs, dtype=torch.int32)
+    return Angles(inv_freq_q64=inv_freq_q64, positions=_meta(1, tokens, dtype=torch.int64), **options)
 
 
 def _rotary(
@@ -66,11 +68,9 @@ def _rotary(
     def call(arch: str) -> None:
         q, k = _meta(1, 8192, q_heads, head_dim), _meta(1, 8192, k_heads, head_dim)
         out = (q, k) if inplace else (torch.empty_like(q), torch.empty_like(k))
-        angles = _angles(8192, rotary_dim or head_dim, table)
-        angles = {name: x if name == "words" else x[None] for name, x in angles.items()}
-        if bias:
-            angles.update(q_bias=_meta(q_heads * head_dim), k_bias=_meta(k_heads * head_dim))
-        triton_rotary.launch(q, k, *out, interleaved=interleaved, **angles)
+        angles = _angles(8192, rotary_dim or head_dim, table, interleaved=interleaved)
+        biases = (_meta(q_heads * head_dim), _meta(k_heads * head_dim)) if bias else ()
+        triton_rotary.launch(q, k, *out, angles, *biases)
 
     return call
 
@@ -79,7 +79,8 @@ def _packed(arch: str) -> None:
     """As flash-attention calls it: one packed tensor, a table, bounds and offsets."""
     x, table = _meta(1, 8192, 32, 128), _meta(1, 8192, 64, dtype=torch.float32)
     bounds, offsets = _meta(9, dtype=torch.int32), _meta(8, dtype=torch.int32)
-    triton_rotary.launch(x, None, x, None, cos=table, sin=table, cu_seqlens=bounds, offsets=offsets)
+    angles = Angles(table, table, cu_seqlens=bounds, seqlen_offsets=offsets)
+    triton_rotary.launch(x, None, x, None, angles)
 
 
 def _pack_gradients(arch: str) -> None:
@@ -88,54 +89,38 @@ def _pack_gradients(arch: str) -> None:
     packed = [
         part.unflatten(-1, (-1, 128)) for part in _meta(1, 8192, 48 * 128).split([4096, 1024, 1024], -1)
     ]
-    angles = _angles(8192, 128, False)
-    triton_rotary.launch(
-        q,
-        k,
-        packed[0],
-        packed[1],
-        words=angles["words"],
-        positions=angles["positions"][None],
-        inverse=True,
-        v=v,
-        v_out=packed[2],
-    )
+    angles = _angles(8192, 128, False, conjugate=True)
+    triton_rotary.launch(q, k, packed[0], packed[1], angles, v=v, v_out=packed[2])
+
+
+def _projections(heads: tuple[int, ...], head_dim: int, bias: bool) -> Projections:
+    weights = [_meta(h * head_dim, 4096) for h in heads]
+    biases = [_meta(w.shape[0]) if bias else None for w in weights]
+    left_out = [None] * (3 - len(heads))
+    return Projections(*weights, *left_out, *biases, *left_out, head_dim)
 
 
 def _projection(
-    heads, head_dim, *, rotary_dim=None, table=False, bias=False, interleaved=False, descriptors=True
+    heads, head_dim, *, rotary_dim=None, table=False, bias=False, interleaved=False, tma=True, batch=1
 ):
     def call(arch: str) -> None:
-        rows, depth = 8192, 4096
-        weights = tuple(_meta(h * head_dim, depth) for h in heads)
-        triton_projection.launch(
-            _meta(rows, depth),
-            weights,
-            tuple(_meta(w.shape[0]) for w in weights) if bias else None,
-            tuple(_meta(rows, w.shape[0]) for w in weights),
-            head_dim=head_dim,
-            interleaved=interleaved,
-            descriptors=descriptors,
-            arch=arch,
-            num_programs=132,
-            **_angles(rows, rotary_dim or head_dim, table),
-        )
+        projections = _projections(heads, head_dim, bias)
+        angles = _angles(8192 // batch, rotary_dim or head_dim, table, interleaved=interleaved)
+        outputs = [_meta(batch, 8192 // batch, h, head_dim) for h in heads]
+        x = _meta(batch, 8192 // batch, 4096)
+        triton_projection.launch(x, projections, angles, outputs, tma=tma, arch=arch, num_programs=132)
 
     return call
 
 
 def _decode(q_heads, k_heads, head_dim, *, bias=False, slots=False, tokens=16):
     def call(arch: str) -> None:
-        weights = tuple(_meta(h * head_dim, 4096) for h in (q_heads, k_heads, k_heads))
-        triton_decode.launch(
-            _meta(tokens, 4096),
-            weights,
-            tuple(_meta(w.shape[0]) for w in weights) if bias else None,
-            *(_meta(tokens, h, head_dim) for h in (q_heads, k_heads, k_heads)),
-            slots=_meta(tokens, dtype=torch.int64) if slots else None,
-            arch=arch,
-            **_angles(tokens, head_dim, False),
-        )
+        projections = _projections((q_heads, k_heads, k_heads), head_dim, bias)
+        q = _meta(1, tokens, q_heads, head_dim)
+        others = [_meta(*((tokens,) if slots else (1, tokens)), k_heads, head_dim) for _ in range(2)]
+        angles = _angles(tokens, head_dim, False)
+        entries = _meta(tokens, dtype=torch.int64) if slots else None
+        triton_decode.launch(_meta(1, tokens, 4096), projections, angles, [q, *others], entries, arch)
 
     return call
 
@@ -204,6 +189,13 @@ CASES = (
         {**TENSOR, "UTMALDG": 8},
     ),
     Case("projection bias", _projection((32, 8, 8), 128, bias=True), ("sm_90",), {**HOPPER, **BIAS}, TENSOR),
+    Case(
+        "projection table of batches",
+        _projection((32, 8, 8), 128, table=True, batch=4),
+        ("sm_90",),
+        {**HOPPER, **TABLE},
+        {**TENSOR, "UTMALDG": 8},
+    ),
     Case("projection head 256", _projection((16, 8, 8), 256), ("sm_90",), {**HOPPER, **WIDE_HEAD}, TENSOR),
     Case(
         "projection interleaved",
@@ -217,27 +209,27 @@ CASES = (
     ),
     Case(
         "projection 8B",
-        _projection((32, 8, 8), 128, descriptors=False),
+        _projection((32, 8, 8), 128, tma=False),
         ("sm_80", "sm_89"),
         AMPERE,
         ASYNC,
     ),
     Case(
         "projection bias",
-        _projection((32, 32, 32), 128, bias=True, descriptors=False),
+        _projection((32, 32, 32), 128, bias=True, tma=False),
         ("sm_80",),
         AMPERE,
         ASYNC,
     ),
     Case(
         "projection table",
-        _projection((32, 8, 8), 128, table=True, descriptors=False),
+        _projection((32, 8, 8), 128, table=True, tma=False),
         ("sm_80",),
         AMPERE,
         ASYNC,
     ),
-    Case("projection head 256", _projection((16, 8, 8), 256, descriptors=False), ("sm_80",), AMPERE, ASYNC),
-    Case("projection 8B", _projection((32, 8, 8), 128, descriptors=False), ("gfx942",), {"stack": 0}),
+    Case("projection head 256", _projection((16, 8, 8), 256, tma=False), ("sm_80",), AMPERE, ASYNC),
+    Case("projection 8B", _projection((32, 8, 8), 128, tma=False), ("gfx942",), {"stack": 0}),
     Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_90", "sm_100"), DECODE, ASYNC),
     Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_80",), DECODE_SM80, ASYNC),
     Case(
@@ -298,7 +290,7 @@ def serialized(compiled: Any) -> int:
 
 
 def check(case: Case, target: str) -> tuple[Report, list[str]]:
-    """Compile ``case`` for ``target``; what fell short, in words."""
+    """Compile ``case`` for ``target``; and what fell short."""
     launch = static_compile.record(lambda: case.call(target))
     compiled = static_compile.compile_for(launch, target)
     report = static_compile.report(case.name, compiled, target)

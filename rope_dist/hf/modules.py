@@ -24,8 +24,8 @@ class RotaryTables:
 
     Differs from stock in two ways. The tables stay float32 for a 16-bit model (stock rounds cos and
     sin to 16 bits before the rotation), and hold each pair once: ``[B, S, R/2]``. And ``inv_freq`` stays
-    float32 when the model is cast: stock lets ``.to(torch.bfloat16)`` round it, which is wrong by whole
-    turns within a few thousand tokens.
+    float32 when the model is cast: stock lets ``.to(torch.bfloat16)`` round it, which is off by more than
+    2 pi within a few thousand tokens.
     """
 
     stock: type[nn.Module]
@@ -137,8 +137,8 @@ class RotatedAttention:
 
     stock: type[nn.Module]
 
-    between: str | None = None
-    """What stands between projection and rotation, so that they cannot be one."""
+    pre_rotary_norm: str | None = None
+    """Of a family that normalises queries and keys between projection and rotation: so that they cannot be one."""
 
     def attention_options(self) -> dict[str, Any]:
         """What the stock forward hands to the attention function beside mask, dropout and scaling."""
@@ -148,24 +148,31 @@ class RotatedAttention:
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries and keys, and values: ``[B, S, H, D]`` each, from ``[B, S, hidden]``."""
-        if obstacle(self, hidden_states) is None:
-            projections = (self.q_proj, self.k_proj, self.v_proj)
-            weights, biases = [p.weight for p in projections], [p.bias for p in projections]
+        if why_not_fused(self, hidden_states) is None:
+            # Parameters in their dictionaries: looked up by attribute each takes nn.Module longer than a tensor's view.
+            parameters = [projection._parameters for projection in self.projections()]
+            weights, biases = [p["weight"] for p in parameters], [p["bias"] for p in parameters]
             return ops.qkv_rotary(hidden_states, *weights, *biases, head_dim=self.head_dim, cos=cos, sin=sin)
         q, k = self.projected(hidden_states)
-        q, k = ops.rotary(q, k, cos, sin, inplace=self._unseen(hidden_states))
+        q, k = ops.rotary(q, k, cos, sin, inplace=self.can_rotate_inplace(hidden_states))
         return q, k, self._split(self.v_proj(hidden_states))
 
-    def _unseen(self, x: torch.Tensor) -> bool:
-        """Whether nobody else can hold what the projections of ``x`` made, so that it can be rotated in place.
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Of queries, keys and values."""
+        modules = self._modules
+        return modules["q_proj"], modules["k_proj"], modules["v_proj"]
+
+    def can_rotate_inplace(self, x: torch.Tensor) -> bool:
+        """Whether no hook or gradient sees what the projections of ``x`` return.
 
         New tensors cost a CPU the operating system's zeroed pages, several times what the rotation takes.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.between is not None:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.pre_rotary_norm is not None:
             return False
         if torch.nn.modules.module._has_any_global_hook():
             return False
-        return all(projection_obstacle(p, x) is None for p in (self.q_proj, self.k_proj))
+        q_proj, k_proj, _ = self.projections()
+        return why_not_its_weight(q_proj, x) is None and why_not_its_weight(k_proj, x) is None
 
     def projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys before the rotation, ``[B, S, H, D]``, by the modules themselves."""
@@ -201,8 +208,9 @@ class RotatedAttention:
         options = {"dropout": dropout, "scaling": self.scaling, **self.attention_options()}
         output, weights = attention(self, q, k, v, attention_mask, **options, **kwargs)
         output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
-        if hasattr(self, "residual_dropout"):
-            output = nn.functional.dropout(output, p=self.residual_dropout, training=self.training)
+        residual_dropout = self.__dict__.get("residual_dropout")
+        if residual_dropout is not None:
+            output = nn.functional.dropout(output, p=residual_dropout, training=self.training)
         return output, weights
 
     @classmethod
@@ -214,7 +222,7 @@ class RotatedAttention:
 class NormalizedHeads(RotatedAttention):
     """Queries and keys are normalised head by head before they are rotated (Qwen3, Gemma3)."""
 
-    between = "queries and keys are normalised before the rotation"
+    pre_rotary_norm = "queries and keys are normalised before the rotation"
 
     def projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = super().projected(hidden_states)
@@ -224,36 +232,39 @@ class NormalizedHeads(RotatedAttention):
 class NormalizedProjections(RotatedAttention):
     """Queries and keys are normalised over all heads together before they are rotated (OLMo2)."""
 
-    between = "queries and keys are normalised before the rotation"
+    pre_rotary_norm = "queries and keys are normalised before the rotation"
 
     def projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q = self.q_norm(self.q_proj(hidden_states))
         return self._split(q), self._split(self.k_norm(self.k_proj(hidden_states)))
 
 
-def obstacle(attention: RotatedAttention, x: torch.Tensor) -> str | None:
+def why_not_fused(attention: RotatedAttention, x: torch.Tensor) -> str | None:
     """Why projection and rotation of ``x`` are not one launch, or None where they are.
 
     Only dtype and device of ``x`` matter. Adapters, quantisation, sharding and hooks all change what calling a
     projection does; each shows as another type, a replaced forward, a hook or another dtype, and then the
     modules are called.
     """
-    if attention.between is not None:
-        return attention.between
+    if attention.pre_rotary_norm is not None:
+        return attention.pre_rotary_norm
     if x.dtype not in (torch.float16, torch.bfloat16):
         return "only float16 and bfloat16 are projected by the kernels"
     if ops.backend_for(x) != "triton":
         return "no Triton kernels for this device"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast chooses the dtype of the projections"
-    for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-        found = projection_obstacle(projection, x)
-        if found is not None:
-            return found
+    for projection in attention.projections():
+        reason = why_not_its_weight(projection, x)
+        if reason is not None:
+            return reason
     return None
 
 
-def projection_obstacle(projection: nn.Module, x: torch.Tensor) -> str | None:
+_MISSING = object()
+
+
+def why_not_its_weight(projection: nn.Module, x: torch.Tensor) -> str | None:
     """Why a projection of ``x`` has to be called instead of computed from its weight, or None."""
     # The texts are constants, so that torch.compile can trace the choice.
     if type(projection) is not nn.Linear:
@@ -267,7 +278,7 @@ def projection_obstacle(projection: nn.Module, x: torch.Tensor) -> str | None:
         or projection._backward_pre_hooks
     ):
         return "it has hooks"
-    for t in (projection.weight, projection.bias):
+    for t in (projection._parameters.get("weight", _MISSING), projection._parameters.get("bias", _MISSING)):
         if t is not None:
             if type(t) not in (nn.Parameter, torch.Tensor):
                 return "its weight is not a plain tensor (quantised or sharded)"

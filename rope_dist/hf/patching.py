@@ -44,7 +44,7 @@ class _Swap:
 
 @dataclass(repr=False)
 class Enabled:
-    """What :func:`enable` did; a context manager that undoes it on leaving. Printed, it says what each layer does.
+    """What :func:`enable` did; a context manager that undoes it on leaving. Printed, it shows the path of each layer.
 
     Attributes:
         model: the enabled model, or None where models yet to be built are meant.
@@ -64,7 +64,7 @@ class Enabled:
         return f"Enabled({what}, {self.layers} attention layers, plan={self.plan!r})"
 
     def report(self) -> list[LayerReport]:
-        """What each attention layer does now: see :func:`rope_dist.report`."""
+        """Which path each attention layer takes now: see :func:`rope_dist.report`."""
         return report(self.model) if self.model is not None else []
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What each attention layer of a model does, and why: fused, rotary only, or untouched."""
+"""Which path each attention layer of a model takes, and why: fused, rotary only, or untouched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .families import is_rotary_embedding, known_stock
-from .modules import RotatedAttention, obstacle, projection_obstacle
+from .modules import RotatedAttention, why_not_fused, why_not_its_weight
 
 FUSED = "projection + rotary"
 ROTARY = "rotary"
@@ -22,20 +22,20 @@ class LayerReport:
 
     Attributes:
         name: of the module in the model.
-        does: ``"projection + rotary"`` (one launch), ``"rotary"`` (after the layer's own projections) or
+        path: ``"projection + rotary"`` (one launch), ``"rotary"`` (after the layer's own projections) or
             ``"untouched"`` (the stock forward).
-        why: why not the first; empty where it is.
+        reason: why not the first; empty where it is.
     """
 
     name: str
-    does: str
-    why: str = ""
+    path: str
+    reason: str = ""
 
 
 def report(
     model: nn.Module, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> list[LayerReport]:
-    """What each attention layer of ``model`` does at this moment, in the order of the model.
+    """Which path each attention layer of ``model`` takes at this moment, in the order of the model.
 
     An adapter that is attached, a layer that is quantised or a hook shows from then on, and no longer once it
     is gone. FSDP2 gathers weights only while their layer runs: it is fused then, though sharded when asked here.
@@ -60,21 +60,21 @@ def _layer(name: str, attention: nn.Module, x: torch.Tensor) -> LayerReport:
         return LayerReport(name, UNTOUCHED, "the layer has no rotary embedding")
     if not isinstance(attention, RotatedAttention):
         return LayerReport(name, UNTOUCHED, "the model is not enabled")
-    why = obstacle(attention, x)
-    if why is None:
+    reason = why_not_fused(attention, x)
+    if reason is None:
         return LayerReport(name, FUSED)
     for projection in ("q_proj", "k_proj", "v_proj"):
-        if projection_obstacle(getattr(attention, projection), x) == why:
-            why = f"{projection}: {why}"
+        if why_not_its_weight(getattr(attention, projection), x) == reason:
+            reason = f"{projection}: {reason}"
             break
-    return LayerReport(name, ROTARY, why)
+    return LayerReport(name, ROTARY, reason)
 
 
 def summary(layers: list[LayerReport]) -> str:
-    """``layers`` as text, a line for each run of neighbours that do the same for the same reason."""
+    """``layers`` as text, a line for each run of neighbours that take one path for one reason."""
     lines = []
-    for (does, why), run in itertools.groupby(layers, key=lambda layer: (layer.does, layer.why)):
+    for (path, reason), run in itertools.groupby(layers, key=lambda layer: (layer.path, layer.reason)):
         names = [layer.name for layer in run]
         where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} layers)"
-        lines.append(f"{where}: {does}{f' ({why})' if why else ''}")
+        lines.append(f"{where}: {path}{f' ({reason})' if reason else ''}")
     return "\n".join(lines)

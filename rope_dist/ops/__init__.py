@@ -7,7 +7,7 @@ from .dispatch import backend_for
 from .dispatch import use as use_backend
 from .drop_in import apply_rotary_emb, apply_rotary_pos_emb
 from .fixed_point import to_fixed_point
-from .projection import decode_rotary, qkv_rotary
+from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
 from .rotary import rotary, rotary_at
 
@@ -17,6 +17,7 @@ __all__ = [
     "backend_for",
     "cos_sin",
     "decode_rotary",
+    "projection_paths",
     "qkv_rotary",
     "rotary",
     "rotary_at",

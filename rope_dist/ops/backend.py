@@ -83,7 +83,7 @@ class Backend:
             parts[2].copy_(v)
         return packed
 
-    def paths(self, x: torch.Tensor, projections: Projections, angles: Angles) -> list[str]:
+    def paths(self, x: torch.Tensor, projections: Projections, num_pairs: int) -> list[str]:
         """Names of the fused projections that can serve these tensors, the most specialised last."""
         return []
 

@@ -59,12 +59,21 @@ class Choice(NamedTuple):
 
 
 def choose(x: torch.Tensor) -> Choice:
-    """What rotates heads of the dtype and device of ``x``.
+    """What rotates heads of the dtype and device of ``x``; asked once for each.
 
     Raises:
         ValueError: the environment variable names no backend.
     """
-    name = _known(backends.requested())
+    asked = (x.dtype, x.device, backends.requested())
+    if asked not in _CHOICES:
+        _CHOICES[asked] = _choose(x, _known(asked[2]))
+    return _CHOICES[asked]
+
+
+_CHOICES: dict[tuple[torch.dtype, torch.device, str], Choice] = {}
+
+
+def _choose(x: torch.Tensor, name: str) -> Choice:
     skipped: dict[str, str] = {}
     for backend in BACKENDS:
         if name in ("auto", backend.name):
@@ -73,6 +82,13 @@ def choose(x: torch.Tensor) -> Choice:
                 return Choice(backend, skipped)
             skipped[backend.name] = reason
     return Choice(REFERENCE, skipped)
+
+
+def forget() -> None:
+    """Choose backends anew, as after building a library."""
+    _CHOICES.clear()
+    launch_cache.clear()
+    _warn_once.cache_clear()
 
 
 def backend_for(x: torch.Tensor) -> str:

@@ -104,11 +104,11 @@ def choose(backend: Backend, x: torch.Tensor, projections: Projections, angles: 
     if fixed is not None:
         if fixed not in PATHS[1:]:
             raise ValueError(f"ROPE_DIST_PATH={fixed!r} is no path; there are {', '.join(PATHS[1:])}")
-        return (fixed if fixed in candidates(backend, x, projections, angles) else "separate"), True
+        return (fixed if fixed in candidates(backend, x, projections, angles.num_pairs) else "separate"), True
     if torch.are_deterministic_algorithms_enabled():
         # A measured choice may differ between processes, and with it the rounding.
         return "separate", True
-    possible = candidates(backend, x, projections, angles)
+    possible = candidates(backend, x, projections, angles.num_pairs)
     if len(possible) == 1 or not x.is_cuda:
         # Without a GPU nothing is timed: the interpreter runs the kernel that is the most special.
         return possible[-1], True
@@ -134,9 +134,9 @@ def choose(backend: Backend, x: torch.Tensor, projections: Projections, angles: 
     return path, autotune.cache().get(problem) == path
 
 
-def candidates(backend: Backend, x: torch.Tensor, projections: Projections, angles: Angles) -> list[str]:
+def candidates(backend: Backend, x: torch.Tensor, projections: Projections, num_pairs: int) -> list[str]:
     """The paths that can serve these tensors, the one that is taken unmeasured last."""
-    return ["separate", *backend.paths(x, projections, angles)]
+    return ["separate", *backend.paths(x, projections, num_pairs)]
 
 
 def decode_cached(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from . import dispatch, dispatch_projection, launch_cache, validation
+from . import autotune, dispatch, dispatch_projection, launch_cache, validation
 from .arguments import Angles, Projections, schema
 from .backend import without_autocast
 from .launch_cache import transformed
@@ -207,7 +207,7 @@ def rotate(
 
 
 def _split(flat: tuple) -> tuple[Projections, Angles, tuple]:
-    """``flat`` arguments of an operator as the groups that they begin with, and the rest."""
+    """``flat`` arguments of an operator as the groups that they begin with, and the rest. Defaults may be left out."""
     projections, angles = len(Projections._fields), len(Angles._fields)
     return (
         Projections(*flat[:projections]),
@@ -217,8 +217,14 @@ def _split(flat: tuple) -> tuple[Projections, Angles, tuple]:
 
 
 def _qkv_impl(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    projections, angles, (path,) = _split(flat)
-    q, k, v = dispatch_projection.qkv_rotary(x, projections, angles, path)
+    projections, angles, rest = _split(flat)
+    path = rest[0] if rest else "auto"
+    options = (projections.head_dim, path, autotune.fixed(), torch.are_deterministic_algorithms_enabled())
+    launch, key = launch_cache.find("operator", (x, *projections[:6]), angles, *options)
+    if launch is not None:
+        q, k, v = launch(x, projections, angles)
+    else:
+        q, k, v = dispatch_projection.qkv_rotary(x, projections, angles, path, key)
     return q, k, v if v is not None else x.new_empty(0)
 
 

@@ -79,6 +79,20 @@ def qkv_rotary(
     return tuple(y[0] if y is not None else None for y in out) if packed else out
 
 
+def projection_paths(
+    x: torch.Tensor,
+    w_q: torch.Tensor,
+    w_k: torch.Tensor,
+    w_v: torch.Tensor | None = None,
+    *,
+    head_dim: int,
+    rotary_dim: int,
+) -> list[str]:
+    """The paths of :func:`qkv_rotary` that can serve these tensors, for any angles of ``rotary_dim`` dimensions."""
+    projections = Projections(w_q, w_k, w_v, None, None, None, head_dim)
+    return dispatch_projection.candidates(dispatch.projecting(x), x, projections, rotary_dim // 2)
+
+
 def _fixed_point(inv_freq: torch.Tensor | None) -> torch.Tensor | None:
     return inv_freq if inv_freq is None or inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
 
@@ -104,7 +118,7 @@ def _checked(
     if path not in dispatch_projection.PATHS:
         raise ValueError(f"no such path {path!r}; there are {', '.join(dispatch_projection.PATHS)}")
     if path not in ("auto", "separate"):
-        possible = dispatch_projection.candidates(dispatch.choose(x).backend, x, projections, angles)
+        possible = projection_paths(x, *projections[:3], head_dim=head_dim, rotary_dim=2 * angles.num_pairs)
         if path not in possible:
             raise ValueError(f"path {path!r} cannot serve these tensors; {', '.join(possible)} can")
     return angles

@@ -46,7 +46,7 @@ class Triton(Backend):
         triton_rotary.launch(q, k, parts[0], parts[1], angles, v=v, v_out=v_out)
         return packed
 
-    def paths(self, x: torch.Tensor, projections: Projections, angles: Angles) -> list[str]:
+    def paths(self, x: torch.Tensor, projections: Projections, num_pairs: int) -> list[str]:
         from . import triton_decode, triton_projection
 
         weights, head_dim = projections.weights(), projections.head_dim
@@ -55,7 +55,7 @@ class Triton(Backend):
         if x.numel() == 0 or x.stride(-1) != 1 or any(w.numel() == 0 or w.stride(1) != 1 for w in weights):
             return []
         found, x = [], _side_by_side(x)
-        if triton_projection.fits(head_dim, 2 * angles.num_pairs):
+        if triton_projection.fits(head_dim, 2 * num_pairs):
             found.append("triton")
             arch = triton_projection.architecture(x.device)
             if triton_projection.has_tma(arch, head_dim) and triton_projection.fits_tma(x, weights):
@@ -85,7 +85,9 @@ class Triton(Backend):
         caches: tuple[torch.Tensor, torch.Tensor],
         slots: torch.Tensor,
     ) -> tuple[torch.Tensor, Launch | None] | None:
-        if "decode" not in self.paths(x, projections, angles) or any(c.stride(2) != 1 for c in caches):
+        if "decode" not in self.paths(x, projections, angles.num_pairs) or any(
+            c.stride(2) != 1 for c in caches
+        ):
             return None
         from . import triton_decode
 

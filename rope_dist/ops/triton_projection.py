@@ -383,7 +383,7 @@ class Descriptor:
             return None
         # Its own constructor would check again what holds for every such matrix.
         descriptor = object.__new__(TensorDescriptor)
-        descriptor.__dict__.update(self.fields, base=base)
+        descriptor.__dict__ = {**self.fields, "base": base}
         return descriptor
 
 

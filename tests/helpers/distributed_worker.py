@@ -54,7 +54,7 @@ def outcome(model, losses: list[float]) -> dict:
     return {
         "losses": losses,
         "enabled": len(list(enabled_modules(model))),
-        "report": [[layer.does, layer.why] for layer in rope_dist.report(model)],
+        "report": [[layer.path, layer.reason] for layer in rope_dist.report(model)],
     }
 
 

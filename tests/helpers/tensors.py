@@ -24,7 +24,7 @@ def exact(
     sin: torch.Tensor,
     *,
     interleaved: bool = False,
-    inverse: bool = False,
+    conjugate: bool = False,
 ) -> torch.Tensor:
     """``x`` ``[B, S, H, D]`` rotated in float64, written as a complex product: not the code under test."""
     half = cos.shape[-1]
@@ -33,7 +33,7 @@ def exact(
     pairs = rotated.unflatten(-1, (half, 2) if interleaved else (2, half))
     axis = -1 if interleaved else -2
     value = torch.complex(pairs.select(axis, 0), pairs.select(axis, 1))
-    value = value * torch.complex(cos.double(), -sin.double() if inverse else sin.double())[:, :, None]
+    value = value * torch.complex(cos.double(), -sin.double() if conjugate else sin.double())[:, :, None]
     pairs = torch.stack((value.real, value.imag), dim=axis).flatten(-2)
     return torch.cat((pairs, x[..., 2 * half :]), dim=-1)
 

@@ -26,9 +26,9 @@ def own_choices(tmp_path, monkeypatch):
     monkeypatch.setenv("ROPE_DIST_CACHE", str(tmp_path / "choices"))
     monkeypatch.delenv("ROPE_DIST_PATH", raising=False)
     monkeypatch.delenv("ROPE_DIST_TUNE", raising=False)
-    from rope_dist.ops import dispatch_projection
+    from rope_dist.ops import launch_cache
 
-    monkeypatch.setattr(dispatch_projection, "_CHOSEN", {})
+    launch_cache.clear()
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def backend(request, device):
 
     if request.param == "triton" and not HAS_TRITON:
         pytest.skip("Triton is not installed")
-    missing = native.unavailable(torch.empty(0, device=device)) if request.param == "native" else None
-    if missing is not None:
-        pytest.skip(f"no native library: {missing}")
+    reason = native.Native().supports(torch.empty(0, device=device)) if request.param == "native" else None
+    if reason is not None:
+        pytest.skip(reason)
     with ops.use_backend(request.param):
         yield request.param
 

@@ -99,7 +99,7 @@ def test_rows_past_two_to_the_31(triton_backend, device):
     far.copy_(x)
     inv_freq, positions = frequencies(64).to(device), torch.full((9, 1), 77, device=device)
     want = exact_projection(x, weights, biases, *exact_tables(inv_freq, positions), 64)
-    for path in ("decode", "pointers"):
+    for path in ("decode", "triton"):
         out = ops.qkv_rotary(far, *weights, head_dim=64, inv_freq=inv_freq, position_ids=positions, path=path)
         for actual, expected in zip(out, want, strict=True):
             assert_rounded(actual, expected, few=4, share=SHARE[torch.float16], slack=SLACK)
@@ -107,18 +107,24 @@ def test_rows_past_two_to_the_31(triton_backend, device):
 
 def test_compiles_whole_and_keeps_its_contract(device):
     x, weights, _ = problem(device, torch.float32, batch=2, length=1, depth=16, heads=(2, 1, 1), dim=16)
-    words = ops.turns(frequencies(16).to(device))
+    inv_freq_q64 = ops.to_fixed_point(frequencies(16).to(device))
     positions = torch.tensor([[3], [9]], device=device)
     slots = torch.tensor([4, 2], device=device)
     caches = [torch.zeros(6, 1, 16, device=device) for _ in range(2)]
     torch.library.opcheck(
         torch.ops.rope_dist.decode_cached,
-        (x, *weights, None, None, None, *caches, slots, None, None, words, positions),
+        (x, *caches, slots, *weights, None, None, None, 16, None, None, inv_freq_q64, positions),
     )
 
     def call(x, k_cache, v_cache):
         return ops.decode_rotary(
-            x, *weights, k_cache=k_cache, v_cache=v_cache, slots=slots, inv_freq=words, position_ids=positions
+            x,
+            *weights,
+            k_cache=k_cache,
+            v_cache=v_cache,
+            slots=slots,
+            inv_freq=inv_freq_q64,
+            position_ids=positions,
         )
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")

@@ -7,7 +7,7 @@ import torch
 from helpers.tensors import frequencies
 
 from rope_dist import ops
-from rope_dist.ops import native, tuning
+from rope_dist.ops import autotune, native
 
 from .test_projection import problem
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def calls(device) -> dict:
     """One call of every operator, by name, on its own tensors."""
     x, weights, _ = problem(device, torch.bfloat16, length=200, depth=256, heads=(8, 2, 2), dim=128)
-    words = ops.turns(frequencies(128).to(device))
+    inv_freq_q64 = ops.to_fixed_point(frequencies(128).to(device))
     positions = torch.arange(200, device=device)[None]
     q, k = (torch.randn(1, 200, h, 128, device=device).bfloat16() for h in (8, 2))
     caches = [torch.zeros(32, 2, 128, device=device, dtype=torch.bfloat16) for _ in range(2)]
@@ -25,9 +25,9 @@ def calls(device) -> dict:
     cos, sin = (t.contiguous() for t in ops.cos_sin(frequencies(128).to(device), positions))
     return {
         "rotary": lambda: ops.rotary(q, k, cos, sin),
-        "rotary_at": lambda: ops.rotary_at(q, k, words, positions),
+        "rotary_at": lambda: ops.rotary_at(q, k, inv_freq_q64, positions),
         "qkv_rotary": lambda: ops.qkv_rotary(
-            x, *weights, head_dim=128, inv_freq=words, position_ids=positions
+            x, *weights, head_dim=128, inv_freq=inv_freq_q64, position_ids=positions
         ),
         "decode": lambda: (
             ops.decode_rotary(
@@ -36,7 +36,7 @@ def calls(device) -> dict:
                 k_cache=caches[0],
                 v_cache=caches[1],
                 slots=slots,
-                inv_freq=words,
+                inv_freq=inv_freq_q64,
                 position_ids=positions[:, :4],
             ),
         ),
@@ -75,25 +75,25 @@ def test_does_not_wait_for_the_device(device, name):
 def test_the_first_call_measures_and_the_next_does_not(device, monkeypatch):
     call = calls(device)["qkv_rotary"]
     call()
-    (row,) = tuning.choices().rows()
+    (row,) = autotune.cache().rows()
     assert set(row["milliseconds"]) >= {"separate", row["choice"]}
-    monkeypatch.setattr(tuning, "measure", None)
+    monkeypatch.setattr(autotune, "measure", None)
     call()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_the_native_kernel_agrees_with_tritons(device, dtype, interleaved):
-    words = ops.turns(frequencies(128).to(device))
+    inv_freq_q64 = ops.to_fixed_point(frequencies(128).to(device))
     positions = torch.randint(0, 1_000_000, (2, 300), device=device)
     q, k = (torch.randn(2, 300, h, 128, device=device).to(dtype) for h in (8, 2))
-    absent = native.unavailable(q)
-    if absent is not None:
-        pytest.skip(f"no native CUDA library: {absent}")
+    reason = native.Native().supports(q)
+    if reason is not None:
+        pytest.skip(reason)
     results = {}
     for backend in ("triton", "native"):
         with ops.use_backend(backend):
-            results[backend] = ops.rotary_at(q, k, words, positions, interleaved=interleaved)
+            results[backend] = ops.rotary_at(q, k, inv_freq_q64, positions, interleaved=interleaved)
     # One unit in the last place: the multiply-adds of one are products and sums of the other.
     unit = torch.finfo(dtype).eps
     for a, b in zip(results["triton"], results["native"], strict=True):

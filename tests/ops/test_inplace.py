@@ -94,7 +94,7 @@ def test_what_was_a_view_of_it_has_the_gradient_too(backend, device):
     qkv = leaf * 1
     ops.rotary(qkv[:, :, :4], None, cos, sin, inplace=True)
     (grad,) = torch.autograd.grad((qkv * weight).sum(), leaf)
-    want = torch.cat((exact(weight[:, :, :4], cos, sin, inverse=True), weight[:, :, 4:].double()), 2)
+    want = torch.cat((exact(weight[:, :, :4], cos, sin, conjugate=True), weight[:, :, 4:].double()), 2)
     assert_rounded(grad, want)
 
 
@@ -211,7 +211,7 @@ def test_queries_alone(backend, device, form, inplace, compiled):
     assert none is None
     weight = torch.randn_like(leaf)
     grads = torch.autograd.grad(out, (leaf, bias), weight)
-    want = exact(weight, cos, sin, inverse=True)
+    want = exact(weight, cos, sin, conjugate=True)
     assert_rounded(grads[0], want)
     torch.testing.assert_close(grads[1].double(), want.sum((0, 1)).flatten(), rtol=1e-5, atol=1e-5)
 

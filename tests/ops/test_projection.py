@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rope_dist import ops
 
-PATHS = ("separate", "descriptors", "pointers")
+PATHS = ("separate", "triton_tma", "triton")
 
 # Sum, bias and rotation are four float32 roundings; float16 is 8 times finer than bfloat16 beside them.
 SHARE, SLACK = {torch.bfloat16: 2e-4, torch.float16: 5e-4}, 1.0
@@ -41,8 +41,8 @@ def exact_projection(x, weights, biases, cos, sin, dim, interleaved=False):
 
 def possible_paths(device):
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
-        return ("pointers",)
-    return ("descriptors", "pointers")
+        return ("triton",)
+    return ("triton_tma", "triton")
 
 
 @settings(
@@ -88,7 +88,7 @@ def test_equals_float64_rounded(triton_backend, device, data):
         assert_rounded(actual, expected, few=4, share=SHARE[dtype], slack=SLACK)
 
 
-@pytest.mark.parametrize("path", ["descriptors", "pointers"])
+@pytest.mark.parametrize("path", ["triton_tma", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_differs_in_few_elements(triton_backend, device, dtype, path):
     if path not in possible_paths(device):
@@ -189,7 +189,7 @@ def test_head_sizes_that_are_no_power_of_two(triton_backend, device, dim):
     for actual, expected in zip(out, want, strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="cannot serve"):
-        ops.qkv_rotary(x, *weights, *biases, head_dim=dim, inv_freq=inv_freq, path="pointers")
+        ops.qkv_rotary(x, *weights, *biases, head_dim=dim, inv_freq=inv_freq, path="triton")
 
 
 def test_packed_and_strided_inputs(triton_backend, device):
@@ -251,7 +251,7 @@ def test_autocast_changes_neither_type_nor_values(backend, device, dtype, inside
     torch.manual_seed(12)
     x, weights, biases = problem(device, dtype, depth=32, heads=(2, 1, 1), dim=16, bias=True)
     leaves = [t.requires_grad_() for t in (x, *weights, *biases)]
-    angles = {"head_dim": 16, "inv_freq": ops.turns(frequencies(16).to(device)), "path": path}
+    angles = {"head_dim": 16, "inv_freq": ops.to_fixed_point(frequencies(16).to(device)), "path": path}
 
     def step():
         out = ops.qkv_rotary(*leaves, **angles)
@@ -280,11 +280,11 @@ def test_nothing_in_nothing_out(backend, device):
 def test_compiles_whole_and_keeps_its_contract(device):
     torch.manual_seed(7)
     x, weights, _ = problem(device, torch.float32, depth=16, heads=(2, 1, 1), dim=16)
-    words = ops.turns(frequencies(16).to(device))
+    inv_freq_q64 = ops.to_fixed_point(frequencies(16).to(device))
     weights[1].requires_grad_()
 
     def call(x):
-        return ops.qkv_rotary(x, *weights, head_dim=16, inv_freq=words)
+        return ops.qkv_rotary(x, *weights, head_dim=16, inv_freq=inv_freq_q64)
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for actual, want in zip(compiled(x), call(x), strict=True):
@@ -294,11 +294,11 @@ def test_compiles_whole_and_keeps_its_contract(device):
     positions = torch.arange(5, device=device)[None]
     torch.library.opcheck(
         torch.ops.rope_dist.qkv_rotary,
-        (x, *weights, None, None, None, 16, None, None, words, positions),
+        (x, *weights, None, None, None, 16, None, None, inv_freq_q64, positions),
     )
     heads = torch.randn(1, 5, 2, 16, device=device, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.rope_dist.pack_inverse, (heads, heads, None, None, None, words, positions)
+        torch.ops.rope_dist.pack_gradients, (heads, heads, None, None, None, inv_freq_q64, positions)
     )
 
 
@@ -317,7 +317,7 @@ def test_compiles_whole_and_keeps_its_contract(device):
         ({"inv_freq": None, "cos": torch.zeros(1, 4, 16), "sin": torch.zeros(1, 4, 16)}, "cos and sin must"),
         ({"position_ids": torch.zeros(1, 4, dtype=torch.long)}, "position_ids must be"),
         ({"path": "fast"}, "no such path"),
-        ({"path": "descriptors"}, "cannot serve"),
+        ({"path": "triton_tma"}, "cannot serve"),
     ],
 )
 def test_mistakes(change, message):

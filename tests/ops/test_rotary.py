@@ -79,7 +79,7 @@ def test_rounding_differs_in_few_elements(triton_backend, device, dtype, table):
         cos, sin = cos.float(), sin.float()
         out = ops.rotary(q, k, cos, sin)
     else:
-        out = ops.rotary_at(q, k, ops.turns(inv_freq), positions)
+        out = ops.rotary_at(q, k, ops.to_fixed_point(inv_freq), positions)
     assert_rounded(torch.cat(out, 2), torch.cat([exact(x, cos, sin) for x in (q, k)], 2), few=0)
 
 

@@ -39,7 +39,7 @@ def test_the_gradient_is_the_inverse_rotation(backend, device, inplace, form, dt
         )
     got = torch.autograd.grad(out, leaves, grads)
     for actual, grad in zip(got, grads, strict=True):
-        assert_rounded(actual, exact(grad, cos, sin, interleaved=True, inverse=True))
+        assert_rounded(actual, exact(grad, cos, sin, interleaved=True, conjugate=True))
 
 
 def test_a_gradient_for_one_of_the_two(backend, device):
@@ -48,7 +48,7 @@ def test_a_gradient_for_one_of_the_two(backend, device):
     for inplace in (False, True):
         rotated = ops.rotary_at(q.clone(), k * 1, inv_freq, positions, inplace=inplace)
         (grad,) = torch.autograd.grad(rotated[1].sum(), k)
-        want = exact(torch.ones_like(k), *exact_tables(inv_freq, positions), inverse=True)
+        want = exact(torch.ones_like(k), *exact_tables(inv_freq, positions), conjugate=True)
         assert_rounded(grad, want)
 
 
@@ -61,10 +61,10 @@ def test_second_derivatives():
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compiles_whole(device, inplace):
     q, k, inv_freq, positions = problem(device)
-    words = ops.turns(inv_freq)
+    inv_freq_q64 = ops.to_fixed_point(inv_freq)
 
     def rotate(q, k):
-        return ops.rotary_at(q * 2, k * 2, words, positions, inplace=inplace)
+        return ops.rotary_at(q * 2, k * 2, inv_freq_q64, positions, inplace=inplace)
 
     compiled = torch.compile(rotate, fullgraph=True, backend="aot_eager")
     for grad in (False, True):
@@ -81,11 +81,12 @@ def test_operators_keep_their_contracts(backend, device):
     q, k, inv_freq, positions = problem(device)
     cos, sin = (x.float() for x in exact_tables(inv_freq, positions))
     q.requires_grad_()
-    torch.library.opcheck(torch.ops.rope_dist.rotary, (q, k, cos, sin))
-    torch.library.opcheck(torch.ops.rope_dist.rotate, (q, None, cos, sin))
-    words = ops.turns(inv_freq)
-    torch.library.opcheck(torch.ops.rope_dist.rotate, (q, k, None, None, words, positions))
-    torch.library.opcheck(torch.ops.rope_dist.rotate_, (q.detach(), k, None, None, words, positions))
+    none = (None, None)
+    torch.library.opcheck(torch.ops.rope_dist.rotate, (q, k, *none, cos, sin))
+    torch.library.opcheck(torch.ops.rope_dist.rotate, (q, None, *none, cos, sin))
+    inv_freq_q64 = ops.to_fixed_point(inv_freq)
+    torch.library.opcheck(torch.ops.rope_dist.rotate, (q, k, *none, *none, inv_freq_q64, positions))
+    torch.library.opcheck(torch.ops.rope_dist.rotate_, (q.detach(), k, *none, *none, inv_freq_q64, positions))
 
 
 # Axes of q, the shape of the tables, and where those get the axis of the heads.
@@ -162,7 +163,7 @@ def test_flash_attention_drop_in(backend, device, inplace, interleaved, offsets,
     weight = torch.randn_like(leaf)
     (grad,) = torch.autograd.grad(out, leaf, weight)
     weight = weight[None] if packed else weight
-    want = exact(weight, cos, sin, interleaved=interleaved, inverse=True)
+    want = exact(weight, cos, sin, interleaved=interleaved, conjugate=True)
     assert_rounded(grad, want.reshape(leaf.shape))
 
 

@@ -74,10 +74,9 @@ def test_operators_keep_their_contracts(backend, device):
     cos, sin = (torch.randn(1, 3, 8, device=device) for _ in range(2))
     for x in (q, k, q_bias, k_bias):
         x.requires_grad_()
-    options = {"q_bias": q_bias, "k_bias": k_bias}
-    torch.library.opcheck(torch.ops.rope_dist.rotate, (q, k, cos, sin), options)
-    detached = {name: bias.detach() for name, bias in options.items()}
-    torch.library.opcheck(torch.ops.rope_dist.rotate_, (q.detach(), k.detach(), cos, sin), detached)
+    torch.library.opcheck(torch.ops.rope_dist.rotate, (q, k, q_bias, k_bias, cos, sin))
+    detached = [x.detach() for x in (q, k, q_bias, k_bias)]
+    torch.library.opcheck(torch.ops.rope_dist.rotate_, (*detached, cos, sin))
 
 
 def test_equals_a_linear_layer_with_its_bias(backend, device):

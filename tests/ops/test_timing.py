@@ -84,7 +84,7 @@ def test_else_the_gaps_between_launches_count(monkeypatch):
 
 def test_the_short_benchmark_and_the_choice_of_kernels_are_queued(monkeypatch):
     from rope_dist import bench
-    from rope_dist.ops import tuning
+    from rope_dist.ops import autotune
 
     class Asked(Exception):
         pass
@@ -96,7 +96,7 @@ def test_the_short_benchmark_and_the_choice_of_kernels_are_queued(monkeypatch):
     with pytest.raises(Asked, match="'queued': True"):
         bench.bench(tokens=[8], device="cpu")
     monkeypatch.setattr(timing, "timer", timer)
-    monkeypatch.setattr(tuning, "may_measure", lambda: True)
-    problem = tuning.Problem("a GPU", "bfloat16", 8, 8, (8, 8), 8, 8)
+    monkeypatch.setattr(autotune, "may_measure", lambda: True)
+    problem = autotune.AutotuneKey("a GPU", "bfloat16", 8, 8, (8, 8), 8, 8)
     with pytest.raises(Asked, match="'queued': True"):
-        tuning.choose(problem, {"separate": lambda: None})
+        autotune.choose(problem, {"separate": lambda: None})
