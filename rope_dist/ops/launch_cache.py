@@ -50,14 +50,14 @@ def find(
     for x in tensors:
         if x is None:
             key.append(None)
-        elif type(x) not in _PLAIN or (grad and x.requires_grad):
+        elif type(x) not in _PLAIN or (grad and x.requires_grad) or x.is_neg():
             return None, None
         else:
             key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
     for x in angles[:6]:
         if x is None:
             key.append(None)
-        elif type(x) not in _PLAIN or x.requires_grad:
+        elif type(x) not in _PLAIN or x.requires_grad or x.is_neg():
             return None, None
         else:
             key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
