@@ -270,7 +270,7 @@ def test_the_cuda_library_loads_where_cuda_is_absent():
 
 def packed(q, k, q_out, k_out, angles, q_bias=None) -> bytes:
     """The struct that a launch takes."""
-    return native.packing(q, k, q_out, k_out, angles)(q, k, q_out, k_out, angles, q_bias)
+    return native.packing((q, k, q_out, k_out), angles)(q, k, q_out, k_out, angles, q_bias)
 
 
 @pytest.fixture(scope="module")

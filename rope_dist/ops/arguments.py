@@ -11,6 +11,12 @@ from typing import NamedTuple, get_type_hints
 import torch
 
 
+def present(x: torch.Tensor | None) -> torch.Tensor:
+    """``x``, which the caller knows to be there."""
+    assert x is not None
+    return x
+
+
 class Angles(NamedTuple):
     """The angle of every token and pair, by a table or by frequencies and positions.
 
@@ -43,9 +49,7 @@ class Angles(NamedTuple):
     @property
     def num_pairs(self) -> int:
         """``R/2``, the rotated pairs of a head."""
-        source = self.inv_freq_q64 if self.cos is None else self.cos
-        assert source is not None
-        return source.shape[-1]
+        return present(self.inv_freq_q64 if self.cos is None else self.cos).shape[-1]
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields that hold tensors, which come first."""

@@ -20,7 +20,7 @@ import os
 import statistics
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -112,7 +112,7 @@ class AutotuneCache:
 
         A file that cannot be written only warns.
         """
-        choice = choice or min(times, key=times.get)
+        choice = choice or min(times, key=lambda name: times[name])
         with self._lock:
             entry = {"choice": choice, "milliseconds": times}
             # Another process may have written since: keep its entries.
@@ -171,7 +171,7 @@ def may_measure() -> bool:
 
 
 def choose(
-    key: AutotuneKey, candidates: dict[str, Callable[[], object]], timer: timing.Timer | None = None
+    key: AutotuneKey, candidates: Mapping[str, Callable[[], object]], timer: timing.Timer | None = None
 ) -> str:
     """The name of the fastest of ``candidates`` for ``key``.
 
@@ -180,13 +180,13 @@ def choose(
         timer: seconds of one call; by default the GPU's, with a cold cache.
     """
     known = cache().get(key)
-    if known in candidates:
+    if known is not None and known in candidates:
         return known
     if timer is None and not may_measure():
         return DEFAULT
     with _LOCK:
         known = cache().get(key)
-        if known in candidates:
+        if known is not None and known in candidates:
             return known
         times = measure(candidates, timer or timing.timer("cuda", cold=True, queued=True))
         medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
@@ -208,10 +208,10 @@ def fastest(times: dict[str, list[float]]) -> str:
         for name, values in ratios.items()
         if statistics.median(values) * (1 + 2 * timing.uncertainty(values)) < 1
     }
-    return min(surely, key=surely.get, default=DEFAULT)
+    return min(surely, key=lambda name: surely[name], default=DEFAULT)
 
 
-def measure(candidates: dict[str, Callable[[], object]], timer: timing.Timer) -> dict[str, list[float]]:
+def measure(candidates: Mapping[str, Callable[[], object]], timer: timing.Timer) -> dict[str, list[float]]:
     """Seconds of each candidate that runs, one a round, forwards and backwards in turn.
 
     A candidate that fails (too little memory, a kernel that does not compile here) is left out with a warning;

@@ -161,8 +161,9 @@ def whole_rows(angles: Angles) -> Angles:
         x if x is None or x.stride(-1) == 1 or x.shape[-1] <= 1 or x is angles.positions else x.contiguous()
         for x in angles.tensors()
     ]
-    same = all(a is b for a, b in zip(whole, angles, strict=False))
-    return angles if same else Angles(*whole, *angles[len(whole) :])
+    if all(a is b for a, b in zip(whole, angles, strict=False)):
+        return angles
+    return Angles._make((*whole, *angles[len(whole) :]))
 
 
 def _returning(again: Callable[..., None]) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:

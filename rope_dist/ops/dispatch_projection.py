@@ -159,14 +159,15 @@ def decode_cached(
         reference.write_cache(k.flatten(0, 1), v.flatten(0, 1), *caches, slots)
         return q
     q, launch = decoded
-    shape = q.shape
+    if launch is not None:
+        shape = q.shape
 
-    def again(x, projections, angles, caches, slots) -> torch.Tensor:
-        q = x.new_empty(shape)
-        launch(x, projections, angles, [q, *caches], slots)
-        return q
+        def again(x, projections, angles, caches, slots) -> torch.Tensor:
+            q = x.new_empty(shape)
+            launch(x, projections, angles, [q, *caches], slots)
+            return q
 
-    launch_cache.put(key, again if launch is not None else None)
+        launch_cache.put(key, again)
     return q
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import launch_cache, library, validation
-from .arguments import Angles
+from .arguments import Angles, present
 
 
 def apply_rotary_pos_emb(
@@ -51,17 +51,22 @@ def apply_rotary_pos_emb(
         x = x if x is None or axis == -2 else x.transpose(-3, -2)
         return x if x is None or axes == 4 else x[None]
 
-    q, k = moved(q), moved(k)
+    q, k = present(moved(q)), moved(k)
     angles = Angles(cos[..., :num_pairs], sin[..., :num_pairs])
     launch, key = launch_cache.find("apply_rotary_pos_emb", (q, k), angles)
     if launch is not None:
         rotated = launch(q, k, angles)
     else:
         validation.heads(q, k)
-        angles = Angles(*validation.tables(q, *angles[:2], rows=q.shape[1]))
-        rotated = library.rotate(q, k, angles, key=key)
-    back = [x if x is None or axes == 4 else x[0] for x in rotated]
-    return tuple(x if x is None or axis == -2 else x.transpose(-3, -2) for x in back)
+        tables = validation.tables(q, cos[..., :num_pairs], sin[..., :num_pairs], rows=q.shape[1])
+        rotated = library.rotate(q, k, Angles(*tables), key=key)
+
+    def back(x: torch.Tensor) -> torch.Tensor:
+        x = x if axes == 4 else x[0]
+        return x if axis == -2 else x.transpose(-3, -2)
+
+    q_out, k_out = rotated
+    return back(q_out), back(k_out) if k_out is not None else None
 
 
 def apply_rotary_emb(
@@ -104,7 +109,7 @@ def apply_rotary_emb(
     validation.heads(x, None)
     validation.tables(x, cos[None], sin[None], rows=None)
     sequences, length = x.shape[:2]
-    if packed:
+    if cu_seqlens is not None:
         validation.bounds(cu_seqlens, x.shape[1], x.device)
         sequences, length = cu_seqlens.shape[0] - 1, max_seqlen or 0
     offset, offsets = 0, None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import autotune, dispatch, dispatch_projection, launch_cache, validation
-from .arguments import Angles, Projections, schema
+from .arguments import Angles, Projections, present, schema
 from .backend import without_autocast
 from .launch_cache import transformed
 
@@ -76,12 +76,12 @@ def _saved_angles(ctx) -> Angles:
 
 def _gradients(ctx, grad_q: torch.Tensor, grad_k: torch.Tensor | None) -> tuple:
     """Gradients of q, k and the biases; a bias is added to each token, so it gets the sum over them."""
-    grad_q, grad_k = _rotate(grad_q, grad_k, _saved_angles(ctx).conjugated())
+    grads = _rotate(grad_q, grad_k, _saved_angles(ctx).conjugated())
     of_biases = [
-        grad.sum((0, 1)).flatten() if biased else None
-        for grad, biased in zip((grad_q, grad_k), ctx.biased, strict=True)
+        present(grad).sum((0, 1)).flatten() if biased else None
+        for grad, biased in zip(grads, ctx.biased, strict=True)
     ]
-    return grad_q, grad_k, *of_biases
+    return *grads, *of_biases
 
 
 def _rotate_setup(ctx, inputs, output) -> None:
@@ -194,13 +194,13 @@ def rotate(
         return q, k
     if torch.compiler.is_compiling() or transformed():
         # They follow a copy into a view, and the compiler leaves it out.
-        out = _rotate(q, k, angles, q_bias, k_bias)
-        return tuple(x.copy_(y) if x is not None else None for x, y in zip((q, k), out, strict=True))
-    pairs = ((q, q_bias, "q"), (k, k_bias, "k"))
-    for x, bias, name in pairs:
+        q_out, k_out = _rotate(q, k, angles, q_bias, k_bias)
+        return q.copy_(q_out), k.copy_(present(k_out)) if k is not None else None
+    for x, bias, name in ((q, q_bias, "q"), (k, k_bias, "k")):
         if x is not None and (x.requires_grad or (bias is not None and bias.requires_grad)):
             validation.changeable(x, name)
-    return tuple(RotateInPlace.apply(x, bias, *angles) if x is not None else None for x, bias, _ in pairs)
+    k_changed = RotateInPlace.apply(k, k_bias, *angles) if k is not None else None
+    return RotateInPlace.apply(q, q_bias, *angles), k_changed
 
 
 # --- projection and rotation ---------------------------------------------------------------------
@@ -340,8 +340,8 @@ def qkv_rotary(
         with torch.no_grad():
             return dispatch_projection.qkv_rotary(x, projections, angles, path, key)
     if transformed():
-        q, k, *v = dispatch_projection.project(x, projections)
-        q, k = _rotate(q, k, angles)
-        return q, k, v[0] if v else None
+        heads = dispatch_projection.project(x, projections)
+        q, k = _rotate(heads[0], heads[1], angles)
+        return q, present(k), heads[2] if len(heads) == 3 else None
     q, k, v = torch.ops.rope_dist.qkv_rotary(x, *projections, *angles, path)
     return q, k, v if projections.w_v is not None else None

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from . import fixed_point, reference
-from .arguments import Angles
+from .arguments import Angles, present
 from .backend import Backend, Launch, NotBuilt
 
 ABI = 2
@@ -142,7 +142,7 @@ class Native(Backend):
             for x, source, out in zip((q, k), sources, (q_out, k_out), strict=True)
         ]
         biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
-        again = packed_launch(*sources, *targets, ready, *biases, threads=threads)
+        again = packed_launch((*sources, *targets), ready, threads)
         again(*sources, *targets, ready, *biases)
         for out, target in zip((q_out, k_out), targets, strict=True):
             if target is not None and target is not out:
@@ -161,7 +161,7 @@ def _ready(q: torch.Tensor, angles: Angles) -> Angles:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     cos, sin, inv_freq_q64, positions, cu_seqlens, seqlen_offsets = angles.tensors()
     if inv_freq_q64 is not None and q.is_cpu:
-        at = reference.token_positions(angles, *q.shape[:2], q.device)
+        at = reference.token_positions(angles, q.shape[0], q.shape[1], q.device)
         cos, sin = fixed_point.tables(inv_freq_q64, at, angles.scaling, dtype)
         positions = None
         if cu_seqlens is not None:
@@ -171,9 +171,10 @@ def _ready(q: torch.Tensor, angles: Angles) -> Angles:
             cos, sin, positions=positions, interleaved=angles.interleaved, conjugate=angles.conjugate
         )
     if cos is not None:
-        cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos.to(dtype), sin.to(dtype)))
+        cos, sin = (present(t).to(dtype) for t in (cos, sin))
+        cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
     else:
-        inv_freq_q64 = inv_freq_q64.contiguous()
+        inv_freq_q64 = present(inv_freq_q64).contiguous()
     positions = positions.to(torch.int64) if positions is not None else None
     cu_seqlens, seqlen_offsets = (
         t.to(torch.int64).contiguous() if t is not None else None for t in (cu_seqlens, seqlen_offsets)
@@ -184,9 +185,12 @@ def _ready(q: torch.Tensor, angles: Angles) -> Angles:
     )  # fmt: skip
 
 
-def packed_launch(q, k, q_out, k_out, angles, q_bias, k_bias, *, threads: int | None = None) -> Launch:
-    """What launches the library for tensors as it wants them, with all but their pointers packed beforehand."""
-    pack = packing(q, k, q_out, k_out, angles)
+def packed_launch(heads: tuple[torch.Tensor | None, ...], angles: Angles, threads: int | None) -> Launch:
+    """What launches the library for ``q``, ``k``, ``q_out`` and ``k_out`` as it wants them.
+
+    All but their pointers is packed beforehand.
+    """
+    pack, q = packing(heads, angles), present(heads[0])
     device, index = q.device.type, q.device.index
     library = _built(device).library
     if device == "cpu":
@@ -215,10 +219,12 @@ def _fail(message: str) -> None:
     raise RuntimeError(f"the native rotation failed: {message}")
 
 
-def packing(q, k, q_out, k_out, angles: Angles) -> Callable[..., bytes]:
-    """A function of the tensors that packs ``rope::Call`` of ``csrc/launch.h``; the tensors must outlive the launch."""
+def packing(heads: tuple[torch.Tensor | None, ...], angles: Angles) -> Callable[..., bytes]:
+    """A function of the tensors that packs ``rope::Call`` of ``csrc/launch.h``; they must outlive the launch."""
+    q, k, q_out, k_out = heads
     cos, sin, positions, cu_seqlens = angles.cos, angles.sin, angles.positions, angles.cu_seqlens
-    head = (
+    q = present(q)
+    sizes = (
         DTYPES[q.dtype], *q.shape[:2], q.shape[3], angles.num_pairs, angles.interleaved, angles.conjugate,
     )  # fmt: skip
     q_sizes, k_sizes = _sizes(q, q_out), _sizes(k, k_out)
@@ -230,7 +236,7 @@ def packing(q, k, q_out, k_out, angles: Angles) -> Callable[..., bytes]:
 
     def pack(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> bytes:
         return _CALL.pack(
-            *head,
+            *sizes,
             q.data_ptr(), q_out.data_ptr(), _pointer(q_bias), *q_sizes,
             _pointer(k), _pointer(k_out), _pointer(k_bias), *k_sizes,
             _pointer(angles.cos), *cos_strides, _pointer(angles.sin), *sin_strides, rows,

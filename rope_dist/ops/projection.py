@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import autotune, dispatch, dispatch_projection, launch_cache, library, validation
-from .arguments import Angles, Projections
+from .arguments import Angles, Projections, present
 from .fixed_point import to_fixed_point
 
 
@@ -76,7 +76,8 @@ def qkv_rotary(
     else:
         angles = _checked(x, projections, angles, inv_freq, path)
         out = library.qkv_rotary(x, projections, angles, path, key)
-    return tuple(y[0] if y is not None else None for y in out) if packed else out
+    q, k, v = out
+    return (q[0], k[0], v[0] if v is not None else None) if packed else out
 
 
 def projection_paths(
@@ -113,7 +114,7 @@ def _checked(
         if angles.positions is not None or angles.scaling != 1.0:
             raise ValueError("position_ids and attention_scaling go with inv_freq; tables carry both in them")
         heads = x.new_empty(batch, length, 0, head_dim)
-        cos, sin = validation.tables(heads, *angles[:2], rows=length)
+        cos, sin = validation.tables(heads, present(angles.cos), present(angles.sin), rows=length)
         angles = angles._replace(cos=cos, sin=sin)
     if path not in dispatch_projection.PATHS:
         raise ValueError(f"no such path {path!r}; there are {', '.join(dispatch_projection.PATHS)}")
@@ -197,6 +198,7 @@ def _check_caches(
     slots: torch.Tensor,
 ) -> None:
     k_cache, v_cache = caches
+    w_v = present(projections.w_v)
     if k_cache.ndim != 3 or k_cache.shape != v_cache.shape:
         raise ValueError(
             f"caches must be [entries, heads, head_dim] of one shape, got {list(k_cache.shape)} and "
@@ -204,7 +206,7 @@ def _check_caches(
         )
     _check_projections(x, projections)
     head_dim = projections.head_dim
-    for cache, weight, name in ((k_cache, projections.w_k, "k"), (v_cache, projections.w_v, "v")):
+    for cache, weight, name in ((k_cache, projections.w_k, "k"), (v_cache, w_v, "v")):
         if cache.shape[1] * head_dim != weight.shape[0]:
             raise ValueError(
                 f"{name}_cache has {cache.shape[1]} heads, w_{name} {weight.shape[0] // head_dim}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import fixed_point
-from .arguments import Angles, Projections
+from .arguments import Angles, Projections, present
 
 
 def cos_sin(
@@ -111,9 +111,7 @@ def token_tables(angles: Angles, q: torch.Tensor) -> tuple[torch.Tensor, torch.T
     if angles.inv_freq_q64 is not None:
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return *fixed_point.tables(angles.inv_freq_q64, at, angles.scaling, dtype), known
-    cos, sin = angles.cos, angles.sin
-    assert cos is not None
-    assert sin is not None
+    cos, sin = present(angles.cos), present(angles.sin)
     rows, start = cos.shape[1], angles.offset
     by_index = all(x is None for x in (angles.positions, angles.cu_seqlens, angles.seqlen_offsets))
     if by_index and 0 <= start <= rows - length:
@@ -179,8 +177,7 @@ def qkv_rotary(
         y = torch.nn.functional.linear(x.to(compute), weight.to(compute), bias)
         heads.append(y.unflatten(-1, (weight.shape[0] // projections.head_dim, projections.head_dim)))
     q, k = rotate_tokens(heads[0], heads[1], angles)
-    assert k is not None
-    return q.to(x.dtype), k.to(x.dtype), heads[2].to(x.dtype) if len(heads) == 3 else None
+    return q.to(x.dtype), present(k).to(x.dtype), heads[2].to(x.dtype) if len(heads) == 3 else None
 
 
 def write_cache(

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from .arguments import Angles, Projections
+from .arguments import Angles, Projections, present
 from .backend import Backend, Launch, packed_heads
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -119,9 +119,8 @@ def _ready(x: torch.Tensor, angles: Angles, path: str) -> Angles:
         positions = angles.positions
         if positions is None:
             positions = torch.arange(length, device=x.device)[None]
-        ready = angles._replace(
-            positions=positions.contiguous(), inv_freq_q64=angles.inv_freq_q64.contiguous()
-        )
+        inv_freq_q64 = present(angles.inv_freq_q64)
+        ready = angles._replace(positions=positions.contiguous(), inv_freq_q64=inv_freq_q64.contiguous())
     else:
         tables = [t.float().contiguous() for t in (angles.cos, angles.sin)]
         # A descriptor reads the rows of a tile at once: a tile must not run past the end of shared tables.

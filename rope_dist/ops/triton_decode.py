@@ -159,9 +159,11 @@ def launch(
     }  # fmt: skip
     arguments = (x, *three(weights), *three(outputs), *three(biases), *angles[:4], slots, *numbers)
     run = triton_launch.launch(decode_kernel, sum(heads) * a_head, x.device, arguments, options)
+    if run is None:
+        return None
 
     def again(x, projections, angles, outputs, slots=None) -> None:
         weights, biases = three(projections.weights()), three(projections.biases())
         run(x, *weights, *three(outputs), *biases, *angles[:4], slots, *numbers)
 
-    return again if run is not None else None
+    return again

@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_launch
-from .arguments import Angles, Projections
+from .arguments import Angles, Projections, present
 from .backend import Launch
 from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
 from .triton_launch import architecture
@@ -258,16 +258,16 @@ TMA_ROWS = 128
 """Rows of a tile of the descriptor kernel."""
 
 
-def configuration(arch: str, tma: bool, head_dim: int) -> dict[str, object]:
-    """Block, warps and stages for ``arch``, which the static gate holds to."""
+def configuration(arch: str, tma: bool, head_dim: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Block sizes (rows, columns, depth) for ``arch``, and its warps and stages: those that the static gate checks."""
     if tma and arch == "sm_90":
-        return {"block": (TMA_ROWS, 256, 64), "num_warps": 8, "num_stages": 3}
+        return (TMA_ROWS, 256, 64), {"num_warps": 8, "num_stages": 3}
     if tma:
-        return {"block": (TMA_ROWS, 128, 64), "num_warps": 8, "num_stages": 4}
+        return (TMA_ROWS, 128, 64), {"num_warps": 8, "num_stages": 4}
     rows = 64 if head_dim > 128 else 128
     if arch.startswith("gfx"):
-        return {"block": (rows, max(128, head_dim), 64), "num_warps": 4, "num_stages": 2}
-    return {"block": (rows, max(128, head_dim), 32), "num_warps": 8, "num_stages": 4}
+        return (rows, max(128, head_dim), 64), {"num_warps": 4, "num_stages": 2}
+    return (rows, max(128, head_dim), 32), {"num_warps": 8, "num_stages": 4}
 
 
 @functools.cache
@@ -303,8 +303,7 @@ def launch(
     weights, biases, head_dim = projections.weights(), projections.biases(), projections.head_dim
     rows, depth, row_stride = x.shape[0] * x.shape[1], x.shape[2], token_stride(x)
     arch = arch or architecture(x.device)
-    tuned = configuration(arch, tma, head_dim)
-    block_m, block_n, block_k = tuned["block"]
+    (block_m, block_n, block_k), compiled = configuration(arch, tma, head_dim)
     widths = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     tiles = triton.cdiv(rows, block_m) * sum(triton.cdiv(width, block_n) for width in widths)
     period = angle_rows(angles)
@@ -324,8 +323,7 @@ def launch(
         "HARDWARE": has_hardware(arch),
         # Left alone the compiler takes up to 212 for a longer schedule; at 192 it spills nothing either.
         **({"maxnreg": 192} if tma and arch == "sm_90" and head_dim <= 128 else {}),
-        "num_warps": tuned["num_warps"],
-        "num_stages": tuned["num_stages"],
+        **compiled,
     }
     numbers = (rows, depth, *widths, period, angles.scaling)
     strides = (row_stride, *three([weight.stride(0) for weight in weights]))
@@ -333,14 +331,16 @@ def launch(
     if not tma:
         common["EVEN_DEPTH"] = depth % block_k == 0
         arguments = (x, *three(weights), *three(outputs), *three(biases), *angles[:4], *numbers, *strides)
-        run = triton_launch.launch(pointer_kernel, tiles, x.device, arguments, common)
+        run_tiles = triton_launch.launch(pointer_kernel, tiles, x.device, arguments, common)
+        if run_tiles is None:
+            return None
 
         def again(x, projections, angles, outputs) -> None:
             biases = projections.biases()
             weights = three(projections.weights())
-            run(x, *weights, *three(outputs), *three(biases), *angles[:4], *numbers, *strides)
+            run_tiles(x, *weights, *three(outputs), *three(biases), *angles[:4], *numbers, *strides)
 
-        return again if run is not None else None
+        return again
 
     programs_used = min(num_programs or programs(x.device), tiles)
     num_pairs = angles.num_pairs
@@ -362,11 +362,9 @@ def launch(
     common["PROGRAMS"] = programs_used
     arguments = described(x, projections, angles, outputs)
     run = triton_launch.launch(descriptor_kernel, programs_used, x.device, arguments, common)
-
-    def again_by_descriptors(x, projections, angles, outputs) -> None:
-        run(*described(x, projections, angles, outputs))
-
-    return again_by_descriptors if run is not None else None
+    if run is None:
+        return None
+    return lambda x, projections, angles, outputs: run(*described(x, projections, angles, outputs))
 
 
 class Descriptor:
@@ -399,5 +397,5 @@ def token_stride(x: torch.Tensor) -> int:
 
 def angle_rows(angles: Angles) -> int:
     """Tokens that ``angles`` has a row for."""
-    source = angles.cos if angles.cos is not None else angles.positions
+    source = present(angles.cos if angles.cos is not None else angles.positions)
     return source.shape[0] * source.shape[1]

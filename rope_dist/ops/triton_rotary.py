@@ -180,16 +180,14 @@ def launch(
     batch, length, _, head_dim = q.shape
     tokens = batch * length
     num_pairs = angles.num_pairs
-    tensors = [(q, q_out), (k, k_out), (v, v_out)]
-    heads = [x.shape[2] if x is not None else 0 for x, _ in tensors]
+    heads = [x.shape[2] if x is not None else 0 for x in (q, k, v)]
     if tokens == 0 or max(heads) == 0 or head_dim == 0:
         return None
     # An axis of one element is never stepped over; its stride must not cost the alignment of the others.
     strides = [
         tuple(stride if size > 1 else 0 for size, stride in zip(y.shape[:3], y.stride()[:3], strict=True))
-        for x, out in tensors
-        if x is not None
-        for y in (x, out)
+        for y in (q, k, v, q_out, k_out, v_out)
+        if y is not None
     ]
     vec = next(n for n in (8, 4, 2, 1) if all(stride % n == 0 for three in strides for stride in three))
 

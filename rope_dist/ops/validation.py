@@ -166,7 +166,7 @@ def writable(*tensors: torch.Tensor | None, names: tuple[str, ...] = ("q", "k"))
 def changeable(x: torch.Tensor, name: str) -> None:
     """Autograd can follow a change of ``x``: it is no leaf, and no view that it does not know how to write to."""
     is_view = x._is_view()
-    base = x._base if is_view else x
+    base = x._base if x._base is not None else x
     if base.requires_grad and base.is_leaf:
         raise ValueError(
             f"{name} is a leaf that requires a gradient, or a view of one: autograd does not let it be changed in "
