@@ -300,7 +300,8 @@ def _heterogeneous(config: PretrainedConfig) -> bool:
 
 def _head_dim(config: PretrainedConfig, layers: str | None) -> int:
     if _heterogeneous(config):
-        config = config.per_layer_config[layers or EXTENDED_LAYERS]
+        by_layer: Any = config.per_layer_config  # by a type of layers too, which its annotation leaves out
+        config = by_layer[layers or EXTENDED_LAYERS]
     head_dim = getattr(config, "head_dim", None)
     if not head_dim:
         heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)

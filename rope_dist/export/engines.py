@@ -23,7 +23,7 @@ class Reading:
     """What an engine computes.
 
     Attributes:
-        inv_freq: ``[rotary_dim / 2]`` float32, radians a token.
+        inv_freq: ``[rotary_dim / 2]`` float32, radians per token.
         attention_scaling: what cos and sin are multiplied by.
         length: tokens that the engine reads without being told more.
     """

@@ -172,7 +172,7 @@ class GgufFile:
     def _factors(self) -> torch.Tensor:
         tensor = self.tensors[FACTORS]
         if tensor.kind != F32 or tensor.shape != (self.head_dim // 2,):
-            raise ValueError(f"{FACTORS} is not {self.head_dim // 2} float32 numbers, one a rotary pair")
+            raise ValueError(f"{FACTORS} is not {self.head_dim // 2} float32 numbers, one per rotary pair")
         with open(self.path, "rb") as file:
             file.seek(self.data_start + tensor.offset)
             data = file.read(tensor.size)

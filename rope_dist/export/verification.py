@@ -222,7 +222,7 @@ def _difference(reading: Reading, plan: RopePlan, relative: float) -> str | None
             return "the factors are missing: it has the plain frequencies"
         pair = int((found / planned).log().abs().argmax())
         return (
-            f"the frequencies differ, most in pair {pair}: {found[pair]:.6g} radians a token, "
+            f"the frequencies differ, most in pair {pair}: {found[pair]:.6g} radians per token, "
             f"planned {planned[pair]:.6g}"
         )
     if not math.isclose(reading.attention_scaling, plan.attention_scaling, rel_tol=relative):
