@@ -1,4 +1,4 @@
-"""A model's config: the rotary embedding that the model was trained with, and how an extension is written into it."""
+"""Reads a model's rotary embedding from its transformers config, and writes an extension into it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ ROTATES_WINDOWS_ONLY: dict[str, str] = {
 }
 """``model_type`` of families whose full attention has no rotary embedding, and the key of their window's size."""
 
-# Keys of the rotary parameters that say how frequencies are computed: an extension replaces them. All others
+# Keys of the rotary parameters that determine the frequencies: an extension replaces them. All others
 # (mrope_section, llama_4_scaling_beta, mscale_all_dim, ...) are read elsewhere in a model and stay.
 _FREQUENCY_KEYS = {
     "alpha",
@@ -87,15 +87,15 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "pr
 
 @dataclass(frozen=True)
 class ModelRope:
-    """What a config says of its model's rotary embedding.
+    """A model's rotary embedding as read from its config.
 
     Attributes:
         rope: the embedding that the model was trained with.
         head_dim: dimensions of an attention head.
         length_from: where ``rope.length`` comes from.
         recorded: the length before rope_dist extended the model, where the config records that; else None.
-        notes: what a user should know before extending it.
-        loss: what an extension gives up; worth a warning.
+        notes: remarks for the user before extending it.
+        loss: a capability that an extension removes, worth a warning; else None.
     """
 
     rope: PretrainedRope
@@ -146,7 +146,7 @@ def load_config(source: str | os.PathLike[str]) -> PretrainedConfig:
 
 
 def _reason(error: Exception) -> str:
-    """One line of what transformers says. Its validation errors have the reason in their last line."""
+    """transformers' error in one line. Its validation errors have the reason in their last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -327,8 +327,8 @@ def _rotary_dim(
         return head_dim
     if kind == "proportional":
         raise ValueError(
-            f"{name} is of rope_type 'proportional' with partial_rotary_factor {share:g}: its other pairs do not turn "
-            "at all, which factors cannot express"
+            f"{name} is of rope_type 'proportional' with partial_rotary_factor {share:g}: its other pairs do not rotate, "
+            "which factors cannot express"
         )
     own = _own_inv_freq(config, layers)
     rotary_dim = int(head_dim * share)
@@ -350,12 +350,17 @@ def _own_inv_freq(config: PretrainedConfig, layers: str | None) -> torch.Tensor 
         model = MODEL_MAPPING[type(config)]
     except (KeyError, ImportError):
         return None  # code of the model's own, or a package that it needs is missing
-    module = sys.modules[(model[0] if isinstance(model, tuple) else model).__module__]
+    module = sys.modules[model_class(model).__module__]
     for name, value in vars(module).items():
         if name.endswith("RotaryEmbedding") and hasattr(value, "compute_default_rope_parameters"):
             with torch.device("cpu"):
                 return value.compute_default_rope_parameters(config, **_layer_option(layers))[0]
     return None
+
+
+def model_class(mapped: Any) -> Any:
+    """The class in an entry of transformers' ``MODEL_MAPPING``: some (Funnel) are a tuple of two."""
+    return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
 def _layer_option(layers: str | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Plans: which factor every rotary pair gets, where that came from, and what it costs.
+"""Plans: the factor of every rotary pair, its provenance, and the disturbance that it causes.
 
 A :class:`RopePlan` is what the rest of the package passes around: made by :func:`plan` from a
 model's config or from plain numbers, kept as JSON, applied by :func:`rope_dist.enable`.
@@ -92,13 +92,13 @@ class RopePlan:
         original_length, target_length: tokens, trained and to be read.
         factors: one per pair, float32 values, relative to ``theta ** (-2i / rotary_dim)``; the scaling
             that the model was trained with (``base_factors``) is included.
-        attention_scaling: what cos and sin are multiplied by.
+        attention_scaling: factor of cos and sin.
         disturbance_per_pair: disturbance of each pair's rotary angle distribution, nats (eq. 8).
         intervals, divergence, dtype: how the disturbance was measured.
         base_factors: the trained model's own factors, or None for all ones.
-        source: what the plan was made from (a preset, a path, a hub id), or None.
+        source: preset, path or hub id that the plan was made from, or None.
         original_length_from: which keys of a config ``original_length`` comes from, or None.
-        notes: what to know before the plan is applied.
+        notes: remarks for the user before the plan is applied.
     """
 
     strategy: str
@@ -276,7 +276,7 @@ class RopePlan:
         factors came from.
 
         Args:
-            config: the config to be changed. What its rotary parameters say beside the frequencies stays
+            config: the config to be changed. Rotary parameters that do not determine frequencies stay
                 (``mrope_section``, ``llama_4_scaling_beta``, ``mscale_all_dim``), and so do those of other layer types;
                 lengths that it repeats under other names are raised, and a head dimension that it leaves open is
                 written. Of a model with parts the entries belong into the config of its language model. None: a LLaMA.
@@ -373,7 +373,7 @@ def _resolve(
         raise ValueError(f"{', '.join(given)} come from the model; give a model or plain numbers, not both")
     if isinstance(source, (str, os.PathLike)):
         if str(source) in PRESETS:
-            rope = PRESETS[str(source)].rope
+            rope = PRESETS[str(source)]
             if original_length is not None:
                 rope = replace(rope, length=check_length(original_length, "original_length"))
             return ModelRope(rope, rope.rotary_dim, None if original_length is None else GIVEN), str(source)

@@ -1,4 +1,4 @@
-"""The length that a model was trained to read, from every key of its config that says so."""
+"""The context length that a model was trained with, from every key of its config that states it."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _unscaled_or_scaled(
     factor: float,
     others: Mapping[str, int],
 ) -> tuple[int, str]:
-    """``max_position_embeddings`` before or after a linear scaling that does not say what it started from."""
+    """``max_position_embeddings`` before or after a linear scaling whose config does not state the original length."""
     base_10000 = check_number(parameters.get("rope_theta"), "rope_theta") <= 10000
 
     def trained(length: float) -> bool:

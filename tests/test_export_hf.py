@@ -259,7 +259,7 @@ class TestBadInput:
 
     def test_a_target_that_cannot_be_written(self, fails, source):
         assert "not a directory" in fails(out="no/such/folder")
-        assert "holds the source" in fails("--force", out="model")
+        assert "contains the source" in fails("--force", out="model")
         (source.parent / "loop").symlink_to("loop")
         assert "exists" in fails(out="loop")
         assert "left alone" in fails("--force", out="loop")

@@ -23,7 +23,7 @@ from rope_dist.strategies import (
     get_strategy,
 )
 
-LLAMA2 = PRESETS["llama2-7b"].rope
+LLAMA2 = PRESETS["llama2-7b"]
 
 
 def dims(scaling: Scaling) -> int:
