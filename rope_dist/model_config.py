@@ -327,8 +327,8 @@ def _rotary_dim(
         return head_dim
     if kind == "proportional":
         raise ValueError(
-            f"{name} is of rope_type 'proportional' with partial_rotary_factor {share:g}: its other pairs do not rotate, "
-            "which factors cannot express"
+            f"{name} is of rope_type 'proportional' with partial_rotary_factor {share:g}: its other pairs do not "
+            "rotate, which factors cannot express"
         )
     own = _own_inv_freq(config, layers)
     rotary_dim = int(head_dim * share)
