@@ -118,6 +118,8 @@ def _known(nvcc: str, numbers: list[int]) -> list[int]:
 class BuildNative(build_ext):
     """Builds both libraries at the same time; a failure costs that library only."""
 
+    inplace: bool
+
     def get_ext_filename(self, fullname: str) -> str:
         """No Python version in the name: these are not Python modules."""
         return os.path.join(*fullname.split(".")) + SUFFIX
