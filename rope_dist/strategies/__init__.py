@@ -48,7 +48,7 @@ def _load(name: str) -> Strategy:
     parameters = list(inspect.signature(function).parameters.values())
     optional = all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[2:])
     if not optional or [p.name for p in parameters] != ["rope", "target_length", *settings]:
-        expected = ", ".join(("rope", "target_length", "*", *settings))
+        expected = ", ".join(("rope", "target_length", *(["*", *settings] if settings else [])))
         raise TypeError(
             f"the strategy {name} in rope_dist/defaults.py is {attribute}({expected}) with a default for each setting, "
             f"but its function is {attribute}{inspect.signature(function)}"
