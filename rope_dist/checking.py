@@ -64,7 +64,7 @@ def check_plan(plan: RopePlan, config: PretrainedConfig, *, any_length: bool = F
 
 
 def is_applied(plan: RopePlan, config: PretrainedConfig) -> bool:
-    """Whether a config is that of a model which is extended by ``plan``."""
+    """Whether the model of ``config`` is extended by ``plan`` already."""
     rope, head_dim = pretrained_rope(config, original_length=plan.original_length)
     return (
         (head_dim, rope.rotary_dim) == (plan.head_dim, plan.rotary_dim)

@@ -277,7 +277,7 @@ def _model_types(config: PretrainedConfig) -> list[str]:
 
 
 def rotates_windows_only(config: PretrainedConfig) -> str | None:
-    """Why other frequencies extend nothing in a model of :data:`ROTATES_WINDOWS_ONLY`; None for every other one."""
+    """Why there is nothing to extend in a model of :data:`ROTATES_WINDOWS_ONLY`; None for every other model."""
     key = ROTATES_WINDOWS_ONLY.get(config.model_type)
     window = getattr(config, key, None) if key else None
     windowed = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
@@ -349,7 +349,7 @@ def _own_inv_freq(config: PretrainedConfig, layers: str | None) -> torch.Tensor 
     try:
         model = MODEL_MAPPING[type(config)]
     except (KeyError, ImportError):
-        return None  # code of the model's own, or a package that it needs is missing
+        return None  # custom code, or a package that it needs is missing
     module = sys.modules[model_class(model).__module__]
     for name, value in vars(module).items():
         if name.endswith("RotaryEmbedding") and hasattr(value, "compute_default_rope_parameters"):
@@ -387,7 +387,7 @@ def _scaled(
             key = "long_factor" if config.max_position_embeddings > original else "short_factor"
             factors = torch.tensor(parameters[key], dtype=torch.float64, device="cpu")
             if config.model_type == "phimoe":
-                # It scales cos and sin by numbers of its own.
+                # It has its own keys for the attention scaling.
                 scaling = parameters[key.replace("factor", "mscale")]
         else:
             factors = (plain.inv_freq.double() / inv_freq.double()).float().double()
@@ -442,7 +442,7 @@ def extended_parameters(
     config = _text_config(config)
     own, layers = rope_parameters(config), extended_layers(config)
     if "partial_rotary_factor" in own or getattr(config, "partial_rotary_factor", None) is not None:
-        # Left out, transformers would fill it in.
+        # transformers would fill in a missing one.
         parameters.setdefault("partial_rotary_factor", 1.0)
     kept = {key: copy.deepcopy(value) for key, value in own.items() if key not in _FREQUENCY_KEYS}
     if own.get("rope_type", "default") == "default":

@@ -295,7 +295,7 @@ class RopePlan:
         )
         original = self.original_length
         if config is not None and self.original_length_from != GIVEN:
-            # Of an extension of an extension the first length is kept.
+            # The second of two extensions keeps the first original length.
             text = config.get_text_config(decoder=True)
             if original == text.max_position_embeddings:
                 original = recorded_extension(text) or original
@@ -354,7 +354,7 @@ def _resolve(
     rotary_dim: int | None,
     original_length: int | None,
 ) -> tuple[ModelRope, str | None]:
-    """The embedding to extend and the source's name."""
+    """The rotary embedding to extend, and the name of the source."""
     numbers = {"theta": theta, "head_dim": head_dim, "rotary_dim": rotary_dim}
     if source is None:
         needed = {**numbers, "original_length": original_length}
@@ -398,10 +398,12 @@ def check_options(
     settings: Mapping[str, Any] | None,
     more: Mapping[str, Any],
 ) -> tuple[float | None, dict[str, Any]]:
-    """The factor and the settings that :func:`plan` was given; ``ValueError`` for what is wrong whatever the model.
+    """Check the options of :func:`plan` that do not depend on the model; returns the factor and the settings.
 
-    ``factor`` is how far to extend, but where ``target_length`` says that already it is the strategy's setting of that
-    name (``llama3``, ``dynamic-ntk``).
+    Beside ``target_length`` a ``factor`` is the strategy's setting of that name (``llama3``, ``dynamic-ntk``).
+
+    Raises:
+        ValueError: an option is unknown, given twice or of the wrong type.
     """
     if settings is not None and not isinstance(settings, Mapping):
         raise ValueError(f"settings must be a mapping of names to values, got {settings!r:.80}")

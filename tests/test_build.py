@@ -296,6 +296,7 @@ class TestArchives:
         native = {n for n in names if n.startswith("rope_dist/_native/")}
         files = ("__init__.py", "build.json", f"librope_dist_cpu{SUFFIX}")
         assert native == {f"rope_dist/_native/{file}" for file in files}
+        assert "rope_dist/py.typed" in names
         assert {n.split("/")[0] for n in names} == {"rope_dist", f"{name}-{version}.dist-info"}
 
     def test_a_source_distribution_is_complete_and_builds(self, tools, tmp_path):

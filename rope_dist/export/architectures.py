@@ -49,7 +49,7 @@ MLX = frozenset((
 
 
 def unextendable(model: StockModel) -> str | None:
-    """Why no plan reaches the model by its config alone, in any engine, or None."""
+    """Why no config makes an engine run this model by a plan, or None if one can."""
     text = model.text
     nothing = rotates_windows_only(text)
     if nothing is not None:
@@ -63,7 +63,7 @@ def unextendable(model: StockModel) -> str | None:
 
 
 def unable_model(engine: str, model: StockModel) -> str | None:
-    """Why ``engine`` does not run this model by a plan, or None where nothing is known against it."""
+    """Why ``engine`` cannot run this model by a plan; None where no reason is known."""
     if engine == "transformers":
         return None
     text = model.text

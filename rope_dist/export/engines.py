@@ -1,7 +1,7 @@
 """Frequencies, attention scaling and length that each engine computes from a Hugging Face ``config.json``.
 
 Every function follows the engine's own code, read in the version that its docstring names. A test runs vLLM's and
-SGLang's classes themselves against the plan; MLX and TensorRT-LLM are by reading alone.
+SGLang's classes themselves against the plan; MLX and TensorRT-LLM are from their source code only.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def vllm(config: Mapping[str, Any]) -> EngineConfig:
 
 
 def sglang(config: Mapping[str, Any]) -> EngineConfig:
-    """SGLang 0.5.23: as vLLM, with its own order of the length's names."""
+    """SGLang 0.5.23: like vLLM, but it looks for the length under other keys first."""
     rope = _current_rope(config)
     keys = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
     length = next(config[key] for key in keys if config.get(key) is not None)
@@ -68,7 +68,7 @@ def sglang(config: Mapping[str, Any]) -> EngineConfig:
 
 
 def mlx(config: Mapping[str, Any]) -> EngineConfig:
-    """mlx-lm 0.32: the old names only, the long factors, no scaling of cos and sin but the derived one."""
+    """mlx-lm 0.32: ``rope_theta`` and ``rope_scaling`` only; the attention scaling is always derived."""
     rope = dict(config.get("rope_scaling") or {})
     length = config["max_position_embeddings"]
     inv_freq = _inv_freq(rope, config.get("rope_theta", 10000.0), _rotary_dim(config, None))
@@ -80,7 +80,7 @@ def mlx(config: Mapping[str, Any]) -> EngineConfig:
 
 
 def tensorrt_llm(config: Mapping[str, Any]) -> EngineConfig:
-    """TensorRT-LLM (``RopeParams.from_config``): a missing original length counts as 1024, the scaling is derived."""
+    """TensorRT-LLM (``RopeParams.from_config``): a missing original length is 1024, the scaling is derived."""
     rope = _current_rope(config)
     length = config["max_position_embeddings"]
     inv_freq = _inv_freq(rope, rope["rope_theta"], _rotary_dim(config, rope.get("partial_rotary_factor")))

@@ -1,4 +1,4 @@
-"""GGUF: the factor tensor of llama.cpp, ``rope_freqs.weight``, put into a file that has been converted already.
+"""Writes a plan into a copy of a GGUF file, as the factor tensor of llama.cpp (``rope_freqs.weight``).
 
 llama.cpp divides the angle of pair ``i`` by element ``i`` of that tensor, and multiplies cos and sin by
 ``rope.scaling.attn_factor`` whatever the scaling type. The converter writes the tensor for Llama 3's scaling alone and
@@ -81,7 +81,7 @@ def _check_plan(source: GgufFile, plan: RopePlan) -> None:
     for what, planned, own in (
         ("head_dim", plan.head_dim, source.head_dim),
         ("rotary_dim", plan.rotary_dim, source.head_dim),
-        # The file keeps float32.
+        # A file stores float32.
         ("theta", float(np.float32(plan.theta)), float(np.float32(source.theta))),
     ):
         if planned != own:
@@ -89,7 +89,7 @@ def _check_plan(source: GgufFile, plan: RopePlan) -> None:
     if _close(found.inv_freq, plan.inv_freq) and found.length == plan.target_length:
         return  # Exported by this plan before.
     if plan.original_length not in source.trained_lengths():
-        # The target's length may also be what a converter kept of an exported config, without its factors.
+        # A converter keeps the target length of an exported config, but not its factors.
         hint = (
             "; convert the model as it was before the extension" if found.length == plan.target_length else ""
         )
@@ -104,7 +104,7 @@ def _check_plan(source: GgufFile, plan: RopePlan) -> None:
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    # A converter computes Llama 3's factors in its own way.
+    # The converter's Llama 3 factors differ from transformers' by roundings.
     return torch.allclose(a.double(), b.double(), rtol=1e-5, atol=0.0)
 
 

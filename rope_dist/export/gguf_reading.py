@@ -101,7 +101,7 @@ class GgufFile:
         if FACTORS in self.tensors:
             factors = self._factors()
         scaling = self._number("rope.scaling.attn_factor", 1.0)
-        # Zero counts as nothing given.
+        # Zero means not given.
         stretch = self._number("rope.scaling.factor", 0) or self._number("rope.scale_linear", 0) or 1.0
         if kind == "linear":
             factors = factors * stretch
@@ -138,8 +138,8 @@ class GgufFile:
         return 1 / (kept + (1 - kept) / stretch)
 
     def trained_lengths(self) -> tuple[int, ...]:
-        """Tokens that the file may mean by its context length: converters copy what a config says, and configs of
-        scaled models keep the length before the scaling as often as the one after it."""
+        """Possible trained lengths in tokens. Converters copy ``context_length`` from a config, where scaled models
+        have the length before the scaling as often as the one after it."""
         length, stretch = self._number("context_length", 0), self._number("rope.scaling.factor", 0) or 1.0
         before = self._number("rope.scaling.original_context_length", 0) or length
         return tuple(dict.fromkeys((int(length), round(before * stretch))))

@@ -44,7 +44,7 @@ def config_entries(plan: RopePlan, config: PretrainedConfig | None = None) -> di
     """
     entries = plan.config_overrides(config)
     rope = entries["rope_parameters"] = dict(entries["rope_parameters"])
-    # PhiMoE's config insists on them.
+    # PhiMoE's config requires them.
     if plan.attention_scaling != 1 or getattr(config, "model_type", None) == "phimoe":
         rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
     entries["rope_theta"] = rope["rope_theta"]
@@ -75,7 +75,7 @@ def vllm_overrides(plan: RopePlan, config: PretrainedConfig | None = None) -> di
     check_model(model, plan, ("vllm",))
     entries = config_entries(plan, model.text)
     overrides = {key: entries[key] for key in keys}
-    # vLLM goes into an entry that is itself a config.
+    # vLLM merges an entry that is itself a config.
     return overrides if model.part is None else {model.part: overrides}
 
 
@@ -171,7 +171,7 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
         if isinstance(new.get(key), int):
             new[key] = max(new[key], plan.target_length)
     if new.get("head_dim") is None and not isinstance(getattr(type(text), "head_dim", None), property):
-        # Open, transformers' longrope would multiply None (Mixtral).
+        # transformers' longrope would multiply None (Mixtral).
         new["head_dim"] = plan.head_dim
     return {**new, **config_entries(plan, text)}
 
@@ -216,7 +216,7 @@ def _finish(
         path = directory / name
         if path.exists():
             data = read_json(path)
-            # generate() stops at it; vLLM takes the smaller one for some tasks.
+            # generate() stops there; vLLM takes the smaller length for some tasks.
             if isinstance(data.get(key), int) and plan.original_length <= data[key] < plan.target_length:
                 _write_json(path, {**data, key: plan.target_length})
     try:

@@ -89,7 +89,7 @@ class StockModel:
         """
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-        # Some language models are built by the whole model alone.
+        # Some language models have no class of their own: the whole model is built.
         for config in (self.text, self.config):
             for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
                 if type(config) not in mapping:

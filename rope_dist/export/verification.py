@@ -192,7 +192,7 @@ def _by_formula(
         raise ValueError(reason)
     if model.part is not None:
         file = file.get(model.part, file)
-    # A file may leave to its class what is the class's default.
+    # A file may leave out the defaults of its config class.
     defaults = {key: getattr(model.text, key, None) for key in SHAPE}
     return read_config({**{k: v for k, v in defaults.items() if v is not None}, **file})
 

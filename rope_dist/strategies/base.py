@@ -26,7 +26,7 @@ def default_inv_freq(theta: float, rotary_dim: int, factors: torch.Tensor | None
     Returns:
         ``[rotary_dim / 2]`` float32, radians per token.
     """
-    # The CPU whatever the ambient device is: a model is built on the meta device, its plan is not.
+    # On the CPU even where a model is being built on the meta device.
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
     wavelengths = theta**exponents
     if factors is not None:
@@ -169,7 +169,7 @@ def check_factors(factors: torch.Tensor, pairs: int) -> torch.Tensor:
 
 
 def scale_of(rope: PretrainedRope, target_length: int) -> float:
-    """``s = target_length / rope.length``; ``ValueError`` where the target is not a length or below 1."""
+    """``s = target_length / rope.length``; ``ValueError`` unless the target is a length of at least ``rope.length``."""
     check_length(target_length, "the target length")
     if target_length < rope.length:
         raise ValueError(

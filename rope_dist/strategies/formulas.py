@@ -18,7 +18,7 @@ def _pair_index(rope: PretrainedRope) -> torch.Tensor:
 
 
 def extrapolation(rope: PretrainedRope, target_length: int) -> Scaling:
-    """Leave every frequency as trained and read on (Press et al. 2022 call it direct extrapolation)."""
+    """Keep every trained frequency (direct extrapolation, Press et al. 2022)."""
     scale_of(rope, target_length)
     return Scaling(torch.ones(rope.pairs, dtype=torch.float64, device="cpu"))
 
@@ -57,7 +57,7 @@ def dynamic_ntk(rope: PretrainedRope, target_length: int, *, factor: float | Non
 def _base_change(rope: PretrainedRope, scale: float) -> torch.Tensor:
     """Factors of ``theta -> theta * scale ** (d / (d - 2))``: pair i gets ``scale ** (2i / (d - 2))``."""
     if rope.rotary_dim == 2:
-        # One pair is fastest and slowest at once; the formula divides by zero there.
+        # The formula divides by zero for a single pair.
         raise ValueError("NTK-aware scaling needs at least 4 rotary dimensions, got 2")
     return scale ** (2 * _pair_index(rope) / (rope.rotary_dim - 2))
 

@@ -174,7 +174,7 @@ class _Search:
         )
 
     def try_nearby(self, which: torch.Tensor) -> None:
-        """Factors around the best of these pairs, closer and closer."""
+        """Factors near the best ones of these pairs, in ever smaller ranges."""
         pairs = which.nonzero().flatten()
         for reach, points in _NEARBY:
             steps = torch.linspace(-reach, reach, points, dtype=torch.float64, device="cpu")
@@ -191,7 +191,7 @@ class _Search:
             self._offer(torch.full((found.numel(),), i, device="cpu"), found)
 
     def _offer(self, pairs: torch.Tensor, factors: torch.Tensor) -> None:
-        """Measure pairs with the factors beside them, and keep what disturbs a pair less than its best so far."""
+        """Measure each pair with its candidate factor, and keep a factor that disturbs less than the best so far."""
         for pair, factor in zip(pairs.split(256), factors.split(256), strict=True):
             if pair.numel() == 0:
                 continue
@@ -212,7 +212,7 @@ class _Search:
         candidates = [
             p / q + (revolutions - p / q) * length / target for p, q in approximations(revolutions, length)
         ]
-        # Whole extra revolutions over the target length end at the same angle; none is position interpolation.
+        # With k more revolutions the target length ends at the angle of the trained one; 0 is position interpolation.
         extra = min(math.floor((target - length) * revolutions), _EXTRA_REVOLUTIONS)
         candidates += [(revolutions * length + k) / target for k in range(extra + 1)]
         # Two that end within 1/64 of an interval are one candidate.
@@ -234,7 +234,7 @@ class _Search:
         def best(candidates: torch.Tensor) -> torch.Tensor:
             after = interval_shares(candidates, self.target_length, self.intervals, smoothing)
             if self.divergence == "pretrained-extended":
-                disturbed = -(after.log() @ before)  # but for a constant
+                disturbed = -(after.log() @ before)  # up to a constant
             else:
                 disturbed = (after * (after / before).log()).sum(1)
             return candidates[torch.argsort(disturbed, stable=True)[:_BEST]]
