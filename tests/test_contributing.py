@@ -136,8 +136,9 @@ def test_a_strategy(copy, tmp_path, make_llama):
         "rope_dist/strategies/power.py",
         "tests/test_strategies.py",
     ]
-    tests, compare, export = recipe.commands
+    tests, plan, compare, export = recipe.commands
     assert re.search(r"^\d+ passed", recipe.run(tests).splitlines()[-1])
+    assert re.search(r"^ *0-63 +1\.41421 ", recipe.run(plan), re.M)  # 4 ** 0.25
     assert re.search(r"^power +[\d.]+ +128$", recipe.run(compare), re.M)
     make_llama(max_position_embeddings=64).save_pretrained(tmp_path / "model")
     recipe.run(export, MODEL=tmp_path / "model", EXTENDED=tmp_path / "extended")

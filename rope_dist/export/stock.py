@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def read_config(directory: Path) -> PretrainedConfig:
+def read_config(source: str | os.PathLike[str]) -> PretrainedConfig:
     """:func:`rope_dist.planning.load_config`, without transformers' warning about keys for other engines."""
     with _no_warning_of_keys():
-        return load_config(directory)
+        return load_config(source)
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _directory(
         check_weights(path)
     model = StockModel(read_config(path))
     if isinstance(source, (str, os.PathLike)):
-        before: PretrainedConfig | None = read_config(Path(source))
+        before: PretrainedConfig | None = read_config(source)
     else:
         before = source
     checks = []
