@@ -127,10 +127,10 @@ class TestFile:
         """The reference is transformers' own YaRN; llama.cpp's is the same, with the scaling in its graph."""
         model, source = trained_with_yarn(make_llama, tmp_path, factor)
         stock = model.model.rotary_emb
-        reading = read(source).engine_config()
-        torch.testing.assert_close(reading.inv_freq, stock.inv_freq, rtol=1e-6, atol=0)
-        assert 0 < (reading.inv_freq < 0.99 * read(source).theta ** -(torch.arange(0, 16, 2) / 16)).sum() < 8
-        assert reading.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-6)
+        found = read(source).engine_config()
+        torch.testing.assert_close(found.inv_freq, stock.inv_freq, rtol=1e-6, atol=0)
+        assert 0 < (found.inv_freq < 0.99 * read(source).theta ** -(torch.arange(0, 16, 2) / 16)).sum() < 8
+        assert found.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-6)
         plan = rope_dist.plan(model, factor=2, strategy="dprope")
         out = export.gguf(source, plan, tmp_path / "out.gguf")
         assert not [key for key in fields(out) if key.startswith("llama.rope.scaling.") and "attn" not in key]

@@ -313,6 +313,6 @@ def test_vllm_arguments_carry_the_plan(capsys, plan, source, tmp_path):
     _, length, _, overrides = shlex.split(capsys.readouterr().out)
     assert int(length) == 128
     config = {**json.loads((source / "config.json").read_text()), **json.loads(overrides)}
-    reading = export.ENGINES["vllm"](config)
-    assert torch.equal(reading.inv_freq, plan.inv_freq)
-    assert reading.length == 128
+    found = export.ENGINES["vllm"](config)
+    assert torch.equal(found.inv_freq, plan.inv_freq)
+    assert found.length == 128

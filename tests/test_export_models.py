@@ -435,8 +435,8 @@ class TestVllm:
         rotary = transformers.AutoModel.from_config(config.text_config).rotary_emb
         assert torch.equal(rotary.inv_freq, plan.inv_freq)
         assert rotary.attention_scaling == plan.attention_scaling
-        reading = export.ENGINES["vllm"](config.text_config.to_dict())
-        assert reading.attention_scaling == plan.attention_scaling
+        found = export.ENGINES["vllm"](config.text_config.to_dict())
+        assert found.attention_scaling == plan.attention_scaling
 
     def test_a_plan_of_another_model(self, llama):
         other = rope_dist.plan(llama, factor=2, strategy="dprope")
