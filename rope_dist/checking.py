@@ -1,4 +1,4 @@
-"""Whether a plan is one for a given model: the comparison that ``enable()`` and every export make."""
+"""Checks that a plan is made for a given model, as ``enable()`` and every export require."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def check_same_model(
 ) -> None:
     """``ValueError`` if ``plan`` was made for another rotary embedding than ``rope``, with what differs.
 
-    Derived numbers are compared to float32's rounding: presets, configs and GGUF files compute them in their own ways.
+    Derived numbers are compared up to a few roundings of float32: presets, configs and GGUF files differ in these.
 
     Args:
-        plan, rope, head_dim: what to compare.
+        plan: the plan.
+        rope, head_dim: the model's rotary embedding and head dimension.
         any_length: do not compare the trained length, which a user may know better than a config.
     """
     for what, planned, own in (
@@ -63,7 +64,7 @@ def check_plan(plan: RopePlan, config: PretrainedConfig, *, any_length: bool = F
 
 
 def is_applied(plan: RopePlan, config: PretrainedConfig) -> bool:
-    """Whether a config is that of a model which is extended by ``plan``."""
+    """Whether the model of ``config`` is extended by ``plan`` already."""
     rope, head_dim = pretrained_rope(config, original_length=plan.original_length)
     return (
         (head_dim, rope.rotary_dim) == (plan.head_dim, plan.rotary_dim)

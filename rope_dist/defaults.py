@@ -17,26 +17,36 @@ DIVERGENCE = f"one of {', '.join(DIVERGENCE_NAMES)}"
 MEASURE_DTYPES = ("float32", "float64")
 DTYPE = f"one of {', '.join(MEASURE_DTYPES)}"
 _MEASURE = {"intervals": INTEGER, "smoothing": NUMBER, "divergence": DIVERGENCE, "dtype": DTYPE}
+MEASURE_SETTINGS = ("intervals", "divergence", "dtype")
+"""Settings that plan() passes on to a strategy that has them: it minimises the disturbance that is reported."""
 
-STRATEGY_SETTINGS: dict[str, dict[str, str]] = {
-    "extrapolation": {},
-    "pi": {},
-    "ntk": {},
-    "dynamic-ntk": {"factor": NUMBER},
-    "yarn": {"beta_fast": NUMBER, "beta_slow": NUMBER, "attention_factor": NUMBER, "truncate": BOOLEAN},
-    "llama3": {"factor": NUMBER, "low_freq_factor": NUMBER, "high_freq_factor": NUMBER},
-    "longrope": {"factors": NUMBERS, "attention_factor": NUMBER},
-    "dprope": {
-        "threshold": THRESHOLD,
-        "interpolated_dims": INTEGER,
-        "candidates": NAMES,
-        **_MEASURE,
-    },
-    "refined": {"tolerance": NUMBER, "slack": NUMBER, **_MEASURE},
-    "auto": {"fast_turns": NUMBER, "slow_turns": NUMBER, "attention_factor": NUMBER},
+STRATEGIES: dict[str, tuple[str, dict[str, str]]] = {
+    "extrapolation": ("formulas.extrapolation", {}),
+    "pi": ("formulas.pi", {}),
+    "ntk": ("formulas.ntk", {}),
+    "dynamic-ntk": ("formulas.dynamic_ntk", {"factor": NUMBER}),
+    "yarn": (
+        "formulas.yarn",
+        {"beta_fast": NUMBER, "beta_slow": NUMBER, "attention_factor": NUMBER, "truncate": BOOLEAN},
+    ),
+    "llama3": (
+        "formulas.llama3",
+        {"factor": NUMBER, "low_freq_factor": NUMBER, "high_freq_factor": NUMBER},
+    ),
+    "longrope": ("formulas.longrope", {"factors": NUMBERS, "attention_factor": NUMBER}),
+    "dprope": (
+        "distributional.dprope",
+        {"threshold": THRESHOLD, "interpolated_dims": INTEGER, "candidates": NAMES, **_MEASURE},
+    ),
+    "refined": ("refinement.refined", {"tolerance": NUMBER, "slack": NUMBER, **_MEASURE}),
+    "auto": ("auto.auto", {"fast_turns": NUMBER, "slow_turns": NUMBER, "attention_factor": NUMBER}),
 }
-"""Strategy -> its settings and what each takes."""
+"""Every strategy: its function in rope_dist/strategies, and what each of its settings takes.
 
+This is the one place that lists them; importing :mod:`rope_dist.strategies` compares each entry with its function.
+"""
+
+STRATEGY_SETTINGS = {name: settings for name, (_, settings) in STRATEGIES.items()}
 STRATEGY_NAMES = tuple(STRATEGY_SETTINGS)
 COMPARED_STRATEGIES = tuple(name for name in STRATEGY_NAMES if name != "longrope")
 """What ``rope-dist compare`` compares: longrope has no factors of its own, they come from a search on a model."""

@@ -2,7 +2,7 @@
 
 Numbers in, numbers out: this module knows no model and no config.
 
-For a rotary pair with frequency ``theta_i`` (radians a token) the angle of position ``m`` is
+For a rotary pair with frequency ``theta_i`` (radians per token) the angle of position ``m`` is
 ``m * theta_i mod 2*pi``. Cutting ``[0, 2*pi)`` into equal intervals and counting the positions
 ``0 .. length - 1`` in each gives the pair's rotary angle distribution; the disturbance of an
 extension is the Kullback-Leibler divergence between that distribution in pre-training and after.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tqdm import tqdm
@@ -36,7 +36,7 @@ logarithm of an interval that no position visits finite."""
 _POSITIONS_AT_ONCE = 32768
 
 
-def check_intervals(intervals: int) -> int:
+def check_intervals(intervals: Any) -> int:
     """Return ``intervals`` if it is a whole number of 2 to ``MAX_INTERVALS``, else raise ``ValueError``."""
     number = isinstance(intervals, Real) and not isinstance(intervals, bool)
     if not number or not 2 <= intervals <= MAX_INTERVALS or int(intervals) != intervals:
@@ -46,7 +46,7 @@ def check_intervals(intervals: int) -> int:
     return int(intervals)
 
 
-def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def check_dtype(dtype: Any) -> torch.dtype:
     """``torch.float32`` or ``torch.float64`` from itself or its name, else ``ValueError``."""
     known = {"float32": torch.float32, "float64": torch.float64}
     name = str(dtype).removeprefix("torch.")
@@ -66,7 +66,7 @@ def rotary_angle_distribution(
     """Share of the positions ``0 .. length - 1`` whose rotary angle falls into each interval (eq. 5-7).
 
     Args:
-        inv_freq: ``[pairs]`` floating, radians a token, one frequency a rotary pair.
+        inv_freq: ``[pairs]`` floating, radians per token, one frequency per rotary pair.
         length: number of positions, at least 1.
         intervals: number of equal intervals of ``[0, 2*pi)``, at least 2.
         smoothing: what each interval's count starts at, in positions; 0 for the plain histogram.
@@ -85,7 +85,7 @@ def rotary_angle_distribution(
     if inv_freq.ndim != 1 or inv_freq.numel() == 0:
         raise ValueError(f"inv_freq must be a vector [pairs], got shape {list(inv_freq.shape)}")
     if not bool(torch.all(torch.isfinite(inv_freq) & (inv_freq > 0))):
-        raise ValueError("inv_freq must hold finite positive numbers only")
+        raise ValueError("inv_freq must consist of finite positive numbers")
     if length < 1:
         raise ValueError(f"length must be at least 1 position, got {length}")
     if isinstance(smoothing, bool) or not isinstance(smoothing, Real) or not 0 <= smoothing <= 1e9:
@@ -144,11 +144,11 @@ def disturbance(
     return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1)
 
 
-def check_divergence(divergence: str) -> str:
+def check_divergence(divergence: Any) -> Divergence:
     """Return ``divergence`` if it names a direction of :func:`disturbance`, else raise ``ValueError``."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    return divergence
+    return cast(Divergence, divergence)
 
 
 def disturbances(
@@ -165,9 +165,9 @@ def disturbances(
     """Disturbance per pair of several candidate extensions of one pre-trained embedding.
 
     Args:
-        inv_freq: ``[pairs]``, the frequencies of pre-training, radians a token.
+        inv_freq: ``[pairs]``, the frequencies of pre-training, radians per token.
         length: the trained length, positions.
-        factors: candidates, each ``[pairs]``; pair ``i`` turns at ``inv_freq[i] / factor[i]``.
+        factors: candidates, each ``[pairs]``; pair ``i`` gets the frequency ``inv_freq[i] / factor[i]``.
         target_length: the length to read, positions.
         intervals, smoothing, dtype: as in :func:`rotary_angle_distribution`.
         divergence: as in :func:`disturbance`.

@@ -76,7 +76,7 @@ def _preset(name: str) -> dict[str, str]:
     """The published rotary embedding, and what a layer does; the number of layers is the model's own."""
     from transformers import CONFIG_MAPPING
 
-    rope = PRESETS[name].rope
+    rope = PRESETS[name]
     repository, model_type = defaults.PRESETS[name]
     scaled = "" if rope.factors is None else f", scaled by {min(rope.factors):g} to {max(rope.factors):g}"
     # One layer of the type's default shape, with the preset's heads.

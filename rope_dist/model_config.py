@@ -1,4 +1,4 @@
-"""A model's config: the rotary embedding that the model was trained with, and how an extension is written into it."""
+"""Reads a model's rotary embedding from its transformers config, and writes an extension into it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ ROTATES_WINDOWS_ONLY: dict[str, str] = {
 }
 """``model_type`` of families whose full attention has no rotary embedding, and the key of their window's size."""
 
-# Keys of the rotary parameters that say how frequencies are computed: an extension replaces them. All others
+# Keys of the rotary parameters that determine the frequencies: an extension replaces them. All others
 # (mrope_section, llama_4_scaling_beta, mscale_all_dim, ...) are read elsewhere in a model and stay.
 _FREQUENCY_KEYS = {
     "alpha",
@@ -87,15 +87,15 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "pr
 
 @dataclass(frozen=True)
 class ModelRope:
-    """What a config says of its model's rotary embedding.
+    """A model's rotary embedding as read from its config.
 
     Attributes:
         rope: the embedding that the model was trained with.
         head_dim: dimensions of an attention head.
         length_from: where ``rope.length`` comes from.
         recorded: the length before rope_dist extended the model, where the config records that; else None.
-        notes: what a user should know before extending it.
-        loss: what an extension gives up; worth a warning.
+        notes: remarks for the user before extending it.
+        loss: a capability that an extension removes, worth a warning; else None.
     """
 
     rope: PretrainedRope
@@ -146,7 +146,7 @@ def load_config(source: str | os.PathLike[str]) -> PretrainedConfig:
 
 
 def _reason(error: Exception) -> str:
-    """One line of what transformers says. Its validation errors have the reason in their last line."""
+    """transformers' error in one line. Its validation errors have the reason in their last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -277,7 +277,7 @@ def _model_types(config: PretrainedConfig) -> list[str]:
 
 
 def rotates_windows_only(config: PretrainedConfig) -> str | None:
-    """Why other frequencies extend nothing in a model of :data:`ROTATES_WINDOWS_ONLY`; None for every other one."""
+    """Why there is nothing to extend in a model of :data:`ROTATES_WINDOWS_ONLY`; None for every other model."""
     key = ROTATES_WINDOWS_ONLY.get(config.model_type)
     window = getattr(config, key, None) if key else None
     windowed = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
@@ -300,7 +300,8 @@ def _heterogeneous(config: PretrainedConfig) -> bool:
 
 def _head_dim(config: PretrainedConfig, layers: str | None) -> int:
     if _heterogeneous(config):
-        config = config.per_layer_config[layers or EXTENDED_LAYERS]
+        by_layer: Any = config.per_layer_config  # by a type of layers too, which its annotation leaves out
+        config = by_layer[layers or EXTENDED_LAYERS]
     head_dim = getattr(config, "head_dim", None)
     if not head_dim:
         heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
@@ -326,8 +327,8 @@ def _rotary_dim(
         return head_dim
     if kind == "proportional":
         raise ValueError(
-            f"{name} is of rope_type 'proportional' with partial_rotary_factor {share:g}: its other pairs do not turn "
-            "at all, which factors cannot express"
+            f"{name} is of rope_type 'proportional' with partial_rotary_factor {share:g}: its other pairs do not "
+            "rotate, which factors cannot express"
         )
     own = _own_inv_freq(config, layers)
     rotary_dim = int(head_dim * share)
@@ -348,13 +349,18 @@ def _own_inv_freq(config: PretrainedConfig, layers: str | None) -> torch.Tensor 
     try:
         model = MODEL_MAPPING[type(config)]
     except (KeyError, ImportError):
-        return None  # code of the model's own, or a package that it needs is missing
-    module = sys.modules[(model[0] if isinstance(model, tuple) else model).__module__]
+        return None  # custom code, or a package that it needs is missing
+    module = sys.modules[model_class(model).__module__]
     for name, value in vars(module).items():
         if name.endswith("RotaryEmbedding") and hasattr(value, "compute_default_rope_parameters"):
             with torch.device("cpu"):
                 return value.compute_default_rope_parameters(config, **_layer_option(layers))[0]
     return None
+
+
+def model_class(mapped: Any) -> Any:
+    """The class in an entry of transformers' ``MODEL_MAPPING``: some (Funnel) are a tuple of two."""
+    return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
 def _layer_option(layers: str | None) -> dict[str, str]:
@@ -381,7 +387,7 @@ def _scaled(
             key = "long_factor" if config.max_position_embeddings > original else "short_factor"
             factors = torch.tensor(parameters[key], dtype=torch.float64, device="cpu")
             if config.model_type == "phimoe":
-                # It scales cos and sin by numbers of its own.
+                # It has its own keys for the attention scaling.
                 scaling = parameters[key.replace("factor", "mscale")]
         else:
             factors = (plain.inv_freq.double() / inv_freq.double()).float().double()
@@ -436,7 +442,7 @@ def extended_parameters(
     config = _text_config(config)
     own, layers = rope_parameters(config), extended_layers(config)
     if "partial_rotary_factor" in own or getattr(config, "partial_rotary_factor", None) is not None:
-        # Left out, transformers would fill it in.
+        # transformers would fill in a missing one.
         parameters.setdefault("partial_rotary_factor", 1.0)
     kept = {key: copy.deepcopy(value) for key, value in own.items() if key not in _FREQUENCY_KEYS}
     if own.get("rope_type", "default") == "default":

@@ -1,4 +1,4 @@
-"""Plans: which factor every rotary pair gets, where that came from, and what it costs.
+"""Plans: the factor of every rotary pair, its provenance, and the disturbance that it causes.
 
 A :class:`RopePlan` is what the rest of the package passes around: made by :func:`plan` from a
 model's config or from plain numbers, kept as JSON, applied by :func:`rope_dist.enable`.
@@ -6,14 +6,14 @@ model's config or from plain numbers, kept as JSON, applied by :func:`rope_dist.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import torch
 from tabulate import tabulate
 
 from .checking import check_plan, check_same_model, is_applied
+from .defaults import MEASURE_SETTINGS, STRATEGY_SETTINGS
 from .distribution import (
     DEFAULT_INTERVALS,
     Divergence,
@@ -89,15 +90,15 @@ class RopePlan:
         head_dim: dimensions of an attention head.
         rotary_dim: rotated dimensions of a head (``head_dim`` unless the model rotates a part).
         original_length, target_length: tokens, trained and to be read.
-        factors: one a pair, float32 values, relative to ``theta ** (-2i / rotary_dim)``; the scaling
+        factors: one per pair, float32 values, relative to ``theta ** (-2i / rotary_dim)``; the scaling
             that the model was trained with (``base_factors``) is included.
-        attention_scaling: what cos and sin are multiplied by.
+        attention_scaling: factor of cos and sin.
         disturbance_per_pair: disturbance of each pair's rotary angle distribution, nats (eq. 8).
         intervals, divergence, dtype: how the disturbance was measured.
         base_factors: the trained model's own factors, or None for all ones.
-        source: what the plan was made from (a preset, a path, a hub id), or None.
+        source: preset, path or hub id that the plan was made from, or None.
         original_length_from: which keys of a config ``original_length`` comes from, or None.
-        notes: what to know before the plan is applied.
+        notes: remarks for the user before the plan is applied.
     """
 
     strategy: str
@@ -111,7 +112,7 @@ class RopePlan:
     attention_scaling: float
     disturbance_per_pair: tuple[float, ...]
     intervals: int = DEFAULT_INTERVALS
-    divergence: str = "pretrained-extended"
+    divergence: Divergence = "pretrained-extended"
     dtype: str = "float32"
     base_factors: tuple[float, ...] | None = None
     source: str | None = field(default=None, compare=False)
@@ -154,7 +155,7 @@ class RopePlan:
 
     @property
     def inv_freq(self) -> torch.Tensor:
-        """``[rotary_dim / 2]`` float32, radians a token; equals stock's bit for bit where factors are 1."""
+        """``[rotary_dim / 2]`` float32, radians per token; equals stock's bit for bit where factors are 1."""
         factors = torch.tensor(self.factors, dtype=torch.float32, device="cpu")
         return default_inv_freq(self.theta, self.rotary_dim, factors)
 
@@ -165,7 +166,7 @@ class RopePlan:
 
     @property
     def interpolated_dims(self) -> int:
-        """Dimensions (two a pair) whose frequency differs from the trained one: the paper's ``n``."""
+        """Dimensions (two per pair) whose frequency differs from the trained one: the paper's ``n``."""
         base = self.base_factors or (1.0,) * len(self.factors)
         return 2 * sum(f != b for f, b in zip(self.factors, base, strict=True))
 
@@ -215,31 +216,18 @@ class RopePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; :meth:`from_dict` gives an equal plan back."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "rope_dist_version": __version__,
-            "source": self.source,
-            "strategy": self.strategy,
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in own.items()},
             "settings": dict(self.settings),
+            # Derived, for readers of the file; from_dict() checks inv_freq.
             "threshold": self.threshold,
-            "theta": self.theta,
-            "head_dim": self.head_dim,
-            "rotary_dim": self.rotary_dim,
-            "original_length": self.original_length,
-            "target_length": self.target_length,
             "interpolated_dims": self.interpolated_dims,
-            "attention_scaling": self.attention_scaling,
-            "intervals": self.intervals,
-            "divergence": self.divergence,
-            "dtype": self.dtype,
             "disturbance": self.disturbance,
-            "disturbance_per_pair": list(self.disturbance_per_pair),
-            "base_factors": None if self.base_factors is None else list(self.base_factors),
-            "factors": list(self.factors),
             "inv_freq": self.inv_freq.tolist(),
-            "original_length_from": self.original_length_from,
-            "notes": list(self.notes),
         }
 
     @classmethod
@@ -252,47 +240,10 @@ class RopePlan:
                 f"plan format version {data.get('version')!r} is not known to rope_dist {__version__} "
                 f"(it reads version {FORMAT_VERSION})"
             )
-
-        def get(key: str, *types: type) -> Any:
-            if key not in data:
-                raise ValueError(f'the plan has no "{key}"')
-            value = data[key]
-            if not isinstance(value, types) or isinstance(value, bool):
-                raise ValueError(f'"{key}" of the plan is of the wrong type: {value!r:.80}')
-            return value
-
-        def numbers(key: str) -> tuple[float, ...]:
-            values = get(key, list)
-            if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-                raise ValueError(f'"{key}" of the plan must be a list of numbers')
-            return tuple(float(v) for v in values)
-
-        base = data.get("base_factors")
-        # Plans of earlier versions have no notes.
-        data = {"original_length_from": None, "notes": [], **data}
-        notes = get("notes", list)
-        if not all(isinstance(note, str) for note in notes):
-            raise ValueError('"notes" of the plan must be a list of texts')
-        plan = cls(
-            strategy=get("strategy", str),
-            settings=dict(get("settings", dict)),
-            theta=float(get("theta", int, float)),
-            head_dim=get("head_dim", int),
-            rotary_dim=get("rotary_dim", int),
-            original_length=get("original_length", int),
-            target_length=get("target_length", int),
-            factors=numbers("factors"),
-            attention_scaling=float(get("attention_scaling", int, float)),
-            disturbance_per_pair=numbers("disturbance_per_pair"),
-            intervals=get("intervals", int),
-            divergence=get("divergence", str),
-            dtype=get("dtype", str),
-            base_factors=None if base is None else numbers("base_factors"),
-            source=get("source", str, type(None)),
-            original_length_from=get("original_length_from", str, type(None)),
-            notes=tuple(notes),
+        plan = cls(**{f.name: _from_json(data, f.name, str(f.type)) for f in fields(cls)})
+        written = torch.tensor(
+            _from_json(data, "inv_freq", "tuple[float, ...]"), dtype=torch.float64, device="cpu"
         )
-        written = torch.tensor(numbers("inv_freq"), dtype=torch.float64, device="cpu")
         if written.shape != plan.inv_freq.shape or not torch.allclose(
             written, plan.inv_freq.double(), rtol=1e-6, atol=0.0
         ):
@@ -325,7 +276,7 @@ class RopePlan:
         factors came from.
 
         Args:
-            config: the config to be changed. What its rotary parameters say beside the frequencies stays
+            config: the config to be changed. Rotary parameters that do not determine frequencies stay
                 (``mrope_section``, ``llama_4_scaling_beta``, ``mscale_all_dim``), and so do those of other layer types;
                 lengths that it repeats under other names are raised, and a head dimension that it leaves open is
                 written. Of a model with parts the entries belong into the config of its language model. None: a LLaMA.
@@ -344,7 +295,7 @@ class RopePlan:
         )
         original = self.original_length
         if config is not None and self.original_length_from != GIVEN:
-            # Of an extension of an extension the first length is kept.
+            # The second of two extensions keeps the first original length.
             text = config.get_text_config(decoder=True)
             if original == text.max_position_embeddings:
                 original = recorded_extension(text) or original
@@ -361,6 +312,41 @@ class RopePlan:
         }
 
 
+# Annotation of a field -> the types that its value has in JSON; of a list: the annotation of its entries, their name.
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "Divergence": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "dict[str, Any]": (dict,),
+}
+_JSON_LISTS = {"tuple[float, ...]": ("float", "numbers"), "tuple[str, ...]": ("str", "texts")}
+
+
+def _is_json(value: Any, kind: str) -> bool:
+    if not isinstance(value, _JSON_TYPES[kind]) or isinstance(value, bool):
+        return False
+    # A whole number in JSON may be larger than any float.
+    return kind != "float" or not isinstance(value, int) or abs(value) <= sys.float_info.max
+
+
+def _from_json(data: Mapping[str, Any], key: str, annotation: str) -> Any:
+    """The value of a plan's JSON as the type that :class:`RopePlan` annotates; ``ValueError`` for any other."""
+    if key not in data:
+        raise ValueError(f'the plan has no "{key}"')
+    value, kind = data[key], annotation.removesuffix(" | None")
+    if value is None and kind != annotation:
+        return None
+    entry, entries = _JSON_LISTS.get(kind, (kind, ""))
+    if not (isinstance(value, list) if entries else _is_json(value, kind)):
+        raise ValueError(f'"{key}" of the plan is of the wrong type: {value!r:.80}')
+    if not entries:
+        return float(value) if kind == "float" else value
+    if not all(_is_json(v, entry) for v in value):
+        raise ValueError(f'"{key}" of the plan must be a list of {entries}')
+    return tuple(float(v) if entry == "float" else v for v in value)
+
+
 def _resolve(
     source: Any,
     theta: float | None,
@@ -368,7 +354,7 @@ def _resolve(
     rotary_dim: int | None,
     original_length: int | None,
 ) -> tuple[ModelRope, str | None]:
-    """The embedding to extend and the source's name."""
+    """The rotary embedding to extend, and the name of the source."""
     numbers = {"theta": theta, "head_dim": head_dim, "rotary_dim": rotary_dim}
     if source is None:
         needed = {**numbers, "original_length": original_length}
@@ -387,7 +373,7 @@ def _resolve(
         raise ValueError(f"{', '.join(given)} come from the model; give a model or plain numbers, not both")
     if isinstance(source, (str, os.PathLike)):
         if str(source) in PRESETS:
-            rope = PRESETS[str(source)].rope
+            rope = PRESETS[str(source)]
             if original_length is not None:
                 rope = replace(rope, length=check_length(original_length, "original_length"))
             return ModelRope(rope, rope.rotary_dim, None if original_length is None else GIVEN), str(source)
@@ -405,14 +391,6 @@ def _resolve(
     return read_rope(config, original_length), getattr(config, "_name_or_path", None) or None
 
 
-_MEASURE = ("intervals", "divergence", "dtype")
-
-
-def _known_settings(strategy: str) -> list[str]:
-    parameters = inspect.signature(get_strategy(strategy)).parameters
-    return [name for name in parameters if name not in ("rope", "target_length")]
-
-
 def check_options(
     strategy: str,
     target_length: int | None,
@@ -420,10 +398,12 @@ def check_options(
     settings: Mapping[str, Any] | None,
     more: Mapping[str, Any],
 ) -> tuple[float | None, dict[str, Any]]:
-    """The factor and the settings that :func:`plan` was given; ``ValueError`` for what is wrong whatever the model.
+    """Check the options of :func:`plan` that do not depend on the model; returns the factor and the settings.
 
-    ``factor`` is how far to extend, but where ``target_length`` says that already it is the strategy's setting of that
-    name (``llama3``, ``dynamic-ntk``).
+    Beside ``target_length`` a ``factor`` is the strategy's setting of that name (``llama3``, ``dynamic-ntk``).
+
+    Raises:
+        ValueError: an option is unknown, given twice or of the wrong type.
     """
     if settings is not None and not isinstance(settings, Mapping):
         raise ValueError(f"settings must be a mapping of names to values, got {settings!r:.80}")
@@ -432,13 +412,14 @@ def check_options(
         if name in given:
             raise ValueError(f"the setting {name!r} is given twice")
         given[name] = value
-    known = _known_settings(strategy)
+    get_strategy(strategy)
+    known = STRATEGY_SETTINGS[strategy]
     if factor is not None and target_length is not None and "factor" in known and "factor" not in given:
         given["factor"], factor = factor, None
     for name in given:
         if name not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
-            others = [other for other in STRATEGIES if name in _known_settings(other)]
+            others = [other for other in STRATEGIES if name in STRATEGY_SETTINGS[other]]
             hint = f" (strategies that have it: {', '.join(others)})" if others else ""
             raise ValueError(f"the strategy {strategy} has no setting {name!r}; {has}{hint}")
     if factor is not None:
@@ -511,18 +492,27 @@ def plan(
         warnings.warn(found.loss, stacklevel=2)
     if (target_length is None) == (factor is None):
         raise ValueError("give either target_length (tokens) or factor (times the original length)")
-    if target_length is None:
+    if factor is not None:
         target_length = _target(found, factor)
+    target_length = check_length(target_length, "the target length")
+    intervals = check_intervals(given.pop("intervals", intervals))
+    divergence = check_divergence(given.pop("divergence", divergence))
+    dtype = check_dtype(given.pop("dtype", dtype))
     # A strategy that looks at the disturbance looks at the one that is reported.
     measure = {"intervals": intervals, "divergence": divergence, "dtype": dtype}
-    measure.update({n: given.pop(n) for n in _MEASURE if n in given})
-    measure["intervals"] = check_intervals(measure["intervals"])
-    measure["dtype"] = check_dtype(measure["dtype"])
-    measured = {n: v for n, v in measure.items() if n in _known_settings(strategy)}
-    scaling = get_strategy(strategy)(rope, target_length, **measured, **given)
+    given.update({name: measure[name] for name in MEASURE_SETTINGS if name in STRATEGY_SETTINGS[strategy]})
+    scaling = get_strategy(strategy)(rope, target_length, **given)
     per_pair = scaling.disturbance
     if per_pair is None:
-        per_pair = disturbances(rope.inv_freq, rope.length, [scaling.factors], target_length, **measure)[0]
+        (per_pair,) = disturbances(
+            rope.inv_freq,
+            rope.length,
+            [scaling.factors],
+            target_length,
+            intervals=intervals,
+            divergence=divergence,
+            dtype=dtype,
+        )
     return RopePlan(
         strategy=strategy,
         settings=scaling.settings,
@@ -530,13 +520,13 @@ def plan(
         head_dim=found.head_dim,
         rotary_dim=rope.rotary_dim,
         original_length=rope.length,
-        target_length=int(target_length),
+        target_length=target_length,
         factors=tuple((rope.base_factors * scaling.factors).float().tolist()),
         attention_scaling=rope.attention_scaling * scaling.attention_scaling,
         disturbance_per_pair=tuple(per_pair.tolist()),
-        intervals=measure["intervals"],
-        divergence=measure["divergence"],
-        dtype=str(measure["dtype"]).removeprefix("torch."),
+        intervals=intervals,
+        divergence=divergence,
+        dtype=str(dtype).removeprefix("torch."),
         base_factors=rope.factors,
         source=name,
         original_length_from=found.length_from,

@@ -5,17 +5,7 @@ The numbers are those of each model's ``config.json`` on the Hugging Face Hub.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .strategies import PretrainedRope, llama3
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model's published rotary embedding: its repository and ``rope``."""
-
-    repository: str
-    rope: PretrainedRope
 
 
 def _llama3_1() -> PretrainedRope:
@@ -27,21 +17,14 @@ def _llama3_1() -> PretrainedRope:
 
 _LLAMA2 = PretrainedRope(theta=10000.0, rotary_dim=128, length=4096)
 
-PRESETS: dict[str, Preset] = {
-    "llama2-7b": Preset("meta-llama/Llama-2-7b-hf", _LLAMA2),
-    "llama2-13b": Preset("meta-llama/Llama-2-13b-hf", _LLAMA2),
-    "llama2-70b": Preset("meta-llama/Llama-2-70b-hf", _LLAMA2),
-    "llama3-8b": Preset(
-        "meta-llama/Meta-Llama-3-8B", PretrainedRope(theta=500000.0, rotary_dim=128, length=8192)
-    ),
-    "llama3.1-8b": Preset("meta-llama/Llama-3.1-8B", _llama3_1()),
-    "mistral-7b": Preset(
-        "mistralai/Mistral-7B-v0.3", PretrainedRope(theta=1000000.0, rotary_dim=128, length=32768)
-    ),
-    "qwen2.5-7b": Preset(
-        "Qwen/Qwen2.5-7B-Instruct", PretrainedRope(theta=1000000.0, rotary_dim=128, length=32768)
-    ),
-    "smollm2-135m": Preset(
-        "HuggingFaceTB/SmolLM2-135M", PretrainedRope(theta=100000.0, rotary_dim=64, length=8192)
-    ),
+PRESETS: dict[str, PretrainedRope] = {
+    "llama2-7b": _LLAMA2,
+    "llama2-13b": _LLAMA2,
+    "llama2-70b": _LLAMA2,
+    "llama3-8b": PretrainedRope(theta=500000.0, rotary_dim=128, length=8192),
+    "llama3.1-8b": _llama3_1(),
+    "mistral-7b": PretrainedRope(theta=1000000.0, rotary_dim=128, length=32768),
+    "qwen2.5-7b": PretrainedRope(theta=1000000.0, rotary_dim=128, length=32768),
+    "smollm2-135m": PretrainedRope(theta=100000.0, rotary_dim=64, length=8192),
 }
+"""Preset -> its rotary embedding; the repositories are in :data:`rope_dist.defaults.PRESETS`."""

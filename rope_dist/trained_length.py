@@ -1,4 +1,4 @@
-"""The length that a model was trained to read, from every key of its config that says so."""
+"""The context length that a model was trained with, from every key of its config that states it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from .strategies import check_length, check_number
 
@@ -38,7 +38,7 @@ def trained_length(
     *,
     per_layer_type: bool = False,
 ) -> tuple[int, str]:
-    """Tokens that a model, with whatever scaling it has, was made to read, and where that comes from.
+    """The context length in tokens that a model was trained for, any scaling included, and where that comes from.
 
     ``max_position_embeddings`` (M below) is the length before the scaling in some configs and after it in others:
 
@@ -64,7 +64,8 @@ def trained_length(
     written = check_length(text.max_position_embeddings, f"max_position_embeddings of {name}")
     if recorded_extension(text) is not None:
         return written, "extended by rope_dist"
-    others = {k: v for k in LENGTH_KEYS if _is_length(v := text.__dict__.get(k))}
+    own = text.__dict__
+    others = {key: own[key] for key in LENGTH_KEYS if _is_length(own.get(key))}
     kind = parameters.get("rope_type", "default")
     factor, original = parameters.get("factor"), parameters.get("original_max_position_embeddings")
     if factor is not None:
@@ -98,7 +99,7 @@ def _unscaled_or_scaled(
     factor: float,
     others: Mapping[str, int],
 ) -> tuple[int, str]:
-    """``max_position_embeddings`` before or after a linear scaling that does not say what it started from."""
+    """``max_position_embeddings`` before or after a linear scaling whose config does not state the original length."""
     base_10000 = check_number(parameters.get("rope_theta"), "rope_theta") <= 10000
 
     def trained(length: float) -> bool:
@@ -107,7 +108,7 @@ def _unscaled_or_scaled(
     scaled = round(written * factor)
     before = f"factor {factor:g} x max_position_embeddings {written}"
     after = f"max_position_embeddings {written}, which is factor {factor:g} x {written / factor:g}"
-    readings = {scaled: before, written: after}
+    meanings = {scaled: before, written: after}
     possible = [
         length for length, start in ((scaled, written), (written, written / factor)) if trained(start)
     ]
@@ -118,10 +119,10 @@ def _unscaled_or_scaled(
         values["model_max_length of the tokenizer"] = tokenizer
     agreed = [length for length in possible if all(_nearby(v, length) == v for v in values.values())]
     if len(agreed) != 1:
-        says = [f"{readings[length]} is {length}" for length in possible]
+        says = [f"{meanings[length]} is {length}" for length in possible]
         raise _unclear(type(config).__name__, [*says, *(f"{k} {v}" for k, v in values.items())])
     also = f", as {' and '.join(values)} {'say' if len(values) > 1 else 'says'}" if values else ""
-    return agreed[0], readings[agreed[0]] + also
+    return agreed[0], meanings[agreed[0]] + also
 
 
 def _nearby(written: int, computed: int) -> int:
@@ -136,7 +137,7 @@ def _unclear(name: str, says: list[str]) -> ValueError:
     )
 
 
-def _is_length(value: Any) -> bool:
+def _is_length(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 2
 
 

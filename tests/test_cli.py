@@ -310,8 +310,8 @@ def test_info_lists_what_was_measured(out, tmp_path, monkeypatch):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_info_takes_presets(out, preset):
     data = json.loads(out("info", preset, "--json"))[preset]
-    rope = PRESETS[preset].rope
-    assert data["repository"] == PRESETS[preset].repository
+    rope = PRESETS[preset]
+    assert data["repository"] == defaults.PRESETS[preset][0]
     assert (
         f"theta {rope.theta:g}, head_dim {rope.rotary_dim}, {rope.length} tokens" in data["rotary embedding"]
     )

@@ -45,7 +45,7 @@ def test_float32_distribution_is_the_authors_count(theta, pairs, length, interva
     inv_freq = default_inv_freq(theta, 2 * pairs)
     try:
         expected = angle_counts(inv_freq, length, intervals)
-    except IndexError:  # theirs has no place for an angle that rounds to a whole turn
+    except IndexError:  # theirs fails on an angle that rounds to a whole revolution
         return
     assert torch.equal(rotary_angle_distribution(inv_freq, length, intervals=intervals), expected)
 

@@ -127,15 +127,15 @@ class TestFile:
         """The reference is transformers' own YaRN; llama.cpp's is the same, with the scaling in its graph."""
         model, source = trained_with_yarn(make_llama, tmp_path, factor)
         stock = model.model.rotary_emb
-        reading = read(source).reading()
-        torch.testing.assert_close(reading.inv_freq, stock.inv_freq, rtol=1e-6, atol=0)
-        assert 0 < (reading.inv_freq < 0.99 * read(source).theta ** -(torch.arange(0, 16, 2) / 16)).sum() < 8
-        assert reading.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-6)
+        found = read(source).engine_config()
+        torch.testing.assert_close(found.inv_freq, stock.inv_freq, rtol=1e-6, atol=0)
+        assert 0 < (found.inv_freq < 0.99 * read(source).theta ** -(torch.arange(0, 16, 2) / 16)).sum() < 8
+        assert found.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-6)
         plan = rope_dist.plan(model, factor=2, strategy="dprope")
         out = export.gguf(source, plan, tmp_path / "out.gguf")
         assert not [key for key in fields(out) if key.startswith("llama.rope.scaling.") and "attn" not in key]
         assert export.verify(out, plan)
-        after = read(out).reading()
+        after = read(out).engine_config()
         assert after.attention_scaling == pytest.approx(plan.attention_scaling, rel=1e-6)
         assert after.attention_scaling == pytest.approx(stock.attention_scaling, rel=1e-6)
 
@@ -264,7 +264,7 @@ class TestBadInput:
         assert "GGUF file" in fails(of=cut)
 
     def test_a_damaged_header_is_a_value_error(self, source, plan, tmp_path):
-        """Bytes of the header changed at random: refused in words, or copied; never another error."""
+        """Bytes of the header changed at random: refused with a reason, or copied; never another error."""
         data, damaged, out = source.read_bytes(), tmp_path / "damaged.gguf", tmp_path / "out.gguf"
         random, refusals = Random(0), 0
         for _ in range(400):

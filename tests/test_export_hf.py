@@ -259,7 +259,7 @@ class TestBadInput:
 
     def test_a_target_that_cannot_be_written(self, fails, source):
         assert "not a directory" in fails(out="no/such/folder")
-        assert "holds the source" in fails("--force", out="model")
+        assert "contains the source" in fails("--force", out="model")
         (source.parent / "loop").symlink_to("loop")
         assert "exists" in fails(out="loop")
         assert "left alone" in fails("--force", out="loop")
@@ -313,6 +313,6 @@ def test_vllm_arguments_carry_the_plan(capsys, plan, source, tmp_path):
     _, length, _, overrides = shlex.split(capsys.readouterr().out)
     assert int(length) == 128
     config = {**json.loads((source / "config.json").read_text()), **json.loads(overrides)}
-    reading = export.ENGINES["vllm"](config)
-    assert torch.equal(reading.inv_freq, plan.inv_freq)
-    assert reading.length == 128
+    found = export.ENGINES["vllm"](config)
+    assert torch.equal(found.inv_freq, plan.inv_freq)
+    assert found.length == 128

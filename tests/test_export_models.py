@@ -376,7 +376,7 @@ class TestEngines:
     def test_transformers_4_agrees(self, path, tmp_path):
         """The other version itself, on every family and some that are refused."""
         kinds = [*FAMILIES, "Cohere", "Glm", "Phi3", "GptOss", "HunYuanDenseV1", "DeepseekV3", "Olmo"]
-        said = {}
+        runs = {}
         for kind in kinds:
             config = config_for(kind)
             config.save_pretrained(tmp_path / kind)
@@ -386,17 +386,17 @@ class TestEngines:
                 out = hf(tmp_path / kind, plan, tmp_path / f"{kind}-out")
             except ValueError:
                 continue  # per layer type
-            said[kind] = reasons(out, plan)["transformers-4"] is None
+            runs[kind] = reasons(out, plan)["transformers-4"] is None
         done = subprocess.run(
-            [sys.executable, "-c", _TRANSFORMERS_4, str(tmp_path), *said],
+            [sys.executable, "-c", _TRANSFORMERS_4, str(tmp_path), *runs],
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout.splitlines()[-1]) == said
-        assert not said["Olmo2"]
-        assert sum(said.values()) > 15
+        assert json.loads(done.stdout.splitlines()[-1]) == runs
+        assert not runs["Olmo2"]
+        assert sum(runs.values()) > 15
 
 
 _TRANSFORMERS_4 = """
@@ -435,8 +435,8 @@ class TestVllm:
         rotary = transformers.AutoModel.from_config(config.text_config).rotary_emb
         assert torch.equal(rotary.inv_freq, plan.inv_freq)
         assert rotary.attention_scaling == plan.attention_scaling
-        reading = export.ENGINES["vllm"](config.text_config.to_dict())
-        assert reading.attention_scaling == plan.attention_scaling
+        found = export.ENGINES["vllm"](config.text_config.to_dict())
+        assert found.attention_scaling == plan.attention_scaling
 
     def test_a_plan_of_another_model(self, llama):
         other = rope_dist.plan(llama, factor=2, strategy="dprope")
@@ -497,7 +497,7 @@ class TestFaults:
             hf(out, plan, tmp_path / "again")
             assert caplog.text == ""
             transformers.AutoConfig.from_pretrained(out)
-            assert "short_mscale" in caplog.text  # It is there to be said.
+            assert "short_mscale" in caplog.text  # There is a warning to leave out.
         finally:
             transformers.logging.set_verbosity(verbosity)
             logging.getLogger("transformers").removeHandler(caplog.handler)

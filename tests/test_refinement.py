@@ -43,14 +43,14 @@ def test_never_above_the_two_choices(theta, dim, length, scale, divergence, slac
 
 
 def test_the_drift_from_a_resonance_is_interpolated():
-    # A turn of 2 / 7 + 1e-6 a token: 2048 positions fill seven arcs of 0.2 % of a circle each.
+    # 2 / 7 + 1e-6 revolutions per token: 2048 positions cover seven arcs of 0.2 % of a circle each.
     drift = 1e-6
     theta = 1 / (2 * math.pi * (2 / 7 + drift))
     rope = PretrainedRope(10000.0, 4, 2048, factors=(theta, theta / 100))
-    turns = rope.inv_freq[0].double().item() / (2 * math.pi)
+    revolutions = rope.inv_freq[0].double().item() / (2 * math.pi)
     two, found = dprope(rope, 8192, threshold=0), refined(rope, 8192)
     assert found.disturbance[0] < two.disturbance[0] / 3
-    resonant = turns / (2 / 7 + (turns - 2 / 7) / 4)
+    resonant = revolutions / (2 / 7 + (revolutions - 2 / 7) / 4)
     assert found.factors[0].item() == pytest.approx(resonant, abs=1e-5)
     assert abs(found.factors[0].item() - 1) < 1e-4
 
@@ -75,8 +75,8 @@ def test_approximations_of_pi():
 def test_counts_are_exact(numerators, length, intervals):
     # Where a position lies on a boundary exactly, float32 may put it on the other side: odd denominators only.
     denominator = 2**20 + 7
-    turns = torch.tensor([n / denominator for n in numerators], dtype=torch.float64)
-    shares = interval_shares(turns, length, intervals, 0.0)
+    revolutions = torch.tensor([n / denominator for n in numerators], dtype=torch.float64)
+    shares = interval_shares(revolutions, length, intervals, 0.0)
     for row, n in zip(shares, numerators, strict=True):
         counts = [0] * intervals
         for m in range(length):

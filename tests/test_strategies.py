@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import rope_dist
+from rope_dist import defaults, strategies
 from rope_dist.presets import PRESETS
 from rope_dist.strategies import (
     STRATEGIES,
@@ -23,7 +24,7 @@ from rope_dist.strategies import (
     get_strategy,
 )
 
-LLAMA2 = PRESETS["llama2-7b"].rope
+LLAMA2 = PRESETS["llama2-7b"]
 
 
 def dims(scaling: Scaling) -> int:
@@ -273,13 +274,13 @@ def test_auto_is_monotone_and_between_1_and_s(theta, dim, length, scale):
     s = target / length
     scaling = get_strategy("auto")(rope, target)
     assert torch.all(scaling.factors.diff() >= 0)
-    turns = length * theta ** -(torch.arange(0, dim, 2).double() / dim) / (2 * math.pi)
-    assert torch.all(scaling.factors[turns > 64.001] == 1)
-    assert torch.allclose(scaling.factors[turns < 0.999], torch.tensor(s, dtype=torch.float64))
+    periods = length * theta ** -(torch.arange(0, dim, 2).double() / dim) / (2 * math.pi)
+    assert torch.all(scaling.factors[periods > 64.001] == 1)
+    assert torch.allclose(scaling.factors[periods < 0.999], torch.tensor(s, dtype=torch.float64))
     # Slower pairs first: the order of frequencies, and so of wavelengths, stays.
     assert torch.all((rope.inv_freq / scaling.factors).diff() < 0)
     # Neighbours within the ramp change against each other by one ratio.
-    steps = scaling.factors.log().diff()[(turns[:-1] < 64) & (turns[1:] > 1)]
+    steps = scaling.factors.log().diff()[(periods[:-1] < 64) & (periods[1:] > 1)]
     if len(steps) > 1:
         assert torch.allclose(steps, steps[:1].expand_as(steps), rtol=1e-3, atol=1e-6)
     assert scaling.attention_scaling == pytest.approx(math.sqrt(math.log(target) / math.log(length)))
@@ -312,3 +313,31 @@ def test_a_setting_out_of_range_is_named(name, setting, value):
         assert setting in message or name in message
     else:
         assert all(math.isfinite(f) and f > 0 for f in (*made.factors, made.attention_scaling))
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            ("formulas.pi", {"factor": defaults.NUMBER}),
+            r"is pi\(rope, target_length, \*, factor\) .* is pi\(rope",
+        ),
+        (("formulas.dynamic_ntk", {}), r"is dynamic_ntk\(rope, target_length\) .* factor: "),
+        (("base.check_number", {"value": defaults.NUMBER}), r"is check_number\(.* is check_number\(value"),
+    ],
+)
+def test_an_entry_is_compared_with_its_function(monkeypatch, entry, message):
+    """What the command line knows without torch cannot drift from the functions: importing compares them."""
+    monkeypatch.setitem(defaults.STRATEGIES, "pi", entry)
+    with pytest.raises(TypeError, match=rf"the strategy pi in rope_dist/defaults\.py {message}"):
+        strategies._load("pi")
+
+
+def test_a_setting_needs_a_default(monkeypatch):
+    def required(rope, target_length, *, factor):
+        raise NotImplementedError
+
+    monkeypatch.setattr(strategies.formulas, "pi", required)
+    monkeypatch.setitem(defaults.STRATEGIES, "pi", ("formulas.pi", {"factor": defaults.NUMBER}))
+    with pytest.raises(TypeError, match="with a default for each setting"):
+        strategies._load("pi")

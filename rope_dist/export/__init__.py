@@ -1,7 +1,7 @@
-"""Standard artefacts of an extended model, for engines that do not have this package.
+"""Standard artefacts of an extended model, for engines without this package.
 
-:func:`hf` writes a Hugging Face directory, :func:`gguf` a GGUF file, :func:`vllm_overrides` what vLLM takes on
-its command line; :func:`verify` reads an artefact as its engines do and compares it with the plan.
+:func:`hf` writes a Hugging Face directory, :func:`gguf` a GGUF file, :func:`vllm_overrides` the value of vLLM's
+``--hf-overrides``; :func:`verify` reads an artefact as its engines do and compares it with the plan.
 """
 
 from .engines import ENGINES

@@ -1,7 +1,7 @@
-"""Which models an engine runs by a plan's longrope: what the formulas of ``engines.py`` cannot know.
+"""Model types that an engine runs with a plan's longrope, beyond what the formulas of ``engines.py`` tell.
 
-What is known to fail is named. For transformers 4 and MLX, whose models read their config each in its own way, the
-names are of those that do not: the first tried, the second read.
+Known failures are listed. In transformers 4 and MLX every model reads its config in its own way, so that the model
+types known to work are listed instead: tested for transformers 4, from the source code for MLX.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MLX = frozenset((
 
 
 def unextendable(model: StockModel) -> str | None:
-    """Why no plan reaches the model by its config alone, in any engine, or None."""
+    """Why no config makes an engine run this model by a plan, or None if one can."""
     text = model.text
     nothing = rotates_windows_only(text)
     if nothing is not None:
@@ -63,7 +63,7 @@ def unextendable(model: StockModel) -> str | None:
 
 
 def unable_model(engine: str, model: StockModel) -> str | None:
-    """Why ``engine`` does not run this model by a plan, or None where nothing is known against it."""
+    """Why ``engine`` cannot run this model by a plan; None where no reason is known."""
     if engine == "transformers":
         return None
     text = model.text

@@ -1,7 +1,7 @@
-"""What each engine makes of a Hugging Face ``config.json``: frequencies, scaling of cos and sin, length.
+"""Frequencies, attention scaling and length that each engine computes from a Hugging Face ``config.json``.
 
 Every function follows the engine's own code, read in the version that its docstring names. A test runs vLLM's and
-SGLang's classes themselves against the plan; MLX and TensorRT-LLM are by reading alone.
+SGLang's classes themselves against the plan; MLX and TensorRT-LLM are from their source code only.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..trained_length import LENGTH_KEYS
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What an engine computes.
+class EngineConfig:
+    """The rotary embedding that an engine computes from an artefact.
 
     Attributes:
-        inv_freq: ``[rotary_dim / 2]`` float32, radians a token.
-        attention_scaling: what cos and sin are multiplied by.
-        length: tokens that the engine reads without being told more.
+        inv_freq: ``[rotary_dim / 2]`` float32, radians per token.
+        attention_scaling: factor of cos and sin.
+        length: tokens of context that the engine allows by default.
     """
 
     inv_freq: torch.Tensor
@@ -33,8 +33,8 @@ class Reading:
     length: int
 
 
-def transformers_4(config: Mapping[str, Any]) -> Reading:
-    """transformers 4.57: ``rope_theta`` and ``rope_scaling`` only; ``rope_parameters`` means nothing to it."""
+def transformers_4(config: Mapping[str, Any]) -> EngineConfig:
+    """transformers 4.57: ``rope_theta`` and ``rope_scaling`` only; it ignores ``rope_parameters``."""
     rope = dict(config.get("rope_scaling") or {})
     theta, length = config.get("rope_theta", 10000.0), config["max_position_embeddings"]
     inv_freq = _inv_freq(rope, theta, _rotary_dim(config, config.get("partial_rotary_factor")))
@@ -42,12 +42,12 @@ def transformers_4(config: Mapping[str, Any]) -> Reading:
     if _kind(rope) == "longrope":
         original = config.get("original_max_position_embeddings")
         factor = length / original if original else rope.get("factor") or 1.0
-        scaling = rope.get("attention_factor")
-        scaling = _derived_scaling(factor, original or length) if scaling is None else scaling
-    return Reading(inv_freq, float(scaling), length)
+        given = rope.get("attention_factor")
+        scaling = _derived_scaling(factor, original or length) if given is None else given
+    return EngineConfig(inv_freq, float(scaling), length)
 
 
-def vllm(config: Mapping[str, Any]) -> Reading:
+def vllm(config: Mapping[str, Any]) -> EngineConfig:
     """vLLM 0.33: ``attention_factor`` of longrope is not read, ``long_mscale`` is."""
     rope = _current_rope(config)
     length = min(
@@ -59,16 +59,16 @@ def vllm(config: Mapping[str, Any]) -> Reading:
     return _served(config, rope, length)
 
 
-def sglang(config: Mapping[str, Any]) -> Reading:
-    """SGLang 0.5.23: as vLLM, with its own order of the length's names."""
+def sglang(config: Mapping[str, Any]) -> EngineConfig:
+    """SGLang 0.5.23: like vLLM, but it looks for the length under other keys first."""
     rope = _current_rope(config)
     keys = ("max_sequence_length", "seq_length", "max_seq_len", "model_max_length", "max_position_embeddings")
     length = next(config[key] for key in keys if config.get(key) is not None)
     return _served(config, rope, length)
 
 
-def mlx(config: Mapping[str, Any]) -> Reading:
-    """mlx-lm 0.32: the old names only, the long factors, no scaling of cos and sin but the derived one."""
+def mlx(config: Mapping[str, Any]) -> EngineConfig:
+    """mlx-lm 0.32: ``rope_theta`` and ``rope_scaling`` only; the attention scaling is always derived."""
     rope = dict(config.get("rope_scaling") or {})
     length = config["max_position_embeddings"]
     inv_freq = _inv_freq(rope, config.get("rope_theta", 10000.0), _rotary_dim(config, None))
@@ -76,11 +76,11 @@ def mlx(config: Mapping[str, Any]) -> Reading:
     if _kind(rope) == "longrope":
         original = rope["original_max_position_embeddings"]
         scaling = _derived_scaling(length / original, original)
-    return Reading(inv_freq, scaling, length)
+    return EngineConfig(inv_freq, scaling, length)
 
 
-def tensorrt_llm(config: Mapping[str, Any]) -> Reading:
-    """TensorRT-LLM (``RopeParams.from_config``): a missing original length counts as 1024, the scaling is derived."""
+def tensorrt_llm(config: Mapping[str, Any]) -> EngineConfig:
+    """TensorRT-LLM (``RopeParams.from_config``): a missing original length is 1024, the scaling is derived."""
     rope = _current_rope(config)
     length = config["max_position_embeddings"]
     inv_freq = _inv_freq(rope, rope["rope_theta"], _rotary_dim(config, rope.get("partial_rotary_factor")))
@@ -90,23 +90,23 @@ def tensorrt_llm(config: Mapping[str, Any]) -> Reading:
             "original_max_position_embeddings", 1024
         )
         scaling = _derived_scaling(length / original, original)
-    return Reading(inv_freq, scaling, length)
+    return EngineConfig(inv_freq, scaling, length)
 
 
-ENGINES: dict[str, Callable[[Mapping[str, Any]], Reading]] = {
+ENGINES: dict[str, Callable[[Mapping[str, Any]], EngineConfig]] = {
     "transformers-4": transformers_4,
     "vllm": vllm,
     "sglang": sglang,
     "mlx": mlx,
     "tensorrt-llm": tensorrt_llm,
 }
-"""Engine -> its reading of a config. The installed transformers 5 is asked itself."""
+"""Engine -> its interpretation of a config. The installed transformers 5 is run itself (``stock.py``)."""
 
 
 def unable(engine: str, plan: RopePlan) -> str | None:
     """Why ``engine`` cannot represent ``plan`` in a LLaMA's config, or None if it can.
 
-    What it makes of other models is in ``architectures.py``.
+    Other models are in ``architectures.py``.
     """
     if engine in ("mlx", "tensorrt-llm") and plan.attention_scaling != 1:
         return (
@@ -128,18 +128,18 @@ def check_engines(plan: RopePlan, engines: Iterable[str]) -> None:
             raise ValueError(reason)
 
 
-def _served(config: Mapping[str, Any], rope: dict[str, Any], length: int) -> Reading:
+def _served(config: Mapping[str, Any], rope: dict[str, Any], length: int) -> EngineConfig:
     inv_freq = _inv_freq(rope, rope["rope_theta"], _rotary_dim(config, rope.get("partial_rotary_factor")))
     scaling = 1.0
     if _kind(rope) == "longrope":
         original, longest = rope["original_max_position_embeddings"], config["max_position_embeddings"]
-        scaling = rope.get("long_mscale" if length > original else "short_mscale")
-        scaling = _derived_scaling(longest / original, original) if scaling is None else scaling
-    return Reading(inv_freq, float(scaling), length)
+        given = rope.get("long_mscale" if length > original else "short_mscale")
+        scaling = _derived_scaling(longest / original, original) if given is None else given
+    return EngineConfig(inv_freq, float(scaling), length)
 
 
 def _current_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As transformers 5 puts the two schemas together: ``rope_scaling`` wins."""
+    """The two schemas merged as in transformers 5: ``rope_scaling`` wins."""
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     if config.get("partial_rotary_factor") is not None:

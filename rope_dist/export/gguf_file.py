@@ -1,8 +1,8 @@
-"""GGUF: the factor tensor of llama.cpp, ``rope_freqs.weight``, put into a file that has been converted already.
+"""Writes a plan into a copy of a GGUF file, as the factor tensor of llama.cpp (``rope_freqs.weight``).
 
 llama.cpp divides the angle of pair ``i`` by element ``i`` of that tensor, and multiplies cos and sin by
 ``rope.scaling.attn_factor`` whatever the scaling type. The converter writes the tensor for Llama 3's scaling alone and
-leaves a longrope config of a LLaMA out without a word.
+silently ignores the longrope config of a LLaMA.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 from ..files import check_target, copy_bytes, new_file
+from ..optional import require
 from ..planning import RopePlan
 from ..strategies import default_inv_freq
 from ..version import __version__
-from .gguf_reading import F32, FACTORS, FLOAT32, MAGIC, STRING, UINT32, GgufFile, read
+from .gguf_reading import FACTORS, MAGIC, GgufFile, read
 from .verification import verify
 
 
@@ -66,38 +67,36 @@ def gguf_rope(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is damaged, has no slot for factors, or is scaled already (its plan needs its config).
     """
     source = read(path)
-    reading = source.reading()
+    found = source.engine_config()
     plain = default_inv_freq(source.theta, source.head_dim)
-    if not _close(reading.inv_freq, plain) or reading.attention_scaling != 1:
+    if not _close(found.inv_freq, plain) or found.attention_scaling != 1:
         raise ValueError(
             f"{path} is scaled already: make a plan from its config.json, and give that with --plan"
         )
-    return {"theta": source.theta, "head_dim": source.head_dim, "original_length": reading.length}
+    return {"theta": source.theta, "head_dim": source.head_dim, "original_length": found.length}
 
 
 def _check_plan(source: GgufFile, plan: RopePlan) -> None:
-    reading = source.reading()
+    found = source.engine_config()
     for what, planned, own in (
         ("head_dim", plan.head_dim, source.head_dim),
         ("rotary_dim", plan.rotary_dim, source.head_dim),
-        # The file keeps float32.
+        # A file stores float32.
         ("theta", float(np.float32(plan.theta)), float(np.float32(source.theta))),
     ):
         if planned != own:
             raise ValueError(f"the plan is for {what} {planned}, {source.path} has {own}")
-    if _close(reading.inv_freq, plan.inv_freq) and reading.length == plan.target_length:
+    if _close(found.inv_freq, plan.inv_freq) and found.length == plan.target_length:
         return  # Exported by this plan before.
     if plan.original_length not in source.trained_lengths():
-        # The target's length may also be what a converter kept of an exported config, without its factors.
+        # A converter keeps the target length of an exported config, but not its factors.
         hint = (
-            "; convert the model as it was before the extension"
-            if reading.length == plan.target_length
-            else ""
+            "; convert the model as it was before the extension" if found.length == plan.target_length else ""
         )
         raise ValueError(
-            f"the plan is for a trained length of {plan.original_length}, {source.path} has {reading.length}{hint}"
+            f"the plan is for a trained length of {plan.original_length}, {source.path} has {found.length}{hint}"
         )
-    if not _close(reading.inv_freq, plan.pretrained.inv_freq):
+    if not _close(found.inv_freq, plan.pretrained.inv_freq):
         raise ValueError(
             f"the plan and {source.path} start from different frequencies (one of them is scaled already): make the "
             "plan from this model, or take the file before it was extended"
@@ -105,34 +104,37 @@ def _check_plan(source: GgufFile, plan: RopePlan) -> None:
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    # A converter computes Llama 3's factors in its own way.
+    # The converter's Llama 3 factors differ from transformers' by roundings.
     return torch.allclose(a.double(), b.double(), rtol=1e-5, atol=0.0)
 
 
 def _write(source: GgufFile, plan: RopePlan, target: Path) -> None:
+    library = require("gguf", "export", "writing GGUF")
+    types = library.GGUFValueType
     prefix = f"{source.architecture}."
     new = {
-        f"{prefix}context_length": struct.pack("<II", UINT32, plan.target_length),
-        "rope_dist.version": _string(__version__),
-        "rope_dist.strategy": _string(plan.strategy),
-        "rope_dist.original_length": struct.pack("<II", UINT32, plan.original_length),
+        f"{prefix}context_length": struct.pack("<II", types.UINT32, plan.target_length),
+        "rope_dist.version": struct.pack("<I", types.STRING) + _pack_text(__version__),
+        "rope_dist.strategy": struct.pack("<I", types.STRING) + _pack_text(plan.strategy),
+        "rope_dist.original_length": struct.pack("<II", types.UINT32, plan.original_length),
     }
     if plan.attention_scaling != 1:
-        new[f"{prefix}rope.scaling.attn_factor"] = struct.pack("<If", FLOAT32, plan.attention_scaling)
+        new[f"{prefix}rope.scaling.attn_factor"] = struct.pack("<If", types.FLOAT32, plan.attention_scaling)
     fields = {
         key: field.raw
         for key, field in source.fields.items()
-        # All of the trained scaling is in the plan's factors.
+        # The plan's factors include the scaling that the model was trained with.
         if not key.startswith((f"{prefix}rope.scaling.", f"{prefix}rope.scale_linear"))
     }
-    fields.update({key: _text(key) + value for key, value in new.items()})
+    fields.update({key: _pack_text(key) + value for key, value in new.items()})
     tensors = {name: tensor.raw for name, tensor in source.tensors.items()}
     factors = np.array(plan.factors, dtype="<f4").tobytes()
     end = _aligned(source.data_size, source.alignment)
-    # In the place of the old one, or last: no other tensor's data moves.
+    # Overwrites the old factors or is appended: no other tensor's data moves.
     place = source.tensors[FACTORS].offset if FACTORS in source.tensors else end
     if FACTORS not in tensors:
-        tensors[FACTORS] = _text(FACTORS) + struct.pack("<IQIQ", 1, len(plan.factors), F32, place)
+        float32 = library.GGMLQuantizationType.F32
+        tensors[FACTORS] = _pack_text(FACTORS) + struct.pack("<IQIQ", 1, len(plan.factors), float32, place)
     header = MAGIC + struct.pack("<IQQ", source.version, len(tensors), len(fields))
     header += b"".join((*fields.values(), *tensors.values()))
     start = _aligned(len(header), source.alignment)
@@ -157,10 +159,6 @@ def _aligned(count: int, alignment: int) -> int:
     return -(-count // alignment) * alignment
 
 
-def _text(text: str) -> bytes:
+def _pack_text(text: str) -> bytes:
     data = text.encode()
     return struct.pack("<Q", len(data)) + data
-
-
-def _string(text: str) -> bytes:
-    return struct.pack("<I", STRING) + _text(text)

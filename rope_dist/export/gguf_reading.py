@@ -1,7 +1,7 @@
-"""The header of a GGUF file, and what llama.cpp makes of it.
+"""The header of a GGUF file, and the rotary embedding that llama.cpp computes from it.
 
-It is read here and not by ``gguf.GGUFReader``, which makes several arrays for each entry of the vocabulary: 6 s and
-160 MB for the 49,152 tokens of SmolLM2. Fields and tensors that do not change are kept as the bytes that they are.
+Not read by ``gguf.GGUFReader``, which makes several arrays for each entry of the vocabulary: 6 s and 160 MB for the
+49,152 tokens of SmolLM2. The bytes of fields and tensors are kept, to be copied where they do not change.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -18,17 +19,15 @@ import torch
 
 from ..optional import require
 from ..strategies import default_inv_freq
-from .engines import Reading
+from .engines import EngineConfig
 
 FACTORS = "rope_freqs.weight"
 SLOTS = ("llama",)
 """Architectures of GGUF whose loader takes the factor tensor and whose graph uses it and ``attn_factor``."""
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-F32 = 0
-MAX_HEAD_DIM = 1 << 16  # A damaged number must not be asked of the memory.
-UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
-# By the type's number: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64, f64.
+MAX_HEAD_DIM = 1 << 16  # A damaged number must not become an allocation.
+# struct's code by the number of a gguf.GGUFValueType: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64, f64.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -42,7 +41,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor's entry: its bytes, and where its data lies from the start of the data."""
+    """A tensor's entry: its bytes, its ``gguf.GGMLQuantizationType``, and the offset and size of its data."""
 
     raw: bytes
     kind: int
@@ -74,7 +73,7 @@ class GgufFile:
     @property
     def architecture(self) -> str:
         """``general.architecture``."""
-        return self.fields["general.architecture"].value
+        return str(self.fields["general.architecture"].value)
 
     @property
     def data_size(self) -> int:
@@ -86,8 +85,8 @@ class GgufFile:
         field = self.fields.get(f"{self.architecture}.{key}")
         return default if field is None else field.value
 
-    def reading(self) -> Reading:
-        """What llama.cpp computes from the file; ``ValueError`` where that is not known or depends on the context."""
+    def engine_config(self) -> EngineConfig:
+        """What llama.cpp computes from the file; ``ValueError`` if unknown or dependent on the context length."""
         if self.architecture not in SLOTS:
             raise ValueError(
                 f"llama.cpp has no slot for factors in the architecture {self.architecture!r} that is known to work; "
@@ -102,7 +101,7 @@ class GgufFile:
         if FACTORS in self.tensors:
             factors = self._factors()
         scaling = self._number("rope.scaling.attn_factor", 1.0)
-        # Zero counts as nothing given.
+        # Zero means not given.
         stretch = self._number("rope.scaling.factor", 0) or self._number("rope.scale_linear", 0) or 1.0
         if kind == "linear":
             factors = factors * stretch
@@ -110,7 +109,7 @@ class GgufFile:
             factors = factors * self._yarn(stretch)
             # llama.cpp scales by this itself, and by attn_factor on top.
             scaling *= 1 + 0.1 * math.log(stretch) if stretch > 1 else 1.0
-        return Reading(
+        return EngineConfig(
             default_inv_freq(self.theta, self.head_dim, factors),
             scaling,
             int(self.value("context_length", 0)),
@@ -129,7 +128,7 @@ class GgufFile:
             raise ValueError("its YaRN has settings out of range")
 
         def dimension(periods: float) -> float:
-            """Where a pair comes round ``periods`` times within the original length."""
+            """The dimension whose pair has ``periods`` periods within the original length."""
             return self.head_dim * math.log(original / (periods * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low = max(0, math.floor(dimension(fast)))
@@ -139,8 +138,8 @@ class GgufFile:
         return 1 / (kept + (1 - kept) / stretch)
 
     def trained_lengths(self) -> tuple[int, ...]:
-        """Tokens that the file may mean by its context length: converters copy what a config says, and configs of
-        scaled models keep the length before the scaling as often as the one after it."""
+        """Possible trained lengths in tokens. Converters copy ``context_length`` from a config, where scaled models
+        have the length before the scaling as often as the one after it."""
         length, stretch = self._number("context_length", 0), self._number("rope.scaling.factor", 0) or 1.0
         before = self._number("rope.scaling.original_context_length", 0) or length
         return tuple(dict.fromkeys((int(length), round(before * stretch))))
@@ -171,8 +170,9 @@ class GgufFile:
 
     def _factors(self) -> torch.Tensor:
         tensor = self.tensors[FACTORS]
-        if tensor.kind != F32 or tensor.shape != (self.head_dim // 2,):
-            raise ValueError(f"{FACTORS} is not {self.head_dim // 2} float32 numbers, one a rotary pair")
+        float32 = require("gguf", "export", "reading GGUF").GGMLQuantizationType.F32
+        if tensor.kind != float32 or tensor.shape != (self.head_dim // 2,):
+            raise ValueError(f"{FACTORS} is not {self.head_dim // 2} float32 numbers, one per rotary pair")
         with open(self.path, "rb") as file:
             file.seek(self.data_start + tensor.offset)
             data = file.read(tensor.size)
@@ -191,7 +191,7 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
             if file.read(4) != MAGIC:
                 raise ValueError(f"{path} is not a GGUF file")
             try:
-                found = _header(path, file, size, library.GGML_QUANT_SIZES)
+                found = _header(path, _HeaderReader(file, size, library))
             except (struct.error, EOFError, KeyError, OverflowError, UnicodeDecodeError) as error:
                 raise ValueError(
                     f"{path} is not a whole GGUF file: its header is damaged ({error})"
@@ -208,70 +208,80 @@ def read(path: str | os.PathLike[str]) -> GgufFile:
     return found
 
 
-def _header(path: Path, file: BinaryIO, size: int, sizes: dict[int, tuple[int, int]]) -> GgufFile:
-    (version,) = struct.unpack("<I", _take(file, 4))
+class _HeaderReader:
+    """Reads the entries of a header; ``EOFError`` where the file ends early."""
+
+    def __init__(self, file: BinaryIO, size: int, library: ModuleType) -> None:
+        self.file, self.size = file, size
+        self.types = library.GGUFValueType
+        self.quantizations = library.GGML_QUANT_SIZES
+
+    def read_exact(self, count: int) -> bytes:
+        if count > self.size - self.file.tell():
+            raise EOFError("it ends early")
+        return self.file.read(count)
+
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack(form, self.read_exact(struct.calcsize(form)))
+
+    def read_text(self) -> bytes:
+        (length,) = self.unpack("<Q")
+        return self.read_exact(length)
+
+    def read_value(self, kind: int) -> Any:
+        """A value of the type ``kind``; an array is skipped and gives None."""
+        if kind in SCALARS:
+            return self.unpack(f"<{SCALARS[kind]}")[0]
+        if kind == self.types.STRING:
+            return self.read_text().decode(errors="replace")
+        if kind != self.types.ARRAY:
+            raise EOFError(f"a field is of the unknown type {kind}")
+        inner, count = self.unpack("<IQ")
+        if inner in SCALARS:
+            end = self.file.tell() + count * struct.calcsize(f"<{SCALARS[inner]}")
+            if end > self.size:
+                raise EOFError("it ends early")
+            self.file.seek(end)
+        else:
+            for _ in range(count):
+                self.read_value(inner)
+        return None
+
+    def reread(self, start: int) -> bytes:
+        """The bytes from ``start`` to the current position."""
+        end = self.file.tell()
+        self.file.seek(start)
+        return self.file.read(end - start)
+
+
+def _header(path: Path, reader: _HeaderReader) -> GgufFile:
+    """The header after the four bytes of ``MAGIC``."""
+    file = reader.file
+    (version,) = reader.unpack("<I")
     if version & 0xFFFF == 0:
         raise ValueError(f"{path} is big-endian; only little-endian files are read")
     if version not in VERSIONS:
         raise ValueError(f"{path} is GGUF version {version}; {' and '.join(map(str, VERSIONS))} are read")
-    tensor_count, field_count = struct.unpack("<QQ", _take(file, 16))
+    tensor_count, field_count = reader.unpack("<QQ")
     fields: dict[str, Field] = {}
     for _ in range(field_count):
         start = file.tell()
-        key = _text(file).decode()
-        value = _value(file, *struct.unpack("<I", _take(file, 4)), size)
-        fields[key] = Field(_again(file, start), value)
+        key = reader.read_text().decode()
+        value = reader.read_value(*reader.unpack("<I"))
+        fields[key] = Field(reader.reread(start), value)
     tensors: dict[str, Tensor] = {}
     for _ in range(tensor_count):
         start = file.tell()
-        name = _text(file).decode()
-        (dimensions,) = struct.unpack("<I", _take(file, 4))
-        shape = struct.unpack(f"<{dimensions}Q", _take(file, 8 * dimensions))
-        kind, offset = struct.unpack("<IQ", _take(file, 12))
-        block, block_bytes = sizes[kind]
-        count = 1
-        for extent in shape:
-            count *= extent
-        tensors[name] = Tensor(_again(file, start), kind, shape, offset, count // block * block_bytes)
+        name = reader.read_text().decode()
+        (dimensions,) = reader.unpack("<I")
+        shape = reader.unpack(f"<{dimensions}Q")
+        kind, offset = reader.unpack("<IQ")
+        block, block_bytes = reader.quantizations[kind]
+        size = math.prod(shape) // block * block_bytes
+        tensors[name] = Tensor(reader.reread(start), kind, shape, offset, size)
     if "general.architecture" not in fields or not tensors:
         raise ValueError(f"{path} is a GGUF file without a model")
     alignment = fields["general.alignment"].value if "general.alignment" in fields else 32
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"{path} has the alignment {alignment!r}")
     return GgufFile(path, version, fields, tensors, alignment, -(-file.tell() // alignment) * alignment)
-
-
-def _value(file: BinaryIO, kind: int, size: int) -> Any:
-    if kind in SCALARS:
-        form = f"<{SCALARS[kind]}"
-        return struct.unpack(form, _take(file, struct.calcsize(form)))[0]
-    if kind == STRING:
-        return _text(file).decode(errors="replace")
-    if kind != ARRAY:
-        raise EOFError(f"a field is of the unknown type {kind}")
-    inner, count = struct.unpack("<IQ", _take(file, 12))
-    if inner in SCALARS:
-        end = file.tell() + count * struct.calcsize(f"<{SCALARS[inner]}")
-        if end > size:
-            raise EOFError("it ends early")
-        file.seek(end)
-    else:
-        for _ in range(count):
-            _value(file, inner, size)
-    return None
-
-
-def _text(file: BinaryIO) -> bytes:
-    return _take(file, *struct.unpack("<Q", _take(file, 8)))
-
-
-def _take(file: BinaryIO, count: int) -> bytes:
-    if count > os.fstat(file.fileno()).st_size - file.tell():
-        raise EOFError("it ends early")
-    return file.read(count)
-
-
-def _again(file: BinaryIO, start: int) -> bytes:
-    end = file.tell()
-    file.seek(start)
-    return file.read(end - start)

@@ -1,4 +1,4 @@
-"""A Hugging Face directory whose ``config.json`` carries the plan in both schemas, and the same for vLLM's flags."""
+"""Export to a Hugging Face directory, with the plan in both schemas of ``config.json``, and to vLLM's flags."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "pytorch_model*.bin.index.json")
-# Other formats of the same model know nothing of the plan, and some engines prefer them to config.json.
+# Other formats of the same model would not follow the plan, and some engines prefer them to config.json.
 OTHER_FORMATS = ("consolidated*", "params.json", "*.gguf", "*.onnx*", "*.msgpack", "*.h5", "*.pth")
 FOLDERS = ("additional_chat_templates",)
 
@@ -36,15 +36,15 @@ def config_entries(plan: RopePlan, config: PretrainedConfig | None = None) -> di
 
     ``rope_parameters`` is read by transformers 5, ``rope_theta`` with ``rope_scaling`` by transformers 4 (which would
     silently take a file with the former alone for a model without scaling). Where cos and sin are scaled,
-    ``short_mscale`` and ``long_mscale`` say so to vLLM and SGLang, which do not read ``attention_factor``.
+    ``short_mscale`` and ``long_mscale`` repeat ``attention_factor`` for vLLM and SGLang, which do not read it.
 
     Args:
         plan: the extension.
-        config: of the language model that is extended: what else its rotary parameters say is kept.
+        config: of the language model that is extended; its other rotary parameters are kept.
     """
     entries = plan.config_overrides(config)
     rope = entries["rope_parameters"] = dict(entries["rope_parameters"])
-    # PhiMoE's config insists on them.
+    # PhiMoE's config requires them.
     if plan.attention_scaling != 1 or getattr(config, "model_type", None) == "phimoe":
         rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
     entries["rope_theta"] = rope["rope_theta"]
@@ -75,7 +75,7 @@ def vllm_overrides(plan: RopePlan, config: PretrainedConfig | None = None) -> di
     check_model(model, plan, ("vllm",))
     entries = config_entries(plan, model.text)
     overrides = {key: entries[key] for key in keys}
-    # vLLM goes into an entry that is itself a config.
+    # vLLM merges an entry that is itself a config.
     return overrides if model.part is None else {model.part: overrides}
 
 
@@ -127,7 +127,7 @@ def hf(
         new = extended_config(file, plan, config)
         real = source.resolve()
         if out.resolve() == real or out.resolve() in real.parents:
-            raise ValueError(f"{out} holds the source {source}: write to another directory")
+            raise ValueError(f"{out} contains the source {source}: write to another directory")
         if not config_only:
             check_weights(source)
         with new_directory(out, force=force) as temporary:
@@ -150,9 +150,9 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
     """A copy of a ``config.json`` with the plan's entries and without those that would contradict them.
 
     Args:
-        file: what the file holds.
+        file: the contents of the file.
         plan: the extension.
-        config: what transformers reads from it. The entries go where its language model's are.
+        config: the config that transformers reads from it. The entries go where its language model's are.
 
     Raises:
         ValueError: the language model's entries are not in the file where transformers 5 keeps them.
@@ -171,13 +171,13 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
         if isinstance(new.get(key), int):
             new[key] = max(new[key], plan.target_length)
     if new.get("head_dim") is None and not isinstance(getattr(type(text), "head_dim", None), property):
-        # Open, transformers' longrope would multiply None (Mixtral).
+        # transformers' longrope would multiply None (Mixtral).
         new["head_dim"] = plan.head_dim
     return {**new, **config_entries(plan, text)}
 
 
 def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) -> None:
-    """``ValueError`` if ``plan`` is of another model, or no export of this one, or none for ``engines``, follows it."""
+    """``ValueError`` if ``plan`` is of another model, or no export for ``engines`` (or for any) can follow it."""
     text = model.text
     reason = unextendable(model)
     if reason is not None:
@@ -193,7 +193,7 @@ def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) 
             f"{text.model_type} gives a token positions in time, height and width (mrope_section), for which engines "
             "have no longrope"
         )
-    # The plan applied to a copy: what else would stock then compute?
+    # The plan applied to a copy shows what else it would change in the stock model.
     after = StockModel(copy.deepcopy(model.config))
     after.text.__dict__.update(plan.config_overrides(text))
     reason = changed(model, after)
@@ -208,7 +208,7 @@ def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) 
 def _finish(
     directory: Path, plan: RopePlan, engines: Iterable[str], source: PretrainedConfig, out: Path
 ) -> None:
-    """Raise the lengths that other files repeat, and compare the whole with the plan."""
+    """Raise the lengths that other files repeat, and verify the directory against the plan."""
     for name, key in (
         ("tokenizer_config.json", "model_max_length"),
         ("generation_config.json", "max_length"),
@@ -216,7 +216,7 @@ def _finish(
         path = directory / name
         if path.exists():
             data = read_json(path)
-            # generate() stops at it; vLLM takes the smaller one for some tasks.
+            # generate() stops there; vLLM takes the smaller length for some tasks.
             if isinstance(data.get(key), int) and plan.original_length <= data[key] < plan.target_length:
                 _write_json(path, {**data, key: plan.target_length})
     try:
@@ -227,7 +227,7 @@ def _finish(
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    # Not through a link: the copy may be one.
+    # Not through a link, which the copy may be.
     path.unlink(missing_ok=True)
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -259,7 +259,7 @@ def _copy(files: list[Path], source: Path, target: Path, link: bool) -> None:
             new = target / file
             new.parent.mkdir(exist_ok=True)
             if link and any(fnmatch.fnmatch(file.name, p) for p in WEIGHTS):
-                # What a hub cache holds is a symbolic link into its store.
+                # Files in a hub cache are symbolic links into its store.
                 os.link((source / file).resolve(), new)
                 bar.update(size)
             else:

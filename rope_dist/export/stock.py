@@ -1,32 +1,32 @@
-"""The installed transformers asked what it computes from a config: the model's own class, without its weights."""
+"""The rotary embedding that the installed transformers computes from a config: its own class, without weights."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..planning import EXTENDED_LAYERS, load_config, pretrained_rope, rope_parameters
-from .engines import Reading
+from ..model_config import EXTENDED_LAYERS, load_config, model_class, pretrained_rope, rope_parameters
+from .engines import EngineConfig
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
 
-def read_config(directory: Path) -> PretrainedConfig:
-    """:func:`rope_dist.planning.load_config`, without its remark on keys that are for other engines."""
-    with _no_remark_on_keys():
-        return load_config(directory)
+def read_config(source: str | os.PathLike[str]) -> PretrainedConfig:
+    """:func:`rope_dist.planning.load_config`, without transformers' warning about keys for other engines."""
+    with _no_warning_of_keys():
+        return load_config(source)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StockModel:
     """A config's language model as transformers builds it, on the meta device: no memory for weights.
 
     Attributes:
-        config: of the whole model, whose language model is asked.
+        config: of the whole model; its language model is what is examined.
     """
 
     config: PretrainedConfig
@@ -89,15 +89,15 @@ class StockModel:
         """
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-        # Some language models are built by the whole model alone.
+        # Some language models have no class of their own: the whole model is built.
         for config in (self.text, self.config):
             for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
                 if type(config) not in mapping:
                     continue
                 try:
                     # Not by from_config, which a global enable() changes.
-                    with torch.device("meta"), _no_remark_on_keys():
-                        return mapping[type(config)](copy.deepcopy(config))
+                    with torch.device("meta"), _no_warning_of_keys():
+                        return model_class(mapping[type(config)])(copy.deepcopy(config))
                 except Exception as error:
                     if config is not self.text:
                         return None  # Its other parts may need packages that are not installed.
@@ -124,23 +124,24 @@ class StockModel:
         except Exception as error:
             raise ValueError(f"transformers cannot build its rotary embedding: {_message(error)}") from None
 
-    def reading(self) -> Reading:
+    def engine_config(self) -> EngineConfig:
         """Frequencies, scaling of cos and sin, and length.
 
         Raises:
             ValueError: the frequencies change with the length, or transformers fails on the config.
         """
         length = self.text.max_position_embeddings
-        if self.rotary is None:
+        rotary = self.rotary
+        if rotary is None:
             rope, _ = pretrained_rope(self.text)
             if self.parameters.get("short_factor") != self.parameters.get("long_factor"):
                 raise ValueError("the frequencies change with the length")
-            return Reading(rope.inv_freq, rope.attention_scaling, length)
-        long, scaling = self._tables(length - 1)
-        short, _ = self._tables(1)
+            return EngineConfig(rope.inv_freq, rope.attention_scaling, length)
+        long, scaling = self._tables(rotary, length - 1)
+        short, _ = self._tables(rotary, 1)
         if not torch.equal(long, short):
             raise ValueError("the frequencies change with the length")
-        return Reading(long, scaling, length)
+        return EngineConfig(long, scaling, length)
 
     def scalars(self) -> dict[str, float]:
         """Numbers that the modules derived from the config, by name, e.g. the scaling of the softmax."""
@@ -164,12 +165,11 @@ class StockModel:
 
     @property
     def multimodal_positions(self) -> bool:
-        """Whether a token has positions in time, height and width (Qwen2-VL), each turning some of the pairs."""
+        """Whether a token has positions in time, height and width (Qwen2-VL), each rotating some of the pairs."""
         return "mrope_section" in self.parameters or hasattr(self.rotary, "mrope_section")
 
-    def _tables(self, position: int) -> tuple[torch.Tensor, float]:
-        """``inv_freq`` as it is after a text that ends at ``position``, and what cos and sin are scaled by."""
-        rotary = self.rotary
+    def _tables(self, rotary: nn.Module, position: int) -> tuple[torch.Tensor, float]:
+        """``inv_freq`` after a forward pass over a text that ends at ``position``, and the factor of cos and sin."""
         prefix, options = "", {}
         for layer_type, parameters in self.text.rope_parameters.items():
             if parameters is self.parameters:
@@ -198,11 +198,11 @@ SUPERSEDED = frozenset((
     "beta_slow", "truncate", "mscale", "attn_factor", "extrapolation_factor", "finetuned", "alpha",
     "partial_rotary_factor",
 ))  # fmt: skip
-"""Rotary parameters whose effect is in a plan's frequencies and scaling: they need not outlive it."""
+"""Rotary parameters whose effect a plan's frequencies and scaling include: an extension may drop them."""
 
 
 def changed(before: StockModel, after: StockModel) -> str | None:
-    """What an extension changed beside the rotary embedding, or None: lost parameters, scalings of the attention."""
+    """A lost parameter or another attention scaling that the extension caused beside its frequencies, or None."""
     kept = after.parameters
     lost = [
         key
@@ -224,7 +224,7 @@ def _message(error: Exception) -> str:
 
 
 @contextmanager
-def _no_remark_on_keys() -> Iterator[None]:
+def _no_warning_of_keys() -> Iterator[None]:
     # short_mscale and long_mscale are for vLLM and SGLang; transformers warns that it does not know them.
     logger = logging.getLogger("transformers.modeling_rope_utils")
 

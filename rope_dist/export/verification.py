@@ -1,4 +1,4 @@
-"""Artefacts read as their engines read them, and compared with a plan."""
+"""Reads an exported artefact as its engines do and compares it with the plan."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tabulate import tabulate
 from ..planning import RopePlan
 from ..strategies import default_inv_freq
 from .architectures import unable_model, unextendable
-from .engines import ENGINES, Reading, check_engines, unable
-from .gguf_reading import read
+from .engines import ENGINES, EngineConfig, check_engines, unable
+from .gguf_reading import read as read_gguf
 from .stock import StockModel, changed, read_config
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SHAPE = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddi
 
 @dataclass(frozen=True)
 class Check:
-    """One engine's reading of an artefact: ``reason`` is None if it equals the plan, else what differs."""
+    """The result for one engine: ``reason`` is None if it follows the plan, else what differs."""
 
     engine: str
     reason: str | None
@@ -75,9 +75,9 @@ def verify(
 
     Args:
         artefact: a Hugging Face directory or a GGUF file.
-        plan: what it is to follow.
-        engines: engines of :data:`ENGINES` that it is for. The ones that cannot represent the plan are listed all the
-            same, but count only if they are named here: then the plan is refused.
+        plan: the plan that it was exported with.
+        engines: engines of :data:`ENGINES` that must run it. All engines are checked, but only a failure of those
+            named here is one of the verification; one that cannot represent the plan at all is refused.
         source: the model before the extension, a directory or its config: then what else the model had is compared
             too, e.g. the scaling of its softmax. Not for GGUF.
 
@@ -91,7 +91,7 @@ def verify(
     path = Path(artefact)
     if path.is_dir():
         return Verification(path, tuple(_directory(path, plan, tuple(engines), source)))
-    return Verification(path, (_compare("llama.cpp", read(path).reading, plan, relative=1e-6),))
+    return Verification(path, (_compare("llama.cpp", read_gguf(path).engine_config, plan, relative=1e-6),))
 
 
 def check_weights(directory: Path) -> None:
@@ -157,8 +157,10 @@ def _directory(
     if any(n.name.endswith((".safetensors", ".index.json", ".bin")) for n in path.iterdir()):
         check_weights(path)
     model = StockModel(read_config(path))
-    if source is not None and not hasattr(source, "get_text_config"):
-        source = read_config(Path(source))
+    if isinstance(source, (str, os.PathLike)):
+        before: PretrainedConfig | None = read_config(source)
+    else:
+        before = source
     checks = []
     for engine in ("transformers", *ENGINES):
         reason = unable_model(engine, model) or unable(engine, plan)
@@ -166,54 +168,54 @@ def _directory(
             checks.append(Check(engine, reason, required=engine in engines))
             continue
         if engine == "transformers":
-            reading = functools.partial(_installed_transformers, model, source)
+            read = functools.partial(_installed_transformers, model, before)
         else:
-            reading = functools.partial(_by_formula, ENGINES[engine], file, model)
-        checks.append(_compare(engine, reading, plan))
+            read = functools.partial(_by_formula, ENGINES[engine], file, model)
+        checks.append(_compare(engine, read, plan))
     return checks
 
 
-def _installed_transformers(model: StockModel, source: PretrainedConfig | None) -> Reading:
+def _installed_transformers(model: StockModel, source: PretrainedConfig | None) -> EngineConfig:
     reason = unextendable(model)
     if reason is None and source is not None:
         reason = changed(StockModel(source), model)
     if reason is not None:
         raise ValueError(reason)
-    return model.reading()
+    return model.engine_config()
 
 
 def _by_formula(
-    read_config: Callable[[Mapping[str, Any]], Reading], file: Mapping[str, Any], model: StockModel
-) -> Reading:
+    read_config: Callable[[Mapping[str, Any]], EngineConfig], file: Mapping[str, Any], model: StockModel
+) -> EngineConfig:
     reason = unextendable(model)
     if reason is not None:
         raise ValueError(reason)
     if model.part is not None:
         file = file.get(model.part, file)
-    # A file may leave to its class what is the class's default.
+    # A file may leave out the defaults of its config class.
     defaults = {key: getattr(model.text, key, None) for key in SHAPE}
     return read_config({**{k: v for k, v in defaults.items() if v is not None}, **file})
 
 
 def _compare(
     engine: str,
-    read: Callable[[], Reading],
+    read: Callable[[], EngineConfig],
     plan: RopePlan,
     *,
     required: bool = True,
     relative: float = 0.0,
 ) -> Check:
     try:
-        reading = read()
+        found = read()
     except KeyError as error:
         return Check(engine, f"its config has no {error.args[0]!r}", required)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         return Check(engine, str(error), required)
-    return Check(engine, _difference(reading, plan, relative), required)
+    return Check(engine, _difference(found, plan, relative), required)
 
 
-def _difference(reading: Reading, plan: RopePlan, relative: float) -> str | None:
-    found, planned = reading.inv_freq.double(), plan.inv_freq.double()
+def _difference(engine: EngineConfig, plan: RopePlan, relative: float) -> str | None:
+    found, planned = engine.inv_freq.double(), plan.inv_freq.double()
     if found.shape != planned.shape:
         return f"it has {found.numel()} rotary pairs, the plan {planned.numel()}"
     if not torch.allclose(found, planned, rtol=relative, atol=0.0):
@@ -222,13 +224,13 @@ def _difference(reading: Reading, plan: RopePlan, relative: float) -> str | None
             return "the factors are missing: it has the plain frequencies"
         pair = int((found / planned).log().abs().argmax())
         return (
-            f"the frequencies differ, most in pair {pair}: {found[pair]:.6g} radians a token, "
+            f"the frequencies differ, most in pair {pair}: {found[pair]:.6g} radians per token, "
             f"planned {planned[pair]:.6g}"
         )
-    if not math.isclose(reading.attention_scaling, plan.attention_scaling, rel_tol=relative):
+    if not math.isclose(engine.attention_scaling, plan.attention_scaling, rel_tol=relative):
         return (
-            f"cos and sin are scaled by {reading.attention_scaling:.6g}, planned {plan.attention_scaling:.6g}"
+            f"cos and sin are scaled by {engine.attention_scaling:.6g}, planned {plan.attention_scaling:.6g}"
         )
-    if reading.length < plan.target_length:
-        return f"it reads {reading.length} tokens, planned {plan.target_length}"
+    if engine.length < plan.target_length:
+        return f"it reads {engine.length} tokens, planned {plan.target_length}"
     return None

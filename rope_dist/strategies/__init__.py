@@ -1,16 +1,25 @@
-"""Context-extension strategies: a pre-trained rotary embedding in, one factor a pair out.
+"""Context-extension strategies: functions from a pre-trained rotary embedding to one factor per pair.
 
-Every strategy is a plain function of one signature,
+Every strategy is a function of this signature, which is checked when this package is imported:
 
-    ``strategy(rope: PretrainedRope, target_length: int, **settings) -> Scaling``
+    ``strategy(rope: PretrainedRope, target_length: int, *, setting=default, ...) -> Scaling``
 
-and :data:`STRATEGIES` holds them under their names. A factor ``f_i >= 1`` slows pair ``i`` down:
-it turns at ``theta_i / f_i`` radians a token after the extension. ``s`` is always
-``target_length / rope.length``.
+- It is listed once, with its settings and what each takes, in :data:`rope_dist.defaults.STRATEGIES`; planning, the
+  comparison, exports and the command line know it from there.
+- ``s`` is ``target_length / rope.length`` (:func:`base.scale_of` checks both lengths). A factor ``f_i`` divides the
+  frequency of pair ``i``: ``theta_i / f_i`` radians per token after the extension.
+- Settings are keyword-only, each with a default, and :attr:`Scaling.settings` records the values used. Bad values
+  raise ``ValueError``.
+- :func:`rope_dist.plan` passes on how it measures the disturbance to a strategy that has the settings of
+  :data:`rope_dist.defaults.MEASURE_SETTINGS`.
 """
 
 from __future__ import annotations
 
+import inspect
+from importlib import import_module
+
+from .. import defaults
 from ..defaults import DEFAULT_STRATEGY
 from ..messages import unknown
 from .auto import auto
@@ -30,18 +39,25 @@ from .distributional import DPROPE_THRESHOLDS, default_threshold, dprope
 from .formulas import dynamic_ntk, extrapolation, llama3, longrope, ntk, pi, yarn
 from .refinement import refined
 
-STRATEGIES: dict[str, Strategy] = {
-    "extrapolation": extrapolation,
-    "pi": pi,
-    "ntk": ntk,
-    "dynamic-ntk": dynamic_ntk,
-    "yarn": yarn,
-    "llama3": llama3,
-    "longrope": longrope,
-    "dprope": dprope,
-    "refined": refined,
-    "auto": auto,
-}
+
+def _load(name: str) -> Strategy:
+    """The function of a strategy; ``TypeError`` if its parameters are not those of its entry."""
+    path, settings = defaults.STRATEGIES[name]
+    module, _, attribute = path.rpartition(".")
+    function: Strategy = getattr(import_module(f".{module}", __name__), attribute)
+    parameters = list(inspect.signature(function).parameters.values())
+    optional = all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters[2:])
+    if not optional or [p.name for p in parameters] != ["rope", "target_length", *settings]:
+        expected = ", ".join(("rope", "target_length", *(["*", *settings] if settings else [])))
+        raise TypeError(
+            f"the strategy {name} in rope_dist/defaults.py is {attribute}({expected}) with a default for each setting, "
+            f"but its function is {attribute}{inspect.signature(function)}"
+        )
+    return function
+
+
+STRATEGIES: dict[str, Strategy] = {name: _load(name) for name in defaults.STRATEGIES}
+"""Name -> function."""
 
 __all__ = [
     "DEFAULT_STRATEGY",

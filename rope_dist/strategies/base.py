@@ -1,4 +1,4 @@
-"""What every strategy takes and gives: the trained embedding, the factors, and the checks they share."""
+"""Arguments and results of every strategy (:class:`PretrainedRope`, :class:`Scaling`), and the checks they share."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def default_inv_freq(theta: float, rotary_dim: int, factors: torch.Tensor | None
         factors: ``[rotary_dim / 2]``, or None for all ones.
 
     Returns:
-        ``[rotary_dim / 2]`` float32, radians a token.
+        ``[rotary_dim / 2]`` float32, radians per token.
     """
-    # The CPU whatever the ambient device is: a model is built on the meta device, its plan is not.
+    # On the CPU even where a model is being built on the meta device.
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.int64, device="cpu").float() / rotary_dim
     wavelengths = theta**exponents
     if factors is not None:
@@ -44,7 +44,7 @@ class PretrainedRope:
         length: trained length in tokens (``max_position_embeddings``).
         factors: per-pair factors that are part of the trained model already (Llama 3.1's
             scaling, a YaRN checkpoint), or None for all ones.
-        attention_scaling: what the trained model multiplies cos and sin by.
+        attention_scaling: the factor of cos and sin in the trained model.
 
     Raises:
         ValueError: a number out of range, or factors of another length.
@@ -82,17 +82,17 @@ class PretrainedRope:
 
     @property
     def inv_freq(self) -> torch.Tensor:
-        """``[pairs]`` float32, radians a token."""
+        """``[pairs]`` float32, radians per token."""
         return default_inv_freq(self.theta, self.rotary_dim, self.base_factors if self.factors else None)
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a strategy decides.
+    """The result of a strategy.
 
     Attributes:
         factors: ``[pairs]`` float64, relative to the trained frequencies; all finite and positive.
-        attention_scaling: what cos and sin are to be multiplied by, relative to the trained model.
+        attention_scaling: factor of cos and sin, relative to the trained model.
         settings: every setting the strategy ran with, defaults included; JSON types only.
         disturbance: ``[pairs]``, where the strategy had to compute it; None otherwise.
     """
@@ -104,7 +104,8 @@ class Scaling:
 
 
 Strategy = Callable[..., Scaling]
-"""``(rope: PretrainedRope, target_length: int, **settings) -> Scaling``"""
+"""``(rope: PretrainedRope, target_length: int, *, setting=default, ...) -> Scaling``, as :mod:`rope_dist.strategies`
+describes it."""
 
 
 MAX_LENGTH = 2**31 - 1
@@ -134,7 +135,7 @@ def check_whole(value: Any, name: str, least: int, most: int) -> int:
     return int(value)
 
 
-def check_rotary_dim(rotary_dim: int, name: str) -> int:
+def check_rotary_dim(rotary_dim: Any, name: str) -> int:
     """Return ``rotary_dim`` if it is a positive even whole number, else raise ``ValueError``."""
     number = check_number(rotary_dim, name)
     if number != math.floor(number) or not 2 <= number <= 65536 or number % 2:
@@ -144,7 +145,7 @@ def check_rotary_dim(rotary_dim: int, name: str) -> int:
     return int(rotary_dim)
 
 
-def check_length(length: int, name: str) -> int:
+def check_length(length: Any, name: str) -> int:
     """Return ``length`` if it is a whole number of 2 to ``MAX_LENGTH`` tokens, else raise ``ValueError``."""
     number = check_number(length, name)
     if number != math.floor(number) or not 2 <= number <= MAX_LENGTH:
@@ -158,7 +159,7 @@ def check_factors(factors: torch.Tensor, pairs: int) -> torch.Tensor:
     """Return ``factors`` if it is ``[pairs]`` finite positive numbers, else raise ``ValueError``."""
     if factors.ndim != 1 or factors.numel() != pairs:
         raise ValueError(
-            f"factors must be {pairs} numbers, one a rotary pair, got shape {list(factors.shape)}"
+            f"factors must be {pairs} numbers, one per rotary pair, got shape {list(factors.shape)}"
         )
     bad = torch.nonzero(~(torch.isfinite(factors) & (factors > 0))).flatten()
     if bad.numel():
@@ -168,7 +169,7 @@ def check_factors(factors: torch.Tensor, pairs: int) -> torch.Tensor:
 
 
 def scale_of(rope: PretrainedRope, target_length: int) -> float:
-    """``s = target_length / rope.length``; ``ValueError`` where the target is not a length or below 1."""
+    """``s = target_length / rope.length``; ``ValueError`` unless the target is a length of at least ``rope.length``."""
     check_length(target_length, "the target length")
     if target_length < rope.length:
         raise ValueError(

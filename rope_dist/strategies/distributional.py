@@ -27,11 +27,34 @@ Candidate = str | Callable[[PretrainedRope, int], Scaling]
 def default_threshold(scale: float) -> float:
     """The threshold :func:`dprope` uses where none is given.
 
-    The paper's 5e-4 at 2x and 2e-3 at 4x; between them linear in ``log scale``, outside held.
+    The paper's 5e-4 at 2x and 2e-3 at 4x, interpolated linearly in ``log scale`` and clamped outside.
     """
     low, high = DPROPE_THRESHOLDS["paper-2x"], DPROPE_THRESHOLDS["paper-4x"]
     position = min(max(math.log2(scale) - 1, 0.0), 1.0)
     return low + (high - low) * position
+
+
+def _check_threshold(threshold: float | str | None, scale: float) -> float:
+    """Nats per pair from a number, a name of :data:`DPROPE_THRESHOLDS`, or None for the scale's default."""
+    if threshold is None:
+        return default_threshold(scale)
+    if isinstance(threshold, str):
+        if threshold not in DPROPE_THRESHOLDS:
+            raise ValueError(
+                f"threshold must be a number or one of {', '.join(DPROPE_THRESHOLDS)}, got {threshold!r}"
+            )
+        return DPROPE_THRESHOLDS[threshold]
+    number = check_number(threshold, "threshold")
+    if number < 0:
+        raise ValueError(f"threshold must be a finite number of at least 0, got {threshold!r}")
+    return number
+
+
+def _check_interpolated_dims(interpolated_dims: int, rope: PretrainedRope) -> int:
+    number = check_whole(interpolated_dims, "interpolated_dims", 0, rope.rotary_dim)
+    if number % 2:
+        raise ValueError(f"interpolated_dims must be even (two dimensions per pair), got {number}")
+    return number
 
 
 def dprope(
@@ -55,8 +78,8 @@ def dprope(
     near uniform, are chosen on sampling noise, and a model that is not trained further pays for it.
 
     Args:
-        threshold: ``t`` in nats a pair, at least 0, or ``"paper-2x"`` / ``"paper-4x"``.
-        interpolated_dims: the paper's ``n``, instead of ``t``: how many dimensions (two a pair) leave
+        threshold: ``t`` in nats per pair, at least 0, or ``"paper-2x"`` / ``"paper-4x"``.
+        interpolated_dims: the paper's ``n``, instead of ``t``: how many dimensions (two per pair) leave
             the first candidate, those that gain most. Even, 0 to ``rotary_dim``.
         candidates: strategies that compete, by name or as functions ``(rope, target_length) -> Scaling``.
             A pair keeps the first unless the least disturbed of the others gains more than the
@@ -69,33 +92,16 @@ def dprope(
     """
     s = scale_of(rope, target_length)
     intervals = check_intervals(intervals)
-    check_divergence(divergence)
+    divergence = check_divergence(divergence)
     dtype = check_dtype(dtype)
     if threshold is not None and interpolated_dims is not None:
         raise ValueError("give the threshold t or the number of interpolated dimensions n, not both")
     if isinstance(candidates, str) or not isinstance(candidates, Sequence) or len(candidates) < 2:
         raise ValueError(f"dprope needs at least two candidate strategies, got {candidates!r}")
-    if interpolated_dims is not None:
-        interpolated_dims = check_whole(interpolated_dims, "interpolated_dims", 0, rope.rotary_dim)
-        if interpolated_dims % 2:
-            raise ValueError(
-                f"interpolated_dims must be even (two dimensions a pair), got {interpolated_dims}"
-            )
-    elif threshold is None:
-        threshold = default_threshold(s)
-    elif isinstance(threshold, str):
-        if threshold not in DPROPE_THRESHOLDS:
-            raise ValueError(
-                f"threshold must be a number or one of {', '.join(DPROPE_THRESHOLDS)}, got {threshold!r}"
-            )
-        threshold = DPROPE_THRESHOLDS[threshold]
-    if threshold is not None:
-        threshold = check_number(threshold, "threshold")
-        if threshold < 0:
-            raise ValueError(f"threshold must be a finite number of at least 0, got {threshold!r}")
+    t = _check_threshold(threshold, s)
+    n = None if interpolated_dims is None else _check_interpolated_dims(interpolated_dims, rope)
 
-    # The registry holds this function too.
-    from . import get_strategy
+    from . import get_strategy  # not at the top: that package imports this module
 
     functions = [c if callable(c) else get_strategy(c) for c in candidates]
     factors = torch.stack([check_factors(f(rope, target_length).factors, rope.pairs) for f in functions])
@@ -115,17 +121,17 @@ def dprope(
     pair = torch.arange(rope.pairs, device="cpu")
     best = 1 + torch.argmin(mean[1:], dim=0)
     gain = mean[0] - mean[best, pair]
-    if interpolated_dims is None:
-        chosen = gain > threshold / intervals
+    if n is None:
+        chosen = gain > t / intervals
     else:
-        # Of equal gains the slower pair goes first: it is the one that extrapolation leaves unseen.
+        # Of equal gains the slower pair goes first: its angles are the ones that extrapolation leaves unseen.
         order = torch.argsort(gain.flip(0), descending=True, stable=True)
         chosen = torch.zeros(rope.pairs, dtype=torch.bool, device="cpu")
-        chosen[rope.pairs - 1 - order[: interpolated_dims // 2]] = True
+        chosen[rope.pairs - 1 - order[: n // 2]] = True
     best = torch.where(chosen, best, 0)
     settings = {
-        "threshold": None if threshold is None else float(threshold),
-        "interpolated_dims": interpolated_dims,
+        "threshold": t if n is None else None,
+        "interpolated_dims": n,
         "candidates": [c if isinstance(c, str) else getattr(c, "__name__", repr(c)) for c in candidates],
         "intervals": intervals,
         "smoothing": float(smoothing),

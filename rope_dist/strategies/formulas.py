@@ -1,4 +1,4 @@
-"""Strategies with a formula: what others have published, as Hugging Face computes it where it does."""
+"""Published strategies with a closed form, computed as Hugging Face does where it has them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from .base import PretrainedRope, Scaling, check_factors, check_number, scale_of
 
 LARGEST = 1e9
-"""Of a factor or a number of periods: far beyond any use, far below what overflows."""
+"""Limit of a factor or a number of periods: far above any use, far below an overflow."""
 
 
 def _pair_index(rope: PretrainedRope) -> torch.Tensor:
@@ -18,7 +18,7 @@ def _pair_index(rope: PretrainedRope) -> torch.Tensor:
 
 
 def extrapolation(rope: PretrainedRope, target_length: int) -> Scaling:
-    """Leave every frequency as trained and read on (Press et al. 2022 call it direct extrapolation)."""
+    """Keep every trained frequency (direct extrapolation, Press et al. 2022)."""
     scale_of(rope, target_length)
     return Scaling(torch.ones(rope.pairs, dtype=torch.float64, device="cpu"))
 
@@ -57,7 +57,7 @@ def dynamic_ntk(rope: PretrainedRope, target_length: int, *, factor: float | Non
 def _base_change(rope: PretrainedRope, scale: float) -> torch.Tensor:
     """Factors of ``theta -> theta * scale ** (d / (d - 2))``: pair i gets ``scale ** (2i / (d - 2))``."""
     if rope.rotary_dim == 2:
-        # One pair is fastest and slowest at once; the formula divides by zero there.
+        # The formula divides by zero for a single pair.
         raise ValueError("NTK-aware scaling needs at least 4 rotary dimensions, got 2")
     return scale ** (2 * _pair_index(rope) / (rope.rotary_dim - 2))
 
@@ -73,12 +73,12 @@ def yarn(
 ) -> Scaling:
     """YaRN (Peng et al. 2023) with the ramp over the dimension index that Hugging Face ships.
 
-    Pairs that turn more than ``beta_fast`` times within the trained length stay, pairs that turn less
-    than ``beta_slow`` times are interpolated by ``s``; between, the frequency is mixed linearly in the
-    dimension index. cos and sin are multiplied by ``0.1 ln s + 1`` (the paper's temperature, eq. 22).
+    Pairs with more than ``beta_fast`` periods within the trained length keep their frequency, pairs with less
+    than ``beta_slow`` are interpolated by ``s``; between, the frequency is mixed linearly in the dimension
+    index. cos and sin are multiplied by ``0.1 ln s + 1`` (the paper's temperature, eq. 22).
 
     Args:
-        beta_fast, beta_slow: turns within the trained length, ``beta_fast > beta_slow > 0``.
+        beta_fast, beta_slow: periods within the trained length, ``beta_fast > beta_slow > 0``.
         attention_factor: replaces ``0.1 ln s + 1``.
         truncate: round the ramp's bounds outwards to whole dimensions, as Hugging Face does.
     """
@@ -95,8 +95,8 @@ def yarn(
         attention_factor = 0.1 * math.log(s) + 1.0
     attention_factor = check_number(attention_factor, "yarn's attention_factor", positive=True)
 
-    def dimension_of(turns: float) -> float:
-        return rope.rotary_dim * math.log(rope.length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    def dimension_of(periods: float) -> float:
+        return rope.rotary_dim * math.log(rope.length / (periods * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension_of(beta_fast), dimension_of(beta_slow)
     if truncate:
@@ -125,13 +125,13 @@ def llama3(
 ) -> Scaling:
     """Llama 3.1's scaling (Meta 2024), as Hugging Face's ``llama3`` computes it.
 
-    Pairs that turn more than ``high_freq_factor`` times within the trained length stay, pairs that turn
-    less than ``low_freq_factor`` times are interpolated; between, linear in the number of turns.
+    Pairs with more than ``high_freq_factor`` periods within the trained length keep their frequency, pairs with
+    less than ``low_freq_factor`` are interpolated; between, linear in the number of periods.
 
     Args:
-        factor: what slow pairs are divided by, at least 1; by default ``s`` (Llama 3.1 itself takes 8
+        factor: divides the frequency of slow pairs, at least 1; by default ``s`` (Llama 3.1 itself takes 8
             for 16 times the length).
-        low_freq_factor, high_freq_factor: turns within the trained length, the second the larger.
+        low_freq_factor, high_freq_factor: periods within the trained length, the second the larger.
     """
     s = scale_of(rope, target_length)
     factor = s if factor is None else check_number(factor, "llama3's factor")
@@ -143,8 +143,8 @@ def llama3(
         raise ValueError(
             f"llama3 needs high_freq_factor > low_freq_factor > 0, got {high_freq_factor} and {low_freq_factor}"
         )
-    turns = rope.length * rope.inv_freq.double() / (2 * math.pi)
-    smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    periods = rope.length * rope.inv_freq.double() / (2 * math.pi)
+    smooth = ((periods - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
     factors = 1 / ((1 - smooth) / factor + smooth)
     settings = {
         "factor": factor,
@@ -161,7 +161,7 @@ def longrope(
     factors: Sequence[float] | torch.Tensor | None = None,
     attention_factor: float | None = None,
 ) -> Scaling:
-    """LongRoPE (Ding et al. 2024): per-pair factors found elsewhere, here given.
+    """LongRoPE (Ding et al. 2024): per-pair factors from a search on a model, given by the caller.
 
     Args:
         factors: ``[pairs]``, e.g. the ``long_factor`` of a published config. Required.

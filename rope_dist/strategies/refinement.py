@@ -1,22 +1,23 @@
-"""``refined``: the factor of each pair that disturbs its rotary angle distribution least, found by search.
+"""``refined``: a search for the factor of each pair that disturbs its rotary angle distribution least.
 
-Wu et al. (EMNLP 2024, Limitations) name what eq. 9 leaves: with two factors to choose from, 1 and ``s``, the
-disturbance does not reach 0. Most of it sits in pairs that nearly repeat themselves: where a token turns by
-``alpha = p / q + delta`` of a circle with a small ``delta``, positions ``m`` and ``m + q`` have almost one angle,
-and the trained positions fill ``q`` narrow arcs only. Read on, the arcs grow by ``s``; interpolated, there are
-other arcs. What keeps them is to interpolate the drift and not the rotation:
+Eq. 9 of Wu et al. (EMNLP 2024) chooses between two factors, 1 and ``s``, which leaves a disturbance above 0 (their
+Limitations). Most of it is in pairs near a resonance: a frequency of ``alpha = p / q + delta`` revolutions per token
+with a small ``delta``. Positions ``m`` and ``m + q`` then have almost the same angle, and the trained positions cover
+``q`` narrow arcs only. Extrapolation widens these arcs by ``s``, position interpolation moves them. Interpolating the
+drift ``delta`` alone keeps them:
 
     alpha' = p / q + (alpha - p / q) / s
 
 Position interpolation is the case ``p / q = 0``. :func:`refined` tries the best rational approximations of every
-pair, which for a fast pair changes its frequency by less than a part in a thousand. A slow pair has an angle in
-every interval; what remains of its disturbance is in how the positions divide among the intervals, and for those a
-grid is searched, by exact counts that need no pass over the positions.
+pair, which changes the frequency of a fast pair by less than a part in a thousand. A slow pair covers every interval,
+and its remaining disturbance is the unequal number of positions per interval: for these pairs it searches a grid,
+with counts computed from the interval boundaries instead of from every position.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -36,23 +37,25 @@ from ..distribution import (
 from .base import PretrainedRope, Scaling, check_number, scale_of
 
 DEFAULT_TOLERANCE = 6e-4
-"""Nats a pair: a pair that 1 or ``s`` disturbs by no more is not searched."""
+"""Nats per pair: a pair that 1 or ``s`` disturbs by no more is not searched."""
 
 DEFAULT_SLACK = 0.01
-"""How far a factor may leave ``[1, s]``: keeping a resonance may need a slightly faster pair."""
+"""Relative margin around ``[1, s]``: keeping a resonance may need a slightly higher frequency."""
 
-# With fewer turns within the trained length than this a pair has neighbouring positions in each interval, and
-# few enough boundaries to search a grid.
+# A pair with fewer periods than this within the trained length has neighbouring positions in each interval, and few
+# enough boundaries for a grid search.
 _SLOW = 12.0
-# Around the best factor of a fast pair: how far the last position moves, in intervals, and in how many steps.
+# Search around the best factor of a fast pair: (range in intervals at the last position, number of steps).
 _NEARBY = ((4.0, 41), (0.4, 17), (0.05, 9))
-# The grid: points at most, how many of the best are refined, how often and into how many points each, and how
-# many of the best are then measured as everything else is.
+# The grid: largest number of points, how many of the best are refined, in how many rounds and into how many points
+# each, and how many of the best are then measured like every other candidate.
 _POINTS, _BEST, _LEVELS, _FINER, _MEASURED = 8192, 24, 4, 33, 6
-# Boundaries at a time: a megabyte, which stays in the second cache.
+# Boundaries at a time: 1 MiB, which fits into the L2 cache.
 _BOUNDARIES = 1 << 18
-# An interval that no position visits must have a logarithm where the grid is searched.
+# The grid search takes the logarithm of every interval, also of one without positions.
 _LEAST_SMOOTHING = 1e-6
+# Extra revolutions that are tried at most: a fast pair could have thousands.
+_EXTRA_REVOLUTIONS = 256
 
 
 def refined(
@@ -66,7 +69,7 @@ def refined(
     divergence: Divergence = "pretrained-extended",
     dtype: torch.dtype | str = torch.float32,
 ) -> Scaling:
-    """The least disturbing factor of each pair (eq. 8 of Wu et al., EMNLP 2024, minimised past eq. 9).
+    """The least disturbing factor of each pair: eq. 8 of Wu et al. (EMNLP 2024) minimised beyond eq. 9.
 
     The candidates are 1, ``s``, the factors that interpolate the drift from a near resonance, and for slow pairs
     a grid over ``[1, s]`` that is refined around its best; the least disturbed wins, of equals the least change.
@@ -74,7 +77,7 @@ def refined(
     that helps a model is another question, see ``rope-dist eval``.
 
     Args:
-        tolerance: nats a pair, at least 0; a pair that 1 or ``s`` disturbs by no more keeps that factor.
+        tolerance: nats per pair, at least 0; a pair that 1 or ``s`` disturbs by no more keeps that factor.
         slack: factors lie in ``[1 - slack, s * (1 + slack)]``; 0 to 0.5.
         intervals, smoothing, divergence, dtype: of the disturbance, see :mod:`rope_dist.distribution`.
 
@@ -85,7 +88,9 @@ def refined(
     check_number(tolerance, "refined's tolerance")
     check_number(slack, "refined's slack")
     if not tolerance >= 0:
-        raise ValueError(f"tolerance must be a finite number of at least 0 (nats a pair), got {tolerance!r}")
+        raise ValueError(
+            f"tolerance must be a finite number of at least 0 (nats per pair), got {tolerance!r}"
+        )
     if not 0 <= slack <= 0.5:
         raise ValueError(f"slack must be 0 to 0.5, got {slack!r}")
     search = _Search(
@@ -101,7 +106,7 @@ def refined(
     search.try_factors(dict.fromkeys((1.0, s)))
     if s > 1:
         search.try_resonances(search.above(tolerance))
-        slow = search.turns * rope.length < _SLOW
+        slow = search.revolutions * rope.length < _SLOW
         search.try_nearby(search.above(tolerance) & ~slow)
         search.try_grid(search.above(tolerance) & slow)
     settings = {
@@ -121,9 +126,9 @@ class _Search:
 
     Attributes:
         low, high: bounds of the factors.
-        turns: ``[pairs]`` float64, of a token, in circles.
+        revolutions: ``[pairs]`` float64, trained frequencies in revolutions per token.
         before: ``[pairs, intervals]``, distributions of the trained embedding.
-        factors, least: ``[pairs]`` float64, the best factors and what they disturb.
+        factors, least: ``[pairs]`` float64, the best factors and their disturbance.
     """
 
     rope: PretrainedRope
@@ -134,13 +139,13 @@ class _Search:
     smoothing: float
     divergence: Divergence
     dtype: torch.dtype
-    turns: torch.Tensor = field(init=False)
+    revolutions: torch.Tensor = field(init=False)
     before: torch.Tensor = field(init=False)
     factors: torch.Tensor = field(init=False)
     least: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.turns = self.rope.inv_freq.double() / (2 * math.pi)
+        self.revolutions = self.rope.inv_freq.double() / (2 * math.pi)
         self.before = self._distribution(self.rope.inv_freq, self.rope.length)
         self.factors = torch.ones(self.rope.pairs, dtype=torch.float64, device="cpu")
         self.least = torch.full((self.rope.pairs,), math.inf, dtype=torch.float64, device="cpu")
@@ -149,7 +154,7 @@ class _Search:
         """``[pairs]`` bool: which are disturbed more."""
         return self.least > tolerance
 
-    def try_factors(self, factors) -> None:
+    def try_factors(self, factors: Iterable[float]) -> None:
         """The same factors for every pair."""
         pairs = torch.arange(self.rope.pairs, device="cpu")
         for factor in factors:
@@ -157,9 +162,10 @@ class _Search:
 
     def try_resonances(self, which: torch.Tensor) -> None:
         """Interpolate the drift from the resonances of these pairs."""
-        pairs, factors = [], []
+        pairs: list[int] = []
+        factors: list[float] = []
         for i in which.nonzero().flatten().tolist():
-            found = self._resonant_factors(float(self.turns[i]))
+            found = self._resonant_factors(float(self.revolutions[i]))
             pairs += [i] * len(found)
             factors += found
         self._offer(
@@ -168,25 +174,24 @@ class _Search:
         )
 
     def try_nearby(self, which: torch.Tensor) -> None:
-        """Factors around the best of these pairs, closer and closer."""
+        """Factors near the best ones of these pairs, in ever smaller ranges."""
         pairs = which.nonzero().flatten()
         for reach, points in _NEARBY:
             steps = torch.linspace(-reach, reach, points, dtype=torch.float64, device="cpu")
-            drifts = (self.turns[pairs] / self.factors[pairs])[:, None] + steps / (
-                self.intervals * self.target_length
-            )
-            factors = (self.turns[pairs][:, None] / drifts).clamp(self.low, self.high)
+            steps /= self.intervals * self.target_length
+            candidates = (self.revolutions[pairs] / self.factors[pairs])[:, None] + steps
+            factors = (self.revolutions[pairs][:, None] / candidates).clamp(self.low, self.high)
             self._offer(pairs.repeat_interleave(points), factors.flatten())
 
     def try_grid(self, which: torch.Tensor) -> None:
         """The whole range of factors, for each of these pairs."""
         chosen = which.nonzero().flatten().tolist()
         for i in tqdm(chosen, desc="searching factors", delay=1.0, disable=None, leave=False):
-            found = self._best_of_grid(float(self.turns[i]), float(self.factors[i]))
+            found = self._best_of_grid(float(self.revolutions[i]), float(self.factors[i]))
             self._offer(torch.full((found.numel(),), i, device="cpu"), found)
 
     def _offer(self, pairs: torch.Tensor, factors: torch.Tensor) -> None:
-        """Measure pairs with the factors beside them, and keep what disturbs a pair less than its best so far."""
+        """Measure each pair with its candidate factor, and keep a factor that disturbs less than the best so far."""
         for pair, factor in zip(pairs.split(256), factors.split(256), strict=True):
             if pair.numel() == 0:
                 continue
@@ -201,24 +206,26 @@ class _Search:
             frequencies, length, intervals=self.intervals, smoothing=self.smoothing, dtype=self.dtype
         )
 
-    def _resonant_factors(self, turns: float) -> list[float]:
+    def _resonant_factors(self, revolutions: float) -> list[float]:
         """Factors that interpolate a pair's drift from ``p / q``, the least change first."""
         length, target = self.rope.length, self.target_length
-        drifts = [p / q + (turns - p / q) * length / target for p, q in approximations(turns, length)]
-        # As many whole turns more as end in the same part of a circle: with none that is position interpolation.
-        whole = math.floor((target - length) * turns)
-        drifts += [(turns * length + k) / target for k in range(min(whole, 256) + 1)]
-        # Two that end within a sixty-fourth of an interval are one candidate.
-        factors = {round(64 * self.intervals * target * d): turns / d for d in drifts if d > 0}
+        candidates = [
+            p / q + (revolutions - p / q) * length / target for p, q in approximations(revolutions, length)
+        ]
+        # With k more revolutions the target length ends at the angle of the trained one; 0 is position interpolation.
+        extra = min(math.floor((target - length) * revolutions), _EXTRA_REVOLUTIONS)
+        candidates += [(revolutions * length + k) / target for k in range(extra + 1)]
+        # Two that end within 1/64 of an interval are one candidate.
+        factors = {round(64 * self.intervals * target * c): revolutions / c for c in candidates if c > 0}
         within = (f for f in factors.values() if self.low <= f <= self.high)
         return sorted(within, key=lambda f: abs(math.log(f)))
 
-    def _best_of_grid(self, turns: float, known: float) -> torch.Tensor:
+    def _best_of_grid(self, revolutions: float, known: float) -> torch.Tensor:
         """The least disturbing factors of a slow pair on a refined grid, by exact counts: best first."""
-        slowest, fastest = turns / self.high, turns / self.low
+        slowest, fastest = revolutions / self.high, revolutions / self.low
         smoothing = max(self.smoothing, _LEAST_SMOOTHING)
         before = interval_shares(
-            torch.tensor([turns], dtype=torch.float64, device="cpu"),
+            torch.tensor([revolutions], dtype=torch.float64, device="cpu"),
             self.rope.length,
             self.intervals,
             smoothing,
@@ -227,7 +234,7 @@ class _Search:
         def best(candidates: torch.Tensor) -> torch.Tensor:
             after = interval_shares(candidates, self.target_length, self.intervals, smoothing)
             if self.divergence == "pretrained-extended":
-                disturbed = -(after.log() @ before)  # but for a constant
+                disturbed = -(after.log() @ before)  # up to a constant
             else:
                 disturbed = (after * (after / before).log()).sum(1)
             return candidates[torch.argsort(disturbed, stable=True)[:_BEST]]
@@ -235,7 +242,7 @@ class _Search:
         # From one point to the next the last position moves by a quarter of an interval, if that is not too many.
         points = math.ceil(4 * self.intervals * self.target_length * (fastest - slowest)) + 2
         points = min(points, _POINTS)
-        ends = [turns, turns * self.rope.length / self.target_length, turns / known]
+        ends = [revolutions, revolutions * self.rope.length / self.target_length, revolutions / known]
         step = (fastest - slowest) / (points - 1)
         found = best(
             torch.cat(
@@ -249,18 +256,18 @@ class _Search:
             around = step * torch.linspace(-1, 1, _FINER, dtype=torch.float64, device="cpu")
             found = best((found[:, None] + around).flatten().clamp(slowest, fastest))
             step *= 4 / _FINER
-        return turns / found[:_MEASURED]
+        return revolutions / found[:_MEASURED]
 
 
 def approximations(number: float, most: int) -> list[tuple[int, int]]:
     """The best rational approximations of a positive number: convergents and semiconvergents.
 
     Args:
-        number: of which the continued fraction is taken.
+        number: to approximate.
         most: the largest denominator.
 
     Returns:
-        Pairs ``p, q`` of which ``p / q`` approximates it, ``q`` rising from 1.
+        Pairs ``(p, q)`` with ``p / q`` close to it, ``q`` rising from 1.
     """
     rest = Fraction(number)
     before, last = (1, 0), (math.floor(rest), 1)
@@ -279,23 +286,23 @@ def approximations(number: float, most: int) -> list[tuple[int, int]]:
     return found
 
 
-def interval_shares(turns: torch.Tensor, length: int, intervals: int, smoothing: float) -> torch.Tensor:
-    """Rotary angle distributions by where an angle passes from one interval into the next.
+def interval_shares(revolutions: torch.Tensor, length: int, intervals: int, smoothing: float) -> torch.Tensor:
+    """Rotary angle distributions computed from the positions at which an angle crosses an interval boundary.
 
-    Counted on over all turns, the angle of position ``m`` is in interval ``k`` from ``m = ceil(k / (turns *
-    intervals))`` on: a few operations a boundary, whatever the length. Boundaries are float32, so that a position
-    within about 1e-7 of ``m`` of a boundary may fall on its other side.
+    With intervals numbered on over all revolutions, the angle enters interval ``k`` at position
+    ``ceil(k / (revolutions * intervals))``: a few operations per boundary, whatever the length. Boundaries are
+    float32: a position within a relative 1e-7 of a boundary may be counted on its other side.
 
     Args:
-        turns: ``[candidates]`` float64, of a token, in circles; rising order is fastest.
+        revolutions: ``[candidates]`` float64, revolutions per token; rising order is fastest.
         length, intervals, smoothing: as in :func:`rope_dist.distribution.rotary_angle_distribution`.
 
     Returns:
         ``[candidates, intervals]`` float32.
     """
     rows = []
-    # Candidates of about one speed have about as many boundaries.
-    for part in turns.split(64):
+    # Sorted candidates of one part have about as many boundaries.
+    for part in revolutions.split(64):
         whole = math.floor(float(part.min()) * length)
         circles = math.ceil(float(part.max()) * length) + 1
         boundary = torch.arange(circles * intervals, dtype=torch.float32, device="cpu")
@@ -303,7 +310,7 @@ def interval_shares(turns: torch.Tensor, length: int, intervals: int, smoothing:
         for some in tokens.split(max(1, _BOUNDARIES // boundary.numel())):
             first = (boundary * some).ceil_()
             first[:, whole * intervals :].clamp_(max=length)
-            # An interval's positions on every turn are the differences of these; summed first, taken once.
+            # The positions of an interval are differences of neighbouring entries; summed over revolutions first.
             passed = first.view(-1, circles, intervals).sum(1)
             rows.append(torch.cat((passed, passed[:, :1] + length), dim=1).diff(dim=1))
     return (torch.cat(rows) + smoothing) / length
