@@ -9,7 +9,7 @@ from .drop_in import apply_rotary_emb, apply_rotary_pos_emb
 from .fixed_point import to_fixed_point
 from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
-from .rotary import rotary, rotary_at
+from .rotation import rotary, rotary_at
 
 __all__ = [
     "apply_rotary_emb",
