@@ -69,7 +69,7 @@ __host__ __device__ __forceinline__
 #else
 inline
 #endif
-int64_t position_of(const Call& call, int64_t b, int64_t s) {
+    int64_t position_of(const Call& call, int64_t b, int64_t s) {
   if (call.positions) return call.positions[b * call.positions_b + s * call.positions_s];
   int64_t sequence = b, start = 0;
   if (call.bounds) {

@@ -58,7 +58,8 @@ ROPE_INLINE float flip_sign(float x, uint32_t sign) {
 ROPE_INLINE void cos_sin(int32_t revolutions, float& cos, float& sin) {
   // Two bits of this are the nearest quarter revolution; shifted out, what is left is the signed distance to it.
   const uint32_t quarter = static_cast<uint32_t>(revolutions) + (1u << 29);
-  const float u = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(revolutions) << 2)) * 4.656612873077393e-10f;
+  const float u = static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(revolutions) << 2)) *
+                  4.656612873077393e-10f;
   const float z = u * u;
   float s = fmaf(z, -3.588034451240674e-05f, 0.0024898769333958626f);
   s = fmaf(z, s, -0.08074536919593811f);

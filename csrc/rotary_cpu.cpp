@@ -162,7 +162,8 @@ ROPE_INLINE void rotate_words(const T* in, T* out, const float* cos, const float
 }
 
 template <typename T, bool Interleaved, typename Compute>
-ROPE_INLINE void rotate_pairs(const T* in, T* out, const Compute* cos, const Compute* sin, int64_t num_pairs) {
+ROPE_INLINE void rotate_pairs(const T* in, T* out, const Compute* cos, const Compute* sin,
+                              int64_t num_pairs) {
   ROPE_VECTORIZE
   for (int64_t i = 0; i < num_pairs; ++i) {
     const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
@@ -207,7 +208,8 @@ ROPE_INLINE void rotate_head(const T* in, T* out, const T* bias, const Compute* 
     rotate_pairs<T, Interleaved>(in, out, cos, sin, num_pairs);
   }
   if (in != out && 2 * num_pairs < head_dim) {
-    std::memcpy(out + 2 * num_pairs, in + 2 * num_pairs, static_cast<size_t>(head_dim - 2 * num_pairs) * sizeof(T));
+    std::memcpy(out + 2 * num_pairs, in + 2 * num_pairs,
+                static_cast<size_t>(head_dim - 2 * num_pairs) * sizeof(T));
   }
 }
 
@@ -245,8 +247,8 @@ ROPE_INLINE void rotate_block(const Call& call, const Heads& x, int64_t b, int64
       const int64_t head = by_head ? i : j, token = by_head ? j : i;
       // A token without a row passes through: as one of which nothing is rotated.
       rotate_head<T, Interleaved>(in + token * x.in_s + head * x.in_h, out + token * x.out_s + head * x.out_h,
-                                        bias ? bias + head * call.head_dim : nullptr, cos[token], sin[token],
-                                        cos[token] ? call.num_pairs : 0, call.head_dim);
+                                  bias ? bias + head * call.head_dim : nullptr, cos[token], sin[token],
+                                  cos[token] ? call.num_pairs : 0, call.head_dim);
     }
   }
 }
@@ -261,7 +263,8 @@ ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, int64_t nu
     const float sign = negate ? -1.0f : 1.0f;
     const bool apart = in_words<T, Interleaved>(num_pairs) && !Interleaved;
     const int64_t step = apart ? 2 : 1, entries = apart ? num_pairs / 2 : num_pairs;
-    for (int64_t i = 0; i < entries; ++i) own[i] = row[step * i] == row[step * i] ? sign * row[step * i] : nan;
+    for (int64_t i = 0; i < entries; ++i)
+      own[i] = row[step * i] == row[step * i] ? sign * row[step * i] : nan;
     for (int64_t i = 0; i < num_pairs - entries; ++i) {
       own[entries + i] = row[2 * i + 1] == row[2 * i + 1] ? sign * row[2 * i + 1] : nan;
     }
@@ -286,11 +289,14 @@ ROPE_INLINE void rotate_tokens(const Call& call, int64_t first, int64_t last, vo
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t row = position_of(call, b, s + t);
       const bool known = row >= 0 && row < call.rows;
-      const Compute* cos_row = static_cast<const Compute*>(call.cos) + (known ? b * call.cos_b + row * call.cos_s : 0);
-      const Compute* sin_row = static_cast<const Compute*>(call.sin) + (known ? b * call.sin_b + row * call.sin_s : 0);
+      const Compute* cos_row =
+          static_cast<const Compute*>(call.cos) + (known ? b * call.cos_b + row * call.cos_s : 0);
+      const Compute* sin_row =
+          static_cast<const Compute*>(call.sin) + (known ? b * call.sin_b + row * call.sin_s : 0);
       Compute* own = static_cast<Compute*>(scratch) + 2 * t * call.num_pairs;
       cos[t] = table_row<T, Interleaved>(known ? cos_row : nullptr, false, call.num_pairs, own);
-      sin[t] = table_row<T, Interleaved>(known ? sin_row : nullptr, call.conjugate != 0, call.num_pairs, own + call.num_pairs);
+      sin[t] = table_row<T, Interleaved>(known ? sin_row : nullptr, call.conjugate != 0, call.num_pairs,
+                                         own + call.num_pairs);
     }
     for (const Heads* x : {&call.q, &call.k}) rotate_block<T, Interleaved>(call, *x, b, s, tokens, cos, sin);
     first += tokens;
@@ -355,7 +361,8 @@ ROPE_EXPORT int rope_dist_cpu_rotary(const rope::Call* call, int64_t threads) {
   if (threads > tokens) threads = tokens;
   if (threads < 1) threads = 1;
   try {
-    const size_t scratch_size = static_cast<size_t>(2 * kBlock * call->num_pairs) * (call->dtype == kFloat64 ? 8 : 4);
+    const size_t scratch_size =
+        static_cast<size_t>(2 * kBlock * call->num_pairs) * (call->dtype == kFloat64 ? 8 : 4);
     // Apart by two cache lines, so that no thread waits for another's writes.
     const size_t apart = scratch_size + 128;
     std::vector<char> scratch(apart * static_cast<size_t>(threads));

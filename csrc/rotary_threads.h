@@ -87,13 +87,15 @@ ROPE_INLINE void store_some(T* x, const float* values) {
 // Cosines and sines of pairs [pair, pair + N) at a position; 1 and 0 for a token that has none. (A branch around the
 // rotation, which would keep infinities from their partners, costs registers: spills on sm_120.)
 template <int N>
-ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_t pair, float* cos, float* sin) {
+ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_t pair, float* cos,
+                           float* sin) {
   const float sign = call.conjugate ? -1.0f : 1.0f;
   if (call.inv_freq_q64) {
     const float scaling = static_cast<float>(call.scaling);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const int32_t revolutions = angle(static_cast<int32_t>(position), call.inv_freq_q64[pair + i], call.inv_freq_q64[call.num_pairs + pair + i]);
+      const int32_t revolutions = angle(static_cast<int32_t>(position), call.inv_freq_q64[pair + i],
+                                        call.inv_freq_q64[call.num_pairs + pair + i]);
       cos_sin(revolutions, cos[i], sin[i]);
       cos[i] = position == kNowhere ? 1.0f : cos[i] * scaling;
       sin[i] = position == kNowhere ? 0.0f : sin[i] * scaling * sign;
@@ -103,7 +105,8 @@ ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_
   const bool known = position >= 0 && position < call.rows;
   const float* cos_row = static_cast<const float*>(call.cos) + b * call.cos_b + position * call.cos_s + pair;
   const float* sin_row = static_cast<const float*>(call.sin) + b * call.sin_b + position * call.sin_s + pair;
-  if (known && N % 4 == 0 && (reinterpret_cast<uintptr_t>(cos_row) | reinterpret_cast<uintptr_t>(sin_row)) % 16 == 0) {
+  if (known && N % 4 == 0 &&
+      (reinterpret_cast<uintptr_t>(cos_row) | reinterpret_cast<uintptr_t>(sin_row)) % 16 == 0) {
     load_some<N>(cos_row, cos);
     load_some<N>(sin_row, sin);
   } else {
@@ -119,8 +122,8 @@ ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_
 
 // N pairs of one head: adjacent ones, whose members are N elements in each half, or 2 N neighbours.
 template <typename T, bool Interleaved, int N>
-ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, int64_t num_pairs, const float* cos,
-                             const float* sin) {
+ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, int64_t num_pairs,
+                             const float* cos, const float* sin) {
   float x[2 * N], y[2 * N];
   if (Interleaved) {
     load_some<2 * N>(in + 2 * pair, x);
@@ -168,7 +171,8 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
   const int64_t position = position_of(call, b, s);
   const int64_t heads = call.q.heads + call.k.heads;
   // Wide heads take several rounds; the usual ones take one.
-  for (int64_t pair = static_cast<int64_t>(column) * N; pair < call.num_pairs || pair == static_cast<int64_t>(column) * N;
+  for (int64_t pair = static_cast<int64_t>(column) * N;
+       pair < call.num_pairs || pair == static_cast<int64_t>(column) * N;
        pair += static_cast<int64_t>(columns) * N) {
     const bool rotated = pair < call.num_pairs;
     const bool once = pair == static_cast<int64_t>(column) * N;
@@ -222,11 +226,15 @@ int choose_for(const Call& call, Launch& launch) {
   const bool bias = call.q.bias || call.k.bias;
   const bool vectors = wide<T>(call);
   if (call.interleaved) {
-    if (!vectors) return bias ? launch.template run<T, true, 1, true>() : launch.template run<T, true, 1, false>();
-    return bias ? launch.template run<T, true, kVector / 2, true>() : launch.template run<T, true, kVector / 2, false>();
+    if (!vectors)
+      return bias ? launch.template run<T, true, 1, true>() : launch.template run<T, true, 1, false>();
+    return bias ? launch.template run<T, true, kVector / 2, true>()
+                : launch.template run<T, true, kVector / 2, false>();
   }
-  if (!vectors) return bias ? launch.template run<T, false, 1, true>() : launch.template run<T, false, 1, false>();
-  return bias ? launch.template run<T, false, kVector, true>() : launch.template run<T, false, kVector, false>();
+  if (!vectors)
+    return bias ? launch.template run<T, false, 1, true>() : launch.template run<T, false, 1, false>();
+  return bias ? launch.template run<T, false, kVector, true>()
+              : launch.template run<T, false, kVector, false>();
 }
 
 template <typename Launch>
