@@ -217,9 +217,9 @@ ROPE_INLINE void rotate_head(const T* in, T* out, const T* bias, const Compute* 
 // head's tokens are then contiguous, and the tables of a block stay in the first cache.
 constexpr int64_t kBlock = 16;
 
-// What is read so many bytes later is asked for now: the few heads whose arithmetic a core holds at once keep too
-// few reads under way. In place, 16k tokens of LLaMA2-7B, rows of q, k and v, one thread: bfloat16 46 ms without
-// and 31 with it, float32 66 and 55; adding 1 to as many words takes 25 and 54.
+// Prefetch distance in bytes: the few heads whose arithmetic a core overlaps keep too few reads in flight. In place,
+// 16k tokens of LLaMA2-7B, rows of q, k and v, one thread: bfloat16 46 ms without and 31 with it, float32 66 and 55;
+// adding 1 to as many 32-bit integers takes 25 and 54.
 constexpr int64_t kAhead = 4096;
 
 template <typename T>
@@ -254,7 +254,7 @@ ROPE_INLINE void rotate_block(const Call& call, const Heads& x, int64_t b, int64
 }
 
 // A row of cosines or sines as the loops want it: as it lies, or in own (room for num_pairs entries) where it has to
-// be changed. For 16-bit heads NaN is made the plain one. Row is null for a token that is not turned.
+// be changed. For 16-bit heads NaN is made the plain one. Row is null for a token that is not rotated.
 template <typename T, bool Interleaved, typename Compute>
 ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, int64_t num_pairs, Compute* own) {
   if (!row) return nullptr;

@@ -289,7 +289,8 @@ def threads_on_host(tmp_path_factory):
         "-shared",
         "-arch=sm_90",
     ]
-    subprocess.run([nvcc, *flags, str(ROOT / "csrc/threads_on_host.cu"), "-o", str(target)], check=True)
+    source = ROOT / "tests/helpers/threads_on_host.cu"
+    subprocess.run([nvcc, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)], check=True)
     run = ctypes.CDLL(str(target)).rope_dist_cpu_rotary
     run.argtypes = (ctypes.c_char_p, ctypes.c_int64)
     return run
