@@ -7,6 +7,8 @@ none has to add up partial sums. Tokens are padded to 16, the least the tensor c
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -157,13 +159,10 @@ def launch(
         "HAS_SLOTS": slots is not None, "HARDWARE": has_hardware(arch or architecture(x.device)),
         "num_warps": 4, "num_stages": 4,
     }  # fmt: skip
-    arguments = (x, *three(weights), *three(outputs), *three(biases), *angles[:4], slots, *numbers)
-    run = triton_launch.launch(decode_kernel, sum(heads) * a_head, x.device, arguments, options)
-    if run is None:
-        return None
 
-    def again(x, projections, angles, outputs, slots=None) -> None:
+    def pack(x, projections, angles, outputs, slots=None) -> tuple[Any, ...]:
         weights, biases = three(projections.weights()), three(projections.biases())
-        run(x, *weights, *three(outputs), *biases, *angles[:4], slots, *numbers)
+        return x, *weights, *three(outputs), *biases, *angles[:4], slots, *numbers
 
-    return again
+    tensors = (x, projections, angles, outputs, slots)
+    return triton_launch.launch(decode_kernel, sum(heads) * a_head, x.device, pack, tensors, options)

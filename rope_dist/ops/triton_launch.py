@@ -30,20 +30,26 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def launch(
-    kernel: Any, programs: int, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    pack: Callable[..., tuple[Any, ...]],
+    tensors: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> Callable[..., None] | None:
     """Launch ``kernel``.
 
     Args:
         kernel: a function under ``triton.jit``.
         programs: the grid, of one axis.
-        arguments: those that are no constants of the compilation, in the order of the kernel.
+        pack: ``pack(*tensors)`` gives the arguments that are no constants of the compilation, in the kernel's order.
         options: its constants by name, and how it is compiled.
 
     Returns:
-        What launches it again with other ``arguments``, of which only addresses may differ; None where kernels
+        What launches it again for other ``tensors``, whose arguments differ in addresses only; None where kernels
         are interpreted.
     """
+    arguments = pack(*tensors)
     with on_device(device):
         compiled = kernel[(programs,)](*arguments, **options)
     if not isinstance(compiled, CompiledKernel):
@@ -51,8 +57,8 @@ def launch(
     constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
     run = compiled[(programs, 1, 1)]
 
-    def again(*arguments: Any) -> None:
+    def again(*tensors: Any) -> None:
         with on_device(device):
-            run(*arguments, *constants)
+            run(*pack(*tensors), *constants)
 
     return again

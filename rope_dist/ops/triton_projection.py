@@ -67,17 +67,9 @@ def _rotate_tile(
 
 @triton.jit
 def _angles(
-    inv_freq_q64,
-    positions,
-    row,
-    rows,
-    period,
-    scaling,
-    NUM_PAIRS: tl.constexpr,
-    SCALED: tl.constexpr,
-    PERIODIC: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):
+    inv_freq_q64, positions, row, rows, period, scaling,
+    NUM_PAIRS: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr, HARDWARE: tl.constexpr,
+):  # fmt: skip
     """cos and sin ``[BLOCK_M, NUM_PAIRS]`` of the tokens ``row``, whose positions may repeat after ``period``."""
     known = row < rows
     if PERIODIC:
@@ -301,70 +293,49 @@ def launch(
         What does the same again, called as ``launch(x, projections, angles, outputs)``.
     """
     weights, biases, head_dim = projections.weights(), projections.biases(), projections.head_dim
-    rows, depth, row_stride = x.shape[0] * x.shape[1], x.shape[2], token_stride(x)
+    rows, depth = x.shape[0] * x.shape[1], x.shape[2]
     arch = arch or architecture(x.device)
     (block_m, block_n, block_k), compiled = configuration(arch, tma, head_dim)
     widths = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     tiles = triton.cdiv(rows, block_m) * sum(triton.cdiv(width, block_n) for width in widths)
     period = angle_rows(angles)
-    common = {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "GROUP": 8,
-        "HEAD_DIM": head_dim,
-        "NUM_PAIRS": angles.num_pairs,
-        "INTERLEAVED": angles.interleaved,
-        "TABLE": angles.cos is not None,
-        "SCALED": angles.scaling != 1.0,
-        "PERIODIC": period != rows,
-        "HAS_BIAS": biases is not None,
-        "HAS_V": len(weights) == 3,
-        "HARDWARE": has_hardware(arch),
-        # Left alone the compiler takes up to 212 for a longer schedule; at 192 it spills nothing either.
-        **({"maxnreg": 192} if tma and arch == "sm_90" and head_dim <= 128 else {}),
-        **compiled,
-    }
+    options = {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": 8,
+        "HEAD_DIM": head_dim, "NUM_PAIRS": angles.num_pairs, "INTERLEAVED": angles.interleaved,
+        "TABLE": angles.cos is not None, "SCALED": angles.scaling != 1.0, "PERIODIC": period != rows,
+        "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch), **compiled,
+    }  # fmt: skip
     numbers = (rows, depth, *widths, period, angles.scaling)
-    strides = (row_stride, *three([weight.stride(0) for weight in weights]))
-
     if not tma:
-        common["EVEN_DEPTH"] = depth % block_k == 0
-        arguments = (x, *three(weights), *three(outputs), *three(biases), *angles[:4], *numbers, *strides)
-        run_tiles = triton_launch.launch(pointer_kernel, tiles, x.device, arguments, common)
-        if run_tiles is None:
-            return None
+        options["EVEN_DEPTH"] = depth % block_k == 0
+        numbers += (token_stride(x), *three([weight.stride(0) for weight in weights]))
 
-        def again(x, projections, angles, outputs) -> None:
-            biases = projections.biases()
-            weights = three(projections.weights())
-            run_tiles(x, *weights, *three(outputs), *three(biases), *angles[:4], *numbers, *strides)
+        def pack(x, projections, angles, outputs) -> tuple[Any, ...]:
+            weights, biases = three(projections.weights()), three(projections.biases())
+            return x, *weights, *three(outputs), *biases, *angles[:4], *numbers
 
-        return again
+        return triton_launch.launch(
+            pointer_kernel, tiles, x.device, pack, (x, projections, angles, outputs), options
+        )
 
-    programs_used = min(num_programs or programs(x.device), tiles)
-    num_pairs = angles.num_pairs
-    read_x = Descriptor(x, (rows, depth), row_stride, (block_m, block_k))
+    if arch == "sm_90" and head_dim <= 128:
+        # Left alone the compiler takes up to 212 for a longer schedule; at 192 it spills nothing either.
+        options["maxnreg"] = 192
+    options["PROGRAMS"] = min(num_programs or programs(x.device), tiles)
+    read_x = Descriptor(x, (rows, depth), token_stride(x), (block_m, block_k))
     read = [Descriptor(w, w.shape, w.stride(0), (block_n, block_k)) for w in weights]
-    write = [
-        Descriptor(y, (rows, w.shape[0]), w.shape[0], (block_m, block_n))
-        for y, w in zip(outputs, weights, strict=True)
-    ]
-    table = Descriptor(angles.cos, (period, num_pairs), num_pairs, (block_m, num_pairs))
+    write = [Descriptor(y, (rows, n), n, (block_m, block_n)) for y, n in zip(outputs, widths, strict=False)]
+    table = Descriptor(angles.cos, (period, angles.num_pairs), angles.num_pairs, (block_m, angles.num_pairs))
 
-    def described(x, projections, angles, outputs) -> tuple[Any, ...]:
-        loads = [descriptor(weight) for descriptor, weight in zip(read, projections.weights(), strict=True)]
-        stores = [descriptor(output) for descriptor, output in zip(write, outputs, strict=True)]
-        tables = (table(angles.cos), table(angles.sin))
-        biases = projections.biases()
-        return read_x(x), *three(loads), *three(stores), *three(biases), *tables, *angles[2:4], *numbers
+    def describe(x, projections, angles, outputs) -> tuple[Any, ...]:
+        loads = three([make(weight) for make, weight in zip(read, projections.weights(), strict=True)])
+        stores = three([make(output) for make, output in zip(write, outputs, strict=True)])
+        tables = (table(angles.cos), table(angles.sin), *angles[2:4])
+        return read_x(x), *loads, *stores, *three(projections.biases()), *tables, *numbers
 
-    common["PROGRAMS"] = programs_used
-    arguments = described(x, projections, angles, outputs)
-    run = triton_launch.launch(descriptor_kernel, programs_used, x.device, arguments, common)
-    if run is None:
-        return None
-    return lambda x, projections, angles, outputs: run(*described(x, projections, angles, outputs))
+    return triton_launch.launch(
+        descriptor_kernel, options["PROGRAMS"], x.device, describe, (x, projections, angles, outputs), options
+    )
 
 
 class Descriptor:

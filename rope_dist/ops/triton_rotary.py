@@ -8,6 +8,8 @@ apart.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -220,15 +222,13 @@ def launch(
         "TAIL_WIDTH": triton.next_power_of_2(max(tail, 1)), "V_WIDTH": triton.next_power_of_2(head_dim),
         "SEQUENCES": 128, **blocks(max(heads), num_pairs, angles.interleaved, q.element_size()),
     }  # fmt: skip
-    arguments = (q, k, v, q_out, k_out, v_out, *whole_biases, *angles.tensors(), *numbers)
-    run = triton_launch.launch(rotary_kernel, tokens, q.device, arguments, options)
-    if run is None or v is not None or whole_biases[0] is not q_bias or whole_biases[1] is not k_bias:
-        return None
 
-    def again(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
-        run(q, k, None, q_out, k_out, None, q_bias, k_bias, *angles[:6], *numbers)
+    def pack(q, k, q_out, k_out, angles, q_bias=None, k_bias=None, v=None, v_out=None) -> tuple[Any, ...]:
+        return q, k, v, q_out, k_out, v_out, q_bias, k_bias, *angles[:6], *numbers
 
-    return again
+    tensors = (q, k, q_out, k_out, angles, *whole_biases, v, v_out)
+    again = triton_launch.launch(rotary_kernel, tokens, q.device, pack, tensors, options)
+    return again if whole_biases[0] is q_bias and whole_biases[1] is k_bias else None
 
 
 def _row_strides(x: torch.Tensor | None) -> tuple[int, int]:
