@@ -196,7 +196,7 @@ def plot_passkey(
     panels = axes.ravel()
     for axis, (label, cells) in zip(panels, grids.items(), strict=False):
         found = [[cells.get((n, d)) for n in lengths] for d in depths]
-        shares = [[score.share if score else math.nan for score in row] for row in found]
+        shares = [[score.accuracy if score else math.nan for score in row] for row in found]
         axis.set_facecolor("lightgrey")
         picture = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
         for y, row in enumerate(found):

@@ -138,7 +138,7 @@ class TestLocalTasks:
         code, _, error = command("--tasks", "hellaswag")
         assert code == 2
         (line,) = [line for line in error.splitlines() if line.startswith("rope-dist: error:")]
-        assert "the data of the task hellaswag cannot be had here" in line
+        assert "cannot load the data of the task hellaswag" in line
 
     def test_lm_evals_own_command_knows_the_model_name(self, model_directory, tasks_folder, tmp_path):
         arguments = ["run", "--model", "rope-dist", "--include_path", str(tasks_folder), "--tasks", "riddles"]
