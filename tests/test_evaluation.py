@@ -7,17 +7,18 @@ import sys
 
 import pytest
 import torch
+from helpers.model_families import FAMILIES, model_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rope_dist
 from rope_dist.evaluation import (
     CORPORA,
-    Reading,
-    corpora,
+    PerplexityResult,
     install_corpus,
     load_model,
     load_text,
-    read_with_strategies,
+    offline_corpora,
+    perplexity_by_strategy,
     token_nll,
 )
 from rope_dist.hf import enabled_modules
@@ -53,14 +54,14 @@ class TestPerplexity:
         assert llama.training
 
     def test_buckets_partition_the_predictions(self):
-        reading = Reading("x", None, torch.arange(1, 10, dtype=torch.float32))  # positions 1 to 9
-        buckets = reading.buckets(4)
+        result = PerplexityResult("x", None, torch.arange(1, 10, dtype=torch.float32))  # positions 1 to 9
+        buckets = result.buckets(4)
         assert [(b.start, b.end) for b in buckets] == [(0, 4), (4, 8), (8, 10)]
         means = [math.log(b.perplexity) for b in buckets]
         assert means == pytest.approx([2.0, 5.5, 8.5])
-        assert math.log(reading.perplexity) == pytest.approx(5.0)
+        assert math.log(result.perplexity) == pytest.approx(5.0)
         with pytest.raises(ValueError, match="at least 1 token"):
-            reading.buckets(0)
+            result.buckets(0)
 
     @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (1, 1, 9)])
     def test_refuses_what_is_not_one_sequence(self, llama, shape):
@@ -71,7 +72,7 @@ class TestPerplexity:
 
     def test_strategies_read_in_turn_and_leave_the_model_stock(self, llama, text_ids):
         before = copy.deepcopy(llama)
-        readings = list(read_with_strategies(llama, text_ids, ["stock", "pi", "dprope"], 128))
+        readings = list(perplexity_by_strategy(llama, text_ids, ["stock", "pi", "dprope"], 128))
         assert [r.label for r in readings] == ["stock", "pi", "dprope"]
         assert readings[0].plan is None
         assert readings[2].plan == rope_dist.plan(before, target_length=128, strategy="dprope")
@@ -85,7 +86,7 @@ class TestPerplexity:
         config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
         monkeypatch.setattr("rope_dist.evaluation.perplexity.token_nll", None)  # would be called to read
         with pytest.raises(ValueError, match="not a supported family"):
-            next(read_with_strategies(GPT2LMHeadModel(config), text_ids, ["stock", "pi"], 128))
+            next(perplexity_by_strategy(GPT2LMHeadModel(config), text_ids, ["stock", "pi"], 128))
 
 
 class TestTexts:
@@ -126,7 +127,7 @@ class TestTexts:
     def test_a_corpus_that_is_not_installed_says_what_to_install(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("NODE_PATH", raising=False)
-        monkeypatch.setattr(corpora, "_R_SITE_LIBRARY", tmp_path)
+        monkeypatch.setattr(offline_corpora, "R_SITE_LIBRARY", tmp_path)
         monkeypatch.delenv("R_LIBS", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with pytest.raises(
@@ -144,7 +145,7 @@ class TestInstalling:
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("NODE_PATH", raising=False)
         monkeypatch.delenv("R_LIBS", raising=False)
-        monkeypatch.setattr(corpora, "_R_SITE_LIBRARY", tmp_path)
+        monkeypatch.setattr(offline_corpora, "R_SITE_LIBRARY", tmp_path)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "sh").symlink_to("/bin/sh")
@@ -174,7 +175,10 @@ class TestInstalling:
         commands("apt-get", '[ "$*" = "download r-cran-janeaustenr" ] && echo > r-cran-janeaustenr_1.deb')
         commands("dpkg", f'[ "$2" = r-cran-janeaustenr_1.deb ] && mkdir -p {data} && echo > {data}/Rdata.rdx')
         install_corpus("emma")
-        assert corpora._r_data(corpora._AUSTEN) == tmp_path / "cache/rope_dist/corpora/austen" / data
+        assert (
+            offline_corpora.r_index("janeaustenr").parent
+            == tmp_path / "cache/rope_dist/corpora/austen" / data
+        )
 
     def test_what_fails_is_said_and_leaves_nothing(self, commands, tmp_path):
         with pytest.raises(MissingPackageError, match=r"needs npm, which is not here: npm install @stdlib"):
@@ -192,7 +196,7 @@ class TestDemo:
 
         lines = []
         out = tmp_path / "out"
-        result = run(model_name=str(model_directory), tokens=100, output=out, say=lines.append)
+        result = run(model_name=str(model_directory), tokens=100, output=out, log=lines.append)
         printed = "\n".join(lines)
         for published in ("24.08", "6.71", "22.92", "25.55"):
             assert published in printed
@@ -214,11 +218,20 @@ class TestDemo:
 
         for minutes, tokens in ((1.0, 96), (1e-9, 88)):
             result = run(
-                model_name=str(model_directory), minutes=minutes, output=tmp_path, say=lambda line: None
+                model_name=str(model_directory), minutes=minutes, output=tmp_path, log=lambda line: None
             )
             assert result["tokens"] == tokens
         with pytest.raises(ValueError, match="minutes must be a positive number"):
             run(minutes=float("nan"))
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_rotary_step_of_every_family_is_timed(self, family):
+        """Half of them have no ``head_dim`` in their config: a demonstration ended in an error after minutes."""
+        from rope_dist.demo import rotary_step
+
+        step = rotary_step(model_of(family), 40)
+        assert step.keys() == {"stock", "rope_dist"}
+        assert all(0 < seconds < 1 for seconds in step.values())
 
     def test_a_short_text_is_refused(self, model_directory, tmp_path):
         from rope_dist.demo import run
@@ -230,7 +243,7 @@ class TestDemo:
                 text=str(tmp_path / "short.txt"),
                 tokens=50,
                 output=tmp_path,
-                say=lambda line: None,
+                log=lambda line: None,
             )
 
     def test_a_packaged_model_that_is_not_installed_says_what_to_install(self, monkeypatch):

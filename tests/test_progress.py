@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rope_dist.demo as demo
-from rope_dist.evaluation import Record, describe, make_variants, passkey, progress, sweep
+from rope_dist.evaluation import Record, describe, make_variants, passkey, perplexity, progress
 from rope_dist.evaluation.perplexity import sliding_window_nll, token_nll
 from rope_dist.evaluation.progress import Pace, Progress, duration, measure_pace, work
 
@@ -106,7 +106,7 @@ class TestAnnouncements:
 
     @pytest.fixture(autouse=True)
     def slow(self, monkeypatch):
-        for module in (sweep, passkey):
+        for module in (perplexity, passkey):
             monkeypatch.setattr(module, "measure_pace", lambda model: Pace(120.0, 0.0))
 
     @pytest.fixture
@@ -115,11 +115,11 @@ class TestAnnouncements:
 
     def test_perplexity(self, llama, ids, record, capsys):
         def read(**options):
-            text = sweep.Passage("text", 0, ids[:1])
+            text = perplexity.Passage("text", 0, ids[:1])
             variants = make_variants(llama, ["stock", "pi"], 128)
             record_now = record("perplexity")
-            sweep_options = {"lengths": [20], "stride": 10, "progress": True, **options}
-            list(sweep.measure_perplexity(llama, [text], variants, record_now, **sweep_options))
+            options = {"lengths": [20], "stride": 10, "progress": True, **options}
+            list(perplexity.measure_perplexity(llama, [text], variants, record_now, **options))
             return capsys.readouterr().err
 
         # Two variants of 20 tokens, whole; then of three windows of 20.
@@ -165,25 +165,25 @@ def test_the_last_strategy_is_left_out_when_the_machine_gets_slower(llama, ids):
     said = []
     labels = [
         reading.label
-        for reading in demo._read(
+        for reading in demo._evaluate(
             llama, ids[:1], ("stock", "auto", "dprope"), 128, said.append, time.perf_counter()
         )
     ]
     assert labels == ["stock", "auto"]
-    assert len(demo._read(llama, ids[:1], ("stock", "auto", "dprope"), 128, said.append, None)) == 3
+    assert len(demo._evaluate(llama, ids[:1], ("stock", "auto", "dprope"), 128, said.append, None)) == 3
 
 
 def test_a_text_between_the_two_lengths_is_read_as_far_as_it_goes(model_directory, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     text = tmp_path / "text.txt"
     said = []
-    options = {"model_name": str(model_directory), "text": str(text), "output": tmp_path, "say": said.append}
+    options = {"model_name": str(model_directory), "text": str(text), "output": tmp_path, "log": said.append}
     text.write_text("abcd" * 23)  # 92 tokens of the 96 and 88 that are read of a model trained to 64
     assert demo.run(**options)["tokens"] == 88
     assert demo.run(**options, tokens=70, minutes=1e-9)["tokens"] == 70
-    assert any("(more than the 1e-09 min of --minutes: as asked for)" in line for line in said)
+    assert any("(more than the 1e-09 min of --minutes: as requested)" in line for line in said)
     assert any(
-        "left out for lack of time: dprope; --strategies stock auto dprope reads all" in x for x in said
+        "left out for lack of time: dprope; --strategies stock auto dprope evaluates all" in x for x in said
     )
     text.write_text("abcd" * 20)
     with pytest.raises(ValueError, match="has 80 tokens, fewer than the 88 to be read"):
@@ -201,9 +201,9 @@ def test_the_table_has_two_halves_and_then_eighths(llama, ids):
 
 
 def demo_reading(label, nll):
-    from rope_dist.evaluation import Reading
+    from rope_dist.evaluation import PerplexityResult
 
-    return Reading(label, None, nll)
+    return PerplexityResult(label, None, nll)
 
 
 def test_a_packaged_or_logged_model_loads_without_bars(model_directory, capfd):
