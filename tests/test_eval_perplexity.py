@@ -1,8 +1,12 @@
 """Perplexity runs: the sliding window, what a record keeps, stopping and going on, and the command."""
 
+import gzip
 import json
 import math
+import struct
+import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +15,7 @@ from rope_dist.cli import main
 from rope_dist.evaluation import (
     Record,
     describe,
+    load_text,
     make_variants,
     measure_perplexity,
     passages,
@@ -284,6 +289,27 @@ class TestPassages:
         data.mkdir(parents=True)
         (data / "Rdata.rdx").write_bytes(b"")
         assert r_index("janeaustenr").parent == data
+
+    def test_a_text_of_a_database_of_r(self, tmp_path, monkeypatch):
+        """Two variables, as R writes them: blocks of four bytes of size and zlib data, and their places."""
+        rdata = pytest.importorskip("rdata", reason="rdata is not installed: pip install 'rope-dist[eval]'")
+
+        def serialised(value):
+            rdata.write_rds(tmp_path / "x.rds", value, compression="gzip")
+            return gzip.decompress((tmp_path / "x.rds").read_bytes())
+
+        blocks, places = b"", {}
+        for name, lines in (("first", ["no", "text"]), ("emma", ["Emma Woodhouse,", "handsome"])):
+            content = serialised(np.array(lines))
+            block = struct.pack(">i", len(content)) + zlib.compress(content)
+            places[name] = np.array([len(blocks), len(block)])
+            blocks += block
+        data = tmp_path / "janeaustenr" / "data"
+        data.mkdir(parents=True)
+        (data / "Rdata.rdb").write_bytes(blocks)
+        (data / "Rdata.rdx").write_bytes(gzip.compress(serialised({"variables": places})))
+        monkeypatch.setenv("R_LIBS", str(tmp_path))
+        assert load_text("emma") == ("Jane Austen, Emma", "Emma Woodhouse,\nhandsome")
 
 
 @pytest.fixture

