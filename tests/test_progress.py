@@ -123,8 +123,8 @@ class TestAnnouncements:
             return capsys.readouterr().err
 
         # Two variants of 20 tokens, whole; then of three windows of 20.
-        assert read(methods=["whole"]) == "reading takes about 80 min on this machine\n"
-        assert read() == "reading takes about 4.0 h on this machine\n"
+        assert read(methods=["whole"]) == "evaluation takes about 80 min on this machine\n"
+        assert read() == "evaluation takes about 4.0 h on this machine\n"
         assert read() == ""  # all of it is on record
 
     def test_passkeys(self, llama, letters, record, capsys):
@@ -132,7 +132,7 @@ class TestAnnouncements:
         variants = make_variants(llama, ["stock"], 128)
         list(passkey.measure_passkey(llama, letters, cases, variants, record("passkey"), progress=True))
         # The prompt with the late key is read whole, the other from its key on: between one and two of 500 tokens.
-        hours = float(capsys.readouterr().err.removeprefix("reading takes about ").split()[0])
+        hours = float(capsys.readouterr().err.removeprefix("evaluation takes about ").split()[0])
         assert 500 / 30 < hours < 1.8 * 500 / 30
 
 

@@ -1,4 +1,4 @@
-"""How long reading takes: an estimate before it begins, a progress bar while it runs."""
+"""Time of an evaluation: an estimate before it starts and a progress bar during it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from transformers import DynamicCache, PreTrainedModel
 from .models import cache_option
 
 LINE_SECONDS = 30
-"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
+"""Seconds between two lines of progress where stderr is no terminal."""
 
 _PROBE_TOKENS = 256
 _PROBE_CONTEXT = 4096
 
 
 class Progress(tqdm):  # type: ignore[type-arg]
-    """A bar with the time left on a terminal; a line every half minute elsewhere.
+    """A progress bar with the remaining time on a terminal, a line every half minute elsewhere.
 
     Args:
-        description: what is being done; None shows nothing.
-        total: work in any unit, of which :meth:`update` takes parts. Work that grows with the position, such as
-            :func:`work`, gives a better time left than tokens do.
+        description: label; None shows nothing.
+        total: total of what :meth:`update` adds, in any unit. :func:`work`, which grows with the position, gives a
+            better estimate of the remaining time than tokens do.
     """
 
     def __init__(self, description: str | None, total: float) -> None:
@@ -39,22 +39,22 @@ class Progress(tqdm):  # type: ignore[type-arg]
                 "mininterval": LINE_SECONDS,
                 "delay": LINE_SECONDS,
                 "miniters": 1,
-                "file": io.StringIO(),  # what clears a bar; display() prints the lines
+                "file": io.StringIO(),  # for tqdm's control characters; display() prints the lines
             }
         super().__init__(desc=description, total=total, disable=description is None, leave=False, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
         if not self._lines:
             return super().display(msg, pos)
-        if msg is None:  # an empty message clears a bar
+        if msg is None:  # tqdm clears a bar with an empty message
             print(str(self), file=sys.stderr, flush=True)
         return True
 
 
 def work(model: PreTrainedModel, start: int, end: int) -> float:
-    """Operations to read tokens ``start <= i < end`` with a key/value cache of all before them, in relative terms.
+    """Relative number of operations of a forward pass over tokens ``start <= i < end`` with a key/value cache.
 
-    The matrices count for every token alike, attention for every token by its position. Used to weigh progress.
+    Linear layers cost the same for every token; attention grows with its position.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
@@ -68,26 +68,26 @@ def work(model: PreTrainedModel, start: int, end: int) -> float:
 
 @dataclass(frozen=True)
 class Pace:
-    """Measured speed of a model's reading.
+    """Measured prefill speed of a model.
 
     Attributes:
-        token: seconds a token takes without context.
-        context: seconds that every token before it adds.
+        token: seconds a token without context.
+        context: additional seconds a token of context.
     """
 
     token: float
     context: float
 
     def seconds(self, end: int, start: int = 0) -> float:
-        """Seconds to read tokens ``start <= i < end`` when those before are in the key/value cache."""
+        """Estimated seconds of a forward pass over tokens ``start <= i < end``, the earlier ones in the cache."""
         return (end - start) * (self.token + self.context * (start + end) / 2)
 
 
 @torch.inference_mode()
 def measure_pace(model: PreTrainedModel) -> Pace:
-    """Time a short piece of text without context and one after 4096 tokens: five to ten seconds on two CPU cores.
+    """Time a forward pass over 256 tokens without context and after 4096 tokens; 5 to 10 seconds on two CPU cores.
 
-    The shorter of two times each: what else runs on the machine only ever adds.
+    The minimum of two times each: other processes can only add time.
     """
     ids = torch.arange(_PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
 
@@ -105,7 +105,7 @@ def measure_pace(model: PreTrainedModel) -> Pace:
         return time.perf_counter() - began
 
     first = DynamicCache(config=model.config)
-    seconds(first)  # not counted: the first call allocates and compiles
+    seconds(first)  # warm-up
     short, long = (min(seconds(cache(context)) for _ in range(2)) for context in (0, _PROBE_CONTEXT))
     context = max(long - short, 0.0) / (_PROBE_TOKENS * _PROBE_CONTEXT)
     token = max(short / _PROBE_TOKENS - context * _PROBE_TOKENS / 2, 0.0)
@@ -113,12 +113,12 @@ def measure_pace(model: PreTrainedModel) -> Pace:
 
 
 def announce(seconds: float) -> None:
-    """Say on stderr how long reading will take."""
-    print(f"reading takes about {duration(seconds)} on this machine", file=sys.stderr, flush=True)
+    """Print the estimated time to stderr."""
+    print(f"evaluation takes about {duration(seconds)} on this machine", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds for reading: ``50 s``, ``4 min``, ``2.5 h``."""
+    """``50 s``, ``4 min`` or ``2.5 h``."""
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"
     if seconds < 5400:
