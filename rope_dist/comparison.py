@@ -51,7 +51,7 @@ def compare(
     cases = [(length, strategy) for length in target_lengths for strategy in strategies]
     plans = []
     for length, strategy in tqdm(cases, desc="comparing", delay=1.0, disable=None, leave=False):
-        settings = {"threshold": threshold} if strategy == "dprope" else {}
+        settings: dict[str, Any] = {"threshold": threshold} if strategy == "dprope" else {}
         plans.append(
             plan(
                 source,
@@ -104,7 +104,10 @@ def table(plans: Sequence[RopePlan]) -> str:
             "dprope with threshold 0, as in the paper's Table 3; `rope-dist plan` has another default.",
         ]
     elif thresholds:
-        lines += ["", f"dprope with threshold {', '.join(f'{t:g}' for t in sorted(thresholds))}."]
+        lines += [
+            "",
+            f"dprope with threshold {', '.join(f'{t:g}' for t in sorted(t for t in thresholds if t is not None))}.",
+        ]
     notes = [note for note in map(_largest_pair, plans) if note]
     if notes:
         lines += [

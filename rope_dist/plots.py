@@ -15,8 +15,8 @@ from .files import write_bytes
 from .optional import require
 
 if TYPE_CHECKING:
-    from .evaluation.passkey import Score
     from .evaluation.perplexity import Bucket
+    from .evaluation.tables import Score
     from .planning import RopePlan
 
 

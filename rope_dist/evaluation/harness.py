@@ -48,7 +48,7 @@ class ExtendedLM(HFLM):
         if isinstance(pretrained, str) and pretrained in PACKAGED_MODELS:
             pretrained, options["tokenizer"] = load_model(pretrained, options.get("device") or "cpu")
         super().__init__(pretrained=pretrained, **options)
-        given = {
+        given: dict[str, Any] = {
             "factor": factor,
             "target_length": target_length,
             "plan": RopePlan.load(plan) if plan else None,

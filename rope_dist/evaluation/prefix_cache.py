@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -24,7 +25,8 @@ class PrefixCachingModel:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chunk: int = 512
     ) -> None:
-        self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
+        self.model: Any = model
+        self.tokenizer, self.chunk = tokenizer, chunk
         self._cache = DynamicCache(config=model.config)
         self._ids = torch.empty(0, dtype=torch.long)
 
@@ -48,7 +50,7 @@ class PrefixCachingModel:
                 **cache_option(self.model, cache),
                 generation_config=greedy,
             )
-        return self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        return str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
 
     @torch.inference_mode()
     def log_probabilities(
@@ -109,7 +111,7 @@ class PrefixCachingModel:
     @property
     def _slides(self) -> bool:
         # A sliding-window layer has dropped the first tokens, so that its cache cannot be cropped.
-        return any(layer.is_sliding for layer in self._cache.layers)
+        return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
 
     @contextmanager
     def _temporary_cache(self) -> Iterator[DynamicCache]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ _PROBE_TOKENS = 256
 _PROBE_CONTEXT = 4096
 
 
-class Progress(tqdm):  # type: ignore[type-arg]
+class Progress(tqdm):
     """A progress bar with the remaining time on a terminal, a line every half minute elsewhere.
 
     Args:
@@ -93,7 +94,8 @@ def measure_pace(model: PreTrainedModel) -> Pace:
 
     def cache(context: int) -> DynamicCache:
         made = DynamicCache(config=model.config)
-        for index, layer in enumerate(first.layers if context else ()):
+        layers: Sequence[Any] = first.layers if context else ()
+        for index, layer in enumerate(layers):
             copies = (1, 1, context // _PROBE_TOKENS, 1)
             made.update(layer.keys.repeat(copies), layer.values.repeat(copies), index)
         return made
