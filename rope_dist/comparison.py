@@ -97,7 +97,7 @@ def table(plans: Sequence[RopePlan]) -> str:
         "",
         text_table(headers, rows),
     ]
-    thresholds = {p.threshold for p in plans if p.strategy == "dprope"}
+    thresholds = {p.threshold for p in plans if p.strategy == "dprope" and p.threshold is not None}
     if thresholds == {0.0}:
         lines += [
             "",
@@ -106,7 +106,7 @@ def table(plans: Sequence[RopePlan]) -> str:
     elif thresholds:
         lines += [
             "",
-            f"dprope with threshold {', '.join(f'{t:g}' for t in sorted(t for t in thresholds if t is not None))}.",
+            f"dprope with threshold {', '.join(f'{t:g}' for t in sorted(thresholds))}.",
         ]
     notes = [note for note in map(_largest_pair, plans) if note]
     if notes:

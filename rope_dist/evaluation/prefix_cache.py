@@ -111,7 +111,7 @@ class PrefixCachingModel:
     @property
     def _slides(self) -> bool:
         # A sliding-window layer has dropped the first tokens, so that its cache cannot be cropped.
-        return any(getattr(layer, "is_sliding", False) for layer in self._cache.layers)
+        return any(getattr(layer, "is_sliding", True) for layer in self._cache.layers)
 
     @contextmanager
     def _temporary_cache(self) -> Iterator[DynamicCache]:
