@@ -228,8 +228,12 @@ def _relative(curves: Curves, baseline: str) -> dict[str, list[float]]:
 
 
 def _draw_relative(axis: Any, curves: Curves, baseline: str, trained_length: int) -> None:
-    _draw_by_position(axis, curves, _relative(curves, baseline), trained_length)
-    axis.set_ylabel(f"perplexity relative to {baseline}, %\n(above {100 * MOST_RELATIVE:.0f} % not drawn)")
+    values = _relative(curves, baseline)
+    _draw_by_position(axis, curves, values, trained_length)
+    if not all(math.isfinite(value) for line in values.values() for value in line):
+        note = f"above {100 * MOST_RELATIVE:.0f} % not drawn"
+        axis.text(0.02, 0.98, note, transform=axis.transAxes, va="top", fontsize=8)
+    axis.set_ylabel(f"perplexity relative to {baseline}, %")
 
 
 def _draw_by_position(
@@ -242,9 +246,12 @@ def _draw_by_position(
     end = max(b.end for buckets in curves.values() for b in buckets)
     if end > trained_length:
         axis.axvline(trained_length, color="black", linestyle="--", linewidth=1, label=_TRAINED)
-    step = max(trained_length // 2, 1)
+    # Three to five ticks, at the trained length times or divided by powers of two.
+    step = trained_length
     while end > 4 * step:
         step *= 2
+    while end <= 2 * step and step % 2 == 0:
+        step //= 2
     axis.set_xticks(range(0, end + 1, step))
     axis.grid(alpha=0.3)
 

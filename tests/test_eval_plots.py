@@ -42,6 +42,7 @@ def test_perplexity_is_drawn_relative_to_yarn(figure):
     assert above.get_yscale() == "log"
     assert below.get_yscale() == "linear"
     assert "relative to yarn, %" in below.get_ylabel()
+    assert [text.get_text() for text in below.texts] == ["above 20 % not drawn"]
     drawn = {label: list(line.get_ydata()) for label, line in lines(below).items()}
     assert drawn["yarn"] == [0, 0, 0]
     assert drawn["auto"] == pytest.approx([-1, 0, -10])
@@ -49,6 +50,24 @@ def test_perplexity_is_drawn_relative_to_yarn(figure):
     assert drawn["stock"] == pytest.approx([0, 100 * (10 / 10.5 - 1), math.nan], nan_ok=True)
     assert list(lines(below)["auto"].get_xdata()) == [128, 384, 640]
     assert list(lines(below)["trained length"].get_xdata()) == [512, 512]
+
+
+@pytest.mark.parametrize(
+    ("trained", "ends", "ticks"),
+    [
+        (8192, (256, 512, 600), [0, 256, 512]),
+        (8192, (8192, 11264), [0, 4096, 8192]),
+        (8192, (8192, 16384), [0, 4096, 8192, 12288, 16384]),
+        (8192, (8192, 24576, 32768), [0, 8192, 16384, 24576, 32768]),
+        (64, (64, 100), [0, 32, 64, 96]),
+        (100, (300, 1100), [0, 400, 800]),
+    ],
+)
+def test_positions_are_labelled_around_the_trained_length(figure, trained, ends, ticks):
+    """A text shorter than half of the trained length had only a 0."""
+    buckets = [Bucket(start, end, 9.0) for start, end in zip((0, *ends), ends, strict=False)]
+    for axis in figure(plots.plot_perplexity, {"yarn": buckets, "auto": buckets}, trained, "title").axes:
+        assert axis.get_xticks().tolist() == ticks
 
 
 def test_perplexity_without_yarn_is_relative_to_stock_and_alone_to_nothing(figure):
