@@ -1,4 +1,8 @@
-"""Plots of plans, perplexity, passkey retrieval and benchmarks (needs the extra ``plot``)."""
+"""Plots of plans, perplexity, passkey retrieval and benchmarks (needs the extra ``plot``).
+
+Every function writes the file ``path``, whose suffix selects the format. It raises ``ValueError`` for a suffix that
+matplotlib does not support, and :class:`rope_dist.optional.MissingPackageError` without matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,8 @@ if TYPE_CHECKING:
     from .planning import RopePlan
 
 
-MOST_RELATIVE = 0.2
-"""Relative perplexities above +20 % are not drawn: a strategy that fails would hide the differences of the others."""
+MOST_RELATIVE = 20
+"""Percent: relative perplexities above it are not drawn: a strategy that fails would hide the differences of the others."""
 
 
 def _figure(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Any, Any]:
@@ -98,12 +102,7 @@ def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str], note: st
 
     Args:
         plans: of one model.
-        path: the file to write; its suffix selects the format.
         note: stored in the metadata (SVG only).
-
-    Raises:
-        ValueError: a suffix that matplotlib does not support.
-        MissingPackageError: matplotlib is not installed.
     """
     lengths = list(dict.fromkeys(p.target_length for p in plans))
     figure, axes = _figure(2, len(lengths), 6.4 * len(lengths), 7.2)
@@ -154,11 +153,6 @@ def plot_perplexity(curves: Curves, trained_length: int, title: str, path: str |
         curves: as from :meth:`rope_dist.evaluation.PerplexityResult.buckets`.
         trained_length: marked by a line if a curve goes past it.
         title: above the plot.
-        path: the file to write; its suffix selects the format.
-
-    Raises:
-        ValueError: a suffix that matplotlib does not support.
-        MissingPackageError: matplotlib is not installed.
     """
     baseline = next((label for label in ("yarn", "stock") if label in curves and len(curves) > 1), None)
     rows = 2 if baseline else 1
@@ -191,12 +185,10 @@ def plot_relative_perplexity(
         panels: curves by title, each with the baseline.
         trained_length: marked by a line if a curve goes past it.
         title: above the panels.
-        path: the file to write; its suffix selects the format.
         baseline: a label.
 
     Raises:
-        ValueError: a suffix that matplotlib does not support, or a panel without the baseline.
-        MissingPackageError: matplotlib is not installed.
+        ValueError: a panel has no curve of the baseline.
     """
     figure, axes = _figure(1, len(panels), 3.8 * len(panels) + 1.8, 4.0, sharey=True)
     legend: dict[str, Any] = {}
@@ -210,20 +202,20 @@ def plot_relative_perplexity(
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             legend.setdefault(label, handle)
     figure.suptitle(title)
-    legend |= {label: legend.pop(label) for label in (_TRAINED,) if label in legend}  # last
-    figure.legend(legend.values(), legend, fontsize=8, loc="outside right upper")
+    labels = sorted(legend, key=lambda label: label == _TRAINED)
+    figure.legend([legend[label] for label in labels], labels, fontsize=8, loc="outside right upper")
     _save(figure, path)
 
 
 def _relative(curves: Curves, baseline: str) -> dict[str, list[float]]:
     """Perplexities relative to the baseline, as a difference in percent; NaN above :data:`MOST_RELATIVE`."""
-    differences = {
-        label: [b.perplexity / base.perplexity - 1 for b, base in zip(c, curves[baseline], strict=True)]
-        for label, c in curves.items()
+    base = {(b.start, b.end): b.perplexity for b in curves[baseline]}
+    percent = {
+        label: [100 * (b.perplexity / base.get((b.start, b.end), math.nan) - 1) for b in buckets]
+        for label, buckets in curves.items()
     }
     return {
-        label: [100 * d if d <= MOST_RELATIVE else math.nan for d in values]
-        for label, values in differences.items()
+        label: [v if v <= MOST_RELATIVE else math.nan for v in values] for label, values in percent.items()
     }
 
 
@@ -231,7 +223,7 @@ def _draw_relative(axis: Any, curves: Curves, baseline: str, trained_length: int
     values = _relative(curves, baseline)
     _draw_by_position(axis, curves, values, trained_length)
     if not all(math.isfinite(value) for line in values.values() for value in line):
-        note = f"above {100 * MOST_RELATIVE:.0f} % not drawn"
+        note = f"above {MOST_RELATIVE} % not drawn"
         axis.text(0.02, 0.98, note, transform=axis.transAxes, va="top", fontsize=8)
     axis.set_ylabel(f"perplexity relative to {baseline}, %")
 
@@ -269,11 +261,6 @@ def plot_passkey(
             not measured are grey.
         trained_length: lengths past it are marked ``*``.
         title: above the panels.
-        path: the file to write; its suffix selects the format.
-
-    Raises:
-        ValueError: a suffix that matplotlib does not support.
-        MissingPackageError: matplotlib is not installed.
     """
     lengths = sorted({length for cells in grids.values() for length, _ in cells})
     depths = sorted({depth for cells in grids.values() for _, depth in cells})
@@ -343,7 +330,6 @@ def plot_curves(
     Args:
         panels: curves by title.
         x_label, y_label: with their units.
-        path: the file to write; its suffix selects the format.
         title: above all panels.
         note: stored in the metadata (SVG only).
     """
