@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 MOST_RELATIVE = 20
-"""Percent: relative perplexities above it are not drawn: a strategy that fails would hide the differences of the others."""
+"""Percent. Relative perplexities above it are not drawn: a strategy that fails would hide all other differences."""
 
 
 def _figure(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Any, Any]:
