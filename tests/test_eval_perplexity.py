@@ -156,15 +156,15 @@ class TestRuns:
         for _ in range(5):
             next(run)
         run.close()
-        readings = []
+        evaluated = []
         for name in ("token_nll", "sliding_window_nll"):
             original = getattr(perplexity, name)
             monkeypatch.setattr(
-                perplexity, name, lambda *a, read=original, **k: readings.append(1) or read(*a, **k)
+                perplexity, name, lambda *a, read=original, **k: evaluated.append(1) or read(*a, **k)
             )
         resumed = list(self.measure(llama, passage, path))
         assert [finished for _, _, finished in resumed] == [True] * 5 + [False] * (len(unbroken) - 5)
-        assert len(readings) == len(unbroken) - 5
+        assert len(evaluated) == len(unbroken) - 5
         assert [m["what"] for _, m, _ in resumed] == [m["what"] for m in unbroken]
         assert [m["result"]["nll"] for _, m, _ in resumed] == [m["result"]["nll"] for m in unbroken]
         assert all(finished for *_, finished in self.measure(llama, passage, path))
@@ -265,11 +265,11 @@ class TestMemory:
 
     def test_a_failed_allocation_is_explained(self):
         with (
-            pytest.raises(ValueError, match="out of memory while reading: lower the length"),
-            explain_out_of_memory("reading"),
+            pytest.raises(ValueError, match="out of memory while evaluating: lower the length"),
+            explain_out_of_memory("evaluating"),
         ):
             torch.empty(2**52, dtype=torch.uint8)
-        with pytest.raises(RuntimeError, match="size"), explain_out_of_memory("reading"):
+        with pytest.raises(RuntimeError, match="size"), explain_out_of_memory("evaluating"):
             torch.zeros(2) @ torch.zeros(3)
 
 

@@ -97,7 +97,7 @@ class TestLocalTasks:
         options = ("--tasks", "riddles", "--strategies", "stock", "pi", "--factor", "4")
         code, out, error = command(*options)
         assert code == 0
-        assert error.count("reading takes about 1 s on this machine") == 2
+        assert error.count("evaluation takes about 1 s on this machine") == 2
         record = json.loads((tmp_path / "out" / "tasks.json").read_text())
         found = {m["what"]["variant"]: m["result"] for m in record["measurements"]}
         model, tokenizer = load_model(str(model_directory))

@@ -75,14 +75,14 @@ class TestPerplexity:
 
     def test_strategies_read_in_turn_and_leave_the_model_stock(self, llama, text_ids):
         before = copy.deepcopy(llama)
-        readings = list(perplexity_by_strategy(llama, text_ids, ["stock", "pi", "dprope"], 128))
-        assert [r.label for r in readings] == ["stock", "pi", "dprope"]
-        assert readings[0].plan is None
-        assert readings[2].plan == rope_dist.plan(before, target_length=128, strategy="dprope")
-        torch.testing.assert_close(readings[0].nll, token_nll(before, text_ids), rtol=0, atol=0)
+        results = list(perplexity_by_strategy(llama, text_ids, ["stock", "pi", "dprope"], 128))
+        assert [r.label for r in results] == ["stock", "pi", "dprope"]
+        assert results[0].plan is None
+        assert results[2].plan == rope_dist.plan(before, target_length=128, strategy="dprope")
+        torch.testing.assert_close(results[0].nll, token_nll(before, text_ids), rtol=0, atol=0)
         with rope_dist.enable(before, target_length=128, strategy="pi"):
-            torch.testing.assert_close(readings[1].nll, token_nll(before, text_ids), rtol=0, atol=0)
-        assert not torch.allclose(readings[1].nll, readings[0].nll, atol=1e-4)
+            torch.testing.assert_close(results[1].nll, token_nll(before, text_ids), rtol=0, atol=0)
+        assert not torch.allclose(results[1].nll, results[0].nll, atol=1e-4)
         assert not list(enabled_modules(llama))
 
     def test_an_unsupported_model_is_refused_before_the_first_reading(self, text_ids, monkeypatch):

@@ -1,4 +1,4 @@
-"""How long reading takes: the estimate, the lines of progress, and what the demonstration makes of them."""
+"""Time of an evaluation: the estimate, the lines of progress, and how the demonstration uses them."""
 
 from __future__ import annotations
 
@@ -45,15 +45,19 @@ def test_a_line_every_half_minute_without_a_terminal(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(progress.time, "time", lambda: now[0])
     monkeypatch.setattr(progress, "LINE_SECONDS", 30)
-    with Progress("reading", 100) as bar:
+    with Progress("evaluating", 100) as bar:
         bar._time = lambda: now[0]
         bar.start_t = bar.last_print_t = now[0]
         for _ in range(9):
             now[0] += 10
             bar.update(10)
     lines = out.getvalue().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["reading: 30 %", "reading: 60 %", "reading: 90 %"]
-    assert lines[0] == "reading: 30 %, 00:30 elapsed, about 01:10 left"
+    assert [line.split(",")[0] for line in lines] == [
+        "evaluating: 30 %",
+        "evaluating: 60 %",
+        "evaluating: 90 %",
+    ]
+    assert lines[0] == "evaluating: 30 %, 00:30 elapsed, about 01:10 left"
     assert "\r" not in out.getvalue()
 
 
@@ -64,16 +68,16 @@ def test_a_bar_with_the_time_left_on_a_terminal(monkeypatch):
 
     out = Terminal()
     monkeypatch.setattr(progress.sys, "stderr", out)
-    with Progress("reading", 100) as bar:
+    with Progress("evaluating", 100) as bar:
         bar.start_t -= 20
         bar.update(40)
         bar.refresh()
-    assert "reading:  40%" in out.getvalue()
+    assert "evaluating:  40%" in out.getvalue()
     assert "00:20<00:30" in out.getvalue()
 
 
 def test_short_work_and_no_description_print_nothing(capsys):
-    for description in ("reading", None):
+    for description in ("evaluating", None):
         with Progress(description, 100) as bar:
             bar.update(100)
     assert capsys.readouterr() == ("", "")
@@ -81,9 +85,11 @@ def test_short_work_and_no_description_print_nothing(capsys):
 
 def test_progress_ends_at_all_of_the_work(llama, ids, monkeypatch):
     for read, total in (
-        (lambda: token_nll(llama, ids[0], chunk=7, description="reading"), work(llama, 0, 39)),
+        (lambda: token_nll(llama, ids[0], chunk=7, description="evaluating"), work(llama, 0, 39)),
         (
-            lambda: sliding_window_nll(llama, ids[0], window=20, stride=10, chunk=7, description="reading"),
+            lambda: sliding_window_nll(
+                llama, ids[0], window=20, stride=10, chunk=7, description="evaluating"
+            ),
             3 * work(llama, 0, 19),
         ),
     ):
@@ -102,7 +108,7 @@ def test_durations_are_for_reading(seconds, text):
 
 
 class TestAnnouncements:
-    """Commands say how long reading takes before they read; here every token takes two minutes."""
+    """Commands say how long they will take; here every token takes two minutes."""
 
     @pytest.fixture(autouse=True)
     def slow(self, monkeypatch):
@@ -162,28 +168,28 @@ class TestHowMuchTheDemonstrationReads:
 
 
 def test_the_last_strategy_is_left_out_when_the_machine_gets_slower(llama, ids):
-    said = []
+    lines = []
     labels = [
-        reading.label
-        for reading in demo._evaluate(
-            llama, ids[:1], ("stock", "auto", "dprope"), 128, said.append, time.perf_counter()
+        result.label
+        for result in demo._evaluate(
+            llama, ids[:1], ("stock", "auto", "dprope"), 128, lines.append, time.perf_counter()
         )
     ]
     assert labels == ["stock", "auto"]
-    assert len(demo._evaluate(llama, ids[:1], ("stock", "auto", "dprope"), 128, said.append, None)) == 3
+    assert len(demo._evaluate(llama, ids[:1], ("stock", "auto", "dprope"), 128, lines.append, None)) == 3
 
 
 def test_a_text_between_the_two_lengths_is_read_as_far_as_it_goes(model_directory, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     text = tmp_path / "text.txt"
-    said = []
-    options = {"model_name": str(model_directory), "text": str(text), "output": tmp_path, "log": said.append}
+    lines = []
+    options = {"model_name": str(model_directory), "text": str(text), "output": tmp_path, "log": lines.append}
     text.write_text("abcd" * 23)  # 92 tokens of the 96 and 88 that are read of a model trained to 64
     assert demo.run(**options)["tokens"] == 88
     assert demo.run(**options, tokens=70, minutes=1e-9)["tokens"] == 70
-    assert any("(more than the 1e-09 min of --minutes: as requested)" in line for line in said)
+    assert any("(more than the 1e-09 min of --minutes: as requested)" in line for line in lines)
     assert any(
-        "left out for lack of time: dprope; --strategies stock auto dprope evaluates all" in x for x in said
+        "left out for lack of time: dprope; --strategies stock auto dprope evaluates all" in x for x in lines
     )
     text.write_text("abcd" * 20)
     with pytest.raises(ValueError, match="has 80 tokens, fewer than the 88 to be read"):
