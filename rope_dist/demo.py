@@ -243,11 +243,11 @@ def rotary_step(model: PreTrainedModel, tokens: int) -> dict[str, float]:
     """Median seconds of the rotation in one layer, Hugging Face's (``stock``) and ours (in place), interleaved."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    config = model.config.get_text_config(decoder=True)
-    # Not from the config: some families have no head_dim in it, others one rotary embedding per layer type.
-    rope, _ = pretrained_rope(config)
-    queries = config.num_attention_heads
-    heads = queries, getattr(config, "num_key_value_heads", None) or queries
+    from .evaluation.models import attention_shape
+
+    # Not model.model.rotary_emb: some families have one per layer type.
+    rope, _ = pretrained_rope(model.config)
+    heads = attention_shape(model)[:2]
     q, k = (torch.randn(1, tokens, n, rope.rotary_dim, dtype=model.dtype, device=model.device) for n in heads)
     position_ids = torch.arange(tokens, device=model.device)[None]
     cos, sin = ops.cos_sin(rope.inv_freq.float().to(model.device), position_ids, rope.attention_scaling)

@@ -9,14 +9,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..machine import free_bytes
+from .models import attention_shape
 
 
 def kv_cache_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Bytes of the key/value cache of one sequence of ``tokens``."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * tokens * model.dtype.itemsize
+    _, heads, head_dim = attention_shape(model)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return 2 * layers * heads * head_dim * tokens * model.dtype.itemsize
 
 
 def check_memory(model: PreTrainedModel, tokens: int, chunk: int) -> None:

@@ -127,6 +127,14 @@ def _check_device(device: torch.device | str) -> None:
         raise ValueError(f"there is no device {device}: {one_line(error)}") from None
 
 
+def attention_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head_dim of a model; some families leave the last two out of their config."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
 def cache_option(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
     """``cache`` as keyword argument of the model's forward: ``past_key_values`` until transformers 5.24."""
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from .models import cache_option
+from .models import attention_shape, cache_option
 
 LINE_SECONDS = 30
 """Seconds between two lines of progress where stderr is no terminal."""
@@ -57,13 +57,10 @@ def work(model: PreTrainedModel, start: int, end: int) -> float:
 
     Linear layers cost the same for every token; attention grows with its position.
     """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, _, head_dim = attention_shape(model)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
     parameters = sum(p.numel() for p in model.parameters())
-    attention = (
-        2.0 * config.num_hidden_layers * heads * head_dim
-    )  # per token of context: scores and their sum
+    attention = 2.0 * layers * heads * head_dim  # per token of context: scores and their weighted sum
     return (end - start) * (parameters + attention * (start + end) / 2)
 
 
