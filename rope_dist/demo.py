@@ -23,7 +23,7 @@ from .tables import text_table
 from .timing import sample, spread, timer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from .evaluation import PerplexityResult
 
@@ -84,19 +84,13 @@ def run(
     log("\n1. Disturbance of LLaMA2's rotary angles, beside Table 3 of Wu et al. (EMNLP 2024)\n")
     log(table_3())
 
-    from transformers.utils import logging as transformers_logging
-
-    from .evaluation import PACKAGED_MODELS, load_model, load_text
+    from .evaluation import load_text
     from .evaluation.progress import duration
 
     title, content = load_text(text)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    packaged = PACKAGED_MODELS.get(model_name)
-    log(f"\n2. {packaged.title if packaged else model_name}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    transformers_logging.set_verbosity_error()  # no warnings between the tables
-    model, tokenizer = load_model(model_name, device, dtype)
+    model, tokenizer = _load(model_name, device, dtype, log)
     trained = pretrained_rope(model.config)[0].length
     target = round(trained * factor)
     ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids
@@ -132,6 +126,19 @@ def run(
     write_text(output / "demo.json", json.dumps(result, indent=2) + "\n")
     log(f"\nwrote {plot} and {output / 'demo.json'} ({time.perf_counter() - started:.0f} s)")
     return result
+
+
+def _load(
+    model_name: str, device: torch.device | str | None, dtype: str | None, log: Log
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers.utils import logging as transformers_logging
+
+    from .evaluation import PACKAGED_MODELS, load_model
+
+    packaged = PACKAGED_MODELS.get(model_name)
+    log(f"\n2. {packaged.title if packaged else model_name}")
+    transformers_logging.set_verbosity_error()  # no warnings between the tables
+    return load_model(model_name, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
 
 
 def _lengths(title: str, available: int, trained: int, factor: float, tokens: int | None) -> list[int]:
