@@ -29,7 +29,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import rope_dist
 from rope_dist.evaluation import load_model, load_text
-from rope_dist.evaluation.memory import memory_errors_in_words
+from rope_dist.evaluation.memory import explain_out_of_memory
 
 BATCH = 64
 STEPS = {2: 1000, 4: 500}
@@ -202,7 +202,7 @@ def main(parsed: argparse.Namespace) -> None:
         print(f"goes on from {checkpoint}" if checkpoint else "begins with the first step", flush=True)
     trainer = Trainer(model=model, args=arguments, train_dataset=texts, processing_class=tokenizer)
     advice = "give a smaller --length or --per-device-batch, or shard over more GPUs (examples/fsdp2.yaml)"
-    with memory_errors_in_words(f"training on {length} tokens", advice):
+    with explain_out_of_memory(f"training on {length} tokens", advice):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     trainer.save_state()

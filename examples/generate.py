@@ -17,7 +17,7 @@ from transformers import TextStreamer
 
 import rope_dist
 from rope_dist.evaluation import load_model, load_text
-from rope_dist.evaluation.memory import memory_errors_in_words
+from rope_dist.evaluation.memory import explain_out_of_memory
 
 
 class TimedStreamer(TextStreamer):
@@ -82,7 +82,7 @@ def main(parsed: argparse.Namespace) -> None:
     )
     ids = ids.to(device)
     begin = time.perf_counter()
-    with memory_errors_in_words(f"reading {tokens} tokens", "give fewer --tokens, or another --device"):
+    with explain_out_of_memory(f"reading {tokens} tokens", "give fewer --tokens, or another --device"):
         model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=streamer, **sampling
         )

@@ -1,4 +1,4 @@
-"""Every strategy side by side on one model: the disturbance table (the paper's Table 3)."""
+"""Comparison of strategies by the disturbance of the rotary angle distribution (Table 3 of the paper)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from tqdm import tqdm
 
 from .defaults import COMPARED_STRATEGIES as COMPARED
 from .distribution import DEFAULT_INTERVALS, Divergence, rotary_angle_distribution
 from .planning import RopePlan, plan
+from .tables import text_table
 
 PAPER_TABLE_3: dict[int, dict[str, float]] = {
     8192: {"pi": 24.08e-3, "yarn": 25.55e-3, "dprope": 6.71e-3},
@@ -33,25 +33,25 @@ def compare(
     dtype: torch.dtype | str = torch.float32,
     **numbers: Any,
 ) -> list[RopePlan]:
-    """Plan every strategy at every length.
+    """Plan every strategy for every target length.
 
     Args:
         source: as in :func:`rope_dist.plan`.
         target_lengths: tokens.
-        strategies: names, by default all that need nothing but the model.
-        threshold: of ``dprope``; 0 as in the paper's Table 3 (planning itself has another default).
-        intervals, divergence, dtype: how the disturbance is measured.
-        **numbers: ``theta``, ``head_dim``, ``rotary_dim``, ``original_length`` instead of a source.
+        strategies: names, by default all but longrope, whose factors come from a search on the model.
+        threshold: of ``dprope``; 0 as in the paper's Table 3 (:func:`rope_dist.plan` has another default).
+        intervals, divergence, dtype: of the disturbance, as in :func:`rope_dist.plan`.
+        **numbers: ``theta``, ``head_dim``, ``rotary_dim``, ``original_length``, instead of a source.
 
     Returns:
-        One plan a strategy and length, lengths outermost.
+        A plan per length and strategy, in this order.
     """
     if isinstance(source, (str, os.PathLike)):
         source = _load_once(source)
     cases = [(length, strategy) for length in target_lengths for strategy in strategies]
     plans = []
     for length, strategy in tqdm(cases, desc="comparing", delay=1.0, disable=None, leave=False):
-        settings = {"threshold": threshold} if strategy == "dprope" else {}
+        settings: dict[str, Any] = {"threshold": threshold} if strategy == "dprope" else {}
         plans.append(
             plan(
                 source,
@@ -75,7 +75,7 @@ def _load_once(source: str | os.PathLike[str]) -> Any:
 
 
 def table(plans: Sequence[RopePlan]) -> str:
-    """The plans as text: a row a strategy, per length the mean disturbance (x 1e-3) and dimensions changed."""
+    """The plans as a table: a row per strategy, with mean disturbance (x 1e-3) and dimensions changed per length."""
     lengths = list(dict.fromkeys(p.target_length for p in plans))
     by_case = {(p.strategy, p.target_length): p for p in plans}
     rows = []
@@ -95,16 +95,19 @@ def table(plans: Sequence[RopePlan]) -> str:
         f"disturbance x 1e-3 (nats a pair, KL {_direction(first.divergence)}, {first.intervals} intervals); "
         f"dims: dimensions changed, of {first.rotary_dim}",
         "",
-        tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * (2 * len(lengths)))),
+        text_table(headers, rows),
     ]
-    thresholds = {p.threshold for p in plans if p.strategy == "dprope"}
+    thresholds = {p.threshold for p in plans if p.strategy == "dprope" and p.threshold is not None}
     if thresholds == {0.0}:
         lines += [
             "",
             "dprope with threshold 0, as in the paper's Table 3; `rope-dist plan` has another default.",
         ]
     elif thresholds:
-        lines += ["", f"dprope with threshold {', '.join(f'{t:g}' for t in sorted(thresholds))}."]
+        lines += [
+            "",
+            f"dprope with threshold {', '.join(f'{t:g}' for t in sorted(thresholds))}.",
+        ]
     notes = [note for note in map(_largest_pair, plans) if note]
     if notes:
         lines += [
@@ -118,11 +121,11 @@ def table(plans: Sequence[RopePlan]) -> str:
 
 
 LARGE = 1.0
-"""Nats: a pair above this is explained, because it can make up most of the mean."""
+"""Nats: the table names pairs above this, because one of them can make up most of the mean."""
 
 
 def _largest_pair(p: RopePlan) -> str | None:
-    """The most disturbed pair if it is above :data:`LARGE`, and how many intervals it visits before and after."""
+    """A line about the most disturbed pair if it is above :data:`LARGE`, with the intervals that it visits."""
     worst = max(range(len(p.factors)), key=p.disturbance_per_pair.__getitem__)
     disturbance = p.disturbance_per_pair[worst]
     if disturbance <= LARGE:
@@ -149,7 +152,7 @@ def _direction(divergence: str) -> str:
 
 
 def table_3() -> str:
-    """This package's figures for the paper's Table 3, beside the published ones."""
+    """Table 3 of the paper: the disturbance computed here beside the published one."""
     lengths = tuple(PAPER_TABLE_3)
     strategies = ("pi", "yarn", "dprope")
     plans = compare("llama2-7b", target_lengths=lengths, strategies=strategies)
@@ -164,4 +167,4 @@ def table_3() -> str:
     headers = ["disturbance x 1e-3"]
     for length in lengths:
         headers += [f"4096 -> {length}", "paper"]
-    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *("right",) * 4))
+    return text_table(headers, rows)

@@ -78,6 +78,8 @@ CORPUS_NAMES = (
     "sense-and-sensibility",
     "moby-dick",
     "state-of-the-union",
+    "pg19",
+    "wikitext",
 )
 ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm")
 METHODS = ("whole", "sliding")

@@ -1,4 +1,4 @@
-"""The main job on real input: Table 3, then a real model reading past its trained length."""
+"""The demonstration: Table 3 of the paper, then the perplexity of a real model past its trained length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tabulate import tabulate
 
 from . import ops
 from .comparison import table_3
@@ -20,20 +19,23 @@ from .files import write_text
 from .machine import describe
 from .planning import pretrained_rope
 from .plots import plot_perplexity
+from .tables import text_table
 from .timing import sample, spread, timer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from .evaluation import Reading
+    from .evaluation import PerplexityResult
+
+Log = Callable[[str], None]
 
 LENGTHS = (1.5, 1.375)
-"""Multiples of the trained length that are read, the first that fits into the time. Below the smaller one a model
-still reads well with its own frequencies (SmolLM2 fails from 1.25 on), so that a table would show nothing."""
+"""Lengths to evaluate, as multiples of the trained length: the first that fits into the time. SmolLM2 with its own
+frequencies fails from 1.25 on, so that a shorter length would show nothing."""
 SHARE = 0.9
-"""Of the time left that readings are planned to take: a machine may get slower while they run."""
+"""Share of the remaining time that is planned for: a machine may get slower during the run."""
 BUCKET = 1024
-"""Positions of one point of the picture and of one entry of ``demo.json``."""
+"""Positions of one point of the plot and of one entry of ``demo.json``."""
 
 
 def run(
@@ -47,27 +49,26 @@ def run(
     output: str | Path = "rope-dist-demo",
     device: torch.device | str | None = None,
     dtype: str | None = None,
-    say: Callable[[str], None] = print,
+    log: Log = print,
 ) -> dict[str, Any]:
-    """Print the paper's Table 3, read a text with several strategies, time the rotary step.
+    """Print the paper's Table 3, the perplexity of a text with several strategies, and the time of the rotary step.
 
     Args:
         model_name: as in :func:`rope_dist.evaluation.load_model`.
         text: a corpus or a file, as in :func:`rope_dist.evaluation.load_text`.
-        tokens: how much of the text is read, from its beginning. None: 1.5 or 1.375 times the trained length, by what
-            fits into ``minutes``; the speed of this machine is measured first.
-        strategies: what it is read with (``stock`` and names of strategies). None:
-            :data:`rope_dist.defaults.DEMO_STRATEGIES`, the last of which is left out where it does not fit into
-            ``minutes``.
-        factor: how far the model's trained length is extended.
-        minutes: about how long all of it may take. What was asked for is read even if it takes longer; a line says so.
-        output: folder for ``perplexity.png`` and ``demo.json``, made if missing.
-        device: where the model reads, by default a GPU if there is one.
+        tokens: tokens of the text, from its beginning. None: 1.5 or 1.375 times the trained length, whichever fits into
+            ``minutes`` by the measured speed of the machine.
+        strategies: ``stock`` and names of strategies. None: :data:`rope_dist.defaults.DEMO_STRATEGIES`, without the
+            last one if it does not fit into ``minutes``.
+        factor: scaling factor of the trained length.
+        minutes: time limit. Explicit ``tokens`` and ``strategies`` are evaluated even if they exceed it.
+        output: folder of ``perplexity.png`` and ``demo.json``, created if missing.
+        device: of the model; by default a GPU if there is one.
         dtype: as in :func:`rope_dist.evaluation.load_model`.
-        say: where the tables go.
+        log: receives the output, line by line.
 
     Returns:
-        What ``demo.json`` holds.
+        The content of ``demo.json``.
 
     Raises:
         ValueError: no such text or model, a text shorter than ``tokens``, or ``minutes`` not positive.
@@ -78,85 +79,82 @@ def run(
         raise ValueError(f"tokens must be at least 2, got {tokens}")
     if not (math.isfinite(minutes) and minutes > 0):
         raise ValueError(f"minutes must be a positive number, got {minutes}")
-    here = describe()
-    say(", ".join(f"{key} {value}" for key, value in here.items()))
-    say("\n1. Disturbance of LLaMA2's rotary angles, beside Table 3 of Wu et al. (EMNLP 2024)\n")
-    say(table_3())
+    machine = describe()
+    log(", ".join(f"{key} {value}" for key, value in machine.items()))
+    log("\n1. Disturbance of LLaMA2's rotary angles, beside Table 3 of Wu et al. (EMNLP 2024)\n")
+    log(table_3())
 
-    from transformers.utils import logging as transformers_logging
-
-    from .evaluation import PACKAGED_MODELS, load_model, load_text
+    from .evaluation import load_text
     from .evaluation.progress import duration
 
     title, content = load_text(text)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    packaged = PACKAGED_MODELS.get(model_name)
-    say(f"\n2. {packaged.title if packaged else model_name}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    transformers_logging.set_verbosity_error()  # its notes would stand between the tables
-    model, tokenizer = load_model(model_name, device, dtype)
+    model, tokenizer = _load(model_name, device, dtype, log)
     trained = pretrained_rope(model.config)[0].length
     target = round(trained * factor)
     ids = tokenizer(content, return_tensors="pt", verbose=False).input_ids
-    left = 60 * minutes - (time.perf_counter() - started)
-    asked = tokens is not None
-    lengths = [tokens] if asked else sorted({round(trained * min(x, factor)) for x in LENGTHS}, reverse=True)
-    if ids.shape[1] < lengths[-1]:
-        raise ValueError(
-            f"{title} has {ids.shape[1]} tokens, fewer than the {lengths[-1]} to be read: give a longer text or "
-            "--tokens"
-        )
-    lengths = [length for length in lengths if length <= ids.shape[1]]
-    tokens, chosen, seconds = _choose(model, lengths, strategies, left)
-    ids = ids[:, :tokens]
-    say(
-        f"   reads {tokens} tokens of {title}, extended from {trained} to {target} without training;\n"
-        f"   {len(chosen)} readings of about {duration(seconds)} each\n"
+    lengths = _lengths(title, ids.shape[1], trained, factor, tokens)
+    deadline = started + 60 * minutes
+    length, chosen, seconds = _choose(model, lengths, strategies, deadline - time.perf_counter())
+    log(
+        f"   {length} tokens of {title}, extended from {trained} to {target} without training;\n"
+        f"   {len(chosen)} variants, about {duration(seconds)} each\n"
     )
-    if seconds * len(chosen) > left:
-        why = "as asked for" if asked or strategies else "less would show nothing"
-        say(f"   (more than the {minutes:g} min of --minutes: {why})\n")
-    readings = _read(model, ids, chosen, target, say, None if strategies else started + 60 * minutes)
-    say("\n" + perplexity_table(readings, trained) + "\n")
-    if strategies is None and len(readings) < len(DEMO_STRATEGIES):
-        left_out = ", ".join(DEMO_STRATEGIES[len(readings) :])
-        say(f"   left out for lack of time: {left_out}; --strategies {' '.join(DEMO_STRATEGIES)} reads all\n")
-    for reading in readings:
-        if reading.plan:
-            say(f"   {reading.plan!r}")
-    picture = output / "perplexity.png"
-    curves = {reading.label: reading.buckets(BUCKET) for reading in readings}
-    plot_perplexity(curves, trained, f"{title}: perplexity by position", picture)
+    if time.perf_counter() + seconds * len(chosen) > deadline:
+        why = "as requested" if tokens is not None or strategies else "a shorter run would show nothing"
+        log(f"   (more than the {minutes:g} min of --minutes: {why})\n")
+    results = _evaluate(model, ids[:, :length], chosen, target, log, None if strategies else deadline)
+    _print_results(results, trained, None if strategies else DEMO_STRATEGIES, log)
+    plot = output / "perplexity.png"
+    curves = {result.label: result.buckets(BUCKET) for result in results}
+    plot_perplexity(curves, trained, f"{title}: perplexity by position", plot)
 
-    name = str(model.dtype).removeprefix("torch.")
-    say(f"\n3. The rotary step of one layer, {tokens} tokens, {name}, on {device}\n")
-    step = rotary_step(model, tokens)
-    milliseconds = {name: f"{seconds * 1e3:.2f} ms" for name, seconds in step.items()}
-    say(tabulate(milliseconds.items(), ("median of 10, interleaved", "time"), colalign=("left", "right")))
-    say(f"\n   this package's step is {step['stock'] / step['rope_dist']:.1f} times as fast as stock's here")
-
+    step = _print_rotary_step(model, length, log)
     result = {
-        "machine": here,
+        "machine": machine,
         "model": model_name,
-        "dtype": name,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "text": title,
-        "tokens": tokens,
+        "tokens": length,
         "trained_length": trained,
         "target_length": target,
-        "readings": [_without_paths(reading.to_dict(BUCKET), model_name) for reading in readings],
-        "by_position": table_rows(readings, trained),
+        "readings": [_without_path(result.to_dict(BUCKET), model_name) for result in results],
+        "by_position": table_rows(results, trained),
         "rotary_step_seconds": step,
     }
     write_text(output / "demo.json", json.dumps(result, indent=2) + "\n")
-    say(f"\nwrote {picture} and {output / 'demo.json'} ({time.perf_counter() - started:.0f} s)")
+    log(f"\nwrote {plot} and {output / 'demo.json'} ({time.perf_counter() - started:.0f} s)")
     return result
+
+
+def _load(
+    model_name: str, device: torch.device | str | None, dtype: str | None, log: Log
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers.utils import logging as transformers_logging
+
+    from .evaluation import PACKAGED_MODELS, load_model
+
+    packaged = PACKAGED_MODELS.get(model_name)
+    log(f"\n2. {packaged.title if packaged else model_name}")
+    transformers_logging.set_verbosity_error()  # no warnings between the tables
+    return load_model(model_name, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+
+
+def _lengths(title: str, available: int, trained: int, factor: float, tokens: int | None) -> list[int]:
+    """The lengths to choose from, longest first: ``tokens``, or those of :data:`LENGTHS` that the text has."""
+    lengths = [tokens] if tokens else sorted({round(trained * min(x, factor)) for x in LENGTHS}, reverse=True)
+    if available < lengths[-1]:
+        raise ValueError(
+            f"{title} has {available} tokens, fewer than the {lengths[-1]} to be read: give a longer text or --tokens"
+        )
+    return [length for length in lengths if length <= available]
 
 
 def _choose(
     model: PreTrainedModel, lengths: Sequence[int], strategies: Sequence[str] | None, left: float
 ) -> tuple[int, tuple[str, ...], float]:
-    """How many tokens, with what, and the seconds that one reading takes: as much as fits into ``left`` seconds."""
+    """Tokens, strategies and the estimated seconds of each: the most that fits into ``left`` seconds."""
     from .evaluation.progress import measure_pace
 
     began = time.perf_counter()
@@ -168,76 +166,101 @@ def _choose(
     return tokens, tuple(strategies or DEMO_STRATEGIES[:count]), pace.seconds(tokens)
 
 
-def _read(
+def _evaluate(
     model: PreTrainedModel,
     ids: torch.Tensor,
     strategies: Sequence[str],
     target: int,
-    say: Callable[[str], None],
-    end: float | None,
-) -> list[Reading]:
-    """The readings, each announced when it is done. With an ``end``, the third and later ones have to fit before it."""
-    from .evaluation import read_with_strategies
+    log: Log,
+    deadline: float | None,
+) -> list[PerplexityResult]:
+    """Results of all strategies; from the third on only those that should end before the ``deadline``."""
+    from .evaluation import perplexity_by_strategy
 
-    readings: list[Reading] = []
+    results: list[PerplexityResult] = []
     began = time.perf_counter()
-    for reading in read_with_strategies(model, ids, strategies, target, progress=True):
+    for result in perplexity_by_strategy(model, ids, strategies, target, progress=True):
         now = time.perf_counter()
-        readings.append(reading)
-        say(f"   {reading.label}: perplexity {reading.perplexity:.2f} ({now - began:.0f} s)")
-        if end is not None and 1 < len(readings) < len(strategies) and now + (now - began) > end:
+        results.append(result)
+        log(f"   {result.label}: perplexity {result.perplexity:.2f} ({now - began:.0f} s)")
+        if deadline is not None and 1 < len(results) < len(strategies) and now + (now - began) > deadline:
             break
         began = time.perf_counter()
-    return readings
+    return results
 
 
-def _without_paths(reading: dict[str, Any], model_name: str) -> dict[str, Any]:
-    """The reading with its plan's source by the model's name: where it lies on this machine is no result."""
-    if reading["plan"]:
-        reading["plan"]["source"] = model_name
-    return reading
+def _print_results(
+    results: Sequence[PerplexityResult], trained: int, wanted: Sequence[str] | None, log: Log
+) -> None:
+    log("\n" + perplexity_table(results, trained) + "\n")
+    if wanted and len(results) < len(wanted):
+        left_out = ", ".join(wanted[len(results) :])
+        log(f"   left out for lack of time: {left_out}; --strategies {' '.join(wanted)} evaluates all\n")
+    for result in results:
+        if result.plan:
+            log(f"   {result.plan!r}")
 
 
-def table_rows(readings: Sequence[Reading], trained_length: int) -> list[dict[str, Any]]:
-    """Perplexity by position as the tables show it: two halves of the trained length, then steps of an eighth.
+def _print_rotary_step(model: PreTrainedModel, tokens: int, log: Log) -> dict[str, float]:
+    dtype = str(model.dtype).removeprefix("torch.")
+    log(f"\n3. RoPE of one layer, {tokens} tokens, {dtype}, on {model.device}\n")
+    step = rotary_step(model, tokens)
+    rows = [(label, f"{seconds * 1e3:.2f} ms") for label, seconds in step.items()]
+    log(text_table(("median of 10, interleaved", "time"), rows))
+    log(f"\n   speedup over stock: {step['stock'] / step['rope_dist']:.1f}x")
+    return step
+
+
+def _without_path(result: dict[str, Any], model_name: str) -> dict[str, Any]:
+    """``result`` with the model's name as source of its plan, not a local path."""
+    if result["plan"]:
+        result["plan"]["source"] = model_name
+    return result
+
+
+def table_rows(results: Sequence[PerplexityResult], trained_length: int) -> list[dict[str, Any]]:
+    """Perplexity in parts of the text: the halves of the trained length, then steps of an eighth of it.
 
     Returns:
-        For every part ``start``, ``end`` (positions) and ``perplexity``, a dictionary by label.
+        For every part ``start`` and ``end`` (positions), and ``perplexity``, a dictionary by label.
     """
-    tokens = readings[0].nll.numel() + 1
+    tokens = results[0].nll.numel() + 1
     half, eighth = max(trained_length // 2, 1), max(trained_length // 8, 1)
     edges = [0, half, *range(trained_length, tokens, eighth)]
     edges = [*(e for e in edges if e < tokens - 1), tokens]
     return [
-        {"start": start, "end": end, "perplexity": {r.label: r.perplexity_of(start, end) for r in readings}}
+        {"start": start, "end": end, "perplexity": {r.label: r.perplexity_of(start, end) for r in results}}
         for start, end in itertools.pairwise(edges)
     ]
 
 
-def perplexity_table(readings: Sequence[Reading], trained_length: int) -> str:
-    """:func:`table_rows` as text: a row a strategy, a column a part of the text; ``*`` past the trained length."""
-    parts = table_rows(readings, trained_length)
+def perplexity_table(results: Sequence[PerplexityResult], trained_length: int) -> str:
+    """:func:`table_rows` as text: a row per strategy, a column per part; ``*`` past the trained length."""
+    parts = table_rows(results, trained_length)
     headers = ["perplexity by position"]
     headers += [f"{p['start']}-{p['end']}{'*' if p['start'] >= trained_length else ''}" for p in parts]
-    rows = [[r.label, *(f"{p['perplexity'][r.label]:.2f}" for p in parts)] for r in readings]
-    align = ("left", *("right",) * len(parts))
-    table = tabulate(rows, headers, disable_numparse=True, colalign=align)
+    table = text_table(
+        headers, [[r.label, *(f"{p['perplexity'][r.label]:.2f}" for p in parts)] for r in results]
+    )
     return f"{table}\n\n   * past the {trained_length} tokens that the model was trained on"
 
 
+@torch.inference_mode()
 def rotary_step(model: PreTrainedModel, tokens: int) -> dict[str, float]:
-    """Median seconds of one layer's rotation, stock and ours (in place, as a model that reads does), in one run."""
+    """Median seconds of the rotation in one layer, Hugging Face's (``stock``) and ours (in place), interleaved."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    config, options = model.config, {"dtype": model.dtype, "device": model.device}
-    q = torch.randn(1, tokens, config.num_attention_heads, config.head_dim, **options)
-    k = torch.randn(1, tokens, config.num_key_value_heads, config.head_dim, **options)
+    from .evaluation.models import attention_shape
+
+    # Not model.model.rotary_emb: some families have one per layer type.
+    rope, _ = pretrained_rope(model.config)
+    heads = attention_shape(model)[:2]
+    q, k = (torch.randn(1, tokens, n, rope.rotary_dim, dtype=model.dtype, device=model.device) for n in heads)
     position_ids = torch.arange(tokens, device=model.device)[None]
-    rotary = model.model.rotary_emb
-    stock_cos, stock_sin = rotary(q, position_ids)
-    cos, sin = ops.cos_sin(rotary.inv_freq, position_ids, rotary.attention_scaling)
+    cos, sin = ops.cos_sin(rope.inv_freq.float().to(model.device), position_ids, rope.attention_scaling)
+    tables = [torch.cat((t, t), -1).to(model.dtype) for t in (cos, sin)]
     calls = {
-        "stock": lambda: apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), stock_cos, stock_sin),
+        "stock": lambda: apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *tables),
         "rope_dist": lambda: ops.rotary(q, k, cos, sin, inplace=True),
     }
     for call in calls.values():

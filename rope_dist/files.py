@@ -1,6 +1,6 @@
-"""Files are written whole or not at all: to a temporary name beside the target, then renamed over it.
+"""Atomic writes: to a temporary file in the same directory, which is then renamed to the target.
 
-A symbolic link stays one: its target is what is written. A pipe or a device is written to, and is never replaced.
+Symbolic links are followed, so that the link stays. Pipes and devices are written to in place and never replaced.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 CHUNK = 16 << 20
-"""Bytes that are held at a time while a large file is copied."""
+"""Bytes copied at a time."""
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write ``data`` to ``path``; a file already there keeps its mode, and its content if anything goes wrong.
+    """Replace ``path`` by a file of ``data``; an existing file keeps its mode, and on an error its content.
 
     Raises:
         OSError: the folder is missing or not writable, ``path`` is a directory, the disk is full. It names ``path``.
     """
     names_directory = os.fspath(path).endswith(os.sep)
     path = Path(path)
-    with _errors_name(path):
+    with _report_path(path):
         found = _stat(path)
         if names_directory or (found is not None and stat.S_ISDIR(found.st_mode)):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -42,7 +42,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
-            _give_mode(temporary, 0o666, found)
+            _set_permissions(temporary, 0o666, found)
             os.replace(temporary, target)
         except BaseException:
             os.unlink(temporary)
@@ -56,25 +56,25 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 @contextmanager
 def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """A temporary path beside ``path``, renamed to it once the block has ended well and the data is on the disk.
+    """A temporary file to write to, synced and renamed to ``path`` if the block raises nothing.
 
     Raises:
         ValueError: ``path`` is not a regular file, or exists and ``force`` is False.
-        OSError: the folder is missing or not writable, the disk is full. Nothing is left behind.
+        OSError: the folder is missing or not writable, the disk is full. The temporary file is removed.
     """
     path = Path(path)
     check_target(path, force=force, directory=False)
     target = Path(os.path.realpath(path))
-    with _terminated_cleanly():
-        with _errors_name(path):
+    with _unwind_on_sigterm():
+        with _report_path(path):
             handle, name = _temporary(target, tempfile.mkstemp)
         os.close(handle)
         temporary = Path(name)
         try:
             yield temporary
             check_target(path, force=force, directory=False)
-            with _errors_name(path):
-                _give_mode(temporary, 0o666, _stat(target))
+            with _report_path(path):
+                _set_permissions(temporary, 0o666, _stat(target))
                 sync(temporary)
                 os.replace(temporary, target)
                 sync(target.parent)
@@ -84,31 +84,31 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[P
 
 @contextmanager
 def new_directory(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """:func:`new_file` for a directory; with ``force`` one already there is removed once the new one is in place."""
+    """:func:`new_file` for a directory; with ``force`` an existing one is removed after the new one is in place."""
     path = Path(path)
     check_target(path, force=force, directory=True)
     target = Path(os.path.realpath(path))
-    with _terminated_cleanly():
-        with _errors_name(path):
+    with _unwind_on_sigterm():
+        with _report_path(path):
             temporary = Path(_temporary(target, tempfile.mkdtemp))
         try:
             yield temporary
             check_target(path, force=force, directory=True)
-            with _errors_name(path):
-                _give_mode(temporary, 0o777, _stat(target))
+            with _report_path(path):
+                _set_permissions(temporary, 0o777, _stat(target))
                 for folder, _, names in os.walk(temporary):
                     for name in (*names, "."):
                         sync(Path(folder, name))
-                _put_in_place(temporary, target)
+                _replace_directory(temporary, target)
                 sync(target.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_target(path: Path, *, force: bool, directory: bool) -> None:
-    """``ValueError`` unless ``path`` may be written: nothing is there, or ``force`` and a thing of the same kind.
+    """``ValueError`` unless nothing exists at ``path``, or ``force`` and a file (directory) that may be replaced.
 
-    A symbolic link counts as what it points to.
+    Symbolic links are followed.
     """
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: {path.parent} is not a directory")
@@ -131,7 +131,7 @@ def check_target(path: Path, *, force: bool, directory: bool) -> None:
 def copy_bytes(
     source: BinaryIO, target: BinaryIO, count: int, progress: Callable[[int], object] | None = None
 ) -> None:
-    """Copy ``count`` bytes from where ``source`` stands, at most :data:`CHUNK` in memory; ``ValueError`` if it ends."""
+    """Copy the next ``count`` bytes, :data:`CHUNK` at a time; ``ValueError`` if ``source`` has fewer."""
     while count:
         data = source.read(min(count, CHUNK))
         if not data:
@@ -143,7 +143,7 @@ def copy_bytes(
 
 
 def sync(path: Path) -> None:
-    """Wait until what was written to a file or directory is on the disk."""
+    """``fsync`` a file or directory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -151,32 +151,32 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _put_in_place(temporary: Path, target: Path) -> None:
+def _replace_directory(temporary: Path, target: Path) -> None:
     if not target.is_dir():
         os.replace(temporary, target)
         return
-    # Directories cannot be exchanged in one step: the old one steps aside, and back if that fails.
-    aside = Path(_temporary(target, tempfile.mkdtemp))
+    # There is no portable atomic exchange of directories: rename the old one away, and back on an error.
+    backup = Path(_temporary(target, tempfile.mkdtemp))
     try:
-        os.replace(target, aside)
+        os.replace(target, backup)
     except BaseException:
-        os.rmdir(aside)
+        os.rmdir(backup)
         raise
     try:
         os.replace(temporary, target)
     except BaseException:
-        os.replace(aside, target)
+        os.replace(backup, target)
         raise
-    shutil.rmtree(aside)
+    shutil.rmtree(backup)
 
 
 def _temporary(target: Path, make: Callable[..., Any]) -> Any:
-    # The whole name would make a long one too long.
+    # Cut, so that a long name stays below the limit of the file system.
     return make(prefix=f".{target.name[:32]}.", dir=target.parent)
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    """Of what ``path`` leads to, or None where nothing is there (a link may point to nothing yet)."""
+    """``os.stat``, or None where nothing exists (also for a dangling link)."""
     try:
         return os.stat(path)
     except FileNotFoundError:
@@ -184,7 +184,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _is_descriptor(path: Path) -> bool:
-    """Whether ``path`` leads to an open file of a process (``/dev/stdout``): renaming over it would lose the rest."""
+    """Whether ``path`` is an open file of a process (``/dev/stdout``), which must not be renamed over."""
     for _ in range(40):  # the system's own limit on links
         if not path.is_symlink():
             return False
@@ -195,16 +195,16 @@ def _is_descriptor(path: Path) -> bool:
 
 
 @contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    # The name in the system's message may be that of a temporary, which the user has never heard of.
+def _report_path(path: Path) -> Iterator[None]:
+    # Name the target in errors, not the temporary file.
     try:
         yield
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from None
 
 
-def _give_mode(path: str | Path, mode: int, before: os.stat_result | None) -> None:
-    # mkstemp and mkdtemp make private things; give what was there before, or what open() and mkdir() would.
+def _set_permissions(path: str | Path, mode: int, before: os.stat_result | None) -> None:
+    # mkstemp and mkdtemp create private files: restore the owner and mode of the old one, or apply the umask.
     if before is not None:
         if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
             with suppress(PermissionError):  # only root gives files away
@@ -217,8 +217,8 @@ def _give_mode(path: str | Path, mode: int, before: os.stat_result | None) -> No
 
 
 @contextmanager
-def _terminated_cleanly() -> Iterator[None]:
-    """Let SIGTERM unwind the stack, so that temporaries go, unless the program handles it itself."""
+def _unwind_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that temporary files are removed, unless the program has a handler."""
     if (
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL

@@ -1,4 +1,4 @@
-"""Packages that only a part of rope_dist needs: imported where used, and missed in words."""
+"""Optional dependencies: imported where they are used; the error for a missing one names the extra to install."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from types import ModuleType
 
 
 class MissingPackageError(ImportError):
-    """A package or data set that this part needs is not installed; the message says how to install it."""
+    """An optional package or corpus is not installed; the message says how to install it."""
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import ``module``; :class:`MissingPackageError` names the extra that installs it otherwise."""
+    """Import an optional dependency.
+
+    Args:
+        module: what to import, e.g. ``"matplotlib.figure"``.
+        extra: the extra of rope-dist that installs it.
+        purpose: what needs it, the subject of the error message.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
     try:
         return import_module(module)
     except ImportError:

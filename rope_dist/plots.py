@@ -1,4 +1,8 @@
-"""Pictures of plans and readings (needs the extra ``plot``)."""
+"""Plots of plans, perplexity, passkey retrieval and benchmarks (needs the extra ``plot``).
+
+Every function writes the file ``path``, whose suffix selects the format. It raises ``ValueError`` for a suffix that
+matplotlib does not support, and :class:`rope_dist.optional.MissingPackageError` without matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,19 @@ from .files import write_bytes
 from .optional import require
 
 if TYPE_CHECKING:
-    from .evaluation.passkey import Score
     from .evaluation.perplexity import Bucket
+    from .evaluation.tables import Score
     from .planning import RopePlan
 
 
-_BELOW = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+MOST_RELATIVE = 20
+"""Percent. Relative perplexities above it are not drawn: a strategy that fails would hide all other differences."""
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Any, Any]:
     figure_module = require("matplotlib.figure", "plot", "a plot")
     figure = figure_module.Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
 def _save(figure: Any, path: str | os.PathLike[str], note: str = "") -> None:
@@ -37,8 +42,8 @@ def _save(figure: Any, path: str | os.PathLike[str], note: str = "") -> None:
         raise ValueError(f"cannot plot to {path}: the ending must be one of {', '.join(sorted(known))}")
     metadata = {"Date": None, "Description": note} if suffix == "svg" else {}
     buffer = io.BytesIO()
-    # The same picture is the same file, whenever it is made.
-    with rc_context({"svg.hashsalt": "rope_dist", "svg.fonttype": "none"}):
+    # Reproducible: the same plot is the same file.
+    with rc_context({"svg.hashsalt": "rope_dist", "svg.fonttype": "none", "axes.unicode_minus": False}):
         figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
     write_bytes(path, buffer.getvalue())
 
@@ -56,11 +61,11 @@ COLOURS = {
     "refined": "#ff7f0e",
     "auto": "#d62728",
 }
-"""A strategy has the same colour in every picture."""
+"""Every strategy has the same colour in all plots."""
 
 
 def _colours(labels: Iterable[str]) -> dict[str, str]:
-    """By label such as ``yarn:beta_fast=16``: the strategy's colour, mixed with white where it is taken already."""
+    """Colours by label, e.g. ``yarn:beta_fast=16``: the strategy's, mixed with white from its second label on."""
     found: dict[str, str] = {}
     others = cycle(("#000000", "#393b79", "#637939", "#843c39"))
     for label in labels:
@@ -71,17 +76,17 @@ def _colours(labels: Iterable[str]) -> dict[str, str]:
 
 
 def mixed_with_white(colour: str, share: float) -> str:
-    """``#rrggbb`` with that share (0 to 1) of white in it."""
+    """``#rrggbb`` with a ``share`` of white from 0 to 1."""
     parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(part + (255 - part) * share):02x}" for part in parts)
 
 
-def _logarithmic(axis: Any) -> None:
-    """A logarithmic y axis with at least two numbers on it, whatever its range."""
+def _log_y_axis(axis: Any) -> None:
+    """A logarithmic y axis with at least two labelled ticks, also if it spans less than a decade."""
     ticker = require("matplotlib.ticker", "plot", "a plot")
     axis.set_yscale("log")
     low, high = axis.get_ylim()
-    # 1, 2, 5, 10, 20, ... where there are three of them; a narrower range is divided evenly.
+    # 1, 2, 5, 10, 20, ... if at least three are in the range, else evenly spaced ticks.
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
     if sum(low <= step <= high for step in steps) < 3:
@@ -93,79 +98,154 @@ def _logarithmic(axis: Any) -> None:
 
 
 def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str], note: str = "") -> None:
-    """Disturbance and factor of every pair (the paper's Figures 7 and 8), a column a target length.
+    """Disturbance and scaling factor of every pair (the paper's Figures 7 and 8), a column per target length.
 
     Args:
         plans: of one model.
-        path: the picture to write; its ending chooses the format.
-        note: kept in the picture's metadata (SVG only).
-
-    Raises:
-        ValueError: an ending that matplotlib does not know.
-        MissingPackageError: matplotlib is not installed.
+        note: stored in the metadata (SVG only).
     """
     lengths = list(dict.fromkeys(p.target_length for p in plans))
     figure, axes = _figure(2, len(lengths), 6.4 * len(lengths), 7.2)
     for column, length in enumerate(lengths):
         above, below = axes[0, column], axes[1, column]
         shown = [p for p in plans if p.target_length == length]
-        # Numbered, since two plans may be of one strategy with other settings.
+        # Numbered, since two plans may be of one strategy with different settings.
         colours = _colours(f"{p.strategy}:{i}" for i, p in enumerate(shown))
-        for p, colour in zip(shown, colours.values(), strict=True):
-            pairs = range(len(p.factors))
-            style = {"linewidth": 1.4, "color": colour, "drawstyle": "steps-mid"}
-            label = f"{p.strategy} ({p.disturbance * 1e3:.2f}e-3)"
-            above.plot(pairs, p.disturbance_per_pair, label=label, **style)
+        for i, (p, colour) in enumerate(zip(shown, colours.values(), strict=True)):
+            # Pairs are discrete: rings, of falling size so that equal values of several strategies all show.
+            size = 3 + 5 * (len(shown) - 1 - i) / max(len(shown) - 1, 1)
+            style = {"color": colour, "marker": "o", "markersize": size, "fillstyle": "none", "linestyle": ""}
             base = p.base_factors or (1.0,) * len(p.factors)
-            below.plot(
-                pairs, [f / b for f, b in zip(p.factors, base, strict=True)], label=p.strategy, **style
-            )
-        # Disturbances span six decades and can be 0 (a pair left alone at no extension).
+            above.plot(p.disturbance_per_pair, label=f"{p.strategy}: {p.disturbance * 1e3:.2f}", **style)
+            below.plot([f / b for f, b in zip(p.factors, base, strict=True)], label=p.strategy, **style)
+        # Disturbances span six decades and can be 0 (a pair that is not scaled at factor 1).
         above.set_yscale("symlog", linthresh=1e-4)
-        above.set_ylim(bottom=0)
-        # A path may hold bytes that are no text, which no font can draw.
+        above.set_ylim(bottom=-1e-5)
+        # A path may have bytes that are not UTF-8, which no font can draw.
         source = (plans[0].source or "model").encode(errors="backslashreplace").decode()
         above.set_title(f"{source}: {plans[0].original_length} → {length} tokens")
-        above.set_ylabel("disturbance of the pair, nats")
-        below.set_ylabel("factor (frequency divided by)")
+        above.set_ylabel("disturbance, nats (lower is better)")
+        below.set_ylabel("scaling factor (divides the frequency)")
         below.set_xlabel("rotary pair (0 has the highest frequency)")
         for axis in (above, below):
             axis.grid(alpha=0.3)
-        below.legend(*above.get_legend_handles_labels(), fontsize=8, ncols=3, **_BELOW)
+        below.legend(
+            *above.get_legend_handles_labels(),
+            title="mean disturbance, 1e-3 nats",
+            title_fontsize=8,
+            fontsize=8,
+            ncols=4,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+        )
     _save(figure, path, note)
 
 
-def plot_perplexity(
-    curves: Mapping[str, Sequence[Bucket]], trained_length: int, title: str, path: str | os.PathLike[str]
-) -> None:
-    """Perplexity by position, a line a label.
+_TRAINED = "trained length"
+Curves = Mapping[str, Sequence["Bucket"]]
+"""Perplexity by position, by label."""
+
+
+def plot_perplexity(curves: Curves, trained_length: int, title: str, path: str | os.PathLike[str]) -> None:
+    """Perplexity by position and, below, relative to YaRN or, without YaRN, to the stock model.
 
     Args:
-        curves: buckets of positions by label, as :meth:`rope_dist.evaluation.Reading.buckets` gives them.
-        trained_length: where the model's own context ends, marked where the curves go past it.
-        title: above the picture.
-        path: the picture to write; its ending chooses the format.
-
-    Raises:
-        ValueError: an ending that matplotlib does not know.
-        MissingPackageError: matplotlib is not installed.
+        curves: as from :meth:`rope_dist.evaluation.PerplexityResult.buckets`.
+        trained_length: marked by a line if a curve goes past it.
+        title: above the plot.
     """
-    figure, axes = _figure(1, 1, 9.2, 4.8)
+    baseline = next((label for label in ("yarn", "stock") if label in curves and len(curves) > 1), None)
+    rows = 2 if baseline else 1
+    figure, axes = _figure(rows, 1, 9.2, 1.2 + 3.6 * rows)
     axis = axes[0, 0]
-    for (label, buckets), colour in zip(curves.items(), _colours(curves).values(), strict=True):
-        middles = [(b.start + b.end) / 2 for b in buckets]
-        perplexities = [b.perplexity for b in buckets]
-        axis.plot(middles, perplexities, marker="o", markersize=4, label=label, color=colour)
-    if any(bucket.end > trained_length for buckets in curves.values() for bucket in buckets):
-        axis.axvline(trained_length, color="black", linestyle="--", linewidth=1, label="trained length")
-    _logarithmic(axis)
-    axis.set_xlabel("position, tokens")
     width = max(b.end - b.start for buckets in curves.values() for b in buckets)
+    absolute = {label: [b.perplexity for b in buckets] for label, buckets in curves.items()}
+    _draw_by_position(axis, curves, absolute, trained_length)
+    _log_y_axis(axis)
     axis.set_ylabel(f"perplexity of {width} tokens (lower is better)")
     axis.set_title(title)
-    axis.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right upper")
+    if baseline:
+        _draw_relative(axes[1, 0], curves, baseline, trained_length)
+    axes[-1, 0].set_xlabel("position, tokens")
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8, loc="outside right upper")
     _save(figure, path)
+
+
+def plot_relative_perplexity(
+    panels: Mapping[str, Curves],
+    trained_length: int,
+    title: str,
+    path: str | os.PathLike[str],
+    *,
+    baseline: str = "yarn",
+) -> None:
+    """Perplexity by position relative to a baseline, a panel per entry, e.g. per target length.
+
+    Args:
+        panels: curves by title, each with the baseline.
+        trained_length: marked by a line if a curve goes past it.
+        title: above the panels.
+        baseline: a label.
+
+    Raises:
+        ValueError: a panel has no curve of the baseline.
+    """
+    figure, axes = _figure(1, len(panels), 3.8 * len(panels) + 1.8, 4.0, sharey=True)
+    legend: dict[str, Any] = {}
+    for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
+        if baseline not in curves:
+            raise ValueError(f"{name} has no curve of the baseline {baseline}")
+        _draw_relative(axis, curves, baseline, trained_length)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("position, tokens")
+        axis.label_outer()
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            legend.setdefault(label, handle)
+    figure.suptitle(title)
+    labels = sorted(legend, key=lambda label: label == _TRAINED)
+    figure.legend([legend[label] for label in labels], labels, fontsize=8, loc="outside right upper")
+    _save(figure, path)
+
+
+def _relative(curves: Curves, baseline: str) -> dict[str, list[float]]:
+    """Perplexities relative to the baseline, as a difference in percent; NaN above :data:`MOST_RELATIVE`."""
+    base = {(b.start, b.end): b.perplexity for b in curves[baseline]}
+    percent = {
+        label: [100 * (b.perplexity / base.get((b.start, b.end), math.nan) - 1) for b in buckets]
+        for label, buckets in curves.items()
+    }
+    return {
+        label: [v if v <= MOST_RELATIVE else math.nan for v in values] for label, values in percent.items()
+    }
+
+
+def _draw_relative(axis: Any, curves: Curves, baseline: str, trained_length: int) -> None:
+    values = _relative(curves, baseline)
+    _draw_by_position(axis, curves, values, trained_length)
+    if not all(math.isfinite(value) for line in values.values() for value in line):
+        note = f"above {MOST_RELATIVE} % not drawn"
+        axis.text(0.02, 0.98, note, transform=axis.transAxes, va="top", fontsize=8)
+    axis.set_ylabel(f"perplexity relative to {baseline}, %")
+
+
+def _draw_by_position(
+    axis: Any, curves: Curves, values: Mapping[str, Sequence[float]], trained_length: int
+) -> None:
+    """Draw ``values`` at the middles of the buckets of ``curves``, and the trained length."""
+    for (label, buckets), colour in zip(curves.items(), _colours(curves).values(), strict=True):
+        middles = [(b.start + b.end) / 2 for b in buckets]
+        axis.plot(middles, values[label], marker="o", markersize=4, label=label, color=colour)
+    end = max(b.end for buckets in curves.values() for b in buckets)
+    if end > trained_length:
+        axis.axvline(trained_length, color="black", linestyle="--", linewidth=1, label=_TRAINED)
+    # Three to five ticks, at the trained length times or divided by powers of two.
+    step = trained_length
+    while end > 4 * step:
+        step *= 2
+    while end <= 2 * step and step % 2 == 0:
+        step //= 2
+    axis.set_xticks(range(0, end + 1, step))
+    axis.grid(alpha=0.3)
 
 
 def plot_passkey(
@@ -174,18 +254,13 @@ def plot_passkey(
     title: str,
     path: str | os.PathLike[str],
 ) -> None:
-    """Passkey accuracy as heat maps of depth by length, a panel a label.
+    """Passkey accuracy as heat maps of depth by length, a panel per label.
 
     Args:
-        grids: right answers of all prompts by ``(length, depth)``, by label, as from
-            :func:`rope_dist.evaluation.passkey.grids`. A cell that was not measured stays grey.
+        grids: scores by ``(length, depth)``, by label, from :func:`rope_dist.evaluation.tables.grids`. Cells that were
+            not measured are grey.
         trained_length: lengths past it are marked ``*``.
         title: above the panels.
-        path: the picture to write; its ending chooses the format.
-
-    Raises:
-        ValueError: an ending that matplotlib does not know.
-        MissingPackageError: matplotlib is not installed.
     """
     lengths = sorted({length for cells in grids.values() for length, _ in cells})
     depths = sorted({depth for cells in grids.values() for _, depth in cells})
@@ -195,14 +270,15 @@ def plot_passkey(
     figure, axes = _figure(rows, columns, size[0] * columns + 0.8, size[1] * rows + 0.5)
     panels = axes.ravel()
     for axis, (label, cells) in zip(panels, grids.items(), strict=False):
-        found = [[cells.get((n, d)) for n in lengths] for d in depths]
-        shares = [[score.share if score else math.nan for score in row] for row in found]
+        table = [[cells.get((n, d)) for n in lengths] for d in depths]
+        accuracies = [[score.accuracy if score else math.nan for score in row] for row in table]
         axis.set_facecolor("lightgrey")
-        picture = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-        for y, row in enumerate(found):
+        image = axis.imshow(accuracies, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for y, row in enumerate(table):
             for x, score in enumerate(row):
                 if score:
-                    axis.text(x, y, str(score), ha="center", va="center", fontsize=7)
+                    colour = "white" if score.accuracy > 0.6 else "black"
+                    axis.text(x, y, str(score), ha="center", va="center", fontsize=7, color=colour)
         marked = [f"{n}{'*' if n > trained_length else ''}" for n in lengths]
         axis.set_xticks(range(len(lengths)), marked, rotation=45, fontsize=7)
         axis.set_yticks(range(len(depths)), [f"{d:g}" for d in depths], fontsize=7)
@@ -210,23 +286,23 @@ def plot_passkey(
     for axis in panels[len(grids) :]:
         axis.set_axis_off()
     for axis in axes[:, 0]:
-        axis.set_ylabel("depth of the key", fontsize=8)
+        axis.set_ylabel("depth of the key (0: beginning)", fontsize=8)
     for axis in axes[-1]:
-        axis.set_xlabel("tokens", fontsize=8)
-    figure.colorbar(picture, ax=axes, label="share of right answers", shrink=0.8)
+        axis.set_xlabel("prompt length, tokens", fontsize=8)
+    figure.colorbar(image, ax=axes, label="accuracy", shrink=0.8)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a picture.
+    """One curve of a panel.
 
     Attributes:
-        xs, ys: its points.
-        lows, highs: the band around them.
-        limit: drawn black and dashed.
-        colour: ``#rrggbb``; None: one that no other curve of the panel has.
+        xs, ys: points.
+        lows, highs: of the band around the points.
+        limit: a bound such as the memory bandwidth, drawn black and dashed.
+        colour: ``#rrggbb``; None: the next of matplotlib's colours.
         marker: of matplotlib.
     """
 
@@ -249,14 +325,13 @@ def plot_curves(
     title: str = "",
     note: str = "",
 ) -> None:
-    """Curves on logarithmic axes, a panel a title, two panels a row, one legend for all.
+    """Curves on logarithmic axes, two panels a row with one legend.
 
     Args:
         panels: curves by title.
         x_label, y_label: with their units.
-        path: the picture to write.
         title: above all panels.
-        note: kept in the picture's metadata (SVG only).
+        note: stored in the metadata (SVG only).
     """
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
@@ -279,7 +354,7 @@ def plot_curves(
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{x // 1024}k" if x % 1024 == 0 else f"{x}" for x in ticks])
         axis.set_xticks([], minor=True)
-        _logarithmic(axis)
+        _log_y_axis(axis)
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)

@@ -279,14 +279,14 @@ class TestNames:
         assert tuple(DPROPE_THRESHOLDS) == defaults.THRESHOLD_NAMES
 
     def test_engines_texts_models_and_tasks(self):
-        from rope_dist.evaluation import CORPORA, PACKAGED_MODELS, STOCK, TASK_SETS, passkey, sweep
+        from rope_dist.evaluation import CORPORA, PACKAGED_MODELS, STOCK, TASK_SETS, passkey, perplexity
         from rope_dist.export import ENGINES
 
         assert tuple(ENGINES) == defaults.ENGINE_NAMES
         assert tuple(CORPORA) == defaults.CORPUS_NAMES
         assert tuple(PACKAGED_MODELS) == defaults.PACKAGED_MODEL_NAMES
         assert tuple(TASK_SETS) == defaults.TASK_SET_NAMES
-        assert defaults.METHODS == sweep.METHODS
+        assert defaults.METHODS == perplexity.METHODS
         assert (defaults.SCORINGS, defaults.DEPTHS) == (passkey.SCORINGS, passkey.DEPTHS)
         assert set(defaults.EVALUATED_STRATEGIES) <= {STOCK, *STRATEGIES}
 

@@ -1,8 +1,12 @@
 """Perplexity runs: the sliding window, what a record keeps, stopping and going on, and the command."""
 
+import gzip
 import json
 import math
+import struct
+import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,18 +15,20 @@ from rope_dist.cli import main
 from rope_dist.evaluation import (
     Record,
     describe,
+    load_text,
     make_variants,
     measure_perplexity,
     passages,
+    perplexity,
     perplexity_tables,
     sliding_window_nll,
-    sweep,
     token_nll,
 )
-from rope_dist.evaluation.memory import check_memory, kv_cache_bytes, memory_errors_in_words
+from rope_dist.evaluation.memory import check_memory, explain_out_of_memory, kv_cache_bytes
 from rope_dist.evaluation.models import cache_option
+from rope_dist.evaluation.offline_corpora import r_index
 from rope_dist.evaluation.perplexity import sliding_windows
-from rope_dist.evaluation.sweep import average_buckets, average_perplexity
+from rope_dist.evaluation.tables import average_buckets, average_perplexity
 from rope_dist.hf import enabled_modules
 from rope_dist.optional import MissingPackageError
 
@@ -150,15 +156,15 @@ class TestRuns:
         for _ in range(5):
             next(run)
         run.close()
-        readings = []
+        evaluated = []
         for name in ("token_nll", "sliding_window_nll"):
-            original = getattr(sweep, name)
+            original = getattr(perplexity, name)
             monkeypatch.setattr(
-                sweep, name, lambda *a, read=original, **k: readings.append(1) or read(*a, **k)
+                perplexity, name, lambda *a, read=original, **k: evaluated.append(1) or read(*a, **k)
             )
         resumed = list(self.measure(llama, passage, path))
         assert [finished for _, _, finished in resumed] == [True] * 5 + [False] * (len(unbroken) - 5)
-        assert len(readings) == len(unbroken) - 5
+        assert len(evaluated) == len(unbroken) - 5
         assert [m["what"] for _, m, _ in resumed] == [m["what"] for m in unbroken]
         assert [m["result"]["nll"] for _, m, _ in resumed] == [m["result"]["nll"] for m in unbroken]
         assert all(finished for *_, finished in self.measure(llama, passage, path))
@@ -194,7 +200,7 @@ class TestRuns:
                 Record(tmp_path / "p.json", "perplexity", describe(llama, "tiny"))
 
     def test_buckets_of_a_record_are_those_of_the_reading(self, llama, ids, letters, tmp_path):
-        from rope_dist.evaluation import Passage, Reading
+        from rope_dist.evaluation import Passage, PerplexityResult
 
         ids = ids.repeat(1, 3)[:, :1500]
         nll = token_nll(llama, ids)
@@ -202,7 +208,7 @@ class TestRuns:
             llama, [Passage("x", 0, ids)], tmp_path / "p.json", ["stock"], lengths=[1500], methods=["whole"]
         )
         for width in (256, 512, 1024):
-            expected = Reading("x", None, nll).buckets(width)
+            expected = PerplexityResult("x", None, nll).buckets(width)
             found = average_buckets([m["result"]] * 2, width)
             assert [(b.start, b.end) for b in found] == [(b.start, b.end) for b in expected]
             assert [b.perplexity for b in found] == pytest.approx([b.perplexity for b in expected], rel=1e-4)
@@ -235,7 +241,7 @@ class TestMemory:
     def test_too_little_is_foreseen(self, llama, monkeypatch):
         monkeypatch.setattr("rope_dist.evaluation.memory.free_bytes", lambda device: 2**20)
         check_memory(llama, 100, 512)
-        with pytest.raises(ValueError, match=r"needs at least 0.1 GiB .* lower the length or --chunk"):
+        with pytest.raises(ValueError, match=r"need at least 0.1 GiB .* lower the length or --chunk"):
             check_memory(llama, 200_000, 512)
 
     def test_what_is_free_is_the_least_of_machine_and_container(self, tmp_path, monkeypatch):
@@ -257,13 +263,13 @@ class TestMemory:
         (tmp_path / "memory.max").write_text("max\n")
         assert memory.free_bytes(cpu) == 3000 * 1024
 
-    def test_a_failed_allocation_is_said_in_words(self):
+    def test_a_failed_allocation_is_explained(self):
         with (
-            pytest.raises(ValueError, match="out of memory while reading: lower the length"),
-            memory_errors_in_words("reading"),
+            pytest.raises(ValueError, match="out of memory while evaluating: lower the length"),
+            explain_out_of_memory("evaluating"),
         ):
             torch.empty(2**52, dtype=torch.uint8)
-        with pytest.raises(RuntimeError, match="size"), memory_errors_in_words("reading"):
+        with pytest.raises(RuntimeError, match="size"), explain_out_of_memory("evaluating"):
             torch.zeros(2) @ torch.zeros(3)
 
 
@@ -282,9 +288,28 @@ class TestPassages:
         data = tmp_path / "janeaustenr" / "data"
         data.mkdir(parents=True)
         (data / "Rdata.rdx").write_bytes(b"")
-        from rope_dist.evaluation import corpora
+        assert r_index("janeaustenr").parent == data
 
-        assert corpora._r_data(corpora._AUSTEN) == data
+    def test_a_text_of_a_database_of_r(self, tmp_path, monkeypatch):
+        """Two variables, as R writes them: blocks of four bytes of size and zlib data, and their places."""
+        rdata = pytest.importorskip("rdata", reason="rdata is not installed: pip install 'rope-dist[eval]'")
+
+        def serialised(value):
+            rdata.write_rds(tmp_path / "x.rds", value, compression="gzip")
+            return gzip.decompress((tmp_path / "x.rds").read_bytes())
+
+        blocks, places = b"", {}
+        for name, lines in (("first", ["no", "text"]), ("emma", ["Emma Woodhouse,", "handsome"])):
+            content = serialised(np.array(lines))
+            block = struct.pack(">i", len(content)) + zlib.compress(content)
+            places[name] = np.array([len(blocks), len(block)])
+            blocks += block
+        data = tmp_path / "janeaustenr" / "data"
+        data.mkdir(parents=True)
+        (data / "Rdata.rdb").write_bytes(blocks)
+        (data / "Rdata.rdx").write_bytes(gzip.compress(serialised({"variables": places})))
+        monkeypatch.setenv("R_LIBS", str(tmp_path))
+        assert load_text("emma") == ("Jane Austen, Emma", "Emma Woodhouse,\nhandsome")
 
 
 @pytest.fixture
@@ -313,7 +338,7 @@ class TestCommand:
         assert {p["strategy"] for p in record["plans"].values()} == {"pi", "yarn", "dprope", "auto"}
 
     def test_an_interrupted_command_goes_on(self, command, monkeypatch):
-        original = sweep.token_nll
+        original = perplexity.token_nll
         left = [2]
 
         def interrupted(*arguments, **options):
@@ -322,11 +347,11 @@ class TestCommand:
             left[0] -= 1
             return original(*arguments, **options)
 
-        monkeypatch.setattr(sweep, "token_nll", interrupted)
+        monkeypatch.setattr(perplexity, "token_nll", interrupted)
         code, _, error = command("--no-plot")
         assert code == 130
         assert "interrupted" in error
-        monkeypatch.setattr(sweep, "token_nll", original)
+        monkeypatch.setattr(perplexity, "token_nll", original)
         code, out, _ = command("--no-plot")
         assert code == 0
         assert out.count("(on record)") == 2

@@ -97,7 +97,7 @@ class TestLocalTasks:
         options = ("--tasks", "riddles", "--strategies", "stock", "pi", "--factor", "4")
         code, out, error = command(*options)
         assert code == 0
-        assert error.count("reading takes about 1 s on this machine") == 2
+        assert error.count("evaluation takes about 1 s on this machine") == 2
         record = json.loads((tmp_path / "out" / "tasks.json").read_text())
         found = {m["what"]["variant"]: m["result"] for m in record["measurements"]}
         model, tokenizer = load_model(str(model_directory))
@@ -138,7 +138,7 @@ class TestLocalTasks:
         code, _, error = command("--tasks", "hellaswag")
         assert code == 2
         (line,) = [line for line in error.splitlines() if line.startswith("rope-dist: error:")]
-        assert "the data of the task hellaswag cannot be had here" in line
+        assert "cannot load the data of the task hellaswag" in line
 
     def test_lm_evals_own_command_knows_the_model_name(self, model_directory, tasks_folder, tmp_path):
         arguments = ["run", "--model", "rope-dist", "--include_path", str(tasks_folder), "--tasks", "riddles"]

@@ -3,21 +3,25 @@
 import copy
 import json
 import math
+import os
 import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from helpers.model_families import FAMILIES, model_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import rope_dist
 from rope_dist.evaluation import (
     CORPORA,
-    Reading,
+    PerplexityResult,
     corpora,
     install_corpus,
     load_model,
     load_text,
-    read_with_strategies,
+    offline_corpora,
+    perplexity_by_strategy,
     token_nll,
 )
 from rope_dist.hf import enabled_modules
@@ -53,14 +57,14 @@ class TestPerplexity:
         assert llama.training
 
     def test_buckets_partition_the_predictions(self):
-        reading = Reading("x", None, torch.arange(1, 10, dtype=torch.float32))  # positions 1 to 9
-        buckets = reading.buckets(4)
+        result = PerplexityResult("x", None, torch.arange(1, 10, dtype=torch.float32))  # positions 1 to 9
+        buckets = result.buckets(4)
         assert [(b.start, b.end) for b in buckets] == [(0, 4), (4, 8), (8, 10)]
         means = [math.log(b.perplexity) for b in buckets]
         assert means == pytest.approx([2.0, 5.5, 8.5])
-        assert math.log(reading.perplexity) == pytest.approx(5.0)
+        assert math.log(result.perplexity) == pytest.approx(5.0)
         with pytest.raises(ValueError, match="at least 1 token"):
-            reading.buckets(0)
+            result.buckets(0)
 
     @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (1, 1, 9)])
     def test_refuses_what_is_not_one_sequence(self, llama, shape):
@@ -71,21 +75,21 @@ class TestPerplexity:
 
     def test_strategies_read_in_turn_and_leave_the_model_stock(self, llama, text_ids):
         before = copy.deepcopy(llama)
-        readings = list(read_with_strategies(llama, text_ids, ["stock", "pi", "dprope"], 128))
-        assert [r.label for r in readings] == ["stock", "pi", "dprope"]
-        assert readings[0].plan is None
-        assert readings[2].plan == rope_dist.plan(before, target_length=128, strategy="dprope")
-        torch.testing.assert_close(readings[0].nll, token_nll(before, text_ids), rtol=0, atol=0)
+        results = list(perplexity_by_strategy(llama, text_ids, ["stock", "pi", "dprope"], 128))
+        assert [r.label for r in results] == ["stock", "pi", "dprope"]
+        assert results[0].plan is None
+        assert results[2].plan == rope_dist.plan(before, target_length=128, strategy="dprope")
+        torch.testing.assert_close(results[0].nll, token_nll(before, text_ids), rtol=0, atol=0)
         with rope_dist.enable(before, target_length=128, strategy="pi"):
-            torch.testing.assert_close(readings[1].nll, token_nll(before, text_ids), rtol=0, atol=0)
-        assert not torch.allclose(readings[1].nll, readings[0].nll, atol=1e-4)
+            torch.testing.assert_close(results[1].nll, token_nll(before, text_ids), rtol=0, atol=0)
+        assert not torch.allclose(results[1].nll, results[0].nll, atol=1e-4)
         assert not list(enabled_modules(llama))
 
     def test_an_unsupported_model_is_refused_before_the_first_reading(self, text_ids, monkeypatch):
         config = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
         monkeypatch.setattr("rope_dist.evaluation.perplexity.token_nll", None)  # would be called to read
         with pytest.raises(ValueError, match="not a supported family"):
-            next(read_with_strategies(GPT2LMHeadModel(config), text_ids, ["stock", "pi"], 128))
+            next(perplexity_by_strategy(GPT2LMHeadModel(config), text_ids, ["stock", "pi"], 128))
 
 
 class TestTexts:
@@ -126,13 +130,66 @@ class TestTexts:
     def test_a_corpus_that_is_not_installed_says_what_to_install(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("NODE_PATH", raising=False)
-        monkeypatch.setattr(corpora, "_R_SITE_LIBRARY", tmp_path)
+        monkeypatch.setattr(offline_corpora, "R_SITE_LIBRARY", tmp_path)
         monkeypatch.delenv("R_LIBS", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with pytest.raises(
             MissingPackageError, match=rf"the corpus {name} is not installed: (npm|apt-get) install"
         ):
             load_text(name)
+
+
+class TestHubCorpora:
+    """Data sets of the Hugging Face hub. The first test replaces ``datasets``, the others load with it, offline."""
+
+    @pytest.mark.parametrize(
+        ("name", "arguments"),
+        [
+            ("pg19", ("emozilla/pg19-test", None)),
+            ("wikitext", ("Salesforce/wikitext", "wikitext-103-raw-v1")),
+        ],
+    )
+    def test_rows_are_joined_by_empty_lines(self, name, arguments, monkeypatch):
+        class Datasets(ModuleType):
+            exceptions = SimpleNamespace(DatasetsError=RuntimeError)
+
+            def load_dataset(self, *found, split):
+                assert (*found, split) == (*arguments, "test")
+                return {"text": ["First row.", "Second row."]}
+
+        monkeypatch.setitem(sys.modules, "datasets", Datasets("datasets"))
+        assert load_text(name) == (CORPORA[name].title, "First row.\n\nSecond row.")
+
+    @pytest.mark.parametrize("name", ["pg19", "wikitext"])
+    def test_without_datasets_the_extra_is_named(self, name, monkeypatch):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        with pytest.raises(MissingPackageError, match=r"needs datasets, .* pip install 'rope-dist\[eval\]'"):
+            load_text(name)
+
+    def test_a_local_data_set(self, tmp_path, monkeypatch):
+        pytest.importorskip("datasets", reason="datasets is not installed: pip install 'rope-dist[eval]'")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        rows = [{"text": f"Row {i}", "title": "no"} for i in range(3)]
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        monkeypatch.setitem(CORPORA, "mine", corpora._hub_corpus("Mine", str(tmp_path / "data")))
+        assert load_text("mine") == ("Mine", "Row 0\n\nRow 1\n\nRow 2")
+        bad_split = corpora._hub_corpus("Mine", str(tmp_path / "data"), split="train")
+        with pytest.raises(ValueError, match=r'cannot load the data set .*data \(Unknown split "train"'):
+            bad_split.read()
+
+    @pytest.mark.parametrize("name", ["pg19", "wikitext"])
+    def test_without_the_hub_the_way_out_is_named(self, name, tmp_path, monkeypatch):
+        pytest.importorskip("datasets", reason="datasets is not installed: pip install 'rope-dist[eval]'")
+        if os.environ["HF_HUB_OFFLINE"] != "1":
+            pytest.skip("HF_HUB_OFFLINE is not 1: the hub may answer")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+        with pytest.raises(
+            ValueError, match=r"cannot load the data set .* copy that machine's HF_HOME"
+        ) as found:
+            load_text(name)
+        assert "\n" not in str(found.value)
+        install_corpus(name)  # nothing to install
 
 
 class TestInstalling:
@@ -144,7 +201,7 @@ class TestInstalling:
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("NODE_PATH", raising=False)
         monkeypatch.delenv("R_LIBS", raising=False)
-        monkeypatch.setattr(corpora, "_R_SITE_LIBRARY", tmp_path)
+        monkeypatch.setattr(offline_corpora, "R_SITE_LIBRARY", tmp_path)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "sh").symlink_to("/bin/sh")
@@ -174,7 +231,10 @@ class TestInstalling:
         commands("apt-get", '[ "$*" = "download r-cran-janeaustenr" ] && echo > r-cran-janeaustenr_1.deb')
         commands("dpkg", f'[ "$2" = r-cran-janeaustenr_1.deb ] && mkdir -p {data} && echo > {data}/Rdata.rdx')
         install_corpus("emma")
-        assert corpora._r_data(corpora._AUSTEN) == tmp_path / "cache/rope_dist/corpora/austen" / data
+        assert (
+            offline_corpora.r_index("janeaustenr").parent
+            == tmp_path / "cache/rope_dist/corpora/austen" / data
+        )
 
     def test_what_fails_is_said_and_leaves_nothing(self, commands, tmp_path):
         with pytest.raises(MissingPackageError, match=r"needs npm, which is not here: npm install @stdlib"):
@@ -192,7 +252,7 @@ class TestDemo:
 
         lines = []
         out = tmp_path / "out"
-        result = run(model_name=str(model_directory), tokens=100, output=out, say=lines.append)
+        result = run(model_name=str(model_directory), tokens=100, output=out, log=lines.append)
         printed = "\n".join(lines)
         for published in ("24.08", "6.71", "22.92", "25.55"):
             assert published in printed
@@ -214,11 +274,20 @@ class TestDemo:
 
         for minutes, tokens in ((1.0, 96), (1e-9, 88)):
             result = run(
-                model_name=str(model_directory), minutes=minutes, output=tmp_path, say=lambda line: None
+                model_name=str(model_directory), minutes=minutes, output=tmp_path, log=lambda line: None
             )
             assert result["tokens"] == tokens
         with pytest.raises(ValueError, match="minutes must be a positive number"):
             run(minutes=float("nan"))
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_the_rotary_step_of_every_family_is_timed(self, family):
+        """Half of them have no ``head_dim`` in their config: a demonstration ended in an error after minutes."""
+        from rope_dist.demo import rotary_step
+
+        step = rotary_step(model_of(family), 40)
+        assert step.keys() == {"stock", "rope_dist"}
+        assert all(0 < seconds < 1 for seconds in step.values())
 
     def test_a_short_text_is_refused(self, model_directory, tmp_path):
         from rope_dist.demo import run
@@ -230,7 +299,7 @@ class TestDemo:
                 text=str(tmp_path / "short.txt"),
                 tokens=50,
                 output=tmp_path,
-                say=lambda line: None,
+                log=lambda line: None,
             )
 
     def test_a_packaged_model_that_is_not_installed_says_what_to_install(self, monkeypatch):

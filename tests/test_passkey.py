@@ -13,15 +13,9 @@ from rope_dist.cli import main
 from rope_dist.evaluation import Record, describe, make_cases, make_variants, measure_passkey, passkey_tables
 from rope_dist.evaluation import passkey as passkey_module
 from rope_dist.evaluation.models import cache_option
-from rope_dist.evaluation.passkey import (
-    PromptReader,
-    Score,
-    accuracy,
-    answered_key,
-    grids,
-    passkey_prompt,
-    total,
-)
+from rope_dist.evaluation.passkey import answered_key, passkey_prompt
+from rope_dist.evaluation.prefix_cache import PrefixCachingModel
+from rope_dist.evaluation.tables import Score, grids, scores, total
 
 LENGTHS = (900, 1500)
 
@@ -82,7 +76,8 @@ def measure(letters, tmp_path):
 
 
 def by_scoring(measurements, scoring):
-    return accuracy([m for _, m, _ in measurements if m["what"]["scoring"] == scoring])
+    chosen = [m for _, m, _ in measurements if m["what"]["scoring"] == scoring]
+    return {cell: score.accuracy for cell, score in scores(chosen).items()}
 
 
 class TestGrader:
@@ -179,7 +174,7 @@ class TestPrompts:
             passkey_prompt(letters, case)
 
 
-class TestPromptReader:
+class TestPrefixCachingModel:
     """A shared cache changes nothing: every answer equals one of the model alone, on the whole prompt."""
 
     PROMPTS = ("abc" * 60, "abc" * 40 + "x" * 70, "abc" * 40 + "x" * 20, "q", "abc" * 60)
@@ -190,7 +185,7 @@ class TestPromptReader:
         return model_of(request.param, vocab_size=128)
 
     def test_generates_what_the_model_generates(self, model, letters):
-        reader = PromptReader(model, letters, chunk=50)
+        reader = PrefixCachingModel(model, letters, chunk=50)
         for prompt in self.PROMPTS:
             ids = letters(prompt, return_tensors="pt").input_ids
             whole = model.generate(
@@ -200,7 +195,7 @@ class TestPromptReader:
             assert reader.generate(prompt, 8) == expected
 
     def test_log_probabilities_are_the_models(self, model, letters):
-        reader = PromptReader(model, letters, chunk=50)
+        reader = PrefixCachingModel(model, letters, chunk=50)
         for prompt in self.PROMPTS:
             candidates = ["12345", "99999", "7"]
             found = reader.log_probabilities(prompt, candidates)
@@ -224,7 +219,7 @@ class TestRuns:
         resumed = list(measure(Perfect, cases, names=("stock", "pi")))
         assert [finished for *_, finished in resumed] == [True] * 3 + [False] * 5
         assert [m["what"] for _, m, _ in resumed] == [m["what"] for m in unbroken]
-        monkeypatch.setattr(passkey_module, "PromptReader", None)  # would be called to read
+        monkeypatch.setattr(passkey_module, "_answer", lambda *a: pytest.fail("evaluated again"))
         assert all(finished for *_, finished in measure(Perfect, cases, names=("stock", "pi")))
 
     def test_other_keys_are_other_measurements(self, measure):
@@ -246,7 +241,7 @@ class TestRuns:
         assert [str(Score(2, n)) for n in (3, 19)] == ["2/3", "2/19"]
         assert [str(Score(right, n)) for right, n in ((5, 20), (67, 100))] == ["25%", "67%"]
         assert total([Score(1, 3), Score(3, 3)]) == Score(4, 6)
-        assert total([Score(1, 3), Score(3, 3)]).share == pytest.approx(2 / 3)
+        assert total([Score(1, 3), Score(3, 3)]).accuracy == pytest.approx(2 / 3)
 
 
 class TestCommand:

@@ -1,4 +1,4 @@
-"""How long reading takes: the estimate, the lines of progress, and what the demonstration makes of them."""
+"""Time of an evaluation: the estimate, the lines of progress, and how the demonstration uses them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rope_dist.demo as demo
-from rope_dist.evaluation import Record, describe, make_variants, passkey, progress, sweep
+from rope_dist.evaluation import Record, describe, make_variants, passkey, perplexity, progress
 from rope_dist.evaluation.perplexity import sliding_window_nll, token_nll
 from rope_dist.evaluation.progress import Pace, Progress, duration, measure_pace, work
 
@@ -45,15 +45,19 @@ def test_a_line_every_half_minute_without_a_terminal(monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(progress.time, "time", lambda: now[0])
     monkeypatch.setattr(progress, "LINE_SECONDS", 30)
-    with Progress("reading", 100) as bar:
+    with Progress("evaluating", 100) as bar:
         bar._time = lambda: now[0]
         bar.start_t = bar.last_print_t = now[0]
         for _ in range(9):
             now[0] += 10
             bar.update(10)
     lines = out.getvalue().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["reading: 30 %", "reading: 60 %", "reading: 90 %"]
-    assert lines[0] == "reading: 30 %, 00:30 elapsed, about 01:10 left"
+    assert [line.split(",")[0] for line in lines] == [
+        "evaluating: 30 %",
+        "evaluating: 60 %",
+        "evaluating: 90 %",
+    ]
+    assert lines[0] == "evaluating: 30 %, 00:30 elapsed, about 01:10 left"
     assert "\r" not in out.getvalue()
 
 
@@ -64,16 +68,16 @@ def test_a_bar_with_the_time_left_on_a_terminal(monkeypatch):
 
     out = Terminal()
     monkeypatch.setattr(progress.sys, "stderr", out)
-    with Progress("reading", 100) as bar:
+    with Progress("evaluating", 100) as bar:
         bar.start_t -= 20
         bar.update(40)
         bar.refresh()
-    assert "reading:  40%" in out.getvalue()
+    assert "evaluating:  40%" in out.getvalue()
     assert "00:20<00:30" in out.getvalue()
 
 
 def test_short_work_and_no_description_print_nothing(capsys):
-    for description in ("reading", None):
+    for description in ("evaluating", None):
         with Progress(description, 100) as bar:
             bar.update(100)
     assert capsys.readouterr() == ("", "")
@@ -81,9 +85,11 @@ def test_short_work_and_no_description_print_nothing(capsys):
 
 def test_progress_ends_at_all_of_the_work(llama, ids, monkeypatch):
     for read, total in (
-        (lambda: token_nll(llama, ids[0], chunk=7, description="reading"), work(llama, 0, 39)),
+        (lambda: token_nll(llama, ids[0], chunk=7, description="evaluating"), work(llama, 0, 39)),
         (
-            lambda: sliding_window_nll(llama, ids[0], window=20, stride=10, chunk=7, description="reading"),
+            lambda: sliding_window_nll(
+                llama, ids[0], window=20, stride=10, chunk=7, description="evaluating"
+            ),
             3 * work(llama, 0, 19),
         ),
     ):
@@ -102,11 +108,11 @@ def test_durations_are_for_reading(seconds, text):
 
 
 class TestAnnouncements:
-    """Commands say how long reading takes before they read; here every token takes two minutes."""
+    """Commands say how long they will take; here every token takes two minutes."""
 
     @pytest.fixture(autouse=True)
     def slow(self, monkeypatch):
-        for module in (sweep, passkey):
+        for module in (perplexity, passkey):
             monkeypatch.setattr(module, "measure_pace", lambda model: Pace(120.0, 0.0))
 
     @pytest.fixture
@@ -115,16 +121,16 @@ class TestAnnouncements:
 
     def test_perplexity(self, llama, ids, record, capsys):
         def read(**options):
-            text = sweep.Passage("text", 0, ids[:1])
+            text = perplexity.Passage("text", 0, ids[:1])
             variants = make_variants(llama, ["stock", "pi"], 128)
             record_now = record("perplexity")
-            sweep_options = {"lengths": [20], "stride": 10, "progress": True, **options}
-            list(sweep.measure_perplexity(llama, [text], variants, record_now, **sweep_options))
+            options = {"lengths": [20], "stride": 10, "progress": True, **options}
+            list(perplexity.measure_perplexity(llama, [text], variants, record_now, **options))
             return capsys.readouterr().err
 
         # Two variants of 20 tokens, whole; then of three windows of 20.
-        assert read(methods=["whole"]) == "reading takes about 80 min on this machine\n"
-        assert read() == "reading takes about 4.0 h on this machine\n"
+        assert read(methods=["whole"]) == "evaluation takes about 80 min on this machine\n"
+        assert read() == "evaluation takes about 4.0 h on this machine\n"
         assert read() == ""  # all of it is on record
 
     def test_passkeys(self, llama, letters, record, capsys):
@@ -132,7 +138,7 @@ class TestAnnouncements:
         variants = make_variants(llama, ["stock"], 128)
         list(passkey.measure_passkey(llama, letters, cases, variants, record("passkey"), progress=True))
         # The prompt with the late key is read whole, the other from its key on: between one and two of 500 tokens.
-        hours = float(capsys.readouterr().err.removeprefix("reading takes about ").split()[0])
+        hours = float(capsys.readouterr().err.removeprefix("evaluation takes about ").split()[0])
         assert 500 / 30 < hours < 1.8 * 500 / 30
 
 
@@ -162,28 +168,28 @@ class TestHowMuchTheDemonstrationReads:
 
 
 def test_the_last_strategy_is_left_out_when_the_machine_gets_slower(llama, ids):
-    said = []
+    lines = []
     labels = [
-        reading.label
-        for reading in demo._read(
-            llama, ids[:1], ("stock", "auto", "dprope"), 128, said.append, time.perf_counter()
+        result.label
+        for result in demo._evaluate(
+            llama, ids[:1], ("stock", "auto", "dprope"), 128, lines.append, time.perf_counter()
         )
     ]
     assert labels == ["stock", "auto"]
-    assert len(demo._read(llama, ids[:1], ("stock", "auto", "dprope"), 128, said.append, None)) == 3
+    assert len(demo._evaluate(llama, ids[:1], ("stock", "auto", "dprope"), 128, lines.append, None)) == 3
 
 
 def test_a_text_between_the_two_lengths_is_read_as_far_as_it_goes(model_directory, tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     text = tmp_path / "text.txt"
-    said = []
-    options = {"model_name": str(model_directory), "text": str(text), "output": tmp_path, "say": said.append}
+    lines = []
+    options = {"model_name": str(model_directory), "text": str(text), "output": tmp_path, "log": lines.append}
     text.write_text("abcd" * 23)  # 92 tokens of the 96 and 88 that are read of a model trained to 64
     assert demo.run(**options)["tokens"] == 88
     assert demo.run(**options, tokens=70, minutes=1e-9)["tokens"] == 70
-    assert any("(more than the 1e-09 min of --minutes: as asked for)" in line for line in said)
+    assert any("(more than the 1e-09 min of --minutes: as requested)" in line for line in lines)
     assert any(
-        "left out for lack of time: dprope; --strategies stock auto dprope reads all" in x for x in said
+        "left out for lack of time: dprope; --strategies stock auto dprope evaluates all" in x for x in lines
     )
     text.write_text("abcd" * 20)
     with pytest.raises(ValueError, match="has 80 tokens, fewer than the 88 to be read"):
@@ -201,9 +207,9 @@ def test_the_table_has_two_halves_and_then_eighths(llama, ids):
 
 
 def demo_reading(label, nll):
-    from rope_dist.evaluation import Reading
+    from rope_dist.evaluation import PerplexityResult
 
-    return Reading(label, None, nll)
+    return PerplexityResult(label, None, nll)
 
 
 def test_a_packaged_or_logged_model_loads_without_bars(model_directory, capfd):

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import machine, markdown
-from rope_dist.evaluation.passkey import scores, total
-from rope_dist.evaluation.perplexity import Bucket
-from rope_dist.evaluation.sweep import WIDTH, average_buckets
+from rope_dist.evaluation.perplexity import WIDTH, Bucket
+from rope_dist.evaluation.tables import average_buckets, scores, total
 from rope_dist.evaluation.variants import STOCK
 
 TRAINED = 8192

@@ -325,7 +325,7 @@ def _end(parsed: argparse.Namespace, table: str, record: Any, picture: Path | No
 
 def _perplexity(parsed: argparse.Namespace) -> None:
     from ..evaluation import install_corpus, make_variants, measure_perplexity, passages, perplexity_tables
-    from ..evaluation.sweep import average_perplexity, bucket_width, check_width, curves
+    from ..evaluation.tables import average_perplexity, bucket_width, check_width, curves
     from ..plots import plot_perplexity
 
     picture = _picture(parsed, "perplexity.png")
@@ -372,7 +372,7 @@ def _perplexity(parsed: argparse.Namespace) -> None:
 
 def _passkey(parsed: argparse.Namespace) -> None:
     from ..evaluation import make_cases, make_variants, measure_passkey, passkey_tables
-    from ..evaluation.passkey import grids
+    from ..evaluation.tables import grids
     from ..plots import plot_passkey
 
     picture = _picture(parsed, "passkey.png")

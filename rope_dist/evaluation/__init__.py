@@ -1,12 +1,19 @@
-"""What an extension does to a model: texts, models, perplexity, passkey retrieval, tasks."""
+"""Evaluation of extended models: perplexity, passkey retrieval and the tasks of lm-evaluation-harness."""
 
-from .corpora import CORPORA, install_corpus, load_text
+from .corpora import CORPORA, Passage, install_corpus, load_text, passages
 from .models import PACKAGED_MODELS, describe, load_model
-from .passkey import make_cases, measure_passkey, passkey_tables
-from .perplexity import Bucket, Reading, read_with_strategies, sliding_window_nll, token_nll
+from .passkey import make_cases, measure_passkey
+from .perplexity import (
+    Bucket,
+    PerplexityResult,
+    measure_perplexity,
+    perplexity_by_strategy,
+    sliding_window_nll,
+    token_nll,
+)
 from .records import Record
-from .sweep import Passage, measure_perplexity, passages, perplexity_tables
-from .tasks import TASK_SETS, measure_tasks, resolve_tasks, tasks_table
+from .tables import passkey_tables, perplexity_tables, tasks_table
+from .tasks import TASK_SETS, measure_tasks, resolve_tasks
 from .variants import STOCK, Variant, make_variants
 
 __all__ = [
@@ -16,7 +23,7 @@ __all__ = [
     "TASK_SETS",
     "Bucket",
     "Passage",
-    "Reading",
+    "PerplexityResult",
     "Record",
     "Variant",
     "describe",
@@ -30,8 +37,8 @@ __all__ = [
     "measure_tasks",
     "passages",
     "passkey_tables",
+    "perplexity_by_strategy",
     "perplexity_tables",
-    "read_with_strategies",
     "resolve_tasks",
     "sliding_window_nll",
     "tasks_table",

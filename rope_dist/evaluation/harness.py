@@ -3,7 +3,7 @@
     python -m rope_dist.evaluation.harness run --model rope-dist \\
         --model_args pretrained=DIR,strategy=yarn,factor=2 --tasks hellaswag
 
-is ``lm-eval`` with that name registered; everything else is as its own documentation says.
+is ``lm-eval`` with that model name registered; see its documentation for all other options.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .models import PACKAGED_MODELS, load_model
 
 @register_model("rope-dist")
 class ExtendedLM(HFLM):
-    """lm-eval's Hugging Face model, extended by this package.
+    """lm-eval's Hugging Face model with an extended context.
 
     Args:
         pretrained: a directory, a hub id, a name of :data:`rope_dist.evaluation.PACKAGED_MODELS`, or a model.
         strategy: as in :func:`rope_dist.enable`.
-        factor, target_length: how far; with none of them and no ``plan`` the model keeps its frequencies.
-        plan: the path of a plan instead.
-        threshold, interpolated_dims: of ``dprope``.
+        factor, target_length: one of them; with neither and no ``plan`` the model keeps its frequencies.
+        plan: path of a plan, instead of a strategy.
+        threshold, interpolated_dims: settings of ``dprope``.
         **options: of lm-eval's ``hf`` model: ``tokenizer``, ``dtype``, ``max_length``, ``device``, ...
-            ``max_length`` is by default the length that the model is extended to.
+            ``max_length`` defaults to the extended length.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ExtendedLM(HFLM):
         if isinstance(pretrained, str) and pretrained in PACKAGED_MODELS:
             pretrained, options["tokenizer"] = load_model(pretrained, options.get("device") or "cpu")
         super().__init__(pretrained=pretrained, **options)
-        given = {
+        given: dict[str, Any] = {
             "factor": factor,
             "target_length": target_length,
             "plan": RopePlan.load(plan) if plan else None,

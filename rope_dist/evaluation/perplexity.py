@@ -1,21 +1,30 @@
-"""Perplexity by position: how well a model predicts each token of one long text from all before it."""
+"""Perplexity of long texts, by position and in sliding windows, for several variants of a model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from ..messages import unknown
 from ..planning import RopePlan
+from .corpora import Passage
+from .memory import check_memory
 from .models import cache_option
-from .progress import Progress, work
-from .variants import make_variants
+from .progress import Progress, announce, measure_pace, work
+from .records import Record
+from .variants import Variant, make_variants
+
+METHODS = ("whole", "sliding")
+WIDTH = 256
+"""Positions of one mean in a record; wider buckets are averages of them."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +37,13 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One model's reading of one text.
+class PerplexityResult:
+    """Token losses of one variant of a model on one text.
 
     Attributes:
-        label: what was read with, e.g. a strategy's name.
-        plan: the plan in force, or None for the stock model.
-        nll: ``[S - 1]`` float32, nats; entry ``i`` is of the token at position ``i + 1``.
+        label: of the variant, e.g. a strategy's name.
+        plan: the plan that was applied, or None for the stock model.
+        nll: ``[S - 1]`` float32, nats; entry ``i`` is the loss of the token at position ``i + 1``.
     """
 
     label: str
@@ -43,11 +52,11 @@ class Reading:
 
     @property
     def perplexity(self) -> float:
-        """Over the whole text."""
+        """Of the whole text."""
         return math.exp(self.nll.double().mean().item())
 
     def buckets(self, width: int) -> list[Bucket]:
-        """Perplexity of every ``width`` positions; the last may be shorter. Position 0 has no prediction."""
+        """Perplexity of every ``width`` positions; the last bucket may be shorter. Position 0 has no prediction."""
         if width < 1:
             raise ValueError(f"the width of a bucket must be at least 1 token, got {width}")
         length = self.nll.numel() + 1
@@ -59,11 +68,11 @@ class Reading:
         return result
 
     def perplexity_of(self, start: int, end: int) -> float:
-        """Of the tokens at positions ``start <= position < end``."""
+        """Perplexity of the tokens at positions ``start <= position < end``."""
         return math.exp(self.nll[max(start - 1, 0) : end - 1].double().mean().item())
 
     def to_dict(self, width: int) -> dict[str, Any]:
-        """JSON types; the plan in full."""
+        """As JSON types, with the plan."""
         return {
             "label": self.label,
             "perplexity": self.perplexity,
@@ -80,22 +89,22 @@ def token_nll(
     Args:
         model: a causal language model.
         input_ids: ``[1, S]`` or ``[S]``, at least 2 tokens.
-        chunk: tokens a step. The result does not depend on it; memory for the logits does.
+        chunk: tokens a forward pass. It changes memory and speed, not the result.
         description: of the progress bar; None shows none.
 
     Returns:
         ``[S - 1]`` float32 on the CPU, nats.
 
     Raises:
-        ValueError: not one sequence of at least 2 tokens, or ``chunk < 1``.
+        ValueError: ``input_ids`` is not one sequence of at least 2 tokens, or ``chunk < 1``.
     """
     ids = _one_sequence(input_ids, chunk).to(model.device)
-    with _evaluating(model), Progress(description, work(model, 0, ids.shape[1] - 1)) as progress:
+    with _eval_mode(model), Progress(description, work(model, 0, ids.shape[1] - 1)) as progress:
         return _nll(model, ids, 1, chunk, progress)
 
 
 def sliding_windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """The windows of :func:`sliding_window_nll` as ``(begin, end, first)``: it scores ``first <= i < end``."""
+    """The windows of :func:`sliding_window_nll` as ``(begin, end, first)``; tokens ``first <= i < end`` are scored."""
     if not 1 <= stride < window:
         raise ValueError(f"the stride must be at least 1 and below the window of {window}, got {stride}")
     if length < window:
@@ -121,28 +130,28 @@ def sliding_window_nll(
 
     The evaluation of the paper (Wu et al. 2024, S = 256): the window has the evaluated length and moves by
     ``stride`` tokens. The first is scored whole; of each later one only the last ``stride`` tokens are, so
-    that every one of them has at least ``window - stride`` tokens before it. The last window ends with the
-    text and scores what is left. Each window is read anew from its own position 0: nothing before it is seen.
+    that each of them has at least ``window - stride`` tokens of context. The last window ends with the text and
+    scores the rest. Every window is a forward pass of its own that starts at position 0.
 
     Args:
         model: a causal language model.
         input_ids: ``[1, S]`` or ``[S]``, ``S >= window``.
         window: tokens a window, the evaluated length.
         stride: tokens from one window to the next, below ``window``.
-        chunk: tokens a step. The result does not depend on it.
+        chunk: tokens a forward pass. It changes memory and speed, not the result.
         description: of the progress bar; None shows none.
 
     Returns:
         ``[S - 1]`` float32 on the CPU, nats; entry ``i`` is of the token at position ``i + 1``.
 
     Raises:
-        ValueError: a text shorter than the window, a bad stride or chunk, not one sequence.
+        ValueError: ``input_ids`` is not one sequence or shorter than the window, or a bad stride or chunk.
     """
     ids = _one_sequence(input_ids, chunk)
     windows = sliding_windows(ids.shape[1], window, stride)
     ids = ids.to(model.device)
     result = []
-    with _evaluating(model), Progress(description, len(windows) * work(model, 0, window - 1)) as progress:
+    with _eval_mode(model), Progress(description, len(windows) * work(model, 0, window - 1)) as progress:
         for begin, end, first in windows:
             result.append(_nll(model, ids[:, begin:end], first - begin, chunk, progress))
     return torch.cat(result)
@@ -152,14 +161,14 @@ def sliding_window_nll(
 def _nll(
     model: PreTrainedModel, ids: torch.Tensor, first: int, chunk: int, progress: Progress
 ) -> torch.Tensor:
-    """``[S - first]``: of the tokens ``first`` to the last of ``ids [1, S]``, each given all before it."""
+    """Losses ``[S - first]`` of the tokens from ``first`` on of ``ids [1, S]``, each given all tokens before it."""
     length = ids.shape[1]
     cache = DynamicCache(config=model.config)
     result = torch.empty(length - first)
     for start in range(0, length - 1, chunk):
         end = min(start + chunk, length - 1)
         scored = end - max(start, first - 1)
-        # Logits are as wide as the vocabulary: only of what is scored, and never none (0 asks for all).
+        # Logits of the scored tokens only, to save memory; logits_to_keep=0 would return all.
         logits = model(
             ids[:, start:end], **cache_option(model, cache), use_cache=True, logits_to_keep=max(scored, 1)
         ).logits[0]
@@ -181,7 +190,7 @@ def _one_sequence(input_ids: torch.Tensor, chunk: int) -> torch.Tensor:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
@@ -190,7 +199,7 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def read_with_strategies(
+def perplexity_by_strategy(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     strategies: Sequence[str],
@@ -198,24 +207,135 @@ def read_with_strategies(
     *,
     chunk: int = 512,
     progress: bool = False,
-) -> Iterator[Reading]:
-    """Read one text with the stock model and with extensions of it, one reading at a time.
+) -> Iterator[PerplexityResult]:
+    """Evaluate one text with several strategies, one after the other.
 
-    The model is extended while a reading is made, and stock between two.
+    Each strategy is applied only while its result is computed; the model is unchanged between two results.
 
     Args:
-        model: of a supported family; afterwards as before.
+        model: of a supported family.
         input_ids: ``[1, S]``.
-        strategies: as in :func:`rope_dist.evaluation.variants.make_variants`.
-        target_length: tokens each extension is planned for.
+        strategies: as in :func:`rope_dist.evaluation.make_variants`.
+        target_length: tokens that strategies are planned for.
         chunk: as in :func:`token_nll`.
-        progress: show a bar for each reading.
+        progress: show a progress bar for each strategy.
 
     Raises:
         ValueError: the model's family is not supported, or the target is below its trained length.
     """
     for variant in make_variants(model, strategies, target_length):
-        description = f"reading with {variant.label}" if progress else None
+        description = f"evaluating {variant.label}" if progress else None
         with variant.applied(model):
             nll = token_nll(model, input_ids, chunk=chunk, description=description)
-        yield Reading(variant.label, variant.plan, nll)
+        yield PerplexityResult(variant.label, variant.plan, nll)
+
+
+def measure_perplexity(
+    model: PreTrainedModel,
+    passages: Sequence[Passage],
+    variants: Sequence[Variant],
+    record: Record,
+    *,
+    lengths: Sequence[int],
+    methods: Sequence[str] = METHODS,
+    stride: int = 256,
+    chunk: int = 512,
+    progress: bool = False,
+) -> Iterator[tuple[Variant, dict[str, Any], bool]]:
+    """Evaluate every passage with every variant, except for results that are in ``record``.
+
+    ``whole`` evaluates the first ``max(lengths)`` tokens of a passage in one pass: perplexity by position, which
+    includes every shorter length. ``sliding`` evaluates the passage in windows of each length
+    (:func:`sliding_window_nll`).
+
+    Args:
+        model: of a supported family; every variant is applied to it in turn.
+        passages: each of at least ``max(lengths)`` tokens.
+        variants: from :func:`rope_dist.evaluation.make_variants`.
+        record: results of earlier runs; new ones are added.
+        lengths: tokens.
+        methods: of :data:`METHODS`.
+        stride: of the sliding window, tokens.
+        chunk: tokens a forward pass.
+        progress: print an estimate of the time, and show progress bars.
+
+    Yields:
+        Variant, measurement and whether it was in the record already. Results are saved before they are yielded.
+
+    Raises:
+        ValueError: a bad setting, a passage that is too short, too little memory.
+    """
+    longest = _check(passages, lengths, methods, stride, chunk)
+    check_memory(model, longest, chunk)
+    cases: list[tuple[dict[str, Any], torch.Tensor, int]] = []
+    for passage in passages:
+        whole = Passage(passage.text, passage.piece, passage.ids[:, :longest])
+        if "whole" in methods:
+            cases.append(({"method": "whole", **whole.identity}, whole.ids, 0))
+        if "sliding" in methods:
+            for length in dict.fromkeys(lengths):
+                what = {"method": "sliding", **passage.identity, "length": length, "stride": stride}
+                cases.append((what, passage.ids, length))
+    runs = [(*case, variant) for case in cases for variant in variants]
+    if progress:
+        _announce(
+            model,
+            [(ids.shape[1], window) for what, ids, window, v in runs if not record.get(what | v.identity)],
+            stride,
+        )
+    for what, ids, window, variant in runs:
+        options: dict[str, Any] = {"chunk": chunk}
+        if progress:
+            options["description"] = f"{what['method']}, {what['text']}, {variant.label}"
+        nll = partial(token_nll, model, ids, **options)
+        if window:
+            nll = partial(sliding_window_nll, model, ids, window=window, stride=stride, **options)
+        doing = f"evaluating {window or longest} tokens"
+        yield record.measure(what, variant, model, partial(_result, nll), doing)
+
+
+def _announce(model: PreTrainedModel, missing: Sequence[tuple[int, int]], stride: int) -> None:
+    """Print the estimated time of the ``missing`` runs ``(tokens, window)``; window 0 is the whole text."""
+    if missing:
+        pace = measure_pace(model)
+        announce(
+            sum(
+                pace.seconds(window or tokens)
+                * (len(sliding_windows(tokens, window, stride)) if window else 1)
+                for tokens, window in missing
+            )
+        )
+
+
+def _check(
+    passages: Sequence[Passage], lengths: Sequence[int], methods: Sequence[str], stride: int, chunk: int
+) -> int:
+    """Check the settings of :func:`measure_perplexity`; returns the longest length."""
+    if not passages or not lengths or min(lengths) < 2:
+        raise ValueError(f"give at least one passage and lengths of 2 tokens or more, got {list(lengths)}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(unknown("method", method, METHODS))
+    longest = max(lengths)
+    for passage in passages:
+        if passage.ids.shape[1] < longest:
+            raise ValueError(
+                f"the passage of {passage.text} has {passage.ids.shape[1]} tokens, fewer than the length {longest}"
+            )
+        if "sliding" in methods:
+            for length in lengths:
+                sliding_windows(passage.ids.shape[1], length, stride)
+    return longest
+
+
+def _result(evaluate: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    """What a record keeps of token losses ``[S - 1]``: the mean, and the mean of every :data:`WIDTH` positions."""
+    nll = evaluate()
+    by_position = [nll[max(start - 1, 0) : start + WIDTH - 1] for start in range(0, len(nll) + 1, WIDTH)]
+    return {
+        "nll": nll.double().mean().item(),
+        "predicted": len(nll),
+        "nll_by_position": [round(part.double().mean().item(), 6) for part in by_position if len(part)],
+    }

@@ -1,10 +1,11 @@
-"""How long reading takes: an estimate before it begins, a progress bar while it runs."""
+"""Time of an evaluation: an estimate before it starts and a progress bar during it."""
 
 from __future__ import annotations
 
 import io
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +13,22 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-from .models import cache_option
+from .models import attention_shape, cache_option
 
 LINE_SECONDS = 30
-"""Seconds between two lines of progress where there is no terminal to draw a bar on."""
+"""Seconds between two lines of progress where stderr is no terminal."""
 
 _PROBE_TOKENS = 256
 _PROBE_CONTEXT = 4096
 
 
-class Progress(tqdm):  # type: ignore[type-arg]
-    """A bar with the time left on a terminal; a line every half minute elsewhere.
+class Progress(tqdm):
+    """A progress bar with the remaining time on a terminal, a line every half minute elsewhere.
 
     Args:
-        description: what is being done; None shows nothing.
-        total: work in any unit, of which :meth:`update` takes parts. Work that grows with the position, such as
-            :func:`work`, gives a better time left than tokens do.
+        description: label; None shows nothing.
+        total: total of what :meth:`update` adds, in any unit. :func:`work`, which grows with the position, gives a
+            better estimate of the remaining time than tokens do.
     """
 
     def __init__(self, description: str | None, total: float) -> None:
@@ -39,61 +40,59 @@ class Progress(tqdm):  # type: ignore[type-arg]
                 "mininterval": LINE_SECONDS,
                 "delay": LINE_SECONDS,
                 "miniters": 1,
-                "file": io.StringIO(),  # what clears a bar; display() prints the lines
+                "file": io.StringIO(),  # for tqdm's control characters; display() prints the lines
             }
         super().__init__(desc=description, total=total, disable=description is None, leave=False, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
         if not self._lines:
             return super().display(msg, pos)
-        if msg is None:  # an empty message clears a bar
+        if msg is None:  # tqdm clears a bar with an empty message
             print(str(self), file=sys.stderr, flush=True)
         return True
 
 
 def work(model: PreTrainedModel, start: int, end: int) -> float:
-    """Operations to read tokens ``start <= i < end`` with a key/value cache of all before them, in relative terms.
+    """Relative number of operations of a forward pass over tokens ``start <= i < end`` with a key/value cache.
 
-    The matrices count for every token alike, attention for every token by its position. Used to weigh progress.
+    Linear layers cost the same for every token; attention grows with its position.
     """
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, _, head_dim = attention_shape(model)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
     parameters = sum(p.numel() for p in model.parameters())
-    attention = (
-        2.0 * config.num_hidden_layers * heads * head_dim
-    )  # per token of context: scores and their sum
+    attention = 2.0 * layers * heads * head_dim  # per token of context: scores and their weighted sum
     return (end - start) * (parameters + attention * (start + end) / 2)
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Measured speed of a model's reading.
+    """Measured prefill speed of a model.
 
     Attributes:
-        token: seconds a token takes without context.
-        context: seconds that every token before it adds.
+        token: seconds a token without context.
+        context: additional seconds a token of context.
     """
 
     token: float
     context: float
 
     def seconds(self, end: int, start: int = 0) -> float:
-        """Seconds to read tokens ``start <= i < end`` when those before are in the key/value cache."""
+        """Estimated seconds of a forward pass over tokens ``start <= i < end``, the earlier ones in the cache."""
         return (end - start) * (self.token + self.context * (start + end) / 2)
 
 
 @torch.inference_mode()
 def measure_pace(model: PreTrainedModel) -> Pace:
-    """Time a short piece of text without context and one after 4096 tokens: five to ten seconds on two CPU cores.
+    """Time a forward pass over 256 tokens without context and after 4096 tokens; 5 to 10 seconds on two CPU cores.
 
-    The shorter of two times each: what else runs on the machine only ever adds.
+    The minimum of two times each: other processes can only add time.
     """
     ids = torch.arange(_PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
 
     def cache(context: int) -> DynamicCache:
         made = DynamicCache(config=model.config)
-        for index, layer in enumerate(first.layers if context else ()):
+        layers: Sequence[Any] = first.layers if context else ()
+        for index, layer in enumerate(layers):
             copies = (1, 1, context // _PROBE_TOKENS, 1)
             made.update(layer.keys.repeat(copies), layer.values.repeat(copies), index)
         return made
@@ -105,7 +104,7 @@ def measure_pace(model: PreTrainedModel) -> Pace:
         return time.perf_counter() - began
 
     first = DynamicCache(config=model.config)
-    seconds(first)  # not counted: the first call allocates and compiles
+    seconds(first)  # warm-up
     short, long = (min(seconds(cache(context)) for _ in range(2)) for context in (0, _PROBE_CONTEXT))
     context = max(long - short, 0.0) / (_PROBE_TOKENS * _PROBE_CONTEXT)
     token = max(short / _PROBE_TOKENS - context * _PROBE_TOKENS / 2, 0.0)
@@ -113,12 +112,12 @@ def measure_pace(model: PreTrainedModel) -> Pace:
 
 
 def announce(seconds: float) -> None:
-    """Say on stderr how long reading will take."""
-    print(f"reading takes about {duration(seconds)} on this machine", file=sys.stderr, flush=True)
+    """Print the estimated time to stderr."""
+    print(f"evaluation takes about {duration(seconds)} on this machine", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Seconds for reading: ``50 s``, ``4 min``, ``2.5 h``."""
+    """``50 s``, ``4 min`` or ``2.5 h``."""
     if seconds < 90:
         return f"{max(round(seconds), 1)} s"
     if seconds < 5400:

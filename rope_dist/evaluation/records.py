@@ -1,34 +1,36 @@
-"""Finished measurements in a JSON file, so that a run that was stopped goes on where it stopped."""
+"""Results in a JSON file, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..files import write_text
 from ..machine import describe
+from .memory import explain_out_of_memory
 from .variants import Variant
 
 
 class Record:
-    """Measurements of one kind on one model, each under everything that determines it.
+    """Measurements of one kind on one model, keyed by their settings.
 
-    A measurement is asked for by ``what``: a mapping of JSON values that names all its settings. One made
-    under other settings has another ``what``, stays in the file and is never taken for it. The file is
-    written whole after every measurement.
+    The key ``what`` of a measurement is a mapping of JSON values with every setting that the result depends on, so
+    results of other settings are kept in the same file. The file is rewritten after every measurement.
 
     Args:
-        path: the JSON file; read if it is there.
+        path: the JSON file; loaded if it exists.
         kind: e.g. ``"perplexity"``.
-        model: what the model is called and what tells it from others, as from
-            :func:`rope_dist.evaluation.models.describe`.
-        restart: begin anew although the file is there.
+        model: name and fingerprint of the model, from :func:`rope_dist.evaluation.models.describe`.
+        restart: discard an existing file.
 
     Raises:
-        ValueError: the file is not such a record, or is of another model.
+        ValueError: the file is not a record of this kind, or belongs to another model.
         OSError: the folder of ``path`` is missing.
     """
 
@@ -57,7 +59,7 @@ class Record:
         except ValueError:
             raise ValueError(f"{self.path} is not JSON: {advice}") from None
         if not isinstance(data, dict) or data.get("kind") != kind or data.keys() != self._data.keys():
-            raise ValueError(f"{self.path} holds no {kind} measurements: {advice}")
+            raise ValueError(f"{self.path} is not a record of {kind} measurements: {advice}")
         for key, value in model.items():
             if data["model"].get(key) != value:
                 raise ValueError(
@@ -66,26 +68,57 @@ class Record:
         return data
 
     def get(self, what: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The finished measurement under ``what``, or None."""
+        """The result with the key ``what``, or None."""
         found = self._by_what.get(_key(what))
         return found and found["result"]
 
     def put(self, what: Mapping[str, Any], result: Mapping[str, Any], variant: Variant) -> None:
-        """Add a measurement, and the variant's plan, and write the file."""
+        """Add a result and the plan of its variant, and write the file."""
         entry = {"what": dict(what), "result": dict(result)}
         self._by_what[_key(what)] = entry
         self._data["measurements"].append(entry)
         if variant.plan is not None:
-            # Where the model lies on this machine is no result.
+            # Without the local path of the model.
             plan = {**variant.plan.to_dict(), "source": self._data["model"].get("name")}
             self._data["plans"][variant.fingerprint] = plan
         write_text(self.path, _dump(self._data))
+
+    def measure(
+        self,
+        what: Mapping[str, Any],
+        variant: Variant,
+        model: PreTrainedModel,
+        compute: Callable[[], dict[str, Any]],
+        doing: str,
+    ) -> tuple[Variant, dict[str, Any], bool]:
+        """The measurement with the key ``what``: from the file, or else computed and added to it.
+
+        Args:
+            what: the settings; the variant's are added.
+            variant: applied to ``model`` during ``compute``.
+            model: of a supported family.
+            compute: returns the result, to which ``seconds`` is added.
+            doing: what ``compute`` does, for the message of an out-of-memory error.
+
+        Returns:
+            The variant, ``{"what": ..., "result": ...}``, and whether the result was in the file.
+        """
+        what = {**what, **variant.identity}
+        result = self.get(what)
+        if result is not None:
+            return variant, {"what": what, "result": result}, True
+        began = time.perf_counter()
+        with explain_out_of_memory(doing), variant.applied(model):
+            result = compute()
+        result["seconds"] = round(time.perf_counter() - began, 1)
+        self.put(what, result, variant)
+        return variant, {"what": what, "result": result}, False
 
     def __len__(self) -> int:
         return len(self._by_what)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Every measurement in the file, as ``{"what": ..., "result": ...}``."""
+        """All measurements, as ``{"what": ..., "result": ...}``."""
         return iter(self._by_what.values())
 
 
@@ -94,7 +127,7 @@ def _key(what: Mapping[str, Any]) -> str:
 
 
 def _dump(data: Mapping[str, Any]) -> str:
-    """JSON with one measurement and one plan a line: readable, and a changed line is a changed result."""
+    """JSON with one measurement or plan a line, which keeps diffs readable."""
     head = {key: data[key] for key in ("kind", "model", "machines")}
     lines = json.dumps(head, indent=2).removesuffix("\n}")
     plans = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in data["plans"].items())

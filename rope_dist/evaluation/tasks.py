@@ -1,19 +1,17 @@
-"""The tasks of lm-evaluation-harness with the variants of a model (needs the extra ``tasks``)."""
+"""Tasks of lm-evaluation-harness for several variants of a model (needs the extra ``tasks``)."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from tabulate import tabulate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..optional import require
-from .memory import memory_errors_in_words
 from .progress import announce, measure_pace
 from .records import Record
 from .variants import Variant
@@ -21,14 +19,14 @@ from .variants import Variant
 
 @dataclass(frozen=True)
 class Task:
-    """A task, group or tag by its name in lm-eval; ``shots`` None leaves the number of examples to it."""
+    """A task, group or tag of lm-eval; ``shots`` None: the number of few-shot examples is the task's own."""
 
     name: str
     shots: int | None = None
 
 
 TASK_SETS: dict[str, tuple[Task, ...]] = {
-    # The tag holds all 13; the group longbench_e leaves out summarisation and the synthetic tasks.
+    # The tag has all 13 tasks; the group longbench_e lacks summarisation and the synthetic tasks.
     "longbench-e": (Task("longbench_tasks_e"),),
     "ruler": (Task("ruler"),),
     "open-llm": (
@@ -38,18 +36,18 @@ TASK_SETS: dict[str, tuple[Task, ...]] = {
         Task("arc_challenge", 25),
     ),
 }
-"""The benchmarks of Wu et al. 2024 by their names in lm-eval 0.4.13, with the paper's number of examples."""
+"""The benchmarks of Wu et al. 2024, as named in lm-eval 0.4.13, with the paper's number of few-shot examples."""
 
 
 def resolve_tasks(names: Sequence[str], shots: int | None = None) -> list[Task]:
-    """Tasks from names of :data:`TASK_SETS`, lm-eval's own names, and either with ``@SHOTS``.
+    """Resolve names of :data:`TASK_SETS` and of lm-eval, each optionally with ``@SHOTS``.
 
     Args:
         names: e.g. ``open-llm``, ``hellaswag``, ``arc_challenge@25``.
-        shots: for the names that say nothing of it.
+        shots: few-shot examples of names without ``@SHOTS``.
 
     Raises:
-        ValueError: what follows ``@`` is no number of examples.
+        ValueError: ``@`` is not followed by a number.
     """
     tasks: list[Task] = []
     for name in names:
@@ -76,35 +74,35 @@ def measure_tasks(
     ruler_lengths: Sequence[int] | None = None,
     chat_template: bool = False,
 ) -> Iterator[tuple[Variant, dict[str, Any], bool]]:
-    """Run every task with every variant; what ``record`` holds already is not run again.
+    """Run every task with every variant, except for results that are in ``record``.
 
     Args:
-        model: of a supported family; each variant is applied to it while it works.
+        model: of a supported family; every variant is applied to it in turn.
         tokenizer: the model's.
         tasks: from :func:`resolve_tasks`.
         variants: from :func:`rope_dist.evaluation.variants.make_variants`.
-        record: where finished tasks are and go.
-        include_path: a folder with task files of one's own (YAML, with data in JSONL beside them).
-        limit: only so many examples a task.
-        batch_size: examples at once, or ``"auto"``.
-        max_length: tokens after which lm-eval cuts a prompt from the left; by default what each variant's
-            config says, which is less for the stock model than for its extensions.
-        ruler_lengths: lengths that RULER's prompts are made for (lm-eval's default is 4096).
-        chat_template: put prompts into the tokenizer's chat template.
+        record: results of earlier runs; new ones are added.
+        include_path: folder with further task files (YAML, with JSONL data).
+        limit: number of examples a task; None: all.
+        batch_size: examples a batch, or ``"auto"``.
+        max_length: longer prompts are truncated on the left. None: the length in the config, which is shorter for
+            the stock model than for its extensions.
+        ruler_lengths: prompt lengths of RULER, tokens (lm-eval's default is 4096).
+        chat_template: apply the tokenizer's chat template.
 
     Yields:
-        The variant, the measurement as in the record, and whether it was taken from there.
+        Variant, measurement and whether it was in the record already. Results are saved before they are yielded.
 
     Raises:
-        ValueError: an unknown task, or one whose data cannot be had here; says what to do.
+        ValueError: an unknown task, or its data cannot be loaded; the message says what to do.
         MissingPackageError: lm-eval is not installed.
     """
     lm_eval = require("lm_eval", "tasks", "running tasks")
     manager_module = require("lm_eval.tasks", "tasks", "running tasks")
     hf = require("lm_eval.models.huggingface", "tasks", "running tasks")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # notes on settings that are meant as they are
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # warnings about settings chosen on purpose
     with tempfile.TemporaryDirectory(prefix="rope-dist-tokenizer-") as folder:
-        # RULER makes its prompts with a tokenizer that it loads by name.
+        # RULER loads the tokenizer for its prompts by name.
         tokenizer.save_pretrained(folder)
         metadata: dict[str, Any] = {"tokenizer": folder}
         if ruler_lengths:
@@ -113,51 +111,41 @@ def measure_tasks(
         for task in tasks:
             if task.name not in manager.all_tasks:
                 raise ValueError(_unknown(task.name, manager.all_tasks, include_path))
+
+        def scores(task: Task) -> dict[str, Any]:
+            lm = hf.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+            _announce_requests(lm, model)
+            try:
+                results = lm_eval.simple_evaluate(
+                    model=lm,
+                    tasks=[task.name],
+                    num_fewshot=task.shots,
+                    limit=limit,
+                    task_manager=manager,
+                    metadata=metadata,
+                    apply_chat_template=chat_template,
+                    log_samples=False,
+                    bootstrap_iters=0,
+                )
+            except (OSError, _data_errors()) as error:
+                raise ValueError(_no_data(task.name, error)) from error
+            return _scores(results, task.name)
+
         for task in tasks:
+            what = {
+                "task": task.name,
+                "shots": task.shots,
+                "limit": limit,
+                "max_length": max_length,
+                "ruler_lengths": list(ruler_lengths) if ruler_lengths else None,
+                "chat_template": chat_template,
+            }
             for variant in variants:
-                what = {
-                    "task": task.name,
-                    "shots": task.shots,
-                    "limit": limit,
-                    "max_length": max_length,
-                    "ruler_lengths": list(ruler_lengths) if ruler_lengths else None,
-                    "chat_template": chat_template,
-                    "variant": variant.label,
-                    "frequencies": variant.fingerprint,
-                }
-                result = record.get(what)
-                finished = result is not None
-                if result is None:
-                    began = time.perf_counter()
-                    with memory_errors_in_words(f"running {task.name}"), variant.applied(model):
-                        lm = hf.HFLM(
-                            pretrained=model,
-                            tokenizer=tokenizer,
-                            batch_size=batch_size,
-                            max_length=max_length,
-                        )
-                        _announce_requests(lm, model)
-                        try:
-                            out = lm_eval.simple_evaluate(
-                                model=lm,
-                                tasks=[task.name],
-                                num_fewshot=task.shots,
-                                limit=limit,
-                                task_manager=manager,
-                                metadata=metadata,
-                                apply_chat_template=chat_template,
-                                log_samples=False,
-                                bootstrap_iters=0,
-                            )
-                        except (OSError, _data_errors()) as error:
-                            raise ValueError(_no_data(task.name, error)) from error
-                    result = {**_scores(out, task.name), "seconds": round(time.perf_counter() - began, 1)}
-                    record.put(what, result, variant)
-                yield variant, {"what": what, "result": result}, finished
+                yield record.measure(what, variant, model, partial(scores, task), f"running {task.name}")
 
 
 def _announce_requests(lm: Any, model: PreTrainedModel) -> None:
-    """Let lm-eval's model say how long its prompts take to read before it begins. Generated tokens come on top."""
+    """Make lm-eval's model print an estimate of its prefill time. Generated tokens are not included."""
     pace = measure_pace(model)
     score, generate = lm._loglikelihood_tokens, lm.generate_until
 
@@ -191,23 +179,23 @@ def _unknown(name: str, known: Sequence[str], include_path: str | None) -> str:
 def _no_data(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"the data of the task {name} cannot be had here ({reason}): run it once where the Hugging Face hub can "
-        "be reached and take that machine's HF_HOME with you, or give tasks of your own with --include-path"
+        f"cannot load the data of the task {name} ({reason}): run it once with access to the Hugging Face hub and copy "
+        "that machine's HF_HOME, or give tasks of your own with --include-path"
     )
 
 
 def _scores(out: Mapping[str, Any], asked: str) -> dict[str, Any]:
-    """The numbers of lm-eval's answer: metrics of every task and group, and how many examples.
+    """Metrics and number of examples of every task and group in the results of lm-eval.
 
-    lm-eval has no mean for a tag, and of RULER only that at 4096 tokens: where several tasks were run, the
-    plain mean of every metric that all of them have is added.
+    lm-eval has no mean for a tag, and for RULER only that at 4096 tokens: for several tasks, the unweighted mean of
+    every metric that they share is added.
     """
     scores = {}
     for name, values in {**out["results"], **out.get("groups", {})}.items():
         scores[name] = {
             metric.removesuffix(",none"): value
             for metric, value in values.items()
-            # RULER marks a length that was not asked with -1.
+            # RULER reports -1 for lengths that were not requested.
             if isinstance(value, (int, float)) and not metric.startswith("sample_len") and value != -1
             if "_stderr" not in metric
         }
@@ -220,20 +208,3 @@ def _scores(out: Mapping[str, Any], asked: str) -> dict[str, Any]:
                 metric: sum(part[metric] for part in parts) / len(parts) for metric in shared
             }
     return {"scores": scores, "examples": examples, "versions": dict(out["versions"])}
-
-
-def tasks_table(measurements: Sequence[Mapping[str, Any]]) -> str:
-    """A row a task and metric, a column a variant."""
-    labels = list(dict.fromkeys(m["what"]["variant"] for m in measurements))
-    cells: dict[tuple[str, str, str], dict[str, str]] = {}
-    for m in measurements:
-        shots = m["what"]["shots"]
-        for name, metrics in m["result"]["scores"].items():
-            for metric, value in metrics.items():
-                row = cells.setdefault((name, "" if shots is None else str(shots), metric), {})
-                row[m["what"]["variant"]] = f"{value:.4f}"
-    rows = [[*key, *(row.get(label, "") for label in labels)] for key, row in cells.items()]
-    align = ("left", "right", "left", *("right",) * len(labels))
-    return tabulate(
-        rows, ["task", "examples shown", "metric", *labels], disable_numparse=True, colalign=align
-    )

@@ -1,4 +1,4 @@
-"""What a model is read with: its own frequencies, a strategy with its settings, or a finished plan."""
+"""Variants of a model to evaluate: stock frequencies, a strategy with its settings, or a plan from a file."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..hf import enable
 from ..planning import RopePlan
 
 STOCK = "stock"
-"""The label of the unchanged model, run by stock transformers."""
+"""Label of the unchanged model, run by stock transformers."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A label, and the plan it stands for (None: the stock model)."""
+    """A label and its plan (None: the stock model)."""
 
     label: str
     plan: RopePlan | None
 
     def applied(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
-        """The model reads with this variant inside the context and is as before after it."""
+        """Context manager: the plan is applied to ``model`` inside it and removed after it."""
         return enable(model, plan=self.plan) if self.plan else nullcontext()
 
     @property
@@ -38,15 +38,20 @@ class Variant:
         computed = [self.plan.theta, self.plan.rotary_dim, self.plan.attention_scaling, *self.plan.factors]
         return hashlib.sha256(json.dumps(computed).encode()).hexdigest()[:12]
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """Its part of the key of a measurement (:class:`rope_dist.evaluation.Record`)."""
+        return {"variant": self.label, "frequencies": self.fingerprint}
+
 
 def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: int) -> list[Variant]:
-    """Plan every variant for a model, before the first reading: what does not go is refused at once.
+    """Plan every variant for a model, so that errors show before anything is evaluated.
 
     Args:
-        model: of a supported family; afterwards as before.
+        model: of a supported family; unchanged on return.
         names: ``stock``; a name of :data:`rope_dist.strategies.STRATEGIES`; the same with settings,
-            ``dprope:threshold=0`` (several are separated by commas, values are JSON or words); or the path
-            of a plan, ending in ``.json``. A name given twice counts once.
+            ``dprope:threshold=0`` (comma-separated, values are JSON or plain strings); or the path of a plan,
+            ending in ``.json``. Duplicates are ignored.
         target_length: tokens that strategies are planned for.
 
     Raises:

@@ -1,0 +1,130 @@
+"""Generation and scoring of prompts that share a long prefix, with one key/value cache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .models import cache_option
+from .progress import Progress, work
+
+
+class PrefixCachingModel:
+    """Generation and scoring of long prompts that reuse the key/value cache of a common prefix.
+
+    Args:
+        model, tokenizer: the model must not change while the cache is in use.
+        chunk: tokens a forward pass.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chunk: int = 512
+    ) -> None:
+        self.model: Any = model
+        self.tokenizer, self.chunk = tokenizer, chunk
+        self._cache = DynamicCache(config=model.config)
+        self._ids = torch.empty(0, dtype=torch.long)
+
+    @torch.inference_mode()
+    def generate(self, prompt: str, tokens: int, progress: Progress | None = None) -> str:
+        """Greedy continuation of ``prompt`` by at most ``tokens`` tokens."""
+        ids = self._encode(prompt)
+        # Without the last token: generate() needs its logits.
+        self._prefill(ids[:-1], progress)
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=tokens,
+            eos_token_id=self.model.generation_config.eos_token_id,
+            pad_token_id=self.tokenizer.eos_token_id or 0,
+        )
+        batch = ids[None].to(self.model.device)
+        with self._temporary_cache() as cache:
+            out = self.model.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                **cache_option(self.model, cache),
+                generation_config=greedy,
+            )
+        return str(self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True))
+
+    @torch.inference_mode()
+    def log_probabilities(
+        self, prompt: str, continuations: Sequence[str], progress: Progress | None = None
+    ) -> list[float]:
+        """Natural log-probability of each continuation, after a space, given ``prompt``."""
+        whole = [self._encode(f"{prompt} {c}") for c in continuations]
+        # A tokenizer may merge the end of the prompt with the continuation: score from the first token that differs.
+        shared = min(common_prefix(w, self._encode(prompt)) for w in whole)
+        self._prefill(whole[0][: shared - 1], progress)
+        result = []
+        for ids in whole:
+            rest = ids[None, shared - 1 :].to(self.model.device)
+            with self._temporary_cache() as cache:
+                out = self.model(rest[:, :-1], **cache_option(self.model, cache), use_cache=True)
+            chosen = out.logits[0].float().log_softmax(-1).gather(1, rest[0, 1:, None])
+            result.append(chosen.double().sum().item())
+        return result
+
+    def prefill_work(self, prompt: str) -> float:
+        """The :func:`work` of the part of ``prompt`` that is not in the key/value cache."""
+        ids = self._encode(prompt)
+        return work(self.model, self._reusable(ids), len(ids))
+
+    def _encode(self, text: str) -> torch.Tensor:
+        return torch.tensor(self.tokenizer(text, verbose=False).input_ids)
+
+    def _prefill(self, ids: torch.Tensor, progress: Progress | None) -> None:
+        """Fill the cache with exactly ``ids [S]``."""
+        self._crop(self._reusable(ids))
+        device = self.model.device
+        for start in range(len(self._ids), len(ids), self.chunk):
+            part = ids[start : start + self.chunk]
+            self.model(
+                part[None].to(device),
+                **cache_option(self.model, self._cache),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            self._ids = ids[: start + len(part)]
+            if progress is not None:
+                progress.update(work(self.model, start, start + len(part)))
+
+    def _reusable(self, ids: torch.Tensor) -> int:
+        """Number of tokens of ``ids`` whose keys and values are in the cache."""
+        common = common_prefix(self._ids, ids)
+        return 0 if self._slides and common < len(self._ids) else common
+
+    def _crop(self, length: int) -> None:
+        if length == len(self._ids):
+            return
+        if self._slides:
+            self._cache, self._ids = DynamicCache(config=self.model.config), self._ids[:0]
+        else:
+            self._cache.crop(length - self._cache.get_seq_length())
+            self._ids = self._ids[:length]
+
+    @property
+    def _slides(self) -> bool:
+        # A sliding-window layer has dropped the first tokens, so that its cache cannot be cropped.
+        return any(getattr(layer, "is_sliding", True) for layer in self._cache.layers)
+
+    @contextmanager
+    def _temporary_cache(self) -> Iterator[DynamicCache]:
+        """The key/value cache; tokens that are added to it are removed on exit."""
+        if self._slides:
+            yield copy.deepcopy(self._cache)
+            return
+        yield self._cache
+        self._cache.crop(len(self._ids) - self._cache.get_seq_length())
+
+
+def common_prefix(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Length of the common prefix of two sequences of tokens."""
+    n = min(len(a), len(b))
+    different = (a[:n] != b[:n]).nonzero()
+    return int(different[0]) if len(different) else n
