@@ -314,17 +314,21 @@ def test_serve_saves_a_stock_model_and_prints_what_serves_it(
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("generate", ("--text", "no-such-text"), "neither a text file nor a corpus"),
+        ("generate", ("--text", "pyhton"), "--text: unknown text 'pyhton', did you mean python?"),
         ("generate", ("--tokens", "120", "--new-tokens", "9"), "more than the target of 128"),
-        ("generate", ("--factor", "0.5"), "below"),
-        ("generate", ("--model", "no-such-model"), "cannot load no-such-model"),
+        ("generate", ("--factor", "0.5"), "--factor: must be at least 1"),
+        ("generate", ("--model", "no-such-model"), "unknown model 'no-such-model'"),
+        ("generate", ("--model", "no-such/model/at-all"), "no such file or directory"),
         ("generate", ("--tokens", "0"), "must be at least 1"),
+        ("generate", ("--temperature", "-1"), "must be at least 0"),
+        ("generate", ("--token", "9"), "unknown option '--token', did you mean --tokens?"),
         ("finetune", ("--batch", "3", "--per-device-batch", "2"), "not a multiple"),
-        ("finetune", ("--learning-rate", "0"), "must be positive"),
+        ("finetune", ("--learning-rate", "0"), "--learning-rate: must be above 0"),
         ("finetune", ("--length", "129"), "more than the target of 128"),
-        ("finetune", ("--factor", "2", "--target", "256"), "not allowed with"),
+        ("finetune", ("--factor", "2", "--target", "256"), "give --target or --factor, not both"),
         ("serve", ("-o", __file__), "choose another --output"),
-        ("serve", ("--strategy", "linear"), "invalid choice"),
+        ("serve", ("--strategy", "longrope"), "longrope"),
+        ("serve", ("--strategy", "linear"), "unknown strategy 'linear'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

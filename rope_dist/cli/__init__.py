@@ -13,7 +13,7 @@ import typer
 
 from ..version import __version__
 from . import bench, compare, demo, eval, export, info, plan, verify
-from .app import Command, make_app, run
+from .runner import Command, make_app, run
 
 app = make_app()
 

@@ -16,7 +16,7 @@ def run(
     dtype: options.ModelDtype = None,
     minutes: Annotated[float, option(values.positive, "M", "Approximate duration.")] = 4.0,
     tokens: Annotated[
-        int | None, option(values.tokens, "N", "Text length (default: 1.5 x trained length).")
+        int | None, option(values.tokens, "N", "Text length (default: 1.5, or 1.375 x trained length).")
     ] = None,
     strategies: Annotated[
         list[str] | None,

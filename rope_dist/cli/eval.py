@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +16,8 @@ from ..defaults import (
     SCORINGS,
 )
 from . import options, values
-from .app import Command, make_app
 from .options import choice, flag, option
+from .runner import Command, make_app, quieten
 
 Strategies = Annotated[
     list[str] | None,
@@ -32,8 +31,8 @@ Strategies = Annotated[
 Output = Annotated[str, option(str, "DIR", "Folder for the record and the plot.", "-o", "--output")]
 Restart = Annotated[bool, flag("--restart", "Discard the record of earlier runs.")]
 Chunk = Annotated[int, option(values.whole(1), "N", "Tokens per forward pass (less memory, same result).")]
-NoPlot = Annotated[bool, flag("--no-plot", "Make no plot.")]
-Quick = Annotated[bool, flag("--quick", "Make a small run: minutes on a CPU.")]
+NoPlot = Annotated[bool, flag("--no-plot", "Skip the plot.")]
+Quick = Annotated[bool, flag("--quick", "Small run: minutes on a CPU.")]
 MODEL, OUTPUT = PACKAGED_MODEL_NAMES[0], "rope-dist-eval"
 
 app = make_app()
@@ -72,7 +71,7 @@ def _perplexity(
         option(values.tokens, "TOKENS...", "Window lengths (default: trained length, target)."),
     ] = None,
     method: Annotated[
-        list[str] | None, choice(METHODS, "Window by window is slow (default: whole).", "...")
+        list[str] | None, choice(METHODS, "Whole texts, or sliding windows (slow). Default: whole.", "...")
     ] = None,
     stride: Annotated[int, option(values.whole(1), "N", "Stride of the sliding window.")] = 256,
     tokens: Annotated[
@@ -80,7 +79,7 @@ def _perplexity(
     ] = None,
     pieces: Annotated[int, option(values.whole(1), "N", "Consecutive pieces of every text.")] = 1,
     bucket: Annotated[
-        int | None, option(values.whole(1), "N", "Positions per column, a multiple of 256.")
+        int | None, option(values.whole(1), "N", "Positions per table column, a multiple of 256.")
     ] = None,
     chunk: Chunk = 512,
     no_plot: NoPlot = False,
@@ -154,7 +153,11 @@ def _passkey(
     restart: Restart = False,
     lengths: Annotated[
         list[int] | None,
-        option(values.tokens, "TOKENS...", "Prompt lengths (default: 4, up to 1.25 x target)."),
+        option(
+            values.tokens,
+            "TOKENS...",
+            "Prompt lengths (default: 0.5 and 1 x trained length, 1 and 1.25 x target).",
+        ),
     ] = None,
     depths: Annotated[
         list[float] | None,
@@ -164,7 +167,9 @@ def _passkey(
             f"Depths of the key, 0 to 1 (default: {' '.join(f'{d:g}' for d in DEPTHS)}).",
         ),
     ] = None,
-    trials: Annotated[int | None, option(values.whole(1), "N", "Keys per cell (default: 3).")] = None,
+    trials: Annotated[
+        int | None, option(values.whole(1), "N", "Keys per length and depth (default: 3).")
+    ] = None,
     digits: Annotated[int, option(values.whole(1), "N", "Digits of a key.")] = 5,
     seed: Annotated[int, option(values.seed, "N", "Seed of the keys.")] = 0,
     scoring: Annotated[
@@ -239,8 +244,10 @@ def _tasks(
     output: Output = OUTPUT,
     restart: Restart = False,
     include_path: Annotated[str | None, option(str, "DIR", "Folder with your own task files.")] = None,
-    shots: Annotated[int | None, option(values.whole(0), "N", "Few-shot examples.")] = None,
-    limit: Annotated[int | None, option(values.whole(1), "N", "Run N examples of a task.")] = None,
+    shots: Annotated[
+        int | None, option(values.whole(0), "N", "Few-shot examples (tasks without @N).")
+    ] = None,
+    limit: Annotated[int | None, option(values.whole(1), "N", "Run only N examples of a task.")] = None,
     batch_size: Annotated[str, option(str, "N", "Batch size, or auto.")] = "1",
     max_length: Annotated[
         int | None, option(values.tokens, "TOKENS", "Longest prompt (default: target).")
@@ -309,15 +316,6 @@ def _load(
     if target < trained:
         raise ValueError(f"the target length {target} is below the trained length {trained}")
     return model, tokenizer, trained, target
-
-
-def quieten() -> None:
-    """Silence transformers' notes about loading and lengths; bars are for terminals."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def _record(output: str, kind: str, model: Any, name: str, restart: bool) -> Any:

@@ -9,8 +9,8 @@ import typer
 
 from ..defaults import DEFAULT_STRATEGY, PRESETS
 from . import options, values
-from .app import Command, make_app
 from .options import flag, option
+from .runner import Command, make_app
 
 PlanFile = Annotated[str | None, option(values.readable_file, "FILE", "Plan, from rope-dist plan -o.")]
 Strategy = Annotated[

@@ -34,12 +34,12 @@ def flag(name: str, help: str) -> Any:
     return typer.Option(name, help=help)
 
 
-MODEL = f"Preset ({', '.join(PRESETS)}), directory with a config.json, or hub id (owner/name)."
-Source = Annotated[str | None, typer.Argument(parser=values.model, metavar="MODEL", help=MODEL)]
+_MODEL = f"Preset ({', '.join(PRESETS)}), directory with a config.json, or hub id (owner/name)."
+Source = Annotated[str | None, typer.Argument(parser=values.model, metavar="MODEL", help=_MODEL)]
 Theta = Annotated[float | None, option(values.theta, "BASE", "Base of RoPE, instead of MODEL.")]
 HeadDim = Annotated[int | None, option(values.even, "N", "Dimensions of a head, instead of MODEL.")]
 RotaryDim = Annotated[int | None, option(values.even, "N", "Rotated dimensions (default: all).")]
-Original = Annotated[int | None, option(values.tokens, "TOKENS", "Trained length, instead of MODEL.")]
+Original = Annotated[int | None, option(values.tokens, "TOKENS", "Trained context length, instead of MODEL.")]
 Target = Annotated[int | None, option(values.tokens, "TOKENS", "Context length to extend to.")]
 Factor = Annotated[
     float | None, option(values.scaling_factor, "S", "Scaling factor: target / trained length.")
@@ -49,7 +49,9 @@ Threshold = Annotated[
     Any, option(values.threshold, "T", f"Threshold of dprope: {', '.join(THRESHOLD_NAMES)}, a number.")
 ]
 Intervals = Annotated[int, option(values.whole(2), "N", "Intervals of the angle distribution.")]
-Divergence = Annotated[str, choice(DIVERGENCE_NAMES, "As the paper's Table 3, or its eq. 8.")]
+Divergence = Annotated[
+    str, choice(DIVERGENCE_NAMES, "KL divergence of the paper's Table 3, or of its eq. 8.")
+]
 MeasureDtype = Annotated[str, choice(MEASURE_DTYPES, "Dtype of the angles (the paper: float32).")]
 Json = Annotated[bool, flag("--json", "Print JSON.")]
 Plot = Annotated[str | None, option(values.output_file, "FILE", "Plot factors and disturbance.")]
@@ -85,6 +87,13 @@ def exactly_one(**given: Any) -> None:
     """``ValueError`` unless one of the options is given."""
     if not not_both(**given):
         raise ValueError(f"give {' or '.join(f'--{name}' for name in given)}")
+
+
+def extension(target: int | None, factor: float | None, strategy: str) -> dict[str, Any]:
+    """Arguments of ``rope_dist.plan`` and ``rope_dist.enable``; by default twice the trained length."""
+    not_both(target=target, factor=factor)
+    factor = 2.0 if target is None and factor is None else factor
+    return {"target_length": target, "factor": factor, "strategy": strategy}
 
 
 def check_source(source: str | None, **numbers: Any) -> None:

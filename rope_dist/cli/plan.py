@@ -27,7 +27,8 @@ def run(
         list[str] | None, option(values.strategy, "NAME...", "Of dprope (default: extrapolation pi).")
     ] = None,
     settings: Annotated[
-        list[Any] | None, option(values.setting, "KEY=VALUE", "Other settings, as JSON. Repeatable.", "--set")
+        list[Any] | None,
+        option(values.setting, "KEY=VALUE", "Setting of the strategy, as JSON. Repeatable.", "--set"),
     ] = None,
     intervals: options.Intervals = INTERVALS,
     divergence: options.Divergence = DIVERGENCE_NAMES[0],

@@ -13,7 +13,9 @@ from .options import option
 def run(
     artefact: Annotated[str, typer.Argument(metavar="PATH", help="Exported directory or GGUF file.")],
     plan: Annotated[str, option(values.readable_file, "FILE", "Plan, from rope-dist plan -o.")],
-    source: Annotated[str | None, option(str, "DIR", "Original model, to compare the rest.")] = None,
+    source: Annotated[
+        str | None, option(str, "DIR", "Original model: compare the rest of the config.")
+    ] = None,
     engine: options.Engines = None,
 ) -> None:
     """Check that an exported model follows its plan.

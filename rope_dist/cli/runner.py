@@ -73,10 +73,24 @@ def make_app() -> typer.Typer:
 
 
 def run_script(function: Callable[..., int | None]) -> int:
-    """Run a script's one function with the options that its parameters declare; returns the exit code."""
+    """Run a script's function with the options that its parameters declare; returns the exit code.
+
+    The help is the module's docstring.
+    """
     app = make_app()
-    app.command(cls=Command, context_settings=SETTINGS)(function)
+    # click keeps the lines of a paragraph that begins with \\b.
+    help = re.sub(r"\n\n(?= |python )", "\n\n\b\n", function.__globals__["__doc__"])
+    app.command(cls=Command, context_settings=SETTINGS, help=help)(function)
     return run(app, sys.argv[1:], Path(sys.argv[0]).name)
+
+
+def quieten() -> None:
+    """Silence transformers' notes about loading and lengths; bars are for terminals."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def run(app: typer.Typer, arguments: Sequence[str], name: str) -> int:
