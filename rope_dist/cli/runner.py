@@ -27,7 +27,8 @@ class Command(TyperCommand):
     """A command whose options with a metavar in ``...`` take several values: ``--target 8192 16384``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options = {name: option for option in self.get_params(ctx) for name in option.opts if name[0] == "-"}
+        params: Any = self.get_params(ctx)
+        options = {name: param for param in params for name in param.opts if name.startswith("-")}
         rest, parsed = deque(args), []
         while rest:
             argument = rest.popleft()
