@@ -30,7 +30,7 @@ import rope_dist
 from rope_dist.cli import options, values
 from rope_dist.cli.options import flag, option
 from rope_dist.cli.runner import quieten, run_script
-from rope_dist.defaults import CORPUS_NAMES, PACKAGED_MODEL_NAMES
+from rope_dist.defaults import PACKAGED_MODEL_NAMES
 from rope_dist.evaluation import load_model, load_text
 from rope_dist.evaluation.memory import memory_errors_in_words
 
@@ -143,7 +143,7 @@ def main(
     factor: options.Factor = None,
     target: options.Target = None,
     strategy: options.Strategy = "dprope",
-    text: options.Texts = [CORPUS_NAMES[0]],  # noqa: B006 (typer copies it)
+    text: options.Texts = options.DEFAULT_TEXTS,
     length: Annotated[
         int | None, option(values.whole(1), "N", "Tokens of a sample (default: target).")
     ] = None,

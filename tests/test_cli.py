@@ -269,6 +269,14 @@ def test_closed_streams_are_no_traceback(command, code):
     assert done.stdout == done.stderr == ""
 
 
+def test_an_interrupt_is_one_line_and_exit_code_130(capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rope_dist.info.info", interrupted)
+    assert run(capsys, "info") == (130, "", "rope-dist: interrupted\n")
+
+
 def test_names_that_the_terminal_cannot_print(tmp_path):
     model = tmp_path / "modèle"
     llama_config().save_pretrained(model)

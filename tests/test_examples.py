@@ -308,7 +308,22 @@ def test_serve_saves_a_stock_model_and_prints_what_serves_it(
     assert AutoTokenizer.from_pretrained(output).encode("abc") == [97, 98, 99]
 
 
-# --- bad input ---------------------------------------------------------------------------------
+# --- help and bad input ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("generate", ["python examples/generate.py --quick", "Longest answer"]),
+        ("serve", ["    python examples/serve.py --dry-run", "transformers[serving]"]),
+        ("finetune", ["    python examples/finetune.py --quick", "[default: dprope]"]),
+    ],
+)
+def test_help_is_the_docstring_with_its_examples(example, capsys, name, lines):
+    assert example(name, "--help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Usage: {name}.py [OPTIONS]\n")
+    assert all(line in out for line in lines)
 
 
 @pytest.mark.parametrize(

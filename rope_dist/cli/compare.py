@@ -42,17 +42,13 @@ def run(
       rope-dist compare llama2-7b --target 8192 16384
       rope-dist compare ./my-model --target 32768 --strategies pi yarn dprope auto --plot compare.png
     """
-    options.check_source(source, theta=theta, head_dim=head_dim, rotary_dim=rotary_dim, original=original)
+    rope = options.rope(source, theta, head_dim, rotary_dim, original)
 
     from ..comparison import compare, table
     from ..plots import plot_plans
 
     plans = compare(
-        source,
-        theta=theta,
-        head_dim=head_dim,
-        rotary_dim=rotary_dim,
-        original_length=original,
+        **rope,
         target_lengths=target,
         strategies=strategies or COMPARED_STRATEGIES,
         threshold=threshold,

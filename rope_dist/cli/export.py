@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -113,8 +114,8 @@ def _vllm(
     made = _plan(plan, target, factor, strategy, source=source)
     if source is None:
         print("not checked against a model: give MODEL too", file=sys.stderr)
-    known = source is not None and source not in PRESETS
-    print(vllm_arguments(made, read_config(source) if known else None))
+    config = None if source is None or source in PRESETS else read_config(Path(source))
+    print(vllm_arguments(made, config))
 
 
 def _check(

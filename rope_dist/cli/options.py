@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +25,7 @@ def option(parser: Callable[[str], Any], metavar: str, help: str, *names: str) -
     return typer.Option(*names, parser=parser, metavar=metavar, help=help)
 
 
-def choice(known: Iterable[str], help: str, more: str = "") -> Any:
+def choice(known: Collection[str], help: str, more: str = "") -> Any:
     """An option that takes one of the ``known`` values, or with ``more="..."`` several."""
     return option(values.one_of("value", known), "|".join(known) + more, help)
 
@@ -50,7 +50,7 @@ Threshold = Annotated[
 ]
 Intervals = Annotated[int, option(values.whole(2), "N", "Intervals of the angle distribution.")]
 Divergence = Annotated[
-    str, choice(DIVERGENCE_NAMES, "KL divergence of the paper's Table 3, or of its eq. 8.")
+    Any, choice(DIVERGENCE_NAMES, "KL divergence of the paper's Table 3, or of its eq. 8.")
 ]
 MeasureDtype = Annotated[str, choice(MEASURE_DTYPES, "Dtype of the angles (the paper: float32).")]
 Json = Annotated[bool, flag("--json", "Print JSON.")]
@@ -74,6 +74,8 @@ Texts = Annotated[
     list[str], option(values.corpus, "NAME...", f"Text files, or corpora: {', '.join(CORPUS_NAMES)}.")
 ]
 
+DEFAULT_TEXTS = [CORPUS_NAMES[0]]
+
 
 def not_both(**given: Any) -> list[str]:
     """The names of the options that are given; ``ValueError`` where they are more than one."""
@@ -96,9 +98,16 @@ def extension(target: int | None, factor: float | None, strategy: str) -> dict[s
     return {"target_length": target, "factor": factor, "strategy": strategy}
 
 
-def check_source(source: str | None, **numbers: Any) -> None:
-    """``ValueError`` unless there is a model or all plain numbers, and not both."""
-    given = [f"--{name.replace('_', '-')}" for name, value in numbers.items() if value is not None]
+def rope(
+    source: str | None,
+    theta: float | None,
+    head_dim: int | None,
+    rotary_dim: int | None,
+    original: int | None,
+) -> dict[str, Any]:
+    """The model or the plain numbers, as arguments of ``rope_dist.plan``; ``ValueError`` for part of them or both."""
+    numbers = {"--theta": theta, "--head-dim": head_dim, "--original": original, "--rotary-dim": rotary_dim}
+    given = [name for name, value in numbers.items() if value is not None]
     missing = [name for name in ("--theta", "--head-dim", "--original") if name not in given]
     if source is not None and given:
         raise ValueError(f"give a model or plain numbers, not both: {', '.join(given)}")
@@ -106,3 +115,5 @@ def check_source(source: str | None, **numbers: Any) -> None:
         raise ValueError(
             f"give a MODEL, or --theta, --head-dim and --original; missing: {', '.join(missing)}"
         )
+    names = ("theta", "head_dim", "original_length", "rotary_dim")
+    return {"source": source, **dict(zip(names, numbers.values(), strict=True))}

@@ -47,7 +47,7 @@ def run(
       rope-dist plan ./my-model --factor 4 --strategy yarn --set beta_fast=16 -o plan.json
       rope-dist plan --theta 500000 --head-dim 128 --original 8192 --target 32768 --json
     """
-    options.check_source(source, theta=theta, head_dim=head_dim, rotary_dim=rotary_dim, original=original)
+    rope = options.rope(source, theta, head_dim, rotary_dim, original)
     options.exactly_one(target=target, factor=factor)
     dprope = {"threshold": threshold, "interpolated_dims": interpolated_dims, "candidates": candidates}
     checked = _settings(
@@ -58,11 +58,7 @@ def run(
     from ..plots import plot_plans
 
     made = plan(
-        source,
-        theta=theta,
-        head_dim=head_dim,
-        rotary_dim=rotary_dim,
-        original_length=original,
+        **rope,
         target_length=target,
         factor=factor,
         strategy=strategy,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def threshold(text: str) -> float | str:
 # --- names -------------------------------------------------------------------------------------
 
 
-def one_of(what: str, names: Iterable[str]) -> Callable[[str], str]:
+def one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
     """The type of a name out of ``names``."""
 
     def name(text: str) -> str:
@@ -123,7 +123,7 @@ def weights(text: str) -> str:
     return _model(text, PACKAGED_MODEL_NAMES)
 
 
-def _model(text: str, names: Iterable[str]) -> str:
+def _model(text: str, names: Collection[str]) -> str:
     if text in names or _exists(text):
         return text
     if text.count("/") != 1 or text[0] in "./~" or text[-1] == "/":
