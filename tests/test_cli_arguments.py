@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -17,7 +18,8 @@ from rope_dist.cli import app
 from rope_dist.presets import PRESETS
 from rope_dist.strategies import STRATEGIES
 
-VERBS = (
+ROOT = Path(__file__).parents[1]
+COMMANDS = (
     *("plan", "compare", "export", "export hf", "export gguf", "export vllm", "verify"),
     *("eval", "eval perplexity", "eval passkey", "eval tasks", "bench", "demo", "info"),
 )
@@ -28,7 +30,7 @@ DPROPE = (*LLAMA, "--strategy", "dprope")
 AT_ONCE = [
     ((), 0, "Usage: rope-dist"),
     (("--version",), 0, f"rope-dist {rope_dist.__version__}"),
-    *(((*verb.split(), "--help"), 0, f"Usage: rope-dist {verb}") for verb in VERBS),
+    *(((*verb.split(), "--help"), 0, f"Usage: rope-dist {verb}") for verb in COMMANDS),
     (("fly",), 2, "unknown command 'fly'; known: plan, compare"),
     (("paln",), 2, "unknown command 'paln', did you mean plan?"),
     (("eval",), 2, "give a command: perplexity, passkey, tasks"),
@@ -176,8 +178,9 @@ AT_ONCE = [
 
 
 def parse(arguments):
-    """The values that the command gets, without a run of it."""
-    command, rest = typer.main.get_command(app), list(arguments)
+    """The values that the command gets, without a run of it; files that examples name count as being there."""
+    files = ("plan.json", "book.txt", "./my-model", "FILE")
+    command, rest = typer.main.get_command(app), [__file__ if a in files else a for a in arguments]
     while isinstance(command, typer.core.TyperGroup):
         command = command.commands[rest.pop(0)]
     values = command.make_context("rope-dist", rest).params
@@ -242,7 +245,7 @@ def test_help_and_bad_arguments_come_without_torch(without_torch, index):
         assert out == ""
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", COMMANDS)
 def test_every_help_has_an_example_that_parses(without_torch, verb):
     (index,) = (i for i, line in enumerate(AT_ONCE) if line[0] == (*verb.split(), "--help"))
     examples = re.findall(r"^    rope-dist (.*)$", without_torch[index][1], re.MULTILINE)
@@ -250,8 +253,17 @@ def test_every_help_has_an_example_that_parses(without_torch, verb):
     for example in examples:
         arguments = shlex.split(example)
         assert arguments[: len(verb.split())] == verb.split()
-        # Files of the examples are not here.
-        parse([__file__ if a in ("plan.json", "book.txt", "./my-model") else a for a in arguments])
+        parse(arguments)
+
+
+def test_the_commands_of_the_documentation_parse():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    commands = [
+        c for page in pages for c in re.findall(r"^ *rope-dist (.*)$", page.read_text(), re.MULTILINE)
+    ]
+    assert commands
+    for command in commands:
+        parse(shlex.split(command, comments=True))
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["plan", "--help"], ["paln"]])
@@ -295,7 +307,7 @@ def test_eval_takes_strategies_with_their_settings(variant):
     ],
 )
 def test_options_with_several_values(arguments, name, value):
-    assert parse([__file__ if a == "FILE" else a for a in arguments.split()])[name] == value
+    assert parse(arguments.split())[name] == value
 
 
 class TestNames:

@@ -6,14 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..defaults import (
-    DEPTHS,
-    EVALUATED_STRATEGIES,
-    METHODS,
-    PACKAGED_MODEL_NAMES,
-    QUICK_STRATEGIES,
-    SCORINGS,
-)
+from .. import defaults
 from . import options, values
 from .options import choice, flag, option
 from .runner import Command, make_app, quieten
@@ -24,7 +17,7 @@ Strategies = Annotated[
         values.variant,
         "NAME...",
         f"stock, strategies, with settings (dprope:threshold=0), or plans (plan.json); default: "
-        f"{' '.join(EVALUATED_STRATEGIES)}.",
+        f"{' '.join(defaults.EVALUATED_STRATEGIES)}.",
     ),
 ]
 Output = Annotated[str, option(str, "DIR", "Folder for the record and the plot.", "-o", "--output")]
@@ -32,7 +25,7 @@ Restart = Annotated[bool, flag("--restart", "Discard the record of earlier runs.
 Chunk = Annotated[int, option(values.whole(1), "N", "Tokens per forward pass (less memory, same result).")]
 NoPlot = Annotated[bool, flag("--no-plot", "Skip the plot.")]
 Quick = Annotated[bool, flag("--quick", "Small run: minutes on a CPU.")]
-MODEL, OUTPUT = PACKAGED_MODEL_NAMES[0], "rope-dist-eval"
+MODEL, OUTPUT = defaults.PACKAGED_MODEL_NAMES[0], "rope-dist-eval"
 
 app = make_app()
 
@@ -70,7 +63,8 @@ def _perplexity(
         option(values.tokens, "TOKENS...", "Window lengths (default: trained length, target)."),
     ] = None,
     method: Annotated[
-        list[str] | None, choice(METHODS, "Whole texts, or sliding windows (slow). Default: whole.", "...")
+        list[str] | None,
+        choice(defaults.METHODS, "Whole texts, or sliding windows (slow). Default: whole.", "..."),
     ] = None,
     stride: Annotated[int, option(values.whole(1), "N", "Stride of the sliding window.")] = 256,
     tokens: Annotated[
@@ -91,7 +85,7 @@ def _perplexity(
       rope-dist eval perplexity --model ./my-model --text book.txt emma --lengths 8192 16384
       rope-dist eval perplexity --method sliding --lengths 4096 8192 --tokens 12288
     """
-    options.not_both(target=target, factor=factor)
+    options.at_most_one(target=target, factor=factor)
 
     from ..evaluation import install_corpus, make_variants, measure_perplexity, passages, perplexity_tables
     from ..evaluation.sweep import average_perplexity, bucket_width, check_width, curves
@@ -163,7 +157,7 @@ def _passkey(
         option(
             values.share,
             "SHARE...",
-            f"Depths of the key, 0 to 1 (default: {' '.join(f'{d:g}' for d in DEPTHS)}).",
+            f"Depths of the key, 0 to 1 (default: {' '.join(f'{d:g}' for d in defaults.DEPTHS)}).",
         ),
     ] = None,
     trials: Annotated[
@@ -174,7 +168,7 @@ def _passkey(
     scoring: Annotated[
         list[str] | None,
         choice(
-            SCORINGS,
+            defaults.SCORINGS,
             "generate: the answer begins with the key; decoys: the key is likelier than each of 9 others, for base "
             "models (default: generate).",
             "...",
@@ -191,7 +185,7 @@ def _passkey(
       rope-dist eval passkey --model ./my-model --factor 4 --trials 5
       rope-dist eval passkey --scoring decoys --lengths 12288 16384
     """
-    options.not_both(target=target, factor=factor)
+    options.at_most_one(target=target, factor=factor)
 
     from ..evaluation import make_cases, make_variants, measure_passkey, passkey_tables
     from ..evaluation.passkey import grids
@@ -202,7 +196,7 @@ def _passkey(
     usual = [trained // 8, trained * 5 // 4] if quick else {trained // 2, trained, target, target * 5 // 4}
     cases = make_cases(
         lengths or sorted(usual),
-        depths or ((0.25, 0.75) if quick else DEPTHS),
+        depths or ((0.25, 0.75) if quick else defaults.DEPTHS),
         trials=trials or (1 if quick else 3),
         digits=digits,
         seed=seed,
@@ -266,7 +260,7 @@ def _tasks(
       rope-dist eval tasks --model ./my-model --tasks longbench-e ruler open-llm --ruler-lengths 4096 8192
       rope-dist eval tasks --tasks my-task --include-path ./my-tasks
     """
-    options.not_both(target=target, factor=factor)
+    options.at_most_one(target=target, factor=factor)
 
     from ..evaluation import make_variants, measure_tasks, resolve_tasks, tasks_table
     from ..optional import require
@@ -276,7 +270,7 @@ def _tasks(
     if include_path and not Path(include_path).is_dir():
         raise ValueError(f"--include-path {include_path} is not a folder")
     loaded, tokenizer, _, target = _load(model, device, dtype, target, factor)
-    variants = make_variants(loaded, strategies or EVALUATED_STRATEGIES, target)
+    variants = make_variants(loaded, strategies or defaults.EVALUATED_STRATEGIES, target)
     record = _record(output, "tasks", loaded, model, restart)
     measurements = _collect(
         measure_tasks(
@@ -326,7 +320,7 @@ def _record(output: str, kind: str, model: Any, name: str, restart: bool) -> Any
 
 
 def _names(strategies: list[str] | None, quick: bool) -> tuple[str, ...]:
-    return tuple(strategies or (QUICK_STRATEGIES if quick else EVALUATED_STRATEGIES))
+    return tuple(strategies or (defaults.QUICK_STRATEGIES if quick else defaults.EVALUATED_STRATEGIES))
 
 
 def _collect(measurements: Iterable[Any], describe: Callable[[Any], str]) -> list[dict[str, Any]]:

@@ -57,11 +57,10 @@ def _hf(
       rope-dist export hf ./my-model --target 16384 -o my-model-16k
       rope-dist export hf ./my-model --plan plan.json --engine vllm --link -o my-model-16k
     """
-    _check(source, plan, target, factor, strategy)
+    made = _plan(source, plan, target, factor, strategy)
 
     from ..export import hf, verify
 
-    made = _plan(plan, target, factor, strategy, source=source)
     out = hf(source, made, output, config_only=config_only, link=link, engines=engine or [], force=force)
     print(f"{verify(out, made)}\n\nwrote {out}")
 
@@ -82,11 +81,10 @@ def _gguf(
     Examples:
       rope-dist export gguf my-model.gguf --target 16384 -o my-model-16k.gguf
     """
-    _check(source, plan, target, factor, strategy)
+    made = _plan(source, plan, target, factor, strategy, gguf=True)
 
-    from ..export import gguf, gguf_rope, verify
+    from ..export import gguf, verify
 
-    made = _plan(plan, target, factor, strategy, **({} if plan else gguf_rope(source)))
     out = gguf(source, made, output, force=force)
     print(f"{verify(out, made)}\n\nwrote {out}")
 
@@ -106,33 +104,36 @@ def _vllm(
       rope-dist export vllm --plan plan.json
       rope-dist export vllm ./my-model --factor 4
     """
-    _check(source, plan, target, factor, strategy)
+    made = _plan(source, plan, target, factor, strategy)
 
     from ..export import vllm_arguments
     from ..export.stock import read_config
 
-    made = _plan(plan, target, factor, strategy, source=source)
     if source is None:
         print("not checked against a model: give MODEL too", file=sys.stderr)
     config = None if source is None or source in PRESETS else read_config(Path(source))
     print(vllm_arguments(made, config))
 
 
-def _check(
-    source: str | None, plan: str | None, target: int | None, factor: float | None, strategy: str | None
-) -> None:
-    options.exactly_one(plan=plan, target=target, factor=factor)
-    if plan is None and source is None:
+def _plan(
+    source: Any,
+    path: str | None,
+    target: int | None,
+    factor: float | None,
+    strategy: str | None,
+    gguf: bool = False,
+) -> Any:
+    """The plan of the file, or a new one of the model; ``ValueError`` for neither or both, without torch."""
+    options.at_most_one(True, plan=path, target=target, factor=factor)
+    if path is None and source is None:
         raise ValueError("give a MODEL to plan from, or --plan FILE")
-    if plan is not None and strategy is not None:
+    if path is not None and strategy is not None:
         raise ValueError("--strategy goes with --target and --factor; a plan has its own")
 
-
-def _plan(
-    path: str | None, target: int | None, factor: float | None, strategy: str | None, **model: Any
-) -> Any:
+    from ..export import gguf_rope
     from ..planning import RopePlan, plan
 
     if path is not None:
         return RopePlan.load(path)
-    return plan(target_length=target, factor=factor, strategy=strategy or DEFAULT_STRATEGY, **model)
+    rope = gguf_rope(source) if gguf else {"source": source}
+    return plan(target_length=target, factor=factor, strategy=strategy or DEFAULT_STRATEGY, **rope)

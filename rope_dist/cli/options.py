@@ -7,16 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..defaults import (
-    CORPUS_NAMES,
-    DIVERGENCE_NAMES,
-    ENGINE_NAMES,
-    MEASURE_DTYPES,
-    PACKAGED_MODEL_NAMES,
-    PRESETS,
-    STRATEGY_NAMES,
-    THRESHOLD_NAMES,
-)
+from .. import defaults
 from . import values
 
 
@@ -34,7 +25,7 @@ def flag(name: str, help: str) -> Any:
     return typer.Option(name, help=help)
 
 
-_MODEL = f"Preset ({', '.join(PRESETS)}), directory with a config.json, or hub id (owner/name)."
+_MODEL = f"Preset ({', '.join(defaults.PRESETS)}), directory with a config.json, or hub id (owner/name)."
 Source = Annotated[str | None, typer.Argument(parser=values.model, metavar="MODEL", help=_MODEL)]
 Theta = Annotated[float | None, option(values.theta, "BASE", "Base of RoPE, instead of MODEL.")]
 HeadDim = Annotated[int | None, option(values.even, "N", "Dimensions of a head, instead of MODEL.")]
@@ -44,23 +35,31 @@ Target = Annotated[int | None, option(values.tokens, "TOKENS", "Context length t
 Factor = Annotated[
     float | None, option(values.scaling_factor, "S", "Scaling factor: target / trained length.")
 ]
-Strategy = Annotated[str, option(values.strategy, "NAME", f"Frequency scaling: {', '.join(STRATEGY_NAMES)}.")]
+Strategy = Annotated[
+    str, option(values.strategy, "NAME", f"Frequency scaling: {', '.join(defaults.STRATEGY_NAMES)}.")
+]
 Threshold = Annotated[
-    Any, option(values.threshold, "T", f"Threshold of dprope: {', '.join(THRESHOLD_NAMES)}, a number.")
+    Any,
+    option(values.threshold, "T", f"Threshold of dprope: {', '.join(defaults.THRESHOLD_NAMES)}, a number."),
 ]
 Intervals = Annotated[int, option(values.whole(2), "N", "Intervals of the angle distribution.")]
 Divergence = Annotated[
-    Any, choice(DIVERGENCE_NAMES, "KL divergence of the paper's Table 3, or of its eq. 8.")
+    Any, choice(defaults.DIVERGENCE_NAMES, "KL divergence of the paper's Table 3, or of its eq. 8.")
 ]
-MeasureDtype = Annotated[str, choice(MEASURE_DTYPES, "Dtype of the angles (the paper: float32).")]
+MeasureDtype = Annotated[str, choice(defaults.MEASURE_DTYPES, "Dtype of the angles (the paper: float32).")]
 Json = Annotated[bool, flag("--json", "Print JSON.")]
 Plot = Annotated[str | None, option(values.output_file, "FILE", "Plot factors and disturbance.")]
 Engines = Annotated[
     list[str] | None,
-    option(values.engine, "NAME", f"Engine that must load the plan: {', '.join(ENGINE_NAMES)}. Repeatable."),
+    option(
+        values.engine,
+        "NAME",
+        f"Engine that must load the plan: {', '.join(defaults.ENGINE_NAMES)}. Repeatable.",
+    ),
 ]
 Weights = Annotated[
-    str, option(values.weights, "MODEL", f"{', '.join(PACKAGED_MODEL_NAMES)}, a directory or a hub id.")
+    str,
+    option(values.weights, "MODEL", f"{', '.join(defaults.PACKAGED_MODEL_NAMES)}, a directory or a hub id."),
 ]
 Device = Annotated[str | None, option(values.device, "DEVICE", "cpu, cuda, cuda:N (default: GPU if any).")]
 ModelDtype = Annotated[
@@ -69,31 +68,29 @@ ModelDtype = Annotated[
         ("float32", "bfloat16", "float16", "auto"), "auto: as saved (default: float32 on a CPU, else auto)."
     ),
 ]
-Text = Annotated[str, option(values.corpus, "NAME", f"Text file, or corpus: {', '.join(CORPUS_NAMES)}.")]
+Text = Annotated[
+    str, option(values.corpus, "NAME", f"Text file, or corpus: {', '.join(defaults.CORPUS_NAMES)}.")
+]
 Texts = Annotated[
-    list[str], option(values.corpus, "NAME...", f"Text files, or corpora: {', '.join(CORPUS_NAMES)}.")
+    list[str],
+    option(values.corpus, "NAME...", f"Text files, or corpora: {', '.join(defaults.CORPUS_NAMES)}."),
 ]
 
-DEFAULT_TEXTS = [CORPUS_NAMES[0]]
+DEFAULT_TEXTS = [defaults.CORPUS_NAMES[0]]
 
 
-def not_both(**given: Any) -> list[str]:
-    """The names of the options that are given; ``ValueError`` where they are more than one."""
+def at_most_one(required: bool = False, **given: Any) -> None:
+    """``ValueError`` where several of the options are given, or none although one is ``required``."""
     names = [f"--{name}" for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"give {' or '.join(names)}, not both")
-    return names
-
-
-def exactly_one(**given: Any) -> None:
-    """``ValueError`` unless one of the options is given."""
-    if not not_both(**given):
+    if required and not names:
         raise ValueError(f"give {' or '.join(f'--{name}' for name in given)}")
 
 
 def extension(target: int | None, factor: float | None, strategy: str) -> dict[str, Any]:
     """Arguments of ``rope_dist.plan`` and ``rope_dist.enable``; by default twice the trained length."""
-    not_both(target=target, factor=factor)
+    at_most_one(target=target, factor=factor)
     factor = 2.0 if target is None and factor is None else factor
     return {"target_length": target, "factor": factor, "strategy": strategy}
 

@@ -48,7 +48,7 @@ def run(
       rope-dist plan --theta 500000 --head-dim 128 --original 8192 --target 32768 --json
     """
     rope = options.rope(source, theta, head_dim, rotary_dim, original)
-    options.exactly_one(target=target, factor=factor)
+    options.at_most_one(True, target=target, factor=factor)
     dprope = {"threshold": threshold, "interpolated_dims": interpolated_dims, "candidates": candidates}
     checked = _settings(
         strategy, dict(settings or ()), {k: v for k, v in dprope.items() if v not in (None, [])}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import Any
 
 from typer import BadParameter
@@ -116,7 +116,7 @@ def model(text: str) -> str:
 
 def weights(text: str) -> str:
     """What can be loaded: a packaged model, a directory or a hub id."""
-    if text in PRESETS and text not in PACKAGED_MODEL_NAMES and not _exists(text):
+    if text in PRESETS and text not in PACKAGED_MODEL_NAMES and not os.path.exists(text):
         raise BadParameter(
             f"the preset {text} has frequencies and no weights: give a directory or the hub id {PRESETS[text][0]}"
         )
@@ -124,7 +124,7 @@ def weights(text: str) -> str:
 
 
 def _model(text: str, names: Collection[str]) -> str:
-    if text in names or _exists(text):
+    if text in names or os.path.exists(text):
         return text
     if text.count("/") != 1 or text[0] in "./~" or text[-1] == "/":
         if "/" in text:
@@ -156,33 +156,19 @@ def readable_file(text: str) -> str:
 
 
 def corpus(text: str) -> str:
-    if text not in defaults.CORPUS_NAMES and not _exists(text):
+    if text not in defaults.CORPUS_NAMES and not os.path.exists(text):
         raise BadParameter(unknown("text", text, defaults.CORPUS_NAMES, "; or give a text file"))
     return text
 
 
 def output_file(text: str) -> str:
     """A path whose folder is there."""
-    folder = Path(text).parent
-    if not text or _is_directory(text):
+    folder = os.path.dirname(text) or "."
+    if not text or os.path.isdir(text):
         raise BadParameter(f"cannot write {text!r}: it is a directory")
-    if not _is_directory(folder):
+    if not os.path.isdir(folder):
         raise BadParameter(f"cannot write {text}: there is no directory {folder}")
     return text
-
-
-def _exists(text: str) -> bool:
-    try:
-        return bool(text) and Path(text).exists()
-    except (OSError, ValueError):  # longer than a name may be, a null byte
-        return False
-
-
-def _is_directory(path: str | Path) -> bool:
-    try:
-        return Path(path).is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 # --- settings of a strategy --------------------------------------------------------------------
