@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 from typer import BadParameter
@@ -163,7 +164,7 @@ def corpus(text: str) -> str:
 
 def output_file(text: str) -> str:
     """A path whose folder is there."""
-    folder = os.path.dirname(text) or "."
+    folder = Path(text).parent
     if not text or os.path.isdir(text):
         raise BadParameter(f"cannot write {text!r}: it is a directory")
     if not os.path.isdir(folder):
