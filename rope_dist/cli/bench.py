@@ -22,7 +22,7 @@ def run(
 ) -> None:
     """Benchmark the rotary embedding against Hugging Face's.
 
-    Times one Llama-3-8B layer on this machine, beside a copy of the same bytes.
+    Times one Llama-3-8B layer on this machine, and a copy of the same bytes.
 
     \b
     Examples:

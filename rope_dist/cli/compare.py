@@ -42,7 +42,8 @@ def run(
       rope-dist compare llama2-7b --target 8192 16384
       rope-dist compare ./my-model --target 32768 --strategies pi yarn dprope auto --plot compare.png
     """
-    rope = options.rope(source, theta, head_dim, rotary_dim, original)
+    numbers = {"theta": theta, "head_dim": head_dim, "rotary_dim": rotary_dim, "original_length": original}
+    rope = options.rope(source, **numbers)
 
     from ..comparison import compare, table
     from ..plots import plot_plans

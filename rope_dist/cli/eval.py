@@ -64,11 +64,14 @@ def _perplexity(
     ] = None,
     method: Annotated[
         list[str] | None,
-        choice(defaults.METHODS, "Whole texts, or sliding windows (slow). Default: whole.", "..."),
+        choice(defaults.METHODS, "Whole texts, or sliding windows, which are slow (default: whole).", "..."),
     ] = None,
     stride: Annotated[int, option(values.whole(1), "N", "Stride of the sliding window.")] = 256,
     tokens: Annotated[
-        int | None, option(values.tokens, "N", "Tokens for sliding (default: length + 16 strides).")
+        int | None,
+        option(
+            values.tokens, "N", "Tokens that sliding windows cover (default: longest length + 16 strides)."
+        ),
     ] = None,
     pieces: Annotated[int, option(values.whole(1), "N", "Consecutive pieces of every text.")] = 1,
     bucket: Annotated[

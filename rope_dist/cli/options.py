@@ -35,12 +35,14 @@ Target = Annotated[int | None, option(values.tokens, "TOKENS", "Context length t
 Factor = Annotated[
     float | None, option(values.scaling_factor, "S", "Scaling factor: target / trained length.")
 ]
-Strategy = Annotated[
-    str, option(values.strategy, "NAME", f"Frequency scaling: {', '.join(defaults.STRATEGY_NAMES)}.")
-]
+Strategy = Annotated[str, option(values.strategy, "NAME", f"Strategy: {', '.join(defaults.STRATEGY_NAMES)}.")]
 Threshold = Annotated[
     Any,
-    option(values.threshold, "T", f"Threshold of dprope: {', '.join(defaults.THRESHOLD_NAMES)}, a number."),
+    option(
+        values.threshold,
+        "T",
+        f"Threshold of dprope (eq. 9): a number, {' or '.join(defaults.THRESHOLD_NAMES)}.",
+    ),
 ]
 Intervals = Annotated[int, option(values.whole(2), "N", "Intervals of the angle distribution.")]
 Divergence = Annotated[
@@ -61,11 +63,14 @@ Weights = Annotated[
     str,
     option(values.weights, "MODEL", f"{', '.join(defaults.PACKAGED_MODEL_NAMES)}, a directory or a hub id."),
 ]
-Device = Annotated[str | None, option(values.device, "DEVICE", "cpu, cuda, cuda:N (default: GPU if any).")]
+Device = Annotated[
+    str | None, option(values.device, "DEVICE", "cpu, cuda or cuda:N (default: a GPU if there is one).")
+]
 ModelDtype = Annotated[
     str | None,
     choice(
-        ("float32", "bfloat16", "float16", "auto"), "auto: as saved (default: float32 on a CPU, else auto)."
+        ("float32", "bfloat16", "float16", "auto"),
+        "Dtype of the model; auto: as saved (default: float32 on a CPU, else auto).",
     ),
 ]
 Text = Annotated[
@@ -95,16 +100,9 @@ def extension(target: int | None, factor: float | None, strategy: str) -> dict[s
     return {"target_length": target, "factor": factor, "strategy": strategy}
 
 
-def rope(
-    source: str | None,
-    theta: float | None,
-    head_dim: int | None,
-    rotary_dim: int | None,
-    original: int | None,
-) -> dict[str, Any]:
-    """The model or the plain numbers, as arguments of ``rope_dist.plan``; ``ValueError`` for part of them or both."""
-    numbers = {"--theta": theta, "--head-dim": head_dim, "--original": original, "--rotary-dim": rotary_dim}
-    given = [name for name, value in numbers.items() if value is not None]
+def rope(source: str | None, **numbers: Any) -> dict[str, Any]:
+    """Arguments of ``rope_dist.plan`` for a model or plain numbers; ``ValueError`` for both, or part of the numbers."""
+    given = [f"--{k.removesuffix('_length').replace('_', '-')}" for k, v in numbers.items() if v is not None]
     missing = [name for name in ("--theta", "--head-dim", "--original") if name not in given]
     if source is not None and given:
         raise ValueError(f"give a model or plain numbers, not both: {', '.join(given)}")
@@ -112,5 +110,4 @@ def rope(
         raise ValueError(
             f"give a MODEL, or --theta, --head-dim and --original; missing: {', '.join(missing)}"
         )
-    names = ("theta", "head_dim", "original_length", "rotary_dim")
-    return {"source": source, **dict(zip(names, numbers.values(), strict=True))}
+    return {"source": source, **numbers}

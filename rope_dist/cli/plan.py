@@ -24,7 +24,10 @@ def run(
         int | None, option(values.whole(0), "N", "Interpolated dimensions of dprope.")
     ] = None,
     candidates: Annotated[
-        list[str] | None, option(values.strategy, "NAME...", "Of dprope (default: extrapolation pi).")
+        list[str] | None,
+        option(
+            values.strategy, "NAME...", "Strategies that dprope chooses from (default: extrapolation pi)."
+        ),
     ] = None,
     settings: Annotated[
         list[Any] | None,
@@ -47,7 +50,8 @@ def run(
       rope-dist plan ./my-model --factor 4 --strategy yarn --set beta_fast=16 -o plan.json
       rope-dist plan --theta 500000 --head-dim 128 --original 8192 --target 32768 --json
     """
-    rope = options.rope(source, theta, head_dim, rotary_dim, original)
+    numbers = {"theta": theta, "head_dim": head_dim, "rotary_dim": rotary_dim, "original_length": original}
+    rope = options.rope(source, **numbers)
     options.at_most_one(True, target=target, factor=factor)
     dprope = {"threshold": threshold, "interpolated_dims": interpolated_dims, "candidates": candidates}
     checked = _settings(

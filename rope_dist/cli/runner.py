@@ -74,10 +74,7 @@ def make_app() -> typer.Typer:
 
 
 def run_script(function: Callable[..., int | None]) -> int:
-    """Run a script's function with the options that its parameters declare; returns the exit code.
-
-    The help is the module's docstring.
-    """
+    """Run a script: the function's parameters are its options, its module's docstring is its help."""
     app = make_app()
     # click keeps the lines of a paragraph that begins with \\b.
     help = re.sub(r"\n\n(?= |python )", "\n\n\b\n", function.__globals__["__doc__"])
