@@ -12,58 +12,31 @@ output folder at the end, is a stock model directory whose config holds the plan
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from command_line import Parser, at_least_one, extension, quieten, run
 from torch.utils.data import Dataset
 from transformers import AutoConfig, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
 from transformers.utils import is_flash_attn_2_available
 
 import rope_dist
+from rope_dist.cli import options, values
+from rope_dist.cli.options import flag, option
+from rope_dist.cli.runner import quieten, run_script
+from rope_dist.defaults import PACKAGED_MODEL_NAMES
 from rope_dist.evaluation import load_model, load_text
 from rope_dist.evaluation.memory import explain_out_of_memory
 
 BATCH = 64
 STEPS = {2: 1000, 4: 500}
 """The paper's steps by scale; between and beyond, those of the nearer larger one and of the largest."""
-
-
-def build_parser() -> Parser:
-    parser = Parser("Train an extended model on long texts, by default as the paper does.", strategy="dprope")
-    parser.add_argument(
-        "--text",
-        nargs="+",
-        default=["python"],
-        metavar="NAME",
-        help="corpora or text files, packed one after the other (default: the Python language reference)",
-    )
-    parser.add_argument("--length", type=at_least_one, help="tokens of a training text (default: the target)")
-    parser.add_argument("--steps", type=at_least_one, help="default: 1000 up to 2x, 500 beyond")
-    parser.add_argument(
-        "--batch", type=at_least_one, help=f"texts a step, over all processes (default: {BATCH})"
-    )
-    parser.add_argument(
-        "--per-device-batch", type=at_least_one, default=1, help="texts at once (default: %(default)s)"
-    )
-    parser.add_argument("--learning-rate", type=float, default=2e-5, help="default: %(default)s")
-    parser.add_argument(
-        "-o", "--output", default="finetuned", metavar="DIR", help="checkpoints, model (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the order of texts (default: %(default)s)")
-    parser.add_argument(
-        "--save-steps", type=at_least_one, default=50, help="steps a checkpoint (default: %(default)s)"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint")
-    parser.add_argument("--quick", action="store_true", help="4 steps of 2 texts of 256 tokens")
-    return parser
 
 
 class PackedTexts(Dataset):
@@ -117,7 +90,7 @@ def accumulation(batch: int, per_device: int) -> int:
     return batch // (processes * per_device)
 
 
-def training_arguments(parsed: argparse.Namespace, steps: int, batch: int) -> TrainingArguments:
+def training_arguments(steps: int, batch: int, per_device: int, **settings: Any) -> TrainingArguments:
     # Renamed in transformers 5.18 or later; the older versions have only the second name.
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     checkpointing = "activation_checkpointing"
@@ -125,25 +98,22 @@ def training_arguments(parsed: argparse.Namespace, steps: int, batch: int) -> Tr
         checkpointing = "gradient_checkpointing"
     gpu = torch.cuda.is_available()
     return TrainingArguments(
-        output_dir=parsed.output,
         max_steps=steps,
-        per_device_train_batch_size=parsed.per_device_batch,
-        gradient_accumulation_steps=accumulation(batch, parsed.per_device_batch),
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation(batch, per_device),
         optim="adamw_torch",
         adam_beta1=0.9,
         adam_beta2=0.999,
-        learning_rate=parsed.learning_rate,
         lr_scheduler_type="constant",
         weight_decay=0.0,
         bf16=gpu and torch.cuda.is_bf16_supported(),
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
         logging_steps=1,
-        save_steps=parsed.save_steps,
         save_total_limit=2,
         report_to="none",
-        seed=parsed.seed,
         **{checkpointing: True},
+        **settings,
     )
 
 
@@ -168,39 +138,60 @@ def check_same_plan(checkpoint: Path, config: Any) -> None:
             )
 
 
-def main(parsed: argparse.Namespace) -> None:
+def main(
+    model: options.Weights = PACKAGED_MODEL_NAMES[0],
+    factor: options.Factor = None,
+    target: options.Target = None,
+    strategy: options.Strategy = "dprope",
+    text: options.Texts = options.DEFAULT_TEXTS,
+    length: Annotated[
+        int | None, option(values.whole(1), "N", "Tokens of a sample (default: target).")
+    ] = None,
+    steps: Annotated[int | None, option(values.whole(1), "N", "Default: 1000 up to 2x, 500 beyond.")] = None,
+    batch: Annotated[
+        int | None, option(values.whole(1), "N", f"Samples per step, over all processes (default: {BATCH}).")
+    ] = None,
+    per_device_batch: Annotated[int, option(values.whole(1), "N", "Samples per forward pass.")] = 1,
+    learning_rate: Annotated[float, option(values.positive, "LR", "Learning rate, constant.")] = 2e-5,
+    output: Annotated[
+        str, option(str, "DIR", "Folder for checkpoints and model.", "-o", "--output")
+    ] = "finetuned",
+    seed: Annotated[int, option(values.seed, "N", "Seed of the order of the samples.")] = 0,
+    save_steps: Annotated[int, option(values.whole(1), "N", "Steps per checkpoint.")] = 50,
+    resume: Annotated[bool, flag("--resume", "Resume from the last whole checkpoint.")] = False,
+    quick: Annotated[bool, flag("--quick", "4 steps of 2 samples of 256 tokens.")] = False,
+) -> None:
     quieten()
-    if not parsed.learning_rate > 0:
-        raise ValueError(f"--learning-rate must be positive, got {parsed.learning_rate:g}")
-    output = Path(parsed.output)
-    checkpoint = last_checkpoint(output)
-    if checkpoint and not parsed.resume:
+    extension = options.extension(target, factor, strategy)
+    checkpoint = last_checkpoint(Path(output))
+    if checkpoint and not resume:
         raise ValueError(
             f"{checkpoint} is there already: --resume goes on from it; or choose another --output"
         )
-    batch = parsed.batch or (2 if parsed.quick else BATCH)
-    # Wrong numbers are said before a large model is read.
-    accumulation(batch, parsed.per_device_batch)
+    batch = batch or (2 if quick else BATCH)
+    # Wrong numbers are refused before a large model is loaded.
+    accumulation(batch, per_device_batch)
 
-    set_seed(parsed.seed)
-    model, tokenizer = load_model(parsed.model, "cpu")
-    plan = rope_dist.enable(model, **extension(parsed)).plan
+    set_seed(seed)
+    loaded, tokenizer = load_model(model, "cpu")
+    plan = rope_dist.enable(loaded, **extension).plan
     if checkpoint:
-        check_same_plan(checkpoint, model.config)
+        check_same_plan(checkpoint, loaded.config)
     if torch.cuda.is_available() and is_flash_attn_2_available():
-        model.set_attn_implementation("flash_attention_2")
+        loaded.set_attn_implementation("flash_attention_2")
     usual = next((steps for scale, steps in STEPS.items() if plan.scale <= scale), STEPS[max(STEPS)])
-    steps = parsed.steps or (4 if parsed.quick else usual)
-    length = parsed.length or (256 if parsed.quick else plan.target_length)
+    steps = steps or (4 if quick else usual)
+    length = length or (256 if quick else plan.target_length)
     if length > plan.target_length:
         raise ValueError(f"--length {length} is more than the target of {plan.target_length}")
-    texts = PackedTexts(tokenizer, parsed.text, length, steps * batch)
+    texts = PackedTexts(tokenizer, text, length, steps * batch)
 
-    arguments = training_arguments(parsed, steps, batch)
+    settings = {"output_dir": output, "learning_rate": learning_rate, "save_steps": save_steps, "seed": seed}
+    arguments = training_arguments(steps, batch, per_device_batch, **settings)
     if arguments.process_index == 0:
         print(f"{plan!r}\n{steps} steps of {batch} texts of {length} tokens, from {len(texts.pieces)} pieces")
         print(f"goes on from {checkpoint}" if checkpoint else "begins with the first step", flush=True)
-    trainer = Trainer(model=model, args=arguments, train_dataset=texts, processing_class=tokenizer)
+    trainer = Trainer(model=loaded, args=arguments, train_dataset=texts, processing_class=tokenizer)
     advice = "give a smaller --length or --per-device-batch, or shard over more GPUs (examples/fsdp2.yaml)"
     with explain_out_of_memory(f"training on {length} tokens", advice):
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -215,4 +206,4 @@ def main(parsed: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run(main, build_parser())
+    sys.exit(run_script(main))

@@ -1,4 +1,4 @@
-"""Extend a model, export it as a directory that stock engines read, and serve that.
+"""Extend a model, export it as a directory that stock engines load, and serve that.
 
     python examples/serve.py --model meta-llama/Llama-2-7b-hf --factor 4 --output llama2-16k
     python examples/serve.py --dry-run          # only the commands
@@ -9,30 +9,22 @@ package: vLLM and SGLang serve it by the commands that are printed.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
-from command_line import Parser, at_least_one, extension, quieten, run
 from transformers.utils.import_utils import is_serve_available
 
 import rope_dist
 from rope_dist import export
-from rope_dist.evaluation import PACKAGED_MODELS, load_model
+from rope_dist.cli import options, values
+from rope_dist.cli.options import flag, option
+from rope_dist.cli.runner import quieten, run_script
+from rope_dist.defaults import DEFAULT_STRATEGY, PACKAGED_MODEL_NAMES
+from rope_dist.evaluation import load_model
 from rope_dist.planning import load_config
-
-
-def build_parser() -> Parser:
-    parser = Parser("Extend a model, export it as a directory that stock engines read, and serve that.")
-    parser.add_argument(
-        "-o", "--output", default="extended-model", metavar="DIR", help="for the model (default: %(default)s)"
-    )
-    parser.add_argument("--host", default="localhost", help="default: %(default)s")
-    parser.add_argument("--port", type=at_least_one, default=8000, help="default: %(default)s")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, save and start nothing")
-    return parser
 
 
 def commands(directory: str, length: int, host: str, port: int) -> dict[str, list[str]]:
@@ -46,28 +38,40 @@ def commands(directory: str, length: int, host: str, port: int) -> dict[str, lis
     }
 
 
-def main(parsed: argparse.Namespace) -> int:
+def main(
+    model: options.Weights = PACKAGED_MODEL_NAMES[0],
+    factor: options.Factor = None,
+    target: options.Target = None,
+    strategy: options.Strategy = DEFAULT_STRATEGY,
+    output: Annotated[
+        str, option(str, "DIR", "Folder for the extended model.", "-o", "--output")
+    ] = "extended-model",
+    host: Annotated[str, option(str, "NAME", "Host of the server.")] = "localhost",
+    port: Annotated[int, option(values.whole(1), "N", "Port of the server.")] = 8000,
+    dry_run: Annotated[bool, flag("--dry-run", "Print the commands, save and start nothing.")] = False,
+) -> int:
     quieten()
-    output = Path(parsed.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} is there already and not an empty folder: choose another --output")
-    model, tokenizer = load_model(parsed.model, "cpu")
-    plan = rope_dist.plan(model, **extension(parsed))
+    extension = options.extension(target, factor, strategy)
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already and not an empty folder: choose another --output")
+    loaded, tokenizer = load_model(model, "cpu")
+    plan = rope_dist.plan(loaded, **extension)
     print(f"{plan!r}\n")
-    if not parsed.dry_run:
-        if parsed.model not in PACKAGED_MODELS:
-            # Read on a CPU the weights are float32: written back as they were, they keep their size.
-            model.to(load_config(parsed.model).dtype or model.dtype)
+    if not dry_run:
+        if model not in PACKAGED_MODEL_NAMES:
+            # Loaded on a CPU the weights are float32: saved as they were, they keep their size.
+            loaded.to(load_config(model).dtype or loaded.dtype)
         # An empty folder may be there.
-        export.hf(model, plan, output, force=True)
+        export.hf(loaded, plan, folder, force=True)
         tokenizer.model_max_length = max(tokenizer.model_max_length, plan.target_length)
-        tokenizer.save_pretrained(output)
+        tokenizer.save_pretrained(folder)
         print(f"exported to {output}")
 
-    serving = commands(parsed.output, plan.target_length, parsed.host, parsed.port)
+    serving = commands(output, plan.target_length, host, port)
     for engine, command in serving.items():
         print(f"{engine + ':':14}{shlex.join(command)}")
-    if parsed.dry_run:
+    if dry_run:
         return 0
     if not is_serve_available():
         print("transformers serve is not installed: pip install 'transformers[serving]'")
@@ -79,4 +83,4 @@ def main(parsed: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run(main, build_parser())
+    sys.exit(run_script(main))

@@ -22,9 +22,14 @@ def unknown(what: str, name: object, known: Iterable[str], more: str = "") -> st
         more: what else would be right, put after the known names.
     """
     known = list(known)
-    near = get_close_matches(str(name).lower(), known, n=1)
-    guess = f", did you mean {near[0]}?" if near else ";"
+    guess = did_you_mean(name, known) or ";"
     return f"unknown {what} {name!r}{guess} known: {', '.join(known)}{more}"
+
+
+def did_you_mean(name: object, known: Iterable[str], likeness: float = 0.6) -> str:
+    """``", did you mean yarn?"``, or nothing where no known name has so much ``likeness`` with ``name``."""
+    near = get_close_matches(str(name).lower(), list(known), n=1, cutoff=likeness)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def one_line(error: BaseException, longest: int = LONGEST) -> str:

@@ -107,7 +107,7 @@ assert torch.equal(q, x) and torch.equal(k, x)
 found = info()
 print(json.dumps({
     "from": rope_dist.__file__, "warnings": [str(w.message) for w in caught],
-    "cpu": found["built"]["CPU library"], "cuda": found["built"]["CUDA library"], "used": found["used"]["cpu"],
+    "cpu": found["native libraries"]["CPU library"], "cuda": found["native libraries"]["CUDA library"], "used": found["backends"]["cpu"],
 }))
 """
 

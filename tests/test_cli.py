@@ -269,6 +269,14 @@ def test_closed_streams_are_no_traceback(command, code):
     assert done.stdout == done.stderr == ""
 
 
+def test_an_interrupt_is_one_line_and_exit_code_130(capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rope_dist.info.info", interrupted)
+    assert run(capsys, "info") == (130, "", "rope-dist: interrupted\n")
+
+
 def test_names_that_the_terminal_cannot_print(tmp_path):
     model = tmp_path / "modèle"
     llama_config().save_pretrained(model)
@@ -291,20 +299,23 @@ def test_planning_a_preset_does_not_wait_for_transformers():
 def test_info_says_what_is_built_and_used(out):
     printed = out("info")
     data = json.loads(out("info", "--json"))
-    assert list(data) == ["versions", "machine", "built", "used", "measured", "models"]
-    assert set(data["built"]) == {"CPU library", "CUDA library"}
-    assert data["used"]["cpu"].startswith(("native for float32", "reference for float32"))
+    assert list(data) == [
+        "versions", "machine", "native libraries", "backends", "autotune cache", "models"
+    ]  # fmt: skip
+    assert set(data["native libraries"]) == {"CPU library", "CUDA library"}
+    assert data["backends"]["cpu"].startswith(("native for float32", "reference for float32"))
+    assert "not triton: " in data["backends"]["cpu"]
     assert all(value in printed for section in data.values() for value in section.values())
 
 
 def test_info_lists_what_was_measured(out, tmp_path, monkeypatch):
-    from rope_dist.ops import tuning
+    from rope_dist.ops import autotune
 
     monkeypatch.setenv("ROPE_DIST_CACHE", str(tmp_path))
     assert f"nothing yet: the first call on a GPU measures, and keeps the result in {tmp_path}" in out("info")
-    problem = tuning.Problem("Some GPU", "bfloat16", 8192, 4096, (4096, 1024, 1024), 128, 128, "bias")
-    tuning.choices().put(problem, {"separate": 2.0, "descriptors": 1.5})
-    assert "descriptors (separate 2 ms, descriptors 1.5 ms)" in out("info")
+    problem = autotune.AutotuneKey("Some GPU", "bfloat16", 8192, 4096, (4096, 1024, 1024), 128, 128, "bias")
+    autotune.cache().put(problem, {"separate": 2.0, "triton_tma": 1.5})
+    assert "triton_tma (separate 2 ms, triton_tma 1.5 ms)" in out("info")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

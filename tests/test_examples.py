@@ -308,23 +308,42 @@ def test_serve_saves_a_stock_model_and_prints_what_serves_it(
     assert AutoTokenizer.from_pretrained(output).encode("abc") == [97, 98, 99]
 
 
-# --- bad input ---------------------------------------------------------------------------------
+# --- help and bad input ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("generate", ["python examples/generate.py --quick", "  -h, --help "]),
+        ("serve", ["    python examples/serve.py --dry-run", "  --dry-run "]),
+        ("finetune", ["    python examples/finetune.py --quick", "  --resume "]),
+    ],
+)
+def test_help_is_the_docstring_with_its_examples(example, capsys, name, lines):
+    assert example(name, "--help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Usage: {name}.py [OPTIONS]\n")
+    assert all(line in out for line in lines)
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("generate", ("--text", "no-such-text"), "neither a text file nor a corpus"),
+        ("generate", ("--text", "pyhton"), "--text: unknown text 'pyhton', did you mean python?"),
         ("generate", ("--tokens", "120", "--new-tokens", "9"), "more than the target of 128"),
-        ("generate", ("--factor", "0.5"), "below"),
-        ("generate", ("--model", "no-such-model"), "cannot load no-such-model"),
+        ("generate", ("--factor", "0.5"), "--factor: must be at least 1"),
+        ("generate", ("--model", "no-such-model"), "unknown model 'no-such-model'"),
+        ("generate", ("--model", "no-such/model/at-all"), "no such file or directory"),
         ("generate", ("--tokens", "0"), "must be at least 1"),
+        ("generate", ("--temperature", "-1"), "must be at least 0"),
+        ("generate", ("--token", "9"), "unknown option '--token', did you mean --tokens?"),
         ("finetune", ("--batch", "3", "--per-device-batch", "2"), "not a multiple"),
-        ("finetune", ("--learning-rate", "0"), "must be positive"),
+        ("finetune", ("--learning-rate", "0"), "--learning-rate: must be above 0"),
         ("finetune", ("--length", "129"), "more than the target of 128"),
-        ("finetune", ("--factor", "2", "--target", "256"), "not allowed with"),
+        ("finetune", ("--factor", "2", "--target", "256"), "give --target or --factor, not both"),
         ("serve", ("-o", __file__), "choose another --output"),
-        ("serve", ("--strategy", "linear"), "invalid choice"),
+        ("serve", ("--strategy", "longrope"), "longrope"),
+        ("serve", ("--strategy", "linear"), "unknown strategy 'linear'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

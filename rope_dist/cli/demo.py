@@ -2,99 +2,57 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import Annotated
 
 from ..defaults import CORPUS_NAMES, DEMO_STRATEGIES, PACKAGED_MODEL_NAMES
-from . import values
-
-DESCRIPTION = (
-    "Print the paper's Table 3, then let a small real model read a long text with its own frequencies and extended by "
-    "auto and DPRoPE, and print perplexity by position. How much is read follows from the speed of the machine."
-)
-EXAMPLES = """examples:
-  rope-dist demo
-  rope-dist demo --model ./my-model --text book.txt --tokens 16384 --factor 4 -o results"""
+from . import options, values
+from .options import option
 
 
-def add(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "demo",
-        help="read a text past the trained length of a real model",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-    )
-    parser.add_argument(
-        "--model",
-        type=values.weights,
-        default=PACKAGED_MODEL_NAMES[0],
-        help="packaged model, directory or hub id (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--text",
-        type=values.corpus,
-        default=CORPUS_NAMES[0],
-        help=f"a text file, or a corpus: {', '.join(CORPUS_NAMES)} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        type=values.device,
-        help="device of the model, e.g. cuda:0 (default: a GPU if there is one)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16", "auto"),
-        help="dtype of the model; auto keeps the one it was saved in (default: float32 on a CPU, else auto)",
-    )
-    parser.add_argument(
-        "--minutes",
-        type=values.positive,
-        default=4.0,
-        metavar="M",
-        help="time that all of it may take, approximately (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--tokens",
-        type=values.tokens,
-        metavar="N",
-        help="tokens to read (default: 1.5 times the trained length, or 1.375 times where that takes too long)",
-    )
-    parser.add_argument(
-        "--strategies",
-        nargs="+",
-        type=values.stock_or_strategy,
-        metavar="NAME",
-        help=f"what to read with: stock, and strategies (default: {' '.join(DEMO_STRATEGIES)}, the last only if there "
-        "is time)",
-    )
-    parser.add_argument(
-        "--factor",
-        type=values.scaling_factor,
-        default=2.0,
-        metavar="S",
-        help="context length to extend to, as a multiple of the trained one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "-o",
-        "--output",
-        default="rope-dist-demo",
-        metavar="DIR",
-        help="folder for the plot and the results (default: %(default)s)",
-    )
-    parser.set_defaults(run=_run)
+def run(
+    model: options.Weights = PACKAGED_MODEL_NAMES[0],
+    text: options.Text = CORPUS_NAMES[0],
+    device: options.Device = None,
+    dtype: options.ModelDtype = None,
+    minutes: Annotated[float, option(values.positive, "M", "Approximate duration.")] = 4.0,
+    tokens: Annotated[
+        int | None, option(values.tokens, "N", "Text length (default: 1.5, or 1.375 x trained length).")
+    ] = None,
+    strategies: Annotated[
+        list[str] | None,
+        option(
+            values.stock_or_strategy,
+            "NAME...",
+            f"stock and strategies (default: {' '.join(DEMO_STRATEGIES)}, the last if there is time).",
+        ),
+    ] = None,
+    factor: Annotated[
+        float, option(values.scaling_factor, "S", "Scaling factor: target / trained length.")
+    ] = 2.0,
+    output: Annotated[
+        str, option(str, "DIR", "Folder for the plot and the results.", "-o", "--output")
+    ] = "rope-dist-demo",
+) -> None:
+    """Evaluate a small real model past its trained length.
 
+    Prints the paper's Table 3, then perplexity by position with the model's own frequencies, with auto and with
+    DPRoPE. The text length follows from the speed of the machine.
 
-def _run(parsed: argparse.Namespace) -> None:
-    from ..demo import run
+    \b
+    Examples:
+      rope-dist demo
+      rope-dist demo --model ./my-model --text book.txt --tokens 16384 --factor 4 -o results
+    """
+    from ..demo import run as demo
 
-    run(
-        model_name=parsed.model,
-        text=parsed.text,
-        tokens=parsed.tokens,
-        strategies=parsed.strategies,
-        factor=parsed.factor,
-        minutes=parsed.minutes,
-        output=parsed.output,
-        device=parsed.device,
-        dtype=parsed.dtype,
+    demo(
+        model_name=model,
+        text=text,
+        tokens=tokens,
+        strategies=strategies or None,
+        factor=factor,
+        minutes=minutes,
+        output=output,
+        device=device,
+        dtype=dtype,
     )

@@ -2,156 +2,138 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from ..defaults import DEFAULT_STRATEGY, ENGINE_NAMES
-from . import values
-from .options import add_length, add_strategy
+import typer
 
-DESCRIPTION = (
-    "Write the extended model for engines that do not have this package. A file or directory appears whole, verified "
-    "and never over another without --force; the source is not changed."
-)
-HF_EXAMPLES = """examples:
-  rope-dist export hf ./my-model --target 16384 -o my-model-16k
-  rope-dist export hf ./my-model --plan plan.json --engine vllm --link -o my-model-16k"""
-GGUF_EXAMPLES = """examples:
-  rope-dist export gguf my-model.gguf --target 16384 -o my-model-16k.gguf"""
-VLLM_EXAMPLES = """examples:
-  rope-dist export vllm --plan plan.json
-  rope-dist export vllm ./my-model --factor 4"""
-EXAMPLES = "\n".join(["examples:", *HF_EXAMPLES.splitlines()[1:2], *GGUF_EXAMPLES.splitlines()[1:]])
+from ..defaults import DEFAULT_STRATEGY, PRESETS
+from . import options, values
+from .options import flag, option
+from .runner import Command, make_app
 
+PlanFile = Annotated[str | None, option(values.readable_file, "FILE", "Plan, from rope-dist plan -o.")]
+Strategy = Annotated[
+    str | None, option(values.strategy, "NAME", f"Strategy, without a plan (default: {DEFAULT_STRATEGY}).")
+]
+Output = Annotated[str, option(str, "PATH", "Path to write.", "-o", "--output")]
+Force = Annotated[bool, flag("--force", "Replace the output if it exists.")]
 
-def add(verbs: Any) -> None:
-    parser = verbs.add_parser(
-        "export",
-        help="write the extended model for transformers, vLLM, llama.cpp, ...",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-    )
-    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT", parser_class=type(parser))
-    hf = formats.add_parser(
-        "hf",
-        help="write a Hugging Face directory",
-        description="Write a directory for transformers, vLLM, SGLang, ...",
-        epilog=HF_EXAMPLES,
-    )
-    hf.add_argument("source", metavar="DIR", help="the model's directory (config.json and weights)")
-    _add_plan(hf)
-    _add_output(hf)
-    hf.add_argument("--config-only", action="store_true", help="write everything but the weights")
-    hf.add_argument("--link", action="store_true", help="make hard links to the weights instead of copies")
-    add_engines(hf)
-    hf.set_defaults(run=_hf, check=_check)
-    gguf = formats.add_parser(
-        "gguf",
-        help="write a GGUF file for llama.cpp",
-        description="Write a copy of a GGUF file with the plan's factors.",
-        epilog=GGUF_EXAMPLES,
-    )
-    gguf.add_argument("source", metavar="FILE", help="the model as GGUF, of any quantisation")
-    _add_plan(gguf)
-    _add_output(gguf)
-    gguf.set_defaults(run=_gguf, check=_check)
-    vllm = formats.add_parser(
-        "vllm",
-        help="print arguments for vllm serve",
-        description="Print arguments of vllm serve; no file is written.",
-        epilog=VLLM_EXAMPLES,
-    )
-    vllm.add_argument(
-        "source",
-        metavar="MODEL",
-        nargs="?",
-        type=values.model,
-        help="what to plan from and to check: a preset, a directory or a hub id (may be left out with --plan)",
-    )
-    _add_plan(vllm)
-    vllm.set_defaults(run=_vllm, check=_check)
+app = make_app()
 
 
-def add_engines(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--engine",
-        action="append",
-        type=values.engine,
-        default=[],
-        metavar="NAME",
-        help=f"refuse what this engine cannot represent ({', '.join(ENGINE_NAMES)}); repeatable",
-    )
+@app.callback()
+def _export() -> None:
+    """Write the extended model for vLLM, llama.cpp, ...
+
+    The engines do not need this package. A file or directory appears whole, verified and never over another without
+    --force; the source is not changed.
+
+    \b
+    Examples:
+      rope-dist export hf ./my-model --target 16384 -o my-model-16k
+      rope-dist export gguf my-model.gguf --target 16384 -o my-model-16k.gguf
+    """
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument(
-        "--plan",
-        type=values.readable_file,
-        metavar="FILE",
-        help="plan to export, as rope-dist plan -o writes it",
-    )
-    add_length(given)
-    add_strategy(parser)
+@app.command("hf", cls=Command)
+def _hf(
+    source: Annotated[str, typer.Argument(metavar="DIR", help="Directory with config.json and weights.")],
+    output: Output,
+    plan: PlanFile = None,
+    target: options.Target = None,
+    factor: options.Factor = None,
+    strategy: Strategy = None,
+    force: Force = False,
+    config_only: Annotated[bool, flag("--config-only", "Write everything but the weights.")] = False,
+    link: Annotated[bool, flag("--link", "Make hard links to the weights instead of copies.")] = False,
+    engine: options.Engines = None,
+) -> None:
+    """Write a Hugging Face directory (transformers, vLLM, SGLang).
 
+    \b
+    Examples:
+      rope-dist export hf ./my-model --target 16384 -o my-model-16k
+      rope-dist export hf ./my-model --plan plan.json --engine vllm --link -o my-model-16k
+    """
+    made = _plan(source, plan, target, factor, strategy)
 
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", required=True, metavar="PATH", help="path to write")
-    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
-
-
-def _check(parsed: argparse.Namespace) -> None:
-    if parsed.plan is None and parsed.source is None:
-        raise ValueError("give a MODEL to plan from, or --plan FILE")
-    if parsed.plan is not None and parsed.strategy is not None:
-        raise ValueError("--strategy goes with --target and --factor; a plan has its own")
-
-
-def _plan(parsed: argparse.Namespace, **model: Any) -> Any:
-    from ..planning import RopePlan, plan
-
-    if parsed.plan is not None:
-        return RopePlan.load(parsed.plan)
-    return plan(
-        target_length=parsed.target,
-        factor=parsed.factor,
-        strategy=parsed.strategy or DEFAULT_STRATEGY,
-        **model or {"source": parsed.source},
-    )
-
-
-def _hf(parsed: argparse.Namespace) -> None:
     from ..export import hf, verify
 
-    plan = _plan(parsed)
-    out = hf(
-        parsed.source,
-        plan,
-        parsed.output,
-        config_only=parsed.config_only,
-        link=parsed.link,
-        engines=parsed.engine,
-        force=parsed.force,
-    )
-    print(f"{verify(out, plan)}\n\nwrote {out}")
+    out = hf(source, made, output, config_only=config_only, link=link, engines=engine or [], force=force)
+    print(f"{verify(out, made)}\n\nwrote {out}")
 
 
-def _gguf(parsed: argparse.Namespace) -> None:
-    from ..export import gguf, gguf_rope, verify
+@app.command("gguf", cls=Command)
+def _gguf(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="GGUF file, of any quantisation.")],
+    output: Output,
+    plan: PlanFile = None,
+    target: options.Target = None,
+    factor: options.Factor = None,
+    strategy: Strategy = None,
+    force: Force = False,
+) -> None:
+    """Write a copy of a GGUF file with the plan's factors, for llama.cpp.
 
-    plan = _plan(parsed, **({} if parsed.plan else gguf_rope(parsed.source)))
-    out = gguf(parsed.source, plan, parsed.output, force=parsed.force)
-    print(f"{verify(out, plan)}\n\nwrote {out}")
+    \b
+    Examples:
+      rope-dist export gguf my-model.gguf --target 16384 -o my-model-16k.gguf
+    """
+    made = _plan(source, plan, target, factor, strategy, gguf=True)
+
+    from ..export import gguf, verify
+
+    out = gguf(source, made, output, force=force)
+    print(f"{verify(out, made)}\n\nwrote {out}")
 
 
-def _vllm(parsed: argparse.Namespace) -> None:
+@app.command("vllm", cls=Command)
+def _vllm(
+    source: options.Source = None,
+    plan: PlanFile = None,
+    target: options.Target = None,
+    factor: options.Factor = None,
+    strategy: Strategy = None,
+) -> None:
+    """Print arguments for vllm serve; no file is written.
+
+    \b
+    Examples:
+      rope-dist export vllm --plan plan.json
+      rope-dist export vllm ./my-model --factor 4
+    """
+    made = _plan(source, plan, target, factor, strategy)
+
     from ..export import vllm_arguments
     from ..export.stock import read_config
-    from ..presets import PRESETS
 
-    plan = _plan(parsed)
-    known = parsed.source is not None and parsed.source not in PRESETS
-    if parsed.source is None:
+    if source is None:
         print("not checked against a model: give MODEL too", file=sys.stderr)
-    print(vllm_arguments(plan, read_config(parsed.source) if known else None))
+    config = None if source is None or source in PRESETS else read_config(Path(source))
+    print(vllm_arguments(made, config))
+
+
+def _plan(
+    source: Any,
+    path: str | None,
+    target: int | None,
+    factor: float | None,
+    strategy: str | None,
+    gguf: bool = False,
+) -> Any:
+    """The plan of the file, or a new one of the model; ``ValueError`` for neither or both, without torch."""
+    options.at_most_one(True, plan=path, target=target, factor=factor)
+    if path is None and source is None:
+        raise ValueError("give a MODEL to plan from, or --plan FILE")
+    if path is not None and strategy is not None:
+        raise ValueError("--strategy goes with --target and --factor; a plan has its own")
+
+    from ..export import gguf_rope
+    from ..planning import RopePlan, plan
+
+    if path is not None:
+        return RopePlan.load(path)
+    rope = gguf_rope(source) if gguf else {"source": source}
+    return plan(target_length=target, factor=factor, strategy=strategy or DEFAULT_STRATEGY, **rope)

@@ -1,101 +1,113 @@
-"""Options that several verbs have. Nothing here needs torch."""
+"""Options that several commands have. Nothing here needs torch."""
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Annotated, Any
 
-from ..defaults import DEFAULT_STRATEGY, DIVERGENCE_NAMES, INTERVALS, MEASURE_DTYPES, PRESETS, STRATEGY_NAMES
+import typer
+
+from .. import defaults
 from . import values
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        nargs="?",
-        type=values.model,
-        metavar="MODEL",
-        help=f"a preset ({', '.join(PRESETS)}), a directory with a config.json, or a hub id (owner/name)",
-    )
-    numbers = parser.add_argument_group("plain numbers instead of a model")
-    numbers.add_argument("--theta", type=values.theta, help="base of RoPE, e.g. 10000")
-    numbers.add_argument("--head-dim", type=values.even, metavar="N", help="dimensions of an attention head")
-    numbers.add_argument(
-        "--rotary-dim",
-        type=values.even,
-        metavar="N",
-        help="dimensions of a head that are rotated (default: all)",
-    )
-    numbers.add_argument(
-        "--original", type=values.tokens, metavar="TOKENS", help="length of the training context"
-    )
+def option(parser: Callable[[str], Any], metavar: str, help: str, *names: str) -> Any:
+    """An option, by default with its parameter's name; with a metavar in ``...`` it takes several values."""
+    return typer.Option(*names, parser=parser, metavar=metavar, help=help)
 
 
-def add_length(parser: Any, default: str = "") -> None:
-    """``--target`` and ``--factor``, into a group of which one is given."""
-    parser.add_argument("--target", type=values.tokens, metavar="TOKENS", help="context length to extend to")
-    parser.add_argument(
-        "--factor",
-        type=values.scaling_factor,
-        metavar="S",
-        help=f"scaling factor: that length as a multiple of the trained one{default}",
-    )
+def choice(known: Collection[str], help: str, more: str = "") -> Any:
+    """An option that takes one of the ``known`` values, or with ``more="..."`` several."""
+    return option(values.one_of("value", known), "|".join(known) + more, help)
 
 
-def add_strategy(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--strategy",
-        type=values.strategy,
-        metavar="NAME",
-        help=f"how the frequencies are rescaled: {', '.join(STRATEGY_NAMES)} (default: {DEFAULT_STRATEGY})",
-    )
+def flag(name: str, help: str) -> Any:
+    return typer.Option(name, help=help)
 
 
-def add_measure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--intervals",
-        type=values.whole(2),
-        default=INTERVALS,
-        metavar="N",
-        help="number of intervals of the rotary angle distribution (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--divergence",
-        choices=DIVERGENCE_NAMES,
-        default=DIVERGENCE_NAMES[0],
-        help="direction of the Kullback-Leibler divergence: the first reproduces the paper's Table 3, "
-        "the second is eq. 8 as printed (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=MEASURE_DTYPES,
-        default=MEASURE_DTYPES[0],
-        help="precision of the angles: float32 as in the authors' code, float64 exact (default: %(default)s)",
-    )
+_MODEL = f"Preset ({', '.join(defaults.PRESETS)}), directory with a config.json, or hub id (owner/name)."
+Source = Annotated[str | None, typer.Argument(parser=values.model, metavar="MODEL", help=_MODEL)]
+Theta = Annotated[float | None, option(values.theta, "BASE", "Base of RoPE, instead of MODEL.")]
+HeadDim = Annotated[int | None, option(values.even, "N", "Dimensions of a head, instead of MODEL.")]
+RotaryDim = Annotated[int | None, option(values.even, "N", "Rotated dimensions (default: all).")]
+Original = Annotated[int | None, option(values.tokens, "TOKENS", "Trained context length, instead of MODEL.")]
+Target = Annotated[int | None, option(values.tokens, "TOKENS", "Context length to extend to.")]
+Factor = Annotated[
+    float | None, option(values.scaling_factor, "S", "Scaling factor: target / trained length.")
+]
+Strategy = Annotated[str, option(values.strategy, "NAME", f"Strategy: {', '.join(defaults.STRATEGY_NAMES)}.")]
+Threshold = Annotated[
+    Any,
+    option(
+        values.threshold,
+        "T",
+        f"Threshold of dprope (eq. 9): a number, {' or '.join(defaults.THRESHOLD_NAMES)}.",
+    ),
+]
+Intervals = Annotated[int, option(values.whole(2), "N", "Intervals of the angle distribution.")]
+Divergence = Annotated[
+    Any, choice(defaults.DIVERGENCE_NAMES, "KL divergence of the paper's Table 3, or of its eq. 8.")
+]
+MeasureDtype = Annotated[str, choice(defaults.MEASURE_DTYPES, "Dtype of the angles (the paper: float32).")]
+Json = Annotated[bool, flag("--json", "Print JSON.")]
+Plot = Annotated[str | None, option(values.output_file, "FILE", "Plot factors and disturbance.")]
+Engines = Annotated[
+    list[str] | None,
+    option(
+        values.engine,
+        "NAME",
+        f"Engine that must load the plan: {', '.join(defaults.ENGINE_NAMES)}. Repeatable.",
+    ),
+]
+Weights = Annotated[
+    str,
+    option(values.weights, "MODEL", f"{', '.join(defaults.PACKAGED_MODEL_NAMES)}, a directory or a hub id."),
+]
+Device = Annotated[
+    str | None, option(values.device, "DEVICE", "cpu, cuda or cuda:N (default: a GPU if there is one).")
+]
+ModelDtype = Annotated[
+    str | None,
+    choice(
+        ("float32", "bfloat16", "float16", "auto"),
+        "Dtype of the model; auto: as saved (default: float32 on a CPU, else auto).",
+    ),
+]
+Text = Annotated[
+    str, option(values.corpus, "NAME", f"Text file, or corpus: {', '.join(defaults.CORPUS_NAMES)}.")
+]
+Texts = Annotated[
+    list[str],
+    option(values.corpus, "NAME...", f"Text files, or corpora: {', '.join(defaults.CORPUS_NAMES)}."),
+]
+
+DEFAULT_TEXTS = [defaults.CORPUS_NAMES[0]]
 
 
-def check_source(parsed: argparse.Namespace) -> None:
-    """``ValueError`` unless there is a model or all plain numbers, and not both."""
-    numbers = {"--theta": parsed.theta, "--head-dim": parsed.head_dim, "--original": parsed.original}
-    given = [
-        name for name, value in {**numbers, "--rotary-dim": parsed.rotary_dim}.items() if value is not None
-    ]
-    missing = [name for name, value in numbers.items() if value is None]
-    if parsed.source is not None and given:
+def at_most_one(required: bool = False, **given: Any) -> None:
+    """``ValueError`` where several of the options are given, or none although one is ``required``."""
+    names = [f"--{name}" for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"give {' or '.join(names)}, not both")
+    if required and not names:
+        raise ValueError(f"give {' or '.join(f'--{name}' for name in given)}")
+
+
+def extension(target: int | None, factor: float | None, strategy: str) -> dict[str, Any]:
+    """Arguments of ``rope_dist.plan`` and ``rope_dist.enable``; by default twice the trained length."""
+    at_most_one(target=target, factor=factor)
+    factor = 2.0 if target is None and factor is None else factor
+    return {"target_length": target, "factor": factor, "strategy": strategy}
+
+
+def rope(source: str | None, **numbers: Any) -> dict[str, Any]:
+    """Arguments of ``rope_dist.plan`` for a model or plain numbers; ``ValueError`` for both, or part of the numbers."""
+    given = [f"--{k.removesuffix('_length').replace('_', '-')}" for k, v in numbers.items() if v is not None]
+    missing = [name for name in ("--theta", "--head-dim", "--original") if name not in given]
+    if source is not None and given:
         raise ValueError(f"give a model or plain numbers, not both: {', '.join(given)}")
-    if parsed.source is None and missing:
+    if source is None and missing:
         raise ValueError(
-            f"give a model, or --theta, --head-dim and --original in its place; missing: {', '.join(missing)}"
+            f"give a MODEL, or --theta, --head-dim and --original; missing: {', '.join(missing)}"
         )
-
-
-def numbers(parsed: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "theta": parsed.theta,
-        "head_dim": parsed.head_dim,
-        "rotary_dim": parsed.rotary_dim,
-        "original_length": parsed.original,
-        "intervals": parsed.intervals,
-        "divergence": parsed.divergence,
-        "dtype": parsed.dtype,
-    }
+    return {"source": source, **numbers}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
-from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
+
+from typer import BadParameter
 
 from .. import defaults
 from ..defaults import PACKAGED_MODEL_NAMES, PRESETS, STRATEGY_NAMES, STRATEGY_SETTINGS, THRESHOLD_NAMES
@@ -17,68 +19,53 @@ from ..messages import one_line, unknown
 # --- numbers -----------------------------------------------------------------------------------
 
 
-def whole(least: int) -> Callable[[str], int]:
+def whole(least: int = -(2**63)) -> Callable[[str], int]:
     """The type of whole numbers of at least ``least``."""
 
     def number(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            raise ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+            raise BadParameter(f"must be a whole number, got {text!r}") from None
         if value < least:
-            raise ArgumentTypeError(f"must be at least {least}, got {text}")
+            raise BadParameter(f"must be at least {least}, got {text}")
         if value >= 2**63:
-            raise ArgumentTypeError(f"must be below 2^63, got {text}")
+            raise BadParameter(f"must be below 2^63, got {text}")
         return value
 
     return number
 
 
+def real(allowed: Callable[[float], bool], rule: str) -> Callable[[str], float]:
+    """The type of finite numbers that are ``allowed``; others "must be ``rule``"."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise BadParameter(f"must be a number, got {text!r}") from None
+        if not math.isfinite(value):
+            raise BadParameter(f"must be a finite number, got {text}")
+        if not allowed(value):
+            raise BadParameter(f"must be {rule}, got {text}")
+        return value
+
+    return number
+
+
+seed = whole()
 tokens = whole(2)
+not_negative = real(lambda value: value >= 0, "at least 0")
+positive = real(lambda value: value > 0, "above 0")
+scaling_factor = real(lambda value: value >= 1, "at least 1 (the length is only extended)")
+theta = real(lambda value: value > 1, "above 1")
+share = real(lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
 def even(text: str) -> int:
     value = whole(2)(text)
     if value % 2:
-        raise ArgumentTypeError(f"must be even (a rotary pair has two dimensions), got {text}")
-    return value
-
-
-def real(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ArgumentTypeError(f"must be a number, got {text!r}") from None
-    if not math.isfinite(value):
-        raise ArgumentTypeError(f"must be a finite number, got {text}")
-    return value
-
-
-def positive(text: str) -> float:
-    value = real(text)
-    if value <= 0:
-        raise ArgumentTypeError(f"must be above 0, got {text}")
-    return value
-
-
-def scaling_factor(text: str) -> float:
-    value = real(text)
-    if value < 1:
-        raise ArgumentTypeError(f"must be at least 1 (the length is only extended), got {text}")
-    return value
-
-
-def theta(text: str) -> float:
-    value = real(text)
-    if value <= 1:
-        raise ArgumentTypeError(f"must be above 1, got {text}")
-    return value
-
-
-def share(text: str) -> float:
-    value = real(text)
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"must be from 0 to 1, got {text}")
+        raise BadParameter(f"must be even (a rotary pair has two dimensions), got {text}")
     return value
 
 
@@ -86,48 +73,40 @@ def threshold(text: str) -> float | str:
     if text in THRESHOLD_NAMES:
         return text
     try:
-        value = real(text)
-    except ArgumentTypeError:
-        value = -1.0
-    if value < 0:
-        raise ArgumentTypeError(
-            f"must be a number of at least 0, or {', '.join(THRESHOLD_NAMES)}, got {text!r}"
-        )
-    return value
+        return not_negative(text)
+    except BadParameter:
+        names = ", ".join(THRESHOLD_NAMES)
+        raise BadParameter(f"must be a number of at least 0, or {names}, got {text!r}") from None
 
 
 # --- names -------------------------------------------------------------------------------------
 
 
-def strategy(text: str) -> str:
-    if text not in STRATEGY_NAMES:
-        raise ArgumentTypeError(unknown("strategy", text, STRATEGY_NAMES))
-    return text
+def one_of(what: str, names: Collection[str]) -> Callable[[str], str]:
+    """The type of a name out of ``names``."""
+
+    def name(text: str) -> str:
+        if text not in names:
+            raise BadParameter(unknown(what, text, names))
+        return text
+
+    return name
 
 
-def stock_or_strategy(text: str) -> str:
-    if text != "stock" and text not in STRATEGY_NAMES:
-        raise ArgumentTypeError(unknown("strategy", text, ("stock", *STRATEGY_NAMES)))
-    return text
+strategy = one_of("strategy", STRATEGY_NAMES)
+stock_or_strategy = one_of("strategy", ("stock", *STRATEGY_NAMES))
+engine = one_of("engine", defaults.ENGINE_NAMES)
 
 
 def variant(text: str) -> str:
-    """What ``eval`` reads with: ``stock``, a strategy with or without settings, or a plan."""
+    """What ``eval`` measures: ``stock``, a strategy with or without settings, or a plan."""
     if text.endswith(".json"):
         return readable_file(text)
     name, _, settings = text.partition(":")
     if text != "stock" and name not in STRATEGY_NAMES:
-        raise ArgumentTypeError(
-            unknown("strategy", name, ("stock", *STRATEGY_NAMES), ", or a plan (PATH.json)")
-        )
+        raise BadParameter(unknown("strategy", name, ("stock", *STRATEGY_NAMES), ", or a plan (PATH.json)"))
     for part in filter(None, settings.split(",")):
         check_setting(name, *setting(part))
-    return text
-
-
-def engine(text: str) -> str:
-    if text not in defaults.ENGINE_NAMES:
-        raise ArgumentTypeError(unknown("engine", text, defaults.ENGINE_NAMES))
     return text
 
 
@@ -138,21 +117,21 @@ def model(text: str) -> str:
 
 def weights(text: str) -> str:
     """What can be loaded: a packaged model, a directory or a hub id."""
-    if text in PRESETS and text not in PACKAGED_MODEL_NAMES and not _exists(text):
-        raise ArgumentTypeError(
+    if text in PRESETS and text not in PACKAGED_MODEL_NAMES and not os.path.exists(text):
+        raise BadParameter(
             f"the preset {text} has frequencies and no weights: give a directory or the hub id {PRESETS[text][0]}"
         )
     return _model(text, PACKAGED_MODEL_NAMES)
 
 
-def _model(text: str, names: Iterable[str]) -> str:
-    if text in names or _exists(text):
+def _model(text: str, names: Collection[str]) -> str:
+    if text in names or os.path.exists(text):
         return text
     if text.count("/") != 1 or text[0] in "./~" or text[-1] == "/":
         if "/" in text:
-            raise ArgumentTypeError(f"no such file or directory: {text}")
+            raise BadParameter(f"no such file or directory: {text}")
         # A misspelt name should not wait for the hub to say no.
-        raise ArgumentTypeError(
+        raise BadParameter(
             unknown(
                 "model", text, names, "; or give a directory with a config.json, or a hub id (owner/name)"
             )
@@ -162,7 +141,7 @@ def _model(text: str, names: Iterable[str]) -> str:
 
 def device(text: str) -> str:
     if not re.fullmatch(r"cpu|mps|(cuda|xpu|hpu|npu)(:\d{1,3})?", text):
-        raise ArgumentTypeError(f"unknown device {text!r}; known: cpu, cuda, cuda:N")
+        raise BadParameter(f"unknown device {text!r}; known: cpu, cuda, cuda:N")
     return text
 
 
@@ -174,37 +153,23 @@ def readable_file(text: str) -> str:
         with open(text, "rb"):
             return text
     except (OSError, ValueError) as error:
-        raise ArgumentTypeError(f"cannot read {text}: {one_line(error)}") from None
+        raise BadParameter(f"cannot read {text}: {one_line(error)}") from None
 
 
 def corpus(text: str) -> str:
-    if text not in defaults.CORPUS_NAMES and not _exists(text):
-        raise ArgumentTypeError(unknown("text", text, defaults.CORPUS_NAMES, "; or give a text file"))
+    if text not in defaults.CORPUS_NAMES and not os.path.exists(text):
+        raise BadParameter(unknown("text", text, defaults.CORPUS_NAMES, "; or give a text file"))
     return text
 
 
 def output_file(text: str) -> str:
     """A path whose folder is there."""
     folder = Path(text).parent
-    if not text or _is_directory(text):
-        raise ArgumentTypeError(f"cannot write {text!r}: it is a directory")
-    if not _is_directory(folder):
-        raise ArgumentTypeError(f"cannot write {text}: there is no directory {folder}")
+    if not text or os.path.isdir(text):
+        raise BadParameter(f"cannot write {text!r}: it is a directory")
+    if not os.path.isdir(folder):
+        raise BadParameter(f"cannot write {text}: there is no directory {folder}")
     return text
-
-
-def _exists(text: str) -> bool:
-    try:
-        return bool(text) and Path(text).exists()
-    except (OSError, ValueError):  # longer than a name may be, a null byte
-        return False
-
-
-def _is_directory(path: str | Path) -> bool:
-    try:
-        return Path(path).is_dir()
-    except (OSError, ValueError):
-        return False
 
 
 # --- settings of a strategy --------------------------------------------------------------------
@@ -214,7 +179,7 @@ def setting(text: str) -> tuple[str, Any]:
     """``KEY=VALUE`` with the value as JSON, else as text."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ArgumentTypeError(f"{text!r} is not KEY=VALUE, e.g. beta_fast=16")
+        raise BadParameter(f"{text!r} is not KEY=VALUE, e.g. beta_fast=16")
     try:
         return key.replace("-", "_"), json.loads(value)
     except (ValueError, RecursionError):
@@ -222,14 +187,14 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def check_setting(strategy_name: str, name: str, value: Any) -> None:
-    """``ArgumentTypeError`` unless the strategy has the setting ``name`` and ``value`` is of its kind."""
+    """``BadParameter`` unless the strategy has the setting ``name`` and ``value`` is of its kind."""
     known = STRATEGY_SETTINGS[strategy_name]
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
-        raise ArgumentTypeError(f"the strategy {strategy_name} has no setting {name!r}; {has}")
+        raise BadParameter(f"the strategy {strategy_name} has no setting {name!r}; {has}")
     kind = known[name]
     if not _KINDS[kind](value):
-        raise ArgumentTypeError(f"{name} of {strategy_name} must be {kind}, got {json.dumps(value)[:80]}")
+        raise BadParameter(f"{name} of {strategy_name} must be {kind}, got {json.dumps(value)[:80]}")
     if kind == defaults.NAMES:
         for candidate in value:
             strategy(candidate)
