@@ -107,7 +107,8 @@ assert torch.equal(q, x) and torch.equal(k, x)
 found = info()
 print(json.dumps({
     "from": rope_dist.__file__, "warnings": [str(w.message) for w in caught],
-    "cpu": found["native libraries"]["CPU library"], "cuda": found["native libraries"]["CUDA library"], "used": found["backends"]["cpu"],
+    "cpu": found["native libraries"]["CPU library"], "cuda": found["native libraries"]["CUDA library"],
+    "used": found["backends"]["cpu"],
 }))
 """
 
