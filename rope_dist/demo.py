@@ -38,7 +38,7 @@ BUCKET = 1024
 """Positions of one point of the plot and of one entry of ``demo.json``."""
 
 
-def run(
+def run(  # noqa: PLR0913  (public)
     *,
     model_name: str = "smollm2-135m",
     text: str = "python",

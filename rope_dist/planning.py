@@ -447,7 +447,7 @@ def _target(found: ModelRope, factor: float) -> int:
     return target
 
 
-def plan(
+def plan(  # noqa: PLR0913  (public)
     source: str | os.PathLike[str] | PretrainedConfig | PreTrainedModel | None = None,
     *,
     theta: float | None = None,

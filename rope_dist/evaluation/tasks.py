@@ -60,7 +60,7 @@ def resolve_tasks(names: Sequence[str], shots: int | None = None) -> list[Task]:
     return list(dict.fromkeys(tasks))
 
 
-def measure_tasks(
+def measure_tasks(  # noqa: PLR0913  (public)
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],

@@ -9,7 +9,7 @@ from .arguments import Angles, Projections, present
 from .fixed_point import to_fixed_point
 
 
-def qkv_rotary(
+def qkv_rotary(  # noqa: PLR0913  (public)
     x: torch.Tensor,
     w_q: torch.Tensor,
     w_k: torch.Tensor,
@@ -125,7 +125,7 @@ def _checked(
     return angles
 
 
-def decode_rotary(
+def decode_rotary(  # noqa: PLR0913  (public)
     x: torch.Tensor,
     w_q: torch.Tensor,
     w_k: torch.Tensor,

@@ -52,7 +52,7 @@ def rotary(
     return library.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
 
 
-def rotary_at(
+def rotary_at(  # noqa: PLR0913  (public)
     q: torch.Tensor,
     k: torch.Tensor | None,
     inv_freq: torch.Tensor,
