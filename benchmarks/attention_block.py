@@ -1,13 +1,12 @@
 """LLaMA's attention block (projections, rotary, attention, output) with each implementation of attention.
 
-Stock and enabled blocks share their weights. The limit is the four projections and PyTorch's attention alone,
+Stock and enabled blocks share their weights. The roofline is the four projections and PyTorch's attention alone,
 without any rotary step.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -17,14 +16,16 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from rope_dist.bench import checked_tokens, random, rotated
+
 from . import models
-from .harness import TOLERANCES, Absent, Case, Provider
-from .peers import installed, missing
-from .question import Options, Question, Size
-from .shapes import DTYPES, Angles, checked_tokens, random, rotated
+from .baselines import installed, missing
+from .benchmark import MODELS, Benchmark, Options, Size
+from .harness import TOLERANCES, Case, Implementation, Skipped
+from .shapes import DTYPES
 
 FA4 = "flash-attn-4"
-IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", FA4)
+ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", FA4)
 
 
 class Block:
@@ -62,7 +63,7 @@ def unavailable(implementation: str, options: Options) -> str | None:
     if implementation in ("sdpa", "eager"):
         return None
     if options.device.type != "cuda":
-        return "for GPUs"
+        return "needs a GPU"
     if implementation == "flex_attention":
         return None
     if implementation == FA4 and torch.cuda.get_device_capability(options.device)[0] < 9:
@@ -87,7 +88,6 @@ def _mask(implementation: str, size: Size, device: torch.device) -> Any:
 
 
 def cases(size: Size, options: Options) -> list[Case]:
-    """The case of that size."""
     shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
     shared: list[Block] = []
 
@@ -102,20 +102,18 @@ def cases(size: Size, options: Options) -> list[Case]:
     def pick(out: torch.Tensor) -> list[torch.Tensor]:
         return [out[0, checked_tokens(size.tokens, device)]]
 
-    scores = shape.q_heads * size.tokens**2
     width = sum(shape.widths) + shape.widths[0]
     case = Case(
         name=str(size),
         inputs=inputs,
-        providers=partial(providers, size, options),
+        implementations=partial(implementations, size, options),
         exact=exact,
         pick=pick,
         # A softmax of rounded scores, and the output's product after it.
         tolerance=2 * TOLERANCES[dtype],
         bytes=(size.tokens * (2 * shape.hidden + 2 * width) + shape.hidden * width) * dtype.itemsize,
-        flops=2 * size.tokens * shape.hidden * width + 2 * scores * shape.head_dim,
         need=models.parameters_bytes(size, 1) + 12 * size.tokens * width * dtype.itemsize,
-        labels={"model": shape.name, "tokens": size.tokens, "dtype": size.dtype},
+        labels=size.labels,
     )
     return [case]
 
@@ -124,7 +122,7 @@ def _exact(block: Block, size: Size, tokens: torch.Tensor) -> torch.Tensor:
     """The block's output at some tokens, in float64 from its weights."""
     shape = size.shape
     attention = block.model.model.layers[0].self_attn
-    angles = Angles(shape, 1, torch.float32, tokens.device)
+    angles = shape.angles(1, torch.float32, tokens.device)
     x = block.x[0].double()
     q, k, v = (
         (rows @ m.weight.detach().double().T).unflatten(-1, (-1, shape.head_dim))
@@ -142,48 +140,39 @@ def _exact(block: Block, size: Size, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat(heads, -1) @ attention.o_proj.weight.detach().double().T
 
 
-def providers(size: Size, options: Options, block: Block) -> list[Provider | Absent]:
+def implementations(size: Size, options: Options, block: Block) -> list[Implementation | Skipped]:
     """Stock and enabled, with each implementation of attention."""
-    shape, device = size.shape, options.device
-    scores = shape.q_heads * size.tokens**2
-    found: list[Provider | Absent] = []
-    for implementation in IMPLEMENTATIONS:
-        if implementation != "sdpa" and not options.wants(implementation):
+    found: list[Implementation | Skipped] = []
+    for attention in ATTENTION:
+        if attention != "sdpa" and not options.wants(attention):
             continue
-        reason = unavailable(implementation, options)
-        if (
-            implementation == "eager"
-            and device.type == "cpu"
-            and size.tokens > 4096
-            and options.peers is None
-        ):
-            reason = "takes seconds at this length on a CPU: ask with --peers eager"
+        reason = unavailable(attention, options)
+        slow = attention == "eager" and options.device.type == "cpu" and size.tokens > 4096
+        if slow and options.baselines is None:
+            reason = "takes seconds at this length on a CPU: ask with --baselines eager"
         if reason:
-            found.append(Absent(implementation, reason))
+            found.append(Skipped(attention, reason))
             continue
-        # Eager holds the scores, their float32 softmax and its rounded copy.
-        need = scores * 10 if implementation == "eager" else 0
-        for name, make in (("Hugging Face", lambda m: m), ("rope_dist.enable", models.enabled)):
+        kinds = {"huggingface": "reference" if attention == "sdpa" else "baseline", models.ENABLED: "ours"}
+        for name, kind in kinds.items():
             found.append(
-                Provider(
-                    f"{name}, {implementation}",
-                    partial(_bind, make, implementation, size, device),
-                    kind="ours"
-                    if name != "Hugging Face"
-                    else "stock"
-                    if implementation == "sdpa"
-                    else "peer",
-                    need=need,
-                    late=implementation not in ("sdpa", "eager"),
-                    labels=installed("flash_attn") if "flash" in implementation else {},
+                Implementation(
+                    f"{name}, {attention}",
+                    partial(_bind, kind == "ours", attention, size, options.device),
+                    kind=kind,
+                    # Eager holds the scores, their float32 softmax and its rounded copy.
+                    need=size.shape.q_heads * size.tokens**2 * 10 if attention == "eager" else 0,
+                    late=attention not in ("sdpa", "eager"),
+                    labels=installed("flash_attn") if "flash" in attention else {},
                 )
             )
-    found.append(Provider("no rotary", partial(_without_rotary, shape), kind="limit"))
+    found.append(Implementation("no rotary", partial(_without_rotary, size.shape), kind="roofline"))
     return found
 
 
-def _bind(make: Callable, implementation: str, size: Size, device: torch.device, block: Block):
-    model = make(models.with_attention(block.model, implementation))
+def _bind(ours: bool, implementation: str, size: Size, device: torch.device, block: Block):
+    model = models.with_attention(block.model, implementation)
+    model = models.enabled(model) if ours else model
     return block.call(model, _mask(implementation, size, device))
 
 
@@ -202,33 +191,20 @@ def _without_rotary(shape, block: Block) -> Callable[[], torch.Tensor]:
     return call
 
 
-QUESTION = Question(
-    name="attention_block",
-    doc=__doc__,
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    title="LLaMA's attention block",
     cases=cases,
     sizes={
-        "cpu": [(("four heads",), (8192, 16384, 1024, 4096), ("bf16",))],
+        "cpu": [(("tiny-256",), (8192, 16384, 1024, 4096), ("bf16",))],
         "cuda": [
             (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
             (("Llama-3-8B",), (1024, 4096, 32768), ("bf16",)),
         ],
     },
-    quick={
-        "cpu": [(("four heads",), (1024,), ("bf16",))],
-        "cuda": [(("TinyLlama-1.1B",), (1024,), ("bf16",))],
-    },
-    sources=(
-        "rope_dist/ops/**/*.py",
-        "rope_dist/hf/**/*.py",
-        "csrc/*.h",
-        "csrc/*.cpp",
-        "csrc/*.cu",
-        "benchmarks/models.py",
-        "benchmarks/attention_block.py",
-    ),
-    peers=IMPLEMENTATIONS[1:],
-    seconds=75.0,
+    quick=[(("tiny-256",), (1024,), ("bf16",))],
+    share={"cpu": 12, "cuda": 11},
+    baselines=ATTENTION[1:],
+    sources=MODELS,
 )
-
-if __name__ == "__main__":
-    sys.exit(QUESTION.main())

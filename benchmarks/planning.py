@@ -1,21 +1,20 @@
 """How long planning takes, once and before inference: against length, head size and number of candidates.
 
-On one core. The limit computes the angles of every position and pair once, at the trained and at the target
-length, and sorts none of them. "stock" is the plan that the paper's method makes by default.
+On one core. The roofline computes the angles of every position and pair once, at the trained and at the target
+length, and sorts none of them. Ratios are to the plan that the paper's method makes by default.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 
 import torch
 
 from rope_dist.planning import plan
 
-from .harness import BenchmarkError, Case, Provider
-from .question import Options, Question, Size
+from .benchmark import Benchmark, Options, Size
+from .harness import BenchmarkError, Case, Implementation
 from .shapes import DTYPES, Shape
 
 CANDIDATES = ("extrapolation", "pi", "ntk", "dynamic-ntk", "yarn", "llama3")
@@ -49,30 +48,29 @@ def cases(size: Size, options: Options) -> list[Case]:
     def bound(call):
         return lambda _: call
 
-    providers = [
-        Provider(DEFAULT, bound(partial(make, strategy="dprope", dtype=dtype)), kind="stock"),
+    found = [
+        Implementation(DEFAULT, bound(partial(make, strategy="dprope", dtype=dtype)), kind="reference"),
         *(
-            Provider(
+            Implementation(
                 f"{count} candidates",
                 bound(partial(make, strategy="dprope", dtype=dtype, candidates=CANDIDATES[:number])),
             )
             for count, number in (("four", 4), ("six", 6))
         ),
-        Provider("two candidates, float64", bound(partial(make, strategy="dprope", dtype="float64"))),
-        Provider("yarn", bound(partial(make, strategy="yarn", dtype=dtype))),
-        Provider("auto", bound(partial(make, strategy="auto", dtype=dtype))),
+        Implementation("two candidates, float64", bound(partial(make, strategy="dprope", dtype="float64"))),
+        Implementation("yarn", bound(partial(make, strategy="yarn", dtype=dtype))),
+        Implementation("auto", bound(partial(make, strategy="auto", dtype=dtype))),
         *(
-            [Provider("refined", bound(partial(make, strategy="refined", dtype=dtype)))]
+            [Implementation("refined", bound(partial(make, strategy="refined", dtype=dtype)))]
             if target <= 4 * TRAINED
             else []
         ),
-        Provider("angles", bound(angles), kind="limit"),
+        Implementation("angles", bound(angles), kind="roofline"),
     ]
     case = Case(
         name=f"head size {dim}, {TRAINED // 1024}k to {target // 1024}k",
         inputs=lambda: None,
-        providers=lambda _: providers,
-        bytes=size_of_angles,
+        implementations=lambda _: found,
         need=size_of_angles,
         kernel=False,
         labels={"model": size.shape.name, "tokens": target, "dtype": dtype, "head_dim": dim},
@@ -80,9 +78,10 @@ def cases(size: Size, options: Options) -> list[Case]:
     return [case]
 
 
-QUESTION = Question(
-    name="planning",
-    doc=__doc__,
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    title="Planning",
     cases=cases,
     sizes={
         "cpu": [
@@ -90,17 +89,9 @@ QUESTION = Question(
             (("head size 64", "head size 256"), (16384,), ("fp32",)),
         ]
     },
-    quick={"cpu": [(("head size 128",), (8192,), ("fp32",))]},
-    sources=(
-        "rope_dist/planning.py",
-        "rope_dist/strategies/*.py",
-        "rope_dist/distribution.py",
-        "benchmarks/planning.py",
-    ),
-    seconds=30.0,
+    quick=[(("head size 128",), (8192,), ("fp32",))],
+    share={"cpu": 6},
     threads=1,
     shapes=HEADS,
+    sources=("rope_dist/planning.py", "rope_dist/strategies/*.py", "rope_dist/distribution.py"),
 )
-
-if __name__ == "__main__":
-    sys.exit(QUESTION.main())

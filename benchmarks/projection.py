@@ -1,13 +1,12 @@
 """Projection with rotary: from a layer's input to rotated queries and keys, and values; forward and backward.
 
-The limit is the matrix products alone, as one. On a CPU the kernels that fuse both are not at hand: there
+The roofline is the matrix products alone, as one. On a CPU there are no kernels that fuse both: there
 "rope_dist" is what enable() does, three products and the rotation in place of their results.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -15,26 +14,24 @@ import torch
 from torch.nn import functional
 
 from rope_dist import ops
+from rope_dist.bench import HUGGINGFACE, checked_tokens, huggingface, random, rotated
 from rope_dist.ops import dispatch_projection
 
-from .harness import TOLERANCES, Absent, Case, Provider
-from .peers import (
+from .baselines import (
+    BASELINES,
     COMPILED,
     LIGER,
-    PEERS,
-    STOCK,
     installed,
     kernel,
     liger_implementations,
     missing,
-    stock,
     unavailable,
 )
-from .question import Options, Question, Size
-from .shapes import DTYPES, Angles, checked_tokens, random, rotated
+from .benchmark import Benchmark, Options, Size
+from .harness import TOLERANCES, Case, Implementation, Skipped
+from .shapes import DTYPES, Angles
 
 QUACK = "quack"
-PEER_NAMES = (COMPILED, LIGER, QUACK)
 
 
 class Layer:
@@ -62,11 +59,7 @@ class Layer:
         return [functional.linear(self.x, w).unflatten(-1, (-1, head_dim)) for w in self.weights]
 
 
-Forward = Callable[[Layer], Callable[[], tuple[torch.Tensor, ...]]]
-
-
 def cases(size: Size, options: Options) -> list[Case]:
-    """Forward, and forward with backward."""
     return [_case(size, options, gradients) for gradients in (False, True)]
 
 
@@ -79,25 +72,24 @@ def _case(size: Size, options: Options, gradients: bool) -> Case:
     return Case(
         name=f"{size}, {what}",
         inputs=partial(Layer, size, dtype, device, gradients),
-        providers=lambda layer: providers(size, options, layer, gradients),
+        implementations=lambda layer: implementations(size, options, layer, gradients),
         exact=partial(_exact_gradients if gradients else _exact_some, size),
         pick=partial(_pick_gradients, size) if gradients else partial(_pick_some, size),
         # A product's rounding adds to the rotation's.
         tolerance=2 * TOLERANCES[dtype],
         bytes=products * moved * dtype.itemsize,
-        flops=products * 2 * size.tokens * shape.hidden * total,
         need=(8 if gradients else 5) * moved * dtype.itemsize,
         gradients=gradients,
-        labels={"model": shape.name, "tokens": size.tokens, "dtype": size.dtype, "pass": what},
+        labels=size.labels | {"pass": what},
     )
 
 
 def exact_forward(
-    size: Size, tokens: torch.Tensor, layer: Layer, offset: int = 0, interleaved: bool = False
+    size: Size, tokens: torch.Tensor, layer: Layer, interleaved: bool = False
 ) -> list[torch.Tensor]:
     """Rotated queries and keys, and values, of some tokens in float64."""
     shape = size.shape
-    cos, sin = Angles(shape, 1, torch.float32, tokens.device).exact(tokens + offset)
+    cos, sin = shape.angles(1, torch.float32, tokens.device).exact(tokens)
     x = layer.x.detach()[0, tokens].double()
     q, k, v = ((x @ w.detach().double().T).unflatten(-1, (-1, shape.head_dim)) for w in layer.weights)
     return [rotated(q, cos, sin, interleaved=interleaved), rotated(k, cos, sin, interleaved=interleaved), v]
@@ -116,7 +108,7 @@ def _exact_gradients(size: Size, layer: Layer) -> list[torch.Tensor]:
     """In float64: the input's gradient at some tokens, and that of the first head's rows of each weight."""
     tokens = checked_tokens(size.tokens, layer.x.device)
     shape, everywhere = size.shape, torch.arange(size.tokens, device=tokens.device)
-    angles = Angles(shape, 1, torch.float32, tokens.device)
+    angles = shape.angles(1, torch.float32, tokens.device)
     (cos, sin), (all_cos, all_sin) = angles.exact(tokens), angles.exact(everywhere)
     x = layer.x.detach()[0].double()
     d_x, d_weights = 0, []
@@ -136,15 +128,17 @@ def _pick_gradients(size: Size, outputs) -> list[torch.Tensor]:
     return [d_x[0, tokens], *(w[: size.shape.head_dim] for w in d_weights)]
 
 
-def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> list[Provider | Absent]:
+def implementations(
+    size: Size, options: Options, layer: Layer, gradients: bool
+) -> list[Implementation | Skipped]:
     """Everything that projects and rotates; with ``gradients`` each followed by its backward pass."""
     shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
-    angles = Angles(shape, size.tokens, dtype, device)
-    at = {"head_dim": shape.head_dim, "inv_freq": angles.words, "position_ids": angles.positions}
+    angles = shape.angles(size.tokens, dtype, device)
+    at = {"head_dim": shape.head_dim, "inv_freq": angles.fixed, "position_ids": angles.position_ids}
 
-    def stock_way(inputs: Layer):
+    def stock(inputs: Layer):
         q, k, v = inputs.project(shape.head_dim)
-        return *stock(q, k, angles), v
+        return *huggingface(q, k, angles), v
 
     def separate(inputs: Layer):
         q, k, v = inputs.project(shape.head_dim)
@@ -153,22 +147,22 @@ def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> li
     def fused(inputs: Layer, path: str = "auto"):
         return ops.qkv_rotary(inputs.x, *inputs.weights, path=path, **at)
 
-    def timed(name: str, way: Callable, kind: str = "peer", **more) -> Provider:
-        bind = partial(_with_backward, way) if gradients else lambda inputs: partial(way, inputs)
-        return Provider(name, bind, kind=kind, **more)
+    def timed(name: str, run: Callable, kind: str = "baseline", **more) -> Implementation:
+        bind = partial(_with_backward, run) if gradients else lambda inputs: partial(run, inputs)
+        return Implementation(name, bind, kind=kind, **more)
 
-    found: list[Provider | Absent] = [timed(STOCK, stock_way, "stock")]
+    found: list[Implementation | Skipped] = [timed(HUGGINGFACE, stock, "reference")]
     if ops.backend_for(layer.x) == "triton":
         found.append(timed("rope_dist", fused, "ours"))
-        rotary_dim = 2 * angles.words.shape[1]
+        rotary_dim = 2 * angles.fixed.shape[1]
         weights = [w.detach() for w in layer.weights]
         for path in dispatch_projection.candidates(layer.x.detach(), *weights, shape.head_dim, rotary_dim):
             found.append(timed(f"rope_dist, {path}", partial(fused, path=path), "ours"))
     else:
         found.append(timed("rope_dist", separate, "ours"))
-    found.append(Provider("one product" + " each" * gradients, _products, kind="limit"))
+    found.append(Implementation("one product" + " each" * gradients, _products, kind="roofline"))
     if options.wants(COMPILED):
-        found.append(timed(COMPILED, torch.compile(stock_way, dynamic=False), late=True))
+        found.append(timed(COMPILED, torch.compile(stock, dynamic=False), late=True))
     if options.wants(LIGER):
         found += _liger(size, options, angles, gradients, timed)
     if options.wants(QUACK):
@@ -176,9 +170,9 @@ def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> li
     return found
 
 
-def _with_backward(way: Callable, layer: Layer) -> Callable[[], tuple[torch.Tensor, ...]]:
+def _with_backward(run: Callable, layer: Layer) -> Callable[[], tuple[torch.Tensor, ...]]:
     def call():
-        return torch.autograd.grad(way(layer), (layer.x, *layer.weights), layer.grads)
+        return torch.autograd.grad(run(layer), (layer.x, *layer.weights), layer.grads)
 
     return call
 
@@ -195,16 +189,16 @@ def _products(layer: Layer) -> Callable[[], object]:
 
 def _liger(
     size: Size, options: Options, angles: Angles, gradients: bool, timed: Callable
-) -> list[Provider | Absent]:
+) -> list[Implementation | Skipped]:
     reason = unavailable(LIGER, options)
     if reason:
-        return [Absent(LIGER, reason)]
-    peer = PEERS[LIGER]
-    module = importlib.import_module(peer.module)
+        return [Skipped(LIGER, reason)]
+    baseline = BASELINES[LIGER]
+    module = importlib.import_module(baseline.module)
 
-    def way(implementation: str | None, inputs: Layer):
+    def run(implementation: str | None, inputs: Layer):
         q, k, v = inputs.project(size.shape.head_dim)
-        return *peer.rotate(module, q, k, angles, implementation)(), v
+        return *baseline.rotate(module, q, k, angles, implementation)(), v
 
     triton, *others = liger_implementations()
     found = {LIGER: triton}
@@ -212,23 +206,23 @@ def _liger(
         # Without them these hand over to Triton's.
         found |= {f"{LIGER}, {name}": name for name in others}
     return [
-        timed(name, partial(way, chosen), late=True, labels=installed(peer.module) | kernel(chosen))
+        timed(name, partial(run, chosen), late=True, labels=installed(baseline.module) | kernel(chosen))
         for name, chosen in found.items()
     ]
 
 
-def _quack(size: Size, options: Options, angles: Angles, gradients: bool) -> Provider | Absent:
+def _quack(size: Size, options: Options, angles: Angles, gradients: bool) -> Implementation | Skipped:
     """quack's matrix product with the rotation in its epilogue: interleaved pairs, forward only."""
     if gradients:
-        return Absent(QUACK, "its fused product has no backward pass")
+        return Skipped(QUACK, "its fused product has no backward pass")
     reason = unavailable(QUACK, options) or missing("quack.epilogue.rotary")
     if reason:
-        return Absent(QUACK, reason)
+        return Skipped(QUACK, reason)
     module = importlib.import_module("quack.epilogue.rotary")
     shape = size.shape
     n_q, n_k, n_v = shape.widths
     frequencies = module.make_interleaved_inv_freq(angles.inv_freq, n_q + n_k, n_v)[None]
-    positions = angles.positions.float()
+    positions = angles.position_ids.float()
 
     def bind(inputs: Layer):
         # One weight, as a model that was made for this kernel has it.
@@ -245,13 +239,14 @@ def _quack(size: Size, options: Options, angles: Angles, gradients: bool) -> Pro
 
     tokens = checked_tokens(size.tokens, options.device)
     exact = partial(exact_forward, size, tokens, interleaved=True)
-    labels = installed(PEERS[QUACK].module)
-    return Provider(f"{QUACK}, default tile", bind, exact=exact, late=True, labels=labels)
+    labels = installed(BASELINES[QUACK].module)
+    return Implementation(f"{QUACK}, default tile", bind, exact=exact, late=True, labels=labels)
 
 
-QUESTION = Question(
-    name="projection",
-    doc=__doc__,
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    title="Projection and rotary",
     cases=cases,
     sizes={
         "cpu": [(("SmolLM2-135M", "TinyLlama-1.1B"), (8192, 16384), ("bf16",))],
@@ -261,14 +256,8 @@ QUESTION = Question(
             (("Llama-3-8B",), (1024, 2048, 4096, 32768), ("bf16",)),
         ],
     },
-    quick={
-        "cpu": [(("SmolLM2-135M",), (1024,), ("bf16",))],
-        "cuda": [(("Llama-3-8B",), (1024,), ("bf16",))],
-    },
-    sources=("rope_dist/ops/**/*.py", "csrc/*.h", "csrc/*.cpp", "csrc/*.cu", "benchmarks/projection.py"),
-    peers=PEER_NAMES,
-    seconds=90.0,
+    quick=[(("SmolLM2-135M",), (1024,), ("bf16",))],
+    share={"cpu": 22, "cuda": 28},
+    baselines=(COMPILED, LIGER, QUACK),
+    plot=True,
 )
-
-if __name__ == "__main__":
-    sys.exit(QUESTION.main())

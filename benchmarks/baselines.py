@@ -1,8 +1,8 @@
-"""Other people's rotary kernels behind one signature, where they are installed.
+"""Rotary kernels of other packages behind one signature, where they are installed.
 
-Each is written from its package's public interface, is checked like every provider before it is timed, and is
-left out with a reason where it cannot run. On a CPU only eager and ``torch.compile`` take part: the others are
-GPU kernels, and Liger's under Triton's interpreter would be a timing of the interpreter.
+Each is written from its package's public interface, is checked like every implementation before it is timed, and is
+skipped with a reason where it cannot run. On a CPU only eager and ``torch.compile`` run: the others are
+GPU kernels, and Liger's in Triton's interpreter would be a timing of the interpreter.
 """
 
 from __future__ import annotations
@@ -19,24 +19,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .harness import Absent, Provider
-from .question import Options
-from .shapes import Angles
+from rope_dist.bench import Angles, huggingface
 
-Rotate = Callable[[torch.Tensor, torch.Tensor, Angles], Callable[[], tuple[torch.Tensor, torch.Tensor]]]
+from .benchmark import Options
+from .harness import Implementation, Skipped
 
-STOCK = "Hugging Face"
 COMPILED = "torch.compile"
 """Of Hugging Face's function."""
 LIGER = "Liger"
-
-
-def stock(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hugging Face's rotation of ``[B, S, H, D]``: it sees ``[B, H, S, D]`` views, as in the stock attention."""
-    q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *angles.stock)
-    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def _liger(
@@ -48,7 +39,7 @@ def _liger(
         # Otherwise Liger chooses, by what else is installed and by the size of the input.
         if pin:
             pin(implementation)
-        a, b = module.liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *angles.stock)
+        a, b = module.liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *angles.huggingface)
         return a.transpose(1, 2), b.transpose(1, 2)
 
     return call
@@ -66,7 +57,7 @@ def _flash_attn(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: An
 
 def _flat(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, ...]:
     """Positions and ``[tokens, heads * D]`` views: what FlashInfer and vLLM take."""
-    return angles.positions.flatten(), q.flatten(0, 1).flatten(1), k.flatten(0, 1).flatten(1)
+    return angles.position_ids.flatten(), q.flatten(0, 1).flatten(1), k.flatten(0, 1).flatten(1)
 
 
 def _flashinfer(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
@@ -95,7 +86,7 @@ def _vllm(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) 
 
 
 def _unsloth(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
-    cos, sin = (table[0] for table in angles.stock)
+    cos, sin = (table[0] for table in angles.huggingface)
 
     def call():
         a, b = module.fast_rope_embedding(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
@@ -114,14 +105,14 @@ def liger_implementations() -> list[str | None]:
 
 
 @dataclass(frozen=True)
-class Peer:
+class Baseline:
     """A package with a rotary kernel.
 
     Attributes:
         module: that has the function.
         rotate: from that module and the tensors to the call.
         hopper: it has no code for GPUs before Hopper.
-        alters: importing it changes transformers for the whole process: it takes part only if asked for.
+        alters: importing it changes transformers for the whole process: it runs only if named.
     """
 
     module: str
@@ -130,27 +121,27 @@ class Peer:
     alters: bool = False
 
 
-PEERS = {
-    LIGER: Peer("liger_kernel.transformers.rope", _liger),
-    "flash-attn": Peer("flash_attn.layers.rotary", _flash_attn),
-    "FlashInfer": Peer("flashinfer", _flashinfer),
-    "quack": Peer("quack.rotary", _flash_attn, hopper=True),
-    "vLLM": Peer("vllm._custom_ops", _vllm),
-    "Unsloth": Peer("unsloth.kernels.rope_embedding", _unsloth, alters=True),
+BASELINES = {
+    LIGER: Baseline("liger_kernel.transformers.rope", _liger),
+    "flash-attn": Baseline("flash_attn.layers.rotary", _flash_attn),
+    "FlashInfer": Baseline("flashinfer", _flashinfer),
+    "quack": Baseline("quack.rotary", _flash_attn, hopper=True),
+    "vLLM": Baseline("vllm._custom_ops", _vllm),
+    "Unsloth": Baseline("unsloth.kernels.rope_embedding", _unsloth, alters=True),
 }
-ROTARY_PEERS = (COMPILED, *PEERS)
+ROTARY = (COMPILED, *BASELINES)
 
 
 def unavailable(name: str, options: Options) -> str | None:
-    """Why that peer cannot take part here, or None."""
-    peer = PEERS[name]
+    """Why that baseline cannot run here, or None."""
+    baseline = BASELINES[name]
     if options.device.type != "cuda":
-        return "a GPU kernel; on a CPU it would run in an interpreter, if at all"
-    if peer.hopper and torch.cuda.get_device_capability(options.device)[0] < 9:
+        return "needs a GPU"
+    if baseline.hopper and torch.cuda.get_device_capability(options.device)[0] < 9:
         return "needs Hopper or later"
-    if peer.alters and options.peers is None:
-        return f"importing it changes transformers for the whole process: ask with --peers {name}"
-    return missing(peer.module)
+    if baseline.alters and options.baselines is None:
+        return f"importing it changes transformers for the whole process: ask with --baselines {name}"
+    return missing(baseline.module)
 
 
 @cache
@@ -183,8 +174,8 @@ def installed(module: str) -> dict[str, str]:
 
 
 def kernel(implementation: str | None) -> dict[str, str]:
-    """The label for the JSON."""
-    return {"implementation": implementation} if implementation else {}
+    """The column of which of the package's kernels it is."""
+    return {"kernel": implementation} if implementation else {}
 
 
 @cache
@@ -192,29 +183,31 @@ def _distributions() -> dict[str, list[str]]:
     return dict(metadata.packages_distributions())
 
 
-def rotary_peers(options: Options, angles: Angles) -> list[Provider | Absent]:
+def rotary_baselines(options: Options, angles: Angles) -> list[Implementation | Skipped]:
     """torch.compile's and each package's rotation of inputs with ``q`` and ``k`` ``[1, S, H, D]``."""
-    found: list[Provider | Absent] = []
+    found: list[Implementation | Skipped] = []
     if options.wants(COMPILED):
         # Sizes fixed: the best that the compiler can do.
-        compiled = torch.compile(stock, dynamic=False)
+        compiled = torch.compile(huggingface, dynamic=False)
         found.append(
-            Provider(COMPILED, lambda inputs: lambda: compiled(inputs.q, inputs.k, angles), late=True)
+            Implementation(COMPILED, lambda inputs: lambda: compiled(inputs.q, inputs.k, angles), late=True)
         )
-    for name, peer in PEERS.items():
+    for name, baseline in BASELINES.items():
         if not options.wants(name):
             continue
         reason = unavailable(name, options)
         if reason:
-            found.append(Absent(name, reason))
+            found.append(Skipped(name, reason))
             continue
-        module = importlib.import_module(peer.module)
-        rotate, labels = partial(peer.rotate, module), installed(peer.module)
+        module = importlib.import_module(baseline.module)
+        rotate, labels = partial(baseline.rotate, module), installed(baseline.module)
         if name == LIGER:
             # Without gradients its other kernels hand over to Triton's.
             implementation = liger_implementations()[0]
             rotate, labels = partial(rotate, implementation=implementation), labels | kernel(implementation)
         found.append(
-            Provider(name, lambda inputs, r=rotate: r(inputs.q, inputs.k, angles), late=True, labels=labels)
+            Implementation(
+                name, lambda inputs, r=rotate: r(inputs.q, inputs.k, angles), late=True, labels=labels
+            )
         )
     return found
