@@ -190,7 +190,7 @@ class Benchmark:
             if folder:
                 state = {"load": machine.load(), "gpu_state": gpu_state(device)}
                 rest = [{"case": name, "note": CUT_SHORT} for name in names[at + 1 :]]
-                rows = [run | state | {"unit": self.unit} | row for row in (*done, *rows, *rest)]
+                rows = [run | state | {"unit": self.unit} | row for row in _once(done + rows + rest)]
                 results.replace(self.name, device.type, rows, folder)
 
         for index in range(len(cases)):
@@ -251,6 +251,18 @@ class Benchmark:
         return list(dict.fromkeys(sizes))
 
 
+def _once(rows: Rows) -> Rows:
+    """What is skipped in every case for the same reason is one row."""
+    seen = set()
+    return [
+        row
+        for row in rows
+        if not row.get("note", "").startswith("skipped: ")
+        or (key := (row.get("implementation", row["case"]), row["note"])) not in seen
+        and not seen.add(key)
+    ]
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
@@ -294,8 +306,7 @@ def machine_of(row: dict[str, Any]) -> str:
     versions = f"torch {row['torch']}, transformers {row['transformers']}"
     if row.get("device") == "cuda":
         return f"{row['gpu']}, {versions}, Triton {row['triton']}"
-    threads = row["threads"]
-    return f"{threads} thread{'' if threads == '1' else 's'} on {row['processor']}, {versions}"
+    return f"{row['processor']}, {versions}"
 
 
 def figure(seconds: float, unit: str, tokens: int | None) -> str:
@@ -328,12 +339,13 @@ def table(rows: Rows, unit: str) -> str:
 
 
 def notes(rows: Rows) -> list[str]:
-    """``name, name: reason`` of what was not timed."""
+    """What was not timed, by reason: ``skipped: Liger, quack (needs a GPU)``."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         if "note" in row:
             found.setdefault(row["note"], {})[row.get("implementation", row["case"])] = None
-    return [f"{', '.join(names)}: {note}" for note, names in found.items()]
+    parts = [(", ".join(names), *note.split(": ", 1)) for note, names in found.items()]
+    return [f"{status}: {names} ({reason})" for names, status, reason in parts]
 
 
 def commit() -> str | None:

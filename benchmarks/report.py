@@ -41,8 +41,8 @@ def perplexity() -> tuple[str, str]:
     step = result["rotary_step_seconds"]
     return (
         f"{markdown(rows, ['', *marked])}\n\n\\* past the {trained} tokens the model was trained on; every extension "
-        f"is to {result['target_length']}, without training. {result['tokens']} tokens of {result['text']}. In the same "
-        f"run this package's rotary step of a layer was {step['stock'] / step['rope_dist']:.1f} times as fast as "
+        f"is to {result['target_length']}, without training. {result['tokens']} tokens of {result['text']}. In the "
+        f"same run this package's rotary step of a layer was {step['stock'] / step['rope_dist']:.1f} times as fast as "
         "stock's."
     ), machine_of(result["machine"])
 

@@ -39,8 +39,12 @@ def of(benchmark: str, device: str, folder: Path | None = None) -> Rows:
 def replace(benchmark: str, device: str, rows: Rows, folder: Path) -> None:
     """Put ``rows`` in the place of those of that benchmark: whole or not at all, others stay as they are."""
     kept = [row for row in read(device, folder) if row["benchmark"] != benchmark]
-    lines = [json.dumps(row) for row in sorted(kept + rows, key=lambda row: row["benchmark"])]
+    lines = [json.dumps(row | _rounded(row)) for row in sorted(kept + rows, key=lambda row: row["benchmark"])]
     write_text(folder / f"{device}.jsonl", "".join(line + "\n" for line in lines))
+
+
+def _rounded(row: dict[str, Any]) -> dict[str, float]:
+    return {key: float(f"{value:.5g}") for key, value in row.items() if isinstance(value, float)}
 
 
 def code(patterns: Sequence[str], root: Path = ROOT) -> str:

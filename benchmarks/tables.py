@@ -95,19 +95,20 @@ def footnote(benchmark: Benchmark, rows: Rows) -> str:
     timed = [row for row in rows if "seconds" in row]
     parts = []
     if timed:
-        reference = next((row["implementation"] for row in timed if row["kind"] == "reference"), "")
-        bound = any(row["kind"] == "roofline" for row in timed)
-        unit = f"{benchmark.unit} (speedup over {reference})" if reference else benchmark.unit
-        parts.append(
-            f"Median {unit}" + "; roofline (share of it that the fastest rope_dist reaches)." * bound
+        reference = next(
+            (f" (speedup over {r['implementation']})" for r in timed if r["kind"] == "reference"), ""
         )
-        parts[0] += "" if bound else "."
+        share = " (share of it that the fastest rope_dist reaches)" * any(r["kind"] == "ours" for r in timed)
+        bound = f"; roofline{share}" * any(row["kind"] == "roofline" for row in timed)
+        parts.append(f"Median {benchmark.unit}{reference}{bound}.")
     parts.append(f"`{rows[0]['command']}` at {rows[0]['commit'] or 'no commit'}.")
     if timed:
         spreads = sorted((row["p80"] - row["p20"]) / row["seconds"] for row in timed)
         counts = [row["rounds"] for row in timed]
+        threads = f"{rows[0]['threads']} threads, " * (rows[0]["device"] == "cpu")
+        spread = f"median spread (p20-p80) {spreads[len(spreads) // 2] * 100:.0f} %"
         parts.append(
-            f"{min(counts)} to {max(counts)} rounds, median spread (p20-p80) {spreads[len(spreads) // 2] * 100:.0f} %."
+            f"{threads}{min(counts)} to {max(counts)} rounds, {spread}.".replace("1 threads", "1 thread")
         )
     packages = {
         row["implementation"]: row["package"] + (f" ({row['kernel']})" if "kernel" in row else "")
@@ -116,7 +117,7 @@ def footnote(benchmark: Benchmark, rows: Rows) -> str:
     }
     if packages:
         parts.append(f"Packages: {', '.join(f'{name}: {package}' for name, package in packages.items())}.")
-    parts += [f"{note}." for note in notes(rows)]
+    parts += [f"{note[0].upper()}{note[1:]}." for note in notes(rows)]
     if rows[0]["quick"]:
         parts.append("**A quick run, no measurement.**")
     if rows[0]["code"] != benchmark.code:
