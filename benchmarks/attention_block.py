@@ -197,13 +197,10 @@ BENCHMARK = Benchmark(
     title="LLaMA's attention block",
     cases=cases,
     sizes={
-        "cpu": [(("tiny-256",), (8192, 16384, 1024, 4096), ("bf16",))],
-        "cuda": [
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 4096, 32768), ("bf16",)),
-        ],
+        "cpu": ["tiny-256: 8k 16k 1k 4k"],
+        "cuda": ["Llama-3-8B LLaMA2-7B: 8k 16k", "Llama-3-8B: 1k 4k 32k"],
+        "quick": ["tiny-256: 1k"],
     },
-    quick=[(("tiny-256",), (1024,), ("bf16",))],
     share={"cpu": 12, "cuda": 11},
     baselines=ATTENTION[1:],
     sources=MODELS,

@@ -1,8 +1,8 @@
 """Rotary kernels of other packages behind one signature, where they are installed.
 
 Each is written from its package's public interface, is checked like every implementation before it is timed, and is
-skipped with a reason where it cannot run. On a CPU only eager and ``torch.compile`` run: the others are
-GPU kernels, and Liger's in Triton's interpreter would be a timing of the interpreter.
+skipped with a reason where it cannot run. On a CPU only eager and ``torch.compile`` run: the others are GPU kernels, and
+Liger's in Triton's interpreter would be a timing of the interpreter.
 """
 
 from __future__ import annotations
@@ -28,80 +28,63 @@ from .harness import Implementation, Skipped
 COMPILED = "torch.compile"
 """Of Hugging Face's function."""
 LIGER = "Liger"
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _liger(
-    module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles, implementation: str | None = None
-) -> Callable:
-    pin = importlib.import_module("liger_kernel.backends").set_impl if implementation else None
+def _heads_first(
+    function: Callable, q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any
+) -> Callable[[], Pair]:
+    """Of a function that takes ``[B, H, S, D]``."""
 
-    def call():
+    def call() -> Pair:
+        a, b = function(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return a.transpose(1, 2), b.transpose(1, 2)
+
+    return call
+
+
+def _liger(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles, kernel: str | None = None):
+    pin = importlib.import_module("liger_kernel.backends").set_impl if kernel else None
+
+    def rotate(*tensors: torch.Tensor) -> Pair:
         # Otherwise Liger chooses, by what else is installed and by the size of the input.
         if pin:
-            pin(implementation)
-        a, b = module.liger_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *angles.huggingface)
-        return a.transpose(1, 2), b.transpose(1, 2)
+            pin(kernel)
+        return module.liger_rotary_pos_emb(*tensors)
 
-    return call
+    return _heads_first(rotate, q, k, *angles.huggingface)
 
 
-def _flash_attn(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
+def _unsloth(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles):
+    return _heads_first(module.fast_rope_embedding, q, k, *(table[0] for table in angles.huggingface))
+
+
+def _flash_attn(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles):
     # One call a tensor, tables [S, D/2]; quack has the same interface.
     cos, sin = (table[0].to(q.dtype) for table in (angles.cos, angles.sin))
-
-    def call():
-        return tuple(module.apply_rotary_emb(x, cos, sin, inplace=True) for x in (q, k))
-
-    return call
+    return lambda: tuple(module.apply_rotary_emb(x, cos, sin, inplace=True) for x in (q, k))
 
 
-def _flat(q: torch.Tensor, k: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, ...]:
-    """Positions and ``[tokens, heads * D]`` views: what FlashInfer and vLLM take."""
-    return angles.position_ids.flatten(), q.flatten(0, 1).flatten(1), k.flatten(0, 1).flatten(1)
+def _flat(rotate: Callable, dtype: torch.dtype, q: torch.Tensor, k: torch.Tensor, angles: Angles):
+    """Of a function that changes ``[tokens, heads * D]`` and takes positions and one table of cos and sin."""
+    flat = angles.position_ids.flatten(), *(x.flatten(0, 1).flatten(1) for x in (q, k))
+    table = torch.cat((angles.cos[0], angles.sin[0]), -1).to(dtype)
 
-
-def _flashinfer(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
-    positions, flat_q, flat_k = _flat(q, k, angles)
-    cache = torch.cat((angles.cos[0], angles.sin[0]), -1)
-
-    def call():
-        module.apply_rope_with_cos_sin_cache_inplace(
-            positions, flat_q, flat_k, q.shape[-1], cache, is_neox=True
-        )
+    def call() -> Pair:
+        rotate(*flat, q.shape[-1], table)
         return q, k
 
     return call
 
 
-def _vllm(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
-    positions, flat_q, flat_k = _flat(q, k, angles)
-    # As vLLM's own module has it: in the model's type.
-    cache = torch.cat((angles.cos[0], angles.sin[0]), -1).to(q.dtype)
-
-    def call():
-        module.rotary_embedding(positions, flat_q, flat_k, q.shape[-1], cache, True)
-        return q, k
-
-    return call
+def _flashinfer(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles):
+    rotate = partial(module.apply_rope_with_cos_sin_cache_inplace, is_neox=True)
+    return _flat(rotate, torch.float32, q, k, angles)
 
 
-def _unsloth(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles) -> Callable:
-    cos, sin = (table[0] for table in angles.huggingface)
-
-    def call():
-        a, b = module.fast_rope_embedding(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-        return a.transpose(1, 2), b.transpose(1, 2)
-
-    return call
-
-
-def liger_implementations() -> list[str | None]:
-    """Names of Liger's kernels that run here, Triton's first; ``[None]`` of a version that has only that one."""
-    try:
-        backends = importlib.import_module("liger_kernel.backends")
-    except ImportError:
-        return [None]
-    return sorted(backends.available_impls("rope"), key=lambda name: not name.endswith("triton")) or [None]
+def _vllm(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles):
+    # Its table is in the model's type, as in vLLM's own module.
+    return _flat(lambda *tensors: module.rotary_embedding(*tensors, True), q.dtype, q, k, angles)
 
 
 @dataclass(frozen=True)
@@ -110,7 +93,7 @@ class Baseline:
 
     Attributes:
         module: that has the function.
-        rotate: from that module and the tensors to the call.
+        rotate: from that module, queries, keys and angles to the call.
         hopper: it has no code for GPUs before Hopper.
         alters: importing it changes transformers for the whole process: it runs only if named.
     """
@@ -146,9 +129,9 @@ def unavailable(name: str, options: Options) -> str | None:
 
 @cache
 def read_path_files() -> None:
-    """Take folders in ``PYTHONPATH`` that ``pip install --target`` made as Python takes its own ``site-packages``.
+    """Read the ``.pth`` files of folders in ``PYTHONPATH`` that ``pip install --target`` made.
 
-    Python does not read a ``.pth`` file there, which is how nvidia-cutlass-dsl makes ``cutlass`` importable.
+    Python reads them in its own ``site-packages`` only; nvidia-cutlass-dsl needs its to make ``cutlass`` importable.
     """
     for folder in filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)):
         if any(Path(folder).glob("*.pth")):
@@ -166,21 +149,25 @@ def missing(module: str) -> str | None:
     return None
 
 
-def installed(module: str) -> dict[str, str]:
-    """``{"package": "liger-kernel 0.8.5"}``: what ``module`` was installed from; empty where nothing says so."""
-    top = module.partition(".")[0]
-    names = dict.fromkeys(_distributions().get(top, ()))
-    return {"package": ", ".join(f"{name} {metadata.version(name)}" for name in names)} if names else {}
-
-
-def kernel(implementation: str | None) -> dict[str, str]:
-    """The column of which of the package's kernels it is."""
-    return {"kernel": implementation} if implementation else {}
-
-
 @cache
 def _distributions() -> dict[str, list[str]]:
     return dict(metadata.packages_distributions())
+
+
+def installed(module: str, kernel: str | None = None) -> dict[str, str]:
+    """Columns ``package`` (``"liger-kernel 0.8.5"``) and ``kernel``, which of the package's it is; where known."""
+    names = dict.fromkeys(_distributions().get(module.partition(".")[0], ()))
+    package = {"package": ", ".join(f"{name} {metadata.version(name)}" for name in names)} if names else {}
+    return package | ({"kernel": kernel} if kernel else {})
+
+
+def liger_kernels() -> list[str | None]:
+    """Names of Liger's kernels that run here, Triton's first; ``[None]`` of a version that has only that one."""
+    try:
+        backends = importlib.import_module("liger_kernel.backends")
+    except ImportError:
+        return [None]
+    return sorted(backends.available_impls("rope"), key=lambda name: not name.endswith("triton")) or [None]
 
 
 def rotary_baselines(options: Options, angles: Angles) -> list[Implementation | Skipped]:
@@ -189,25 +176,18 @@ def rotary_baselines(options: Options, angles: Angles) -> list[Implementation | 
     if options.wants(COMPILED):
         # Sizes fixed: the best that the compiler can do.
         compiled = torch.compile(huggingface, dynamic=False)
-        found.append(
-            Implementation(COMPILED, lambda inputs: lambda: compiled(inputs.q, inputs.k, angles), late=True)
-        )
+        found.append(Implementation(COMPILED, lambda x: lambda: compiled(x.q, x.k, angles), late=True))
     for name, baseline in BASELINES.items():
         if not options.wants(name):
             continue
-        reason = unavailable(name, options)
-        if reason:
+        if reason := unavailable(name, options):
             found.append(Skipped(name, reason))
             continue
-        module = importlib.import_module(baseline.module)
-        rotate, labels = partial(baseline.rotate, module), installed(baseline.module)
+        rotate, kernel = partial(baseline.rotate, importlib.import_module(baseline.module)), None
         if name == LIGER:
             # Without gradients its other kernels hand over to Triton's.
-            implementation = liger_implementations()[0]
-            rotate, labels = partial(rotate, implementation=implementation), labels | kernel(implementation)
-        found.append(
-            Implementation(
-                name, lambda inputs, r=rotate: r(inputs.q, inputs.k, angles), late=True, labels=labels
-            )
-        )
+            kernel = liger_kernels()[0]
+            rotate = partial(rotate, kernel=kernel)
+        labels = installed(baseline.module, kernel)
+        found.append(Implementation(name, lambda x, r=rotate: r(x.q, x.k, angles), late=True, labels=labels))
     return found

@@ -94,8 +94,7 @@ class Benchmark:
     doc: str
     title: str
     cases: Callable[[Size, Options], Sequence[Case]]
-    sizes: dict[str, list[tuple]]
-    quick: list[tuple]
+    sizes: dict[str, list[str]]
     share: dict[str, float]
     baselines: tuple[str, ...] = ()
     unit: str = "ms"
@@ -222,7 +221,8 @@ class Benchmark:
         except RuntimeError:
             device = None
         if device is None or device.type not in self.sizes:
-            raise BenchmarkError(f"--device: no {name!r}; there are {', '.join(self.sizes)}")
+            known = ", ".join(key for key in self.sizes if key != "quick")
+            raise BenchmarkError(f"--device: no {name!r}; there are {known}")
         if device.type == "cuda":
             count = torch.cuda.device_count()
             if (device.index or 0) >= count:
@@ -233,34 +233,31 @@ class Benchmark:
         return device
 
     def _sizes(self, parsed: argparse.Namespace, device: torch.device) -> list[Size]:
-        rows = self.quick if parsed.quick else self.sizes[device.type]
         _check("--models", parsed.models, self.shapes)
         _check("--dtypes", parsed.dtypes, DTYPES)
         for tokens in parsed.lengths or ():
             if tokens < 1:
                 raise BenchmarkError(f"--lengths must be positive, got {tokens}")
-        if parsed.models and parsed.lengths:
-            rows = [(parsed.models, parsed.lengths, rows[0][2])]
-        sizes = [
-            Size(self.shapes[model], tokens, dtype)
-            for models, lengths, dtypes in rows
-            for model in (parsed.models or models)
-            for dtype in (parsed.dtypes or dtypes)
-            for tokens in (parsed.lengths or lengths)
-        ]
-        return list(dict.fromkeys(sizes))
+        sizes: dict[Size, None] = {}
+        for line in self.sizes["quick" if parsed.quick else device.type]:
+            models, lengths, *dtypes = (part.split() for part in line.split(":"))
+            for model in parsed.models or models:
+                for dtype in parsed.dtypes or (dtypes or [["bf16"]])[0]:
+                    for tokens in parsed.lengths or map(_tokens, lengths):
+                        sizes[Size(self.shapes[model], tokens, dtype)] = None
+            if parsed.models and parsed.lengths:
+                break
+        return list(sizes)
+
+
+def _tokens(text: str) -> int:
+    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
 
 def _once(rows: Rows) -> Rows:
     """What is skipped in every case for the same reason is one row."""
-    seen = set()
-    return [
-        row
-        for row in rows
-        if not row.get("note", "").startswith("skipped: ")
-        or (key := (row.get("implementation", row["case"]), row["note"])) not in seen
-        and not seen.add(key)
-    ]
+    first = {(row.get("implementation", row["case"]), row.get("note")): row for row in reversed(rows)}
+    return [row for row in rows if "note" not in row or row in first.values()]
 
 
 class Parser(argparse.ArgumentParser):

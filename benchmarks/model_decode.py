@@ -75,10 +75,10 @@ BENCHMARK = Benchmark(
     title="Decoding with a whole model",
     cases=cases,
     sizes={
-        "cpu": [(("tiny-256",), (8192, 16384, 1024, 4096), ("bf16",))],
-        "cuda": [(("LLaMA2-7B", "Llama-3-8B"), (8192, 16384), ("bf16",))],
+        "cpu": ["tiny-256: 8k 16k 1k 4k"],
+        "cuda": ["LLaMA2-7B Llama-3-8B: 8k 16k"],
+        "quick": ["tiny-256: 256"],
     },
-    quick=[(("tiny-256",), (256,), ("bf16",))],
     share={"cuda": 7},
     layers=LAYERS,
     sources=MODELS,

@@ -32,14 +32,10 @@ BENCHMARK = Benchmark(
     title="Prefill of a whole model",
     cases=cases,
     sizes={
-        "cpu": [(("tiny-256",), (8192, 16384, 1024, 4096), ("bf16",))],
-        "cuda": [
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
-            (("LLaMA2-13B",), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 4096, 32768), ("bf16",)),
-        ],
+        "cpu": ["tiny-256: 8k 16k 1k 4k"],
+        "cuda": ["Llama-3-8B LLaMA2-7B LLaMA2-13B: 8k 16k", "Llama-3-8B: 1k 4k 32k"],
+        "quick": ["tiny-256: 1k"],
     },
-    quick=[(("tiny-256",), (1024,), ("bf16",))],
     share={"cpu": 10, "cuda": 14},
     baselines=(COMPILED,),
     unit="tokens/s",

@@ -57,13 +57,10 @@ BENCHMARK = Benchmark(
     title="A training step",
     cases=cases,
     sizes={
-        "cpu": [(("tiny-256",), (8192, 16384, 1024), ("bf16",))],
-        "cuda": [
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 4096), ("bf16",)),
-        ],
+        "cpu": ["tiny-256: 8k 16k 1k"],
+        "cuda": ["Llama-3-8B LLaMA2-7B: 8k 16k", "Llama-3-8B: 1k 4k"],
+        "quick": ["tiny-256: 512"],
     },
-    quick=[(("tiny-256",), (512,), ("bf16",))],
     share={"cpu": 14, "cuda": 7},
     baselines=(COMPILED,),
     unit="tokens/s",

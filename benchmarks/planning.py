@@ -22,9 +22,7 @@ TRAINED = 4096
 DEFAULT = "two candidates"
 
 
-HEADS = {
-    f"head size {dim}": Shape(f"head size {dim}", 1, 1, dim, dim, dim, 1, 1, 1e4) for dim in (64, 128, 256)
-}
+HEADS = {f"head-{dim}": Shape(f"head-{dim}", 1, 1, dim, dim, dim, 1, 1, 1e4) for dim in (64, 128, 256)}
 """Models of which only the head size matters."""
 
 
@@ -84,12 +82,9 @@ BENCHMARK = Benchmark(
     title="Planning",
     cases=cases,
     sizes={
-        "cpu": [
-            (("head size 128",), (8192, 16384, 32768, 131072), ("fp32",)),
-            (("head size 64", "head size 256"), (16384,), ("fp32",)),
-        ]
+        "cpu": ["head-128: 8k 16k 32k 128k: fp32", "head-64 head-256: 16k: fp32"],
+        "quick": ["head-128: 8k: fp32"],
     },
-    quick=[(("head size 128",), (8192,), ("fp32",))],
     share={"cpu": 6},
     threads=1,
     shapes=HEADS,

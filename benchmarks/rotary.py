@@ -96,17 +96,14 @@ BENCHMARK = Benchmark(
     cases=cases,
     sizes={
         "cpu": [
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 4096, 32768), ("bf16",)),
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("fp32",)),
-            (("SmolLM2-135M",), (8192, 16384), ("bf16",)),
+            "Llama-3-8B LLaMA2-7B: 8k 16k",
+            "Llama-3-8B: 1k 4k 32k",
+            "Llama-3-8B LLaMA2-7B: 8k 16k: fp32",
+            "SmolLM2-135M: 8k 16k",
         ],
-        "cuda": [
-            (("Llama-3-8B", "LLaMA2-7B", "LLaMA2-13B"), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 2048, 4096, 32768), ("bf16",)),
-        ],
+        "cuda": ["Llama-3-8B LLaMA2-7B LLaMA2-13B: 8k 16k", "Llama-3-8B: 1k 2k 4k 32k"],
+        "quick": ["SmolLM2-135M: 1k: bf16 fp32"],
     },
-    quick=[(("SmolLM2-135M",), (1024,), ("bf16", "fp32"))],
     share={"cpu": 32, "cuda": 23},
     baselines=ROTARY,
     plot=True,
