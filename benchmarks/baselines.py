@@ -1,8 +1,8 @@
 """Rotary kernels of other packages behind one signature, where they are installed.
 
 Each is written from its package's public interface, is checked like every implementation before it is timed, and is
-skipped with a reason where it cannot run. On a CPU only eager and ``torch.compile`` run: the others are GPU kernels, and
-Liger's in Triton's interpreter would be a timing of the interpreter.
+skipped with a reason where it cannot run. On a CPU only eager and ``torch.compile`` run: the others are GPU kernels,
+and Liger's in Triton's interpreter would be a timing of the interpreter.
 """
 
 from __future__ import annotations

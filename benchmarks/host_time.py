@@ -57,29 +57,28 @@ def repeated(make: Callable[[Any], Callable[[], Any]], name: str, path: str, x: 
 def rotation(size: Size) -> Case:
     """One token of that model's heads, Hugging Face's function against this package's."""
     shape, dtype, device = size.shape, DTYPES[size.dtype], torch.device("cpu")
-    angles = shape.angles(size.tokens, dtype, device)
 
-    def at(x: Heads) -> Callable[[], Any]:
-        return lambda: ops.rotary_at(x.q, x.k, angles.fixed, angles.position_ids, inplace=True)
+    def implementations(_: Heads) -> list[Implementation]:
+        angles = shape.angles(size.tokens, dtype, device)
 
-    def of(name: str) -> Callable[[Heads], Callable[[], Any]]:
-        return lambda x: rotary_calls(x, angles)[name]
+        def of(name: str) -> Callable[[Heads], Callable[[], Any]]:
+            return lambda x: rotary_calls(x, angles)[name]
 
-    makers = {
-        "rotary": of(NEW),
-        "rotary, in place": of(IN_PLACE),
-        "rotary_at, in place": at,
-    }
-    found = [Implementation(HUGGINGFACE, partial(repeated, of(HUGGINGFACE), "auto", ""), kind="reference")]
-    for where in ("native", "triton"):
-        for name, make in makers.items():
-            found.append(
-                Implementation(f"rope_dist, {name} ({where})", partial(repeated, make, where, ""), "ours")
-            )
+        def at(x: Heads) -> Callable[[], Any]:
+            return lambda: ops.rotary_at(x.q, x.k, angles.fixed, angles.position_ids, inplace=True)
+
+        makers = {"rotary": of(NEW), "rotary, in place": of(IN_PLACE), "rotary_at, in place": at}
+        found = [Implementation(HUGGINGFACE, partial(repeated, of(HUGGINGFACE), "auto", ""), "reference")]
+        for where in ("native", "triton"):
+            for name, make in makers.items():
+                bind = partial(repeated, make, where, "")
+                found.append(Implementation(f"rope_dist, {name} ({where})", bind, "ours"))
+        return found
+
     return Case(
         name=f"rotation, {size.shape.name}",
         inputs=lambda: Heads(shape.heads, shape.head_dim, size.tokens, dtype, device),
-        implementations=lambda _: found,
+        implementations=implementations,
         need=10 * size.tokens * sum(shape.heads) * shape.head_dim * dtype.itemsize,
         kernel=False,
         repeat=CALLS,

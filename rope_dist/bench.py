@@ -189,7 +189,7 @@ def checked_tokens(tokens: int, device: torch.device, count: int = 256) -> torch
     if tokens <= count:
         return torch.arange(tokens, device=device)
     generator = torch.Generator().manual_seed(tokens)
-    inner = torch.randperm(tokens - 2, generator=generator)[: count - 2] + 1
+    inner = torch.randint(1, tokens - 1, (count - 2,), generator=generator)
     return torch.cat((torch.tensor([0, tokens - 1]), inner)).sort().values.to(device)
 
 
