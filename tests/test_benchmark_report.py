@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import agreement, figures, report, results, roofline, tables
 from benchmarks.baselines import ROTARY
 from benchmarks.benchmark import find, names
 from benchmarks.shapes import SHAPES
+
+ROOT = results.ROOT
 
 
 def rows(*implementations, name="model_prefill", device="cpu", **more):

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as suite
 from benchmarks import harness, results
@@ -23,6 +22,7 @@ from benchmarks.harness import BenchmarkError, Case, Implementation, Skipped, me
 from benchmarks.shapes import SHAPES
 from rope_dist import machine, timing
 
+ROOT = results.ROOT
 CPU = torch.device("cpu")
 GPU_ONLY = {"model_decode"}
 
