@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -88,35 +88,24 @@ def rotation(size: Size) -> Case:
 
 def layer(size: Size) -> Case:
     """One token through an attention layer without a cache, stock and enabled."""
-    device = torch.device("cpu")
-    shared: list[tuple] = []
 
-    def inputs() -> tuple:
-        if not shared:
-            model = models.build(size, 1, device)
-            shared.append((model, models.enabled(model)))
-        return shared[0]
-
-    def of(index: int) -> Callable[[tuple], Callable[[], Any]]:
-        def make(pair: tuple) -> Callable[[], Any]:
-            model = pair[index].model
+    def of(ours: bool) -> Callable[[models.Pair], Callable[[], Any]]:
+        def make(pair: models.Pair) -> Callable[[], Any]:
+            model = (pair.enabled if ours else pair.model).model
             x = torch.randn(1, size.tokens, size.shape.hidden, dtype=DTYPES[size.dtype])
             tables = model.rotary_emb(x, torch.arange(size.tokens)[None])
-            attention = model.layers[0].self_attn
-            return lambda: attention(x, position_embeddings=tables, attention_mask=None)
+            return lambda: model.layers[0].self_attn(x, position_embeddings=tables, attention_mask=None)
 
         return make
 
-    found = [
-        Implementation(HUGGINGFACE, partial(repeated, of(0), "auto", ""), kind="reference"),
-        Implementation("rope_dist.enable (native)", partial(repeated, of(1), "native", ""), kind="ours"),
+    places = {"native": ("native", "")} | {f"triton, {path}": ("triton", path) for path in PATHS}
+    found = [Implementation(HUGGINGFACE, partial(repeated, of(False), "auto", ""), "reference")] + [
+        Implementation(f"rope_dist.enable ({name})", partial(repeated, of(True), *place), "ours")
+        for name, place in places.items()
     ]
-    for path in PATHS:
-        bind = partial(repeated, of(1), "triton", path)
-        found.append(Implementation(f"rope_dist.enable (triton, {path})", bind, kind="ours"))
     return Case(
         name=f"attention layer, {size.shape.name}",
-        inputs=inputs,
+        inputs=cache(lambda: models.Pair(size, 1, torch.device("cpu"))),
         implementations=lambda _: found,
         need=models.parameters_bytes(size, 1) + 12 * size.tokens * size.shape.hidden * 2,
         kernel=False,

@@ -23,7 +23,7 @@ def cases(size: Size, options: Options) -> list[Case]:
     def need(layers: int, weights: int) -> int:
         return 2 * size.tokens * (layers * sum(size.shape.widths) + 12 * size.shape.intermediate)
 
-    return [models.case(size, options, run, layers=LAYERS, compiled="both", need=need)]
+    return [models.case(size, options, run, layers=LAYERS, compiled=2, need=need)]
 
 
 BENCHMARK = Benchmark(

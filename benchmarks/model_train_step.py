@@ -47,7 +47,7 @@ def cases(size: Size, options: Options) -> list[Case]:
         activations = size.tokens * (layers * 16 * size.shape.intermediate + 3 * size.shape.vocabulary)
         return 3 * weights + 4 * activations
 
-    more = {"passes": (3, size.tokens), "compiled": True, "need": need, "gradients": True}
+    more = {"passes": (3, size.tokens), "compiled": 1, "need": need, "gradients": True}
     return [models.case(size, options, run, pair=Training, layers=LAYERS, **more)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -40,11 +40,11 @@ def case(
     run: Callable[[Any, nn.Module], Callable[[], list[torch.Tensor]]],
     *,
     layers: dict[str, int],
+    need: Callable[[int, int], int],
     pair: Callable[[Size, int, torch.device], Any] = Pair,
     step: str = "",
     passes: tuple[int, int] | None = None,
-    compiled: bool | str = False,
-    need: Callable[[int, int], int],
+    compiled: int = 0,
     **more: Any,
 ) -> Case:
     """The case of one size: ``run(pair, model)`` of the stock and the enabled model, and their products alone.
@@ -52,48 +52,44 @@ def case(
     Args:
         run: from the pair and one of its models (or that compiled) to the call that is timed.
         layers: by device type how many layers are built at most, unless asked otherwise.
+        need: bytes beyond the weights', from the layers and the weights' bytes.
         pair: makes the models; both copies of the inputs are the same, since two of them may not fit.
         step: of the case's name.
         passes: how often the layers' products are computed, and of how many tokens; None: once, of all.
-        compiled: whether torch.compile's model takes part; ``"both"``: also the enabled one's.
-        need: bytes beyond the weights', from the layers and the weights' bytes.
+        compiled: 1: the stock model is compiled too, 2: also the enabled one.
     """
-    shape, device = size.shape, options.device
-    count = options.layers or min(layers.get(device.type, shape.layers), shape.layers)
-    weights = parameters_bytes(size, count)
-    shared: list[Any] = []
+    device = options.device
+    count = options.layers or min(layers.get(device.type, size.shape.layers), size.shape.layers)
+    weights, (times, tokens) = parameters_bytes(size, count), passes or (1, size.tokens)
 
-    def inputs() -> Any:
-        if not shared:
-            shared.append(pair(size, count, device))
-        return shared[0]
-
-    def bound(products: tuple[int, int], x: Any) -> Callable[[], None]:
-        once = _products(x.model, products[1])
+    def products(x: Any) -> Callable[[], None]:
+        matrices = [m.weight.detach() for m in x.model.model.layers.modules() if isinstance(m, nn.Linear)]
+        inputs = {
+            width: matrices[0].new_empty(tokens, width).normal_() for width in {w.shape[1] for w in matrices}
+        }
 
         def call() -> None:
-            with torch.no_grad():
-                for _ in range(products[0]):
-                    once()
+            for weight in matrices * times:
+                functional.linear(inputs[weight.shape[1]], weight)
 
         return call
 
     def implementations(x: Any) -> list[Implementation]:
         found = [
-            Implementation(STOCK, lambda x: run(x, x.model), kind="reference"),
-            Implementation(ENABLED, lambda x: run(x, x.enabled), kind="ours"),
-            Implementation("products alone", partial(bound, passes or (1, size.tokens)), kind="roofline"),
+            Implementation(STOCK, lambda x: run(x, x.model), "reference"),
+            Implementation(ENABLED, lambda x: run(x, x.enabled), "ours"),
+            Implementation("products alone", products, "roofline"),
         ]
-        if compiled and device.type == "cuda" and options.wants(COMPILED):
-            models = {COMPILED: x.model, f"{COMPILED} of {ENABLED}": x.enabled}
-            for name, model in list(models.items())[: 2 if compiled == "both" else 1]:
-                fast, kind = torch.compile(model, dynamic=False), "baseline" if name == COMPILED else "ours"
-                found.append(Implementation(name, lambda x, m=fast: run(x, m), kind=kind, late=True))
+        kinds = (COMPILED, x.model, "baseline"), (f"{COMPILED} of {ENABLED}", x.enabled, "ours")
+        for name, model, kind in kinds[:compiled]:
+            if device.type == "cuda" and options.wants(COMPILED):
+                fast = torch.compile(model, dynamic=False)
+                found.append(Implementation(name, lambda x, m=fast: run(x, m), kind, late=True))
         return found
 
     return Case(
         name=f"{size}, {count} layer{'s' * (count > 1)}{step}",
-        inputs=inputs,
+        inputs=cache(lambda: pair(size, count, device)),
         implementations=implementations,
         # Both are right or wrong together with the stock model in its own type.
         exact=lambda x: [y.double() for y in run(x, x.model)()],
@@ -155,18 +151,3 @@ def parameters_bytes(size: Size, layers: int) -> int:
     shape = size.shape
     layer = shape.hidden * (sum(shape.widths) + shape.widths[0] + 3 * shape.intermediate)
     return (layers * layer + 2 * shape.vocabulary * shape.hidden) * DTYPES[size.dtype].itemsize
-
-
-def _products(model: LlamaForCausalLM, tokens: int) -> Callable[[], None]:
-    """Every matrix product of the layers on random input, and nothing else: what no model can be faster than."""
-    weights = [m.weight.detach() for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
-    inputs = {
-        width: torch.randn(tokens, width, dtype=weights[0].dtype, device=weights[0].device)
-        for width in {w.shape[1] for w in weights}
-    }
-
-    def call() -> None:
-        for weight in weights:
-            functional.linear(inputs[weight.shape[1]], weight)
-
-    return call
