@@ -125,29 +125,29 @@ class Benchmark:
         return 0
 
     def parser(self) -> argparse.ArgumentParser:
-        parser = Parser(
-            prog=f"python -m benchmarks {self.name}",
-            description=self.doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        parser = Parser(prog=f"python -m benchmarks {self.name}", description=self.doc, formatter_class=raw)
         add = parser.add_argument
-        add("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one)", metavar="NAME")
+        add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
         add("--models", nargs="+", metavar="NAME", help=f"of {', '.join(self.shapes)}")
         add("--lengths", nargs="+", type=int, metavar="TOKENS", help="tokens of each case")
         add("--dtypes", nargs="+", metavar="NAME", help=f"of {', '.join(DTYPES)}")
-        known = f"only these of {', '.join(self.baselines)} (default: all that are installed)"
-        known = known if self.baselines else "there are none here"
-        add("--baselines", nargs="*", metavar="NAME", help=known)
+        known = ", ".join(self.baselines) or "none"
+        add(
+            "--baselines",
+            nargs="*",
+            metavar="NAME",
+            help=f"only these of {known} (default: all that are installed)",
+        )
         if self.layers is not None:
             add("--layers", type=_positive, metavar="N", help="layers of each model")
         add(
             "--seconds",
             type=float,
-            help="for all cases; what is not begun by then is left out (default: its share)",
+            help="for all cases; those not begun by then are left out (default: its share)",
         )
         add("--quick", action="store_true", help="small cases, to see that it works: no results file")
-        default = "benchmarks/results; none with --quick"
-        add("--output", type=Path, metavar="FOLDER", help=f"for DEVICE.jsonl (default: {default})")
+        add("--output", type=Path, metavar="FOLDER", help="for DEVICE.jsonl (default: benchmarks/results)")
         return parser
 
     def _run(self, parsed: argparse.Namespace, arguments: list[str]) -> None:
@@ -187,29 +187,26 @@ class Benchmark:
         def save(rows: Rows, at: int) -> None:
             """Also of a case that is under way: a run that is cut short leaves what it measured."""
             if folder:
-                state = {"load": machine.load(), "gpu_state": gpu_state(device)}
+                state = {"unit": self.unit, "load": machine.load(), "gpu_state": gpu_state(device)}
                 rest = [{"case": name, "note": CUT_SHORT} for name in names[at + 1 :]]
-                rows = [run | state | {"unit": self.unit} | row for row in _once(done + rows + rest)]
+                rows = [run | state | row for row in _once(done + rows + rest)]
                 results.replace(self.name, device.type, rows, folder)
 
-        for index in range(len(cases)):
+        for index, name in enumerate(names):
             # A case holds its model: let go of the one before.
             case, cases[index] = cases[index], None
             left = seconds - (time.perf_counter() - began)
-            if left <= 0 and done:
-                done.append({"case": case.name, "note": f"skipped: not begun within {seconds:g} s"})
-            else:
-                try:
-                    share = max(left, 0) / (len(cases) - index)
-                    rows = measure(case, device, seconds=share, save=lambda rows, at=index: save(rows, at))
-                    done += rows
-                    print(f"\n{case.name}\n{table(rows, self.unit)}", flush=True)
-                except BenchmarkError as error:
-                    if index == len(cases) - 1 and not any("seconds" in row for row in done):
-                        raise
-                    done.append({"case": case.name, "note": f"skipped: {error}"})
-            if "implementation" not in done[-1]:
-                print(f"\n{case.name}: {done[-1]['note']}")
+            try:
+                if left <= 0 and done:
+                    raise BenchmarkError(f"not begun within {seconds:g} s")
+                share = max(left, 0) / (len(cases) - index)
+                rows = measure(case, device, seconds=share, save=lambda rows, at=index: save(rows, at))
+            except BenchmarkError as error:
+                if index == len(cases) - 1 and not any("seconds" in row for row in done):
+                    raise
+                rows = [{"case": name, "note": f"skipped: {error}"}]
+            done += rows
+            print(f"\n{name}\n{table(rows, self.unit)}", flush=True)
             save([], index)
 
     def _device(self, name: str | None) -> torch.device:
@@ -315,23 +312,18 @@ def table(rows: Rows, unit: str) -> str:
     """One case for reading: implementations fastest first, then bounds, then what was not timed and why."""
     lines = []
     for row in ranking(rows):
-        ends = [figure(row[p], unit, row.get("tokens")) for p in ("p20", "p80")]
-        lines.append(
-            [
-                row["implementation"] + " (roofline)" * (row["kind"] == "roofline"),
-                figure(row["seconds"], unit, row.get("tokens")),
-                " - ".join(ends[::-1] if unit == "tokens/s" else ends),
-                f"{row['ratio']:.3f}" if "ratio" in row else "",
-                f"{row['roofline']:.0%}" if "roofline" in row else "",
-                row["rounds"],
-                f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "",
-            ]
-        )
-    headers = ["", unit, "20 - 80 %", "ratio", "of roofline", "rounds", "peak MiB"]
-    if not any(line[-1] for line in lines):
-        headers, lines = headers[:-1], [line[:-1] for line in lines]
-    align = ("left", *("right",) * (len(headers) - 1))
-    text = tabulate(lines, headers, disable_numparse=True, colalign=align) if lines else ""
+        p20, p80 = sorted((figure(row[p], unit, row.get("tokens")) for p in ("p20", "p80")), key=float)
+        line = {
+            "": row["implementation"] + " (roofline)" * (row["kind"] == "roofline"),
+            unit: figure(row["seconds"], unit, row.get("tokens")),
+            "20 - 80 %": f"{p20} - {p80}",
+            "ratio": f"{row['ratio']:.3f}" if "ratio" in row else "",
+            "of roofline": f"{row['roofline']:.0%}" if "roofline" in row else "",
+            "rounds": row["rounds"],
+        }
+        lines.append(line | ({"peak MiB": f"{row['peak_bytes'] / 2**20:.0f}"} if "peak_bytes" in row else {}))
+    align = ("left", *("right",) * (max(map(len, lines), default=1) - 1))
+    text = tabulate(lines, headers="keys", disable_numparse=True, colalign=align) if lines else ""
     return "\n".join([text, *notes(rows)])
 
 
