@@ -18,14 +18,16 @@ import torch
 
 from rope_dist import ops
 from rope_dist.bench import HUGGINGFACE, IN_PLACE, NEW, Heads, rotary_calls
+from rope_dist.ops.dispatch import HAS_TRITON
 
 from . import models
 from .benchmark import MODELS, Benchmark, Options, Size
-from .harness import Case, Implementation
+from .harness import Case, Implementation, Skipped
 from .host_driver import host_only
 from .shapes import DTYPES
 
 CALLS = 200
+NO_TRITON = [] if HAS_TRITON else [Skipped("rope_dist (triton)", "triton is not installed")]
 PATHS = ("separate", "pointers", "descriptors", "decode")
 
 
@@ -58,7 +60,7 @@ def rotation(size: Size) -> Case:
     """One token of that model's heads, Hugging Face's function against this package's."""
     shape, dtype, device = size.shape, DTYPES[size.dtype], torch.device("cpu")
 
-    def implementations(_: Heads) -> list[Implementation]:
+    def implementations(_: Heads) -> list[Implementation | Skipped]:
         angles = shape.angles(size.tokens, dtype, device)
 
         def of(name: str) -> Callable[[Heads], Callable[[], Any]]:
@@ -69,11 +71,11 @@ def rotation(size: Size) -> Case:
 
         makers = {"rotary": of(NEW), "rotary, in place": of(IN_PLACE), "rotary_at, in place": at}
         found = [Implementation(HUGGINGFACE, partial(repeated, of(HUGGINGFACE), "auto", ""), "reference")]
-        for where in ("native", "triton"):
+        for where in ("native", *["triton"] * HAS_TRITON):
             for name, make in makers.items():
                 bind = partial(repeated, make, where, "")
                 found.append(Implementation(f"rope_dist, {name} ({where})", bind, "ours"))
-        return found
+        return found + NO_TRITON
 
     return Case(
         name=f"rotation, {size.shape.name}",
@@ -98,7 +100,8 @@ def layer(size: Size) -> Case:
 
         return make
 
-    places = {"native": ("native", "")} | {f"triton, {path}": ("triton", path) for path in PATHS}
+    places = {"native": ("native", "")}
+    places |= {f"triton, {path}": ("triton", path) for path in PATHS if HAS_TRITON}
     found = [Implementation(HUGGINGFACE, partial(repeated, of(False), "auto", ""), "reference")] + [
         Implementation(f"rope_dist.enable ({name})", partial(repeated, of(True), *place), "ours")
         for name, place in places.items()
@@ -106,7 +109,7 @@ def layer(size: Size) -> Case:
     return Case(
         name=f"attention layer, {size.shape.name}",
         inputs=cache(lambda: models.Pair(size, 1, torch.device("cpu"))),
-        implementations=lambda _: found,
+        implementations=lambda _: found + NO_TRITON,
         need=models.parameters_bytes(size, 1) + 12 * size.tokens * size.shape.hidden * 2,
         kernel=False,
         repeat=CALLS,

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import __main__ as suite
-from benchmarks import harness, results
+from benchmarks import harness, host_driver, host_time, results
 from benchmarks.benchmark import Options, Size, find, names
 from benchmarks.harness import BenchmarkError, Case, Implementation, Skipped, measure, ranking
 from benchmarks.shapes import SHAPES
@@ -399,6 +399,38 @@ class TestScripts:
             compiled = [p for p in found if p.name.startswith("torch.compile")]
             assert compiled
             assert all(p.late == (p in compiled) for p in found)
+
+
+HOST_SCRIPT = """
+import torch
+from benchmarks import host_driver, host_time, models
+from benchmarks.benchmark import Size
+from benchmarks.shapes import SHAPES
+
+pair = models.Pair(Size(SHAPES["tiny-256"], 1, "bf16"), 1, torch.device("cpu"))
+x, model = torch.zeros(1, 1, 256, dtype=torch.bfloat16), pair.enabled.model
+tables = model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.int64))
+for path in host_time.PATHS:
+    with torch.inference_mode(), host_time.backend("triton", path), host_driver.host_only() as driver:
+        before = driver.launches
+        model.layers[0].self_attn(x, position_embeddings=tables, attention_mask=None)
+        print(path, driver.launches - before)
+"""
+
+
+@pytest.mark.skipif(not host_time.HAS_TRITON, reason="triton is not installed")
+class TestHostTime:
+    def test_each_path_is_one_launch(self):
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        command = [sys.executable, "-c", HOST_SCRIPT]
+        environment |= {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.stdout.split("\n")[:-1] == [f"{path} 1" for path in host_time.PATHS], done.stderr
+
+    def test_it_refuses_the_interpreter(self, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"), host_driver.host_only():
+            pass
 
 
 class TestSuite:
