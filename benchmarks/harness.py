@@ -190,8 +190,8 @@ class _Run:
         for implementation in late:
             started, before = time.perf_counter(), _PREPARED.get(implementation.name, 0.0)
             if max(began + seconds - started, seconds / 2) < before:
-                note = f"skipped: no time left, it took {before:.0f} s to prepare"
-                self.rows[implementation.name]["note"] = note
+                reason = f"no time left, it took {before:.0f} s to prepare"
+                self.rows[implementation.name]["note"] = f"skipped: {reason}"
                 continue
             self.admit(implementation)
             _PREPARED[implementation.name] = time.perf_counter() - started
@@ -221,6 +221,8 @@ class _Run:
                 return
             if self.device.type == "cuda":
                 row["peak_bytes"] = peak_memory(calls[1])
+            else:
+                calls[1]()  # warm, as the first copy is
         except Exception as failure:
             # Whatever a baseline raises is its result here; the others go on.
             row["note"] = f"failed: {type(failure).__name__}: {failure}".splitlines()[0][:200]
@@ -247,7 +249,7 @@ class _Run:
                 f"wrong: a vector is off by {row['error']:.1%} of its length, {self.case.tolerance:.1%} is allowed"
             )
 
-    def time(self, seconds: float, most: int = timing.MOST_ROUNDS) -> None:
+    def time(self, seconds: float, most: int | None = None) -> None:
         """Rounds of all admitted so far, and save."""
         case, on_gpu = self.case, self.device.type == "cuda"
         # On a CPU two copies of large tensors push each other out of the cache.
@@ -258,12 +260,9 @@ class _Run:
             if not self.calls:
                 break
             turns = {name: partial(_next, cycle(calls)) for name, calls in self.calls.items()}
-            timer = (
-                _whole
-                if on_gpu and not case.kernel
-                else timing.timer(self.device, cold=overwrite, queued=True)
-            )
-            times = timing.sample(turns, timer, seconds=seconds / len(modes), most=most)
+            whole = on_gpu and not case.kernel
+            timer = _whole if whole else timing.timer(self.device, cold=overwrite, queued=True)
+            times = timing.sample(turns, timer, seconds=seconds / len(modes), most=most or timing.MOST_ROUNDS)
             for name, values in times.items():
                 found = timing.spread([value / case.repeat for value in values])
                 row = self.rows[name]
@@ -271,13 +270,14 @@ class _Run:
                 if not prefix:
                     row |= {"quiet": found.quiet, "rounds": found.rounds}
                     row |= {"ratio": timing.ratio(values, times[reference])} if reference else {}
-        bounds = [
-            row["seconds"] for row in self.rows.values() if row["kind"] == "roofline" and "seconds" in row
-        ]
-        for row in self.rows.values():
-            if bounds and "seconds" in row and row["kind"] != "roofline":
-                row["roofline"] = min(bounds) / row["seconds"]
-        self.save(list(self.rows.values()))
+        rows = list(self.rows.values())
+        bound = min(
+            (row["seconds"] for row in rows if row["kind"] == "roofline" and "seconds" in row), default=None
+        )
+        for row in rows:
+            if bound and "seconds" in row and row["kind"] != "roofline":
+                row["roofline"] = bound / row["seconds"]
+        self.save(rows)
 
 
 def _whole(call: Callable[[], object]) -> float:
