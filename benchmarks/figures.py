@@ -50,7 +50,7 @@ def style(name: str) -> tuple[str | None, str]:
 
 
 def panels(benchmark: Benchmark, rows: Rows) -> dict[str, list[Curve]]:
-    """Time or speed against length, a panel for every model, dtype and pass with two lengths or more."""
+    """Time or speed against length, a panel for every model, dtype and pass with three lengths or more."""
     points: dict[str, dict[tuple[str, str], list[tuple]]] = {}
     for row in sorted((row for row in rows if "seconds" in row), key=place):
         title = ", ".join(str(row[key]) for key in ("model", "dtype", "pass") if key in row)
@@ -69,7 +69,7 @@ def panels(benchmark: Benchmark, rows: Rows) -> dict[str, list[Curve]]:
             for (name, kind), values in curves.items()
         ]
         for title, curves in points.items()
-        if any(len(values) > 1 for values in curves.values())
+        if any(len(values) > 2 for values in curves.values())
     }
 
 

@@ -144,8 +144,10 @@ class Heads:
     def __init__(
         self, heads: Sequence[int], head_dim: int, tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        at = {"dtype": dtype, "device": device}
-        self.before = [random(1, tokens, n, head_dim, seed=seed, **at) for seed, n in enumerate(heads)]
+        self.before = [
+            random(1, tokens, n, head_dim, dtype=dtype, device=device, seed=seed)
+            for seed, n in enumerate(heads)
+        ]
         self.q, self.k = (x.clone() for x in self.before)
 
     def reset(self) -> None:

@@ -96,7 +96,9 @@ def uncertainty(times: Sequence[float]) -> float:
 def spread(times: Sequence[float]) -> Spread:
     """Percentiles of one implementation's times."""
     p20, p50, p80 = (
-        (quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7)) if len(times) > 1 else times * 3
+        (quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
+        if len(times) > 1
+        else [times[0]] * 3
     )
     blocks = [times[i : i + 3] for i in range(0, max(len(times) - 2, 1), 3)]
     return Spread(p20, p50, p80, min(median(block) for block in blocks), len(times))
