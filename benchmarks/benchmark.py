@@ -69,7 +69,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One file: ``BENCHMARK = Benchmark(__file__, __doc__, ...)``.
+    """One file of this folder: ``BENCHMARK = Benchmark(__file__, __doc__, ...)`` at its end. Nothing else names it.
 
     Attributes:
         file: its name is the benchmark's.
@@ -83,8 +83,8 @@ class Benchmark:
         baselines: names that ``--baselines`` knows.
         unit: of the table: ``"ms"``, ``"us"`` or ``"tokens/s"``.
         wide: whether its table has a column an implementation, else a row.
-        plot: whether time against length is drawn.
-        layers: by device type how many layers a model is cut to; None: it has no option ``--layers``.
+        plot: whether time against length is drawn, of models with three lengths or more.
+        layers: whether it has the option ``--layers``.
         threads: of torch; None: as it is.
         shapes: what ``--models`` knows.
         sources: patterns of the files whose code is measured, besides its own.
@@ -100,7 +100,7 @@ class Benchmark:
     unit: str = "ms"
     wide: bool = True
     plot: bool = False
-    layers: dict[str, int] | None = None
+    layers: bool = False
     threads: int | None = None
     shapes: Mapping[str, Shape] = field(default_factory=lambda: SHAPES)
     sources: tuple[str, ...] = OPERATORS
@@ -139,7 +139,7 @@ class Benchmark:
             metavar="NAME",
             help=f"only these of {known} (default: all that are installed)",
         )
-        if self.layers is not None:
+        if self.layers:
             add("--layers", type=_positive, metavar="N", help="layers of each model")
         add(
             "--seconds",

@@ -45,7 +45,7 @@ def more(size: Size, options: Options, layer: Layer) -> list[Implementation]:
         caches = [x.x.new_empty(entries) for _ in range(2)]
         angles = size.shape.angles(size.tokens, x.x.dtype, options.device)
         at = {"slots": angles.position_ids[0], "k_cache": caches[0], "v_cache": caches[1]}
-        at |= {"inv_freq": angles.fixed, "position_ids": angles.position_ids}
+        at |= {"inv_freq": angles.inv_freq_q64, "position_ids": angles.position_ids}
         return lambda: (ops.decode_rotary(x.x, *x.weights, **at), caches[0][None], caches[1][None])
 
     found = [

@@ -18,6 +18,7 @@ import torch
 
 from rope_dist import ops
 from rope_dist.bench import HUGGINGFACE, IN_PLACE, NEW, Heads, rotary_calls
+from rope_dist.ops import dispatch_projection
 from rope_dist.ops.dispatch import HAS_TRITON
 
 from . import models
@@ -28,7 +29,7 @@ from .shapes import DTYPES
 
 CALLS = 200
 NO_TRITON = [] if HAS_TRITON else [Skipped("rope_dist (triton)", "triton is not installed")]
-PATHS = ("separate", "pointers", "descriptors", "decode")
+PATHS = dispatch_projection.PATHS[1:]
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def rotation(size: Size) -> Case:
             return lambda x: rotary_calls(x, angles)[name]
 
         def at(x: Heads) -> Callable[[], Any]:
-            return lambda: ops.rotary_at(x.q, x.k, angles.fixed, angles.position_ids, inplace=True)
+            return lambda: ops.rotary_at(x.q, x.k, angles.inv_freq_q64, angles.position_ids, inplace=True)
 
         makers = {"rotary": of(NEW), "rotary, in place": of(IN_PLACE), "rotary_at, in place": at}
         found = [Implementation(HUGGINGFACE, partial(repeated, of(HUGGINGFACE), "auto", ""), "reference")]

@@ -80,6 +80,6 @@ BENCHMARK = Benchmark(
         "quick": ["tiny-256: 256"],
     },
     share={"cuda": 7},
-    layers=LAYERS,
+    layers=True,
     sources=MODELS,
 )

@@ -39,6 +39,6 @@ BENCHMARK = Benchmark(
     share={"cpu": 10, "cuda": 14},
     baselines=(COMPILED,),
     unit="tokens/s",
-    layers=LAYERS,
+    layers=True,
     sources=MODELS,
 )

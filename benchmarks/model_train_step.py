@@ -64,6 +64,6 @@ BENCHMARK = Benchmark(
     share={"cpu": 14, "cuda": 7},
     baselines=(COMPILED,),
     unit="tokens/s",
-    layers=LAYERS,
+    layers=True,
     sources=MODELS,
 )

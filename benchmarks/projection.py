@@ -108,7 +108,7 @@ def implementations(size: Size, options: Options, layer: Layer) -> list[Implemen
     """Everything that projects and rotates; of a layer with gradients each followed by its backward pass."""
     gradients = bool(layer.grads)
     angles = size.shape.angles(size.tokens, DTYPES[size.dtype], options.device)
-    at = {"head_dim": layer.head_dim, "inv_freq": angles.fixed, "position_ids": angles.position_ids}
+    at = {"head_dim": layer.head_dim, "inv_freq": angles.inv_freq_q64, "position_ids": angles.position_ids}
 
     def stock(x: Layer):
         q, k, v = x.project()
@@ -133,7 +133,9 @@ def implementations(size: Size, options: Options, layer: Layer) -> list[Implemen
     if ops.backend_for(layer.x) == "triton":
         found.append(timed("rope_dist", fused, "ours"))
         operands = [y.detach() for y in (layer.x, *layer.weights)]
-        for path in dispatch_projection.candidates(*operands, layer.head_dim, 2 * angles.fixed.shape[1]):
+        for path in dispatch_projection.candidates(
+            *operands, layer.head_dim, 2 * angles.inv_freq_q64.shape[1]
+        ):
             found.append(timed(f"rope_dist, {path}", partial(fused, path=path), "ours"))
     else:
         found.append(timed("rope_dist", separate, "ours"))

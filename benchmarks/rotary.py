@@ -55,7 +55,7 @@ def implementations(size: Size, options: Options) -> list:
         return lambda x: lambda: ops.rotary(x.q, x.k, angles.cos, angles.sin, inplace=inplace)
 
     def no_table(x: Heads):
-        return lambda: ops.rotary_at(x.q, x.k, angles.fixed, angles.position_ids, inplace=True)
+        return lambda: ops.rotary_at(x.q, x.k, angles.inv_freq_q64, angles.position_ids, inplace=True)
 
     def native_library(x: Heads):
         def call():
