@@ -22,7 +22,7 @@ import torch
 from .benchmark import SUITE_SECONDS, Parser, find, names
 
 STARTUP, GRACE = 7, 15
-"""Seconds that a benchmark's process takes to begin, not part of its share, and that its last case may take too long."""
+"""Seconds that a benchmark's process takes to begin (no part of its share), and that its last case may overrun."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
