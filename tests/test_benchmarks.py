@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +301,44 @@ def test_what_was_timed_is_there_after_a_kill_while_something_compiles(tmp_path)
     assert found["compiled"]["note"] == "skipped: the run was cut short"
     assert found["rope_dist"]["ratio"] > 0
     assert (rows[-1]["case"], rows[-1]["note"]) == ("16 tokens", "skipped: the run was cut short")
+
+
+NEW_FILE = """
+from .benchmark import Benchmark
+from .harness import Case, Implementation
+
+def cases(size, options):
+    twice = [Implementation(name, lambda x: lambda: [x + x], kind) for name, kind in NAMES.items()]
+    inputs = lambda: size.shape.inv_freq(options.device)
+    return [Case(str(size), inputs, lambda _: twice, lambda x: [2.0 * x.double()], labels=size.labels)]
+
+NAMES = {"huggingface": "reference", "rope_dist": "ours"}
+SIZES = {"cpu": ["tiny-256: 16 32"], "quick": ["tiny-256: 8"]}
+BENCHMARK = Benchmark(__file__, "Adds.", "Addition", cases, SIZES, share={"cpu": 1})
+"""
+
+
+def test_a_new_benchmark_is_one_file(tmp_path):
+    shutil.copytree(
+        ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "plots")
+    )
+    (tmp_path / "benchmarks" / "addition.py").write_text(NEW_FILE)
+
+    def run(*arguments):
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        command = [sys.executable, *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "== addition" in run("-m", "benchmarks", "--only", "addition", "--seconds", "9")
+    filled = run(
+        "-c", "from benchmarks.report import fill; print(fill('<!-- table: addition-cpu --><!-- end -->'))"
+    )
+    assert "| tiny-256, 16, bf16 |" in filled
+    assert "(speedup over huggingface)" in filled
 
 
 def status_of(main, arguments):
