@@ -259,10 +259,10 @@ class _Run:
         for prefix, overwrite in modes.items():
             if not self.calls:
                 break
-            turns = {name: partial(_next, cycle(calls)) for name, calls in self.calls.items()}
+            calls = {name: partial(_next, cycle(calls)) for name, calls in self.calls.items()}
             whole = on_gpu and not case.kernel
             timer = _whole if whole else timing.timer(self.device, cold=overwrite, queued=True)
-            times = timing.sample(turns, timer, seconds=seconds / len(modes), most=most or timing.MOST_ROUNDS)
+            times = timing.sample(calls, timer, seconds=seconds / len(modes), most=most or timing.MOST_ROUNDS)
             for name, values in times.items():
                 found = timing.spread([value / case.repeat for value in values])
                 row = self.rows[name]
