@@ -1,9 +1,10 @@
-"""Every question in turn within a time limit, each in a process of its own.
+"""Every benchmark in turn within a time limit, each in a process of its own; or one of them.
 
     python -m benchmarks [--device cpu] [--seconds 540] [--output benchmarks/results]
-    python -m benchmarks --only rotary decode -- --peers torch.compile
+    python -m benchmarks --only rotary decode -- --baselines torch.compile
+    python -m benchmarks rotary --models Llama-3-8B --lengths 8192    (see python -m benchmarks rotary --help)
 
-What stands after ``--`` is handed to each script. A question that crashes or outlasts its share leaves what it has
+What stands after ``--`` is handed to each benchmark. One that crashes or outlasts its share leaves what it has
 written, and the others go on. The exit status is 1 if one did, and 2 if nothing could be begun.
 """
 
@@ -18,60 +19,45 @@ from pathlib import Path
 
 import torch
 
-SHARES = {
-    "cpu": {
-        "rotary": 32,
-        "decode": 4,
-        "planning": 6,
-        "projection": 22,
-        "attention_block": 12,
-        "model_prefill": 10,
-        "model_train_step": 14,
-    },
-    "cuda": {
-        "rotary": 23,
-        "projection": 28,
-        "decode": 10,
-        "model_prefill": 14,
-        "model_decode": 7,
-        "attention_block": 11,
-        "model_train_step": 7,
-    },
-}
-"""By device, the questions with their share of the time in percent. On a CPU the last ones take longer than they
-should where one round of a case is longer than its share, so the short ones come first."""
+from .benchmark import SUITE_SECONDS, Parser, find, names
 
-STARTUP = 7
-"""Seconds that a question's process takes to begin: not part of its share."""
+STARTUP, GRACE = 7, 15
+"""Seconds that a benchmark's process takes to begin (no part of its share), and that its last case may overrun."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the suite; the exit status (1: a question did not finish, 2: asked for what cannot be)."""
-    parser = argparse.ArgumentParser(
+    """Run the suite or one benchmark; the exit status (1: one did not finish, 2: asked for what cannot be)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and not arguments[0].startswith("-"):
+        if arguments[0] not in names():
+            return _refuse(f"no benchmark {arguments[0]!r}; there are {', '.join(names())}")
+        return find(arguments[0]).main(arguments[1:])
+    parser = Parser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", choices=tuple(SHARES), default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=540, help="for everything (default: %(default)g)")
-    parser.add_argument("--output", type=Path, help="folder of the JSON (default: benchmarks/results)")
-    parser.add_argument("--quick", action="store_true", help="one small case each: no results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=SUITE_SECONDS, help="for all (default: %(default)g)")
+    parser.add_argument("--output", type=Path, help="folder of DEVICE.jsonl (default: benchmarks/results)")
+    parser.add_argument("--quick", action="store_true", help="small cases: no results")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these, in the usual order (default: all)")
     parser.add_argument(
-        "options", nargs="*", metavar="-- OPTION ...", help="of every script (see its --help)"
+        "options", nargs="*", metavar="-- OPTION ...", help="of every benchmark (see its --help)"
     )
     parsed = parser.parse_args(arguments)
-    shares = SHARES[parsed.device]
-    # Once for all: every question would say the same.
-    problem = None if parsed.seconds > 0 else f"--seconds must be positive, got {parsed.seconds:g}"
+    shares = {name: find(name).share.get(parsed.device) for name in names()}
+    # Short ones first: a long one may outlast its share, and adapts to what is left.
+    shares = dict(sorted(((n, s) for n, s in shares.items() if s), key=lambda item: item[1]))
+    if not parsed.seconds > 0:
+        return _refuse(f"--seconds must be positive, got {parsed.seconds:g}")
     for name in parsed.only or ():
         if name not in shares:
-            problem = f"--only: no {name!r} on {parsed.device}; there are {', '.join(shares)}"
+            return _refuse(f"--only: no {name!r} on {parsed.device}; there are {', '.join(shares)}")
     if parsed.options and not parsed.options[0].startswith("-"):
-        problem = f"no {parsed.options[0]!r}: name benchmarks after --only, and options of them after --"
+        return _refuse(
+            f"no {parsed.options[0]!r}: name benchmarks after --only, and options of them after --"
+        )
     if parsed.device == "cuda" and not torch.cuda.is_available():
-        problem = "--device cuda: torch sees no GPU"
-    if problem:
-        print(f"benchmarks: error: {problem}", file=sys.stderr)
-        return 2
+        return _refuse("--device cuda: torch sees no GPU")
     deadline = time.monotonic() + parsed.seconds
     failed = []
     shares = {name: share for name, share in shares.items() if not parsed.only or name in parsed.only}
@@ -83,12 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = list(shares.values())[index:]
         seconds = max(left - STARTUP * len(rest), 1) * share / sum(rest)
         print(f"\n== {name}, {seconds:.0f} s", flush=True)
-        asked = ["--device", parsed.device, "--seconds", f"{max(seconds, 1):.0f}"]
-        asked += ["--output", str(parsed.output)] if parsed.output else []
-        asked += ["--quick"] if parsed.quick else []
-        asked += parsed.options
+        options = ["--device", parsed.device, "--seconds", f"{max(seconds, 1):.0f}"]
+        options += ["--output", str(parsed.output)] if parsed.output else []
+        options += ["--quick"] * parsed.quick + parsed.options
         # One that overruns may take from the others' time, but not all of it.
-        status = _run(name, asked, min(left, 1.5 * seconds + 20))
+        status = _run(name, options, min(left, 1.5 * seconds + 5) + GRACE)
         if status:
             failed.append(f"{name} ({status})")
     if failed:
@@ -96,11 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(bool(failed))
 
 
+def _refuse(message: str) -> int:
+    print(f"benchmarks: error: {message}", file=sys.stderr)
+    return 2
+
+
 def _run(name: str, arguments: list[str], limit: float) -> str | None:
-    """Why the question did not finish, or None."""
+    """Why the benchmark did not finish, or None."""
     try:
         # A process of its own: what a kernel breaks on a GPU stays broken for its process.
-        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], timeout=limit)
+        done = subprocess.run([sys.executable, "-m", "benchmarks", name, *arguments], timeout=limit)
     except subprocess.TimeoutExpired:
         return f"stopped after {limit:.0f} s"
     return f"exit status {done.returncode}" if done.returncode else None

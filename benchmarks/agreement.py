@@ -1,33 +1,30 @@
-"""Whether two runs agree: stock's time over ours, case by case, of two folders of results.
+"""Whether two runs agree: speedups over the reference, case by case, of two folders of results.
 
     python -m benchmarks --output again
     python -m benchmarks.agreement again
 
-The exit status is 1 where two ratios are farther apart than ``--within``, and 2 where nothing can be compared.
+The exit status is 1 where two speedups are farther apart than ``--within``, and 2 where nothing can be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from .sources import RESULTS
-from .tables import COMPARED, DEVICES, TITLES, load, markdown
+from .results import DEVICES, RESULTS, read
+from .tables import markdown
 
 
-def ratios(folder: Path) -> Iterator[tuple[tuple[str, str, str], float]]:
-    """``(question and device, case, provider)`` and how many times its time stock takes."""
-    for question in TITLES:
-        for device in DEVICES:
-            if not (folder / f"{question}-{device}.json").exists():
-                continue
-            for case in load(f"{question}-{device}.json", folder)["cases"]:
-                for name in COMPARED[question]:
-                    share = case["results"].get(name, {}).get("to stock")
-                    if share:
-                        yield (f"{question}-{device}", case["name"], name), 1 / share
+def speedups(folder: Path) -> dict[tuple[str, ...], float]:
+    """Of this package's implementations, by benchmark, device, case and name."""
+    return {
+        (f"{row['benchmark']}-{device}", row["case"], row["implementation"]): 1 / row["ratio"]
+        for device in DEVICES
+        for row in read(device, folder)
+        if row.get("kind") == "ours" and row.get("ratio")
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,9 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="results of one run")
     parser.add_argument("other", type=Path, nargs="?", default=RESULTS, help="(default: benchmarks/results)")
-    parser.add_argument("--within", type=float, default=0.1, help="share of the ratio (default: %(default)g)")
+    parser.add_argument(
+        "--within", type=float, default=0.1, help="share of the speedup (default: %(default)g)"
+    )
     parsed = parser.parse_args(arguments)
-    first, second = dict(ratios(parsed.folder)), dict(ratios(parsed.other))
+    first, second = speedups(parsed.folder), speedups(parsed.other)
     both = [key for key in first if key in second]
     if not both:
         print(
@@ -50,9 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     apart = {key: abs(first[key] / second[key] - 1) for key in both}
     rows = [[*key, f"{first[key]:.2f}", f"{second[key]:.2f}", f"{apart[key]:.1%}"] for key in both]
-    print(markdown(rows, ["", "case", "stock's time over", "first", "second", "apart"], text=3))
+    print(markdown(rows, ["", "case", "speedup of", "first", "second", "apart"], text=3))
     over = sum(value > parsed.within for value in apart.values())
-    print(f"\n{len(both) - over} of {len(both)} ratios agree within {parsed.within:.0%}")
+    print(f"\n{len(both) - over} of {len(both)} speedups agree within {parsed.within:.0%}")
     return int(over > 0)
 
 

@@ -1,13 +1,12 @@
 """LLaMA's attention block (projections, rotary, attention, output) with each implementation of attention.
 
-Stock and enabled blocks share their weights. The limit is the four projections and PyTorch's attention alone,
+Stock and enabled blocks share their weights. The roofline is the four projections and PyTorch's attention alone,
 without any rotary step.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -17,29 +16,83 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from rope_dist.bench import checked_tokens, random, rotated
+
 from . import models
-from .harness import TOLERANCES, Absent, Case, Provider
-from .peers import installed, missing
-from .question import Options, Question, Size
-from .shapes import DTYPES, Angles, checked_tokens, random, rotated
+from .baselines import installed, missing
+from .benchmark import MODELS, Benchmark, Options, Size
+from .harness import TOLERANCES, Case, Implementation, Skipped
+from .shapes import DTYPES
 
 FA4 = "flash-attn-4"
-IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2", FA4)
+ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", FA4)
 
 
 class Block:
-    """A layer's attention, stock and enabled, its input ``[1, S, hidden]`` and stock's and our tables."""
+    """A layer's attention and its input ``[1, S, hidden]``."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
+        self.size = size
         self.model = models.build(size, 1, device)
+        self.attention = self.model.model.layers[0].self_attn
         self.x = random(1, size.tokens, size.shape.hidden, dtype=DTYPES[size.dtype], device=device)
-        self.positions = torch.arange(size.tokens, device=device)[None]
+        self.position_ids = torch.arange(size.tokens, device=device)[None]
 
-    def call(self, model: nn.Module, mask: Any) -> Callable[[], torch.Tensor]:
-        """The block of that model, its tables made before (a model makes them once for all layers)."""
-        attention = model.model.layers[0].self_attn
-        tables = model.model.rotary_emb(self.x, self.positions)
+    def bind(self, implementation: str, ours: bool) -> Callable[[], torch.Tensor]:
+        """The block with that attention, stock or enabled, its tables made before (once for all layers of a model)."""
+        model = models.with_attention(self.model, implementation)
+        model = models.enabled(model) if ours else model
+        attention, mask = model.model.layers[0].self_attn, self._mask(implementation)
+        tables = model.model.rotary_emb(self.x, self.position_ids)
         return lambda: attention(self.x, position_embeddings=tables, attention_mask=mask)[0]
+
+    def _mask(self, implementation: str) -> Any:
+        """What the model would hand to that implementation for one causal sequence."""
+        tokens, device = self.size.tokens, self.x.device
+        if implementation == "eager":
+            lowest = torch.finfo(self.x.dtype).min
+            return torch.full((tokens, tokens), lowest, dtype=self.x.dtype, device=device).triu_(1)[
+                None, None
+            ]
+        if implementation == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            return create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device=device)
+        return None
+
+    def without_rotary(self) -> Callable[[], torch.Tensor]:
+        """The four projections and PyTorch's attention."""
+        attention, shape = self.attention, self.size.shape
+        projections, grouped = (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            shape.q_heads != shape.k_heads,
+        )
+
+        def call() -> torch.Tensor:
+            q, k, v = (p(self.x).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for p in projections)
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            return attention.o_proj(out.transpose(1, 2).flatten(2))
+
+        return call
+
+    def exact(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The block's output at some tokens, in float64 from its weights."""
+        shape, x = self.size.shape, self.x[0].double()
+        angles = shape.angles(1, torch.float32, tokens.device)
+
+        def project(rows: torch.Tensor, module: nn.Module) -> torch.Tensor:
+            return (rows @ module.weight.detach().double().T).unflatten(-1, (-1, shape.head_dim))
+
+        q = rotated(project(x[tokens], self.attention.q_proj), *angles.exact(tokens)).transpose(0, 1)
+        k = rotated(project(x, self.attention.k_proj), *angles.exact(self.position_ids[0])).transpose(0, 1)
+        v, groups = project(x, self.attention.v_proj), shape.q_heads // shape.k_heads
+        seen = tokens[:, None] >= self.position_ids
+        heads = []
+        # A head at a time: all scores in float64 would not fit.
+        for head in range(shape.q_heads):
+            scores = q[head] @ k[head // groups].T * shape.head_dim**-0.5
+            heads.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, head // groups])
+        return torch.cat(heads, -1) @ self.attention.o_proj.weight.detach().double().T
 
 
 @cache
@@ -49,186 +102,79 @@ def _fa4_function() -> Callable:
 
 def _fa4(module: nn.Module, q, k, v, attention_mask, scaling: float | None = None, **_: Any):
     """flash-attn-4 behind the signature of transformers' attention functions."""
-    flash_attn_func = _fa4_function()
-    out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scaling, causal=True)
+    out = _fa4_function()(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scaling, causal=True)
     return (out[0] if isinstance(out, tuple) else out), None
 
 
 AttentionInterface.register(FA4, _fa4)
 
 
-def unavailable(implementation: str, options: Options) -> str | None:
+def unavailable(implementation: str, size: Size, options: Options) -> str | None:
     """Why that implementation cannot run here, or None."""
-    if implementation in ("sdpa", "eager"):
+    on_gpu = options.device.type == "cuda"
+    if implementation == "eager" and not on_gpu and size.tokens > 4096 and options.baselines is None:
+        return "takes seconds at this length on a CPU: ask with --baselines eager"
+    if implementation in ("sdpa", "eager") or (implementation == "flex_attention" and on_gpu):
         return None
-    if options.device.type != "cuda":
-        return "for GPUs"
-    if implementation == "flex_attention":
-        return None
+    if not on_gpu:
+        return "needs a GPU"
     if implementation == FA4 and torch.cuda.get_device_capability(options.device)[0] < 9:
         return "needs Hopper or later"
     return missing("flash_attn.cute" if implementation == FA4 else "flash_attn.flash_attn_interface")
 
 
-def _mask(implementation: str, size: Size, device: torch.device) -> Any:
-    """What the model would hand to that implementation for one causal sequence."""
-    if implementation == "eager":
-        lowest = torch.finfo(DTYPES[size.dtype]).min
-        full = torch.full((size.tokens, size.tokens), lowest, dtype=DTYPES[size.dtype], device=device)
-        return full.triu_(1)[None, None]
-    if implementation == "flex_attention":
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def causal(batch, head, q, k):
-            return q >= k
-
-        return create_block_mask(causal, None, None, size.tokens, size.tokens, device=device)
-    return None
+def implementations(size: Size, options: Options, block: Block) -> list[Implementation | Skipped]:
+    """Stock and enabled, with each implementation of attention."""
+    found: list[Implementation | Skipped] = []
+    for name in (name for name in ATTENTION if name == "sdpa" or options.wants(name)):
+        if reason := unavailable(name, size, options):
+            found.append(Skipped(name, reason))
+            continue
+        more = {
+            # Eager holds the scores, their float32 softmax and its rounded copy.
+            "need": size.shape.q_heads * size.tokens**2 * 10 if name == "eager" else 0,
+            "late": name not in ("sdpa", "eager"),
+            "labels": installed("flash_attn") if "flash" in name else {},
+        }
+        stock = "reference" if name == "sdpa" else "baseline"
+        found.append(
+            Implementation(f"huggingface, {name}", lambda x, n=name: x.bind(n, False), stock, **more)
+        )
+        found.append(
+            Implementation(f"{models.ENABLED}, {name}", lambda x, n=name: x.bind(n, True), "ours", **more)
+        )
+    return [*found, Implementation("no rotary", Block.without_rotary, "roofline")]
 
 
 def cases(size: Size, options: Options) -> list[Case]:
-    """The case of that size."""
-    shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
-    shared: list[Block] = []
-
-    def inputs() -> Block:
-        if not shared:
-            shared.append(Block(size, device))
-        return shared[0]
-
-    def exact(block: Block) -> list[torch.Tensor]:
-        return [_exact(block, size, checked_tokens(size.tokens, device))]
-
-    def pick(out: torch.Tensor) -> list[torch.Tensor]:
-        return [out[0, checked_tokens(size.tokens, device)]]
-
-    scores = shape.q_heads * size.tokens**2
-    width = sum(shape.widths) + shape.widths[0]
+    shape, dtype = size.shape, DTYPES[size.dtype]
+    tokens, width = checked_tokens(size.tokens, options.device), sum(shape.widths) + shape.widths[0]
     case = Case(
         name=str(size),
-        inputs=inputs,
-        providers=partial(providers, size, options),
-        exact=exact,
-        pick=pick,
+        inputs=cache(lambda: Block(size, options.device)),
+        implementations=partial(implementations, size, options),
+        exact=lambda block: [block.exact(tokens)],
+        pick=lambda out: [out[0, tokens]],
         # A softmax of rounded scores, and the output's product after it.
         tolerance=2 * TOLERANCES[dtype],
         bytes=(size.tokens * (2 * shape.hidden + 2 * width) + shape.hidden * width) * dtype.itemsize,
-        flops=2 * size.tokens * shape.hidden * width + 2 * scores * shape.head_dim,
         need=models.parameters_bytes(size, 1) + 12 * size.tokens * width * dtype.itemsize,
-        labels={"model": shape.name, "tokens": size.tokens, "dtype": size.dtype},
+        labels=size.labels,
     )
     return [case]
 
 
-def _exact(block: Block, size: Size, tokens: torch.Tensor) -> torch.Tensor:
-    """The block's output at some tokens, in float64 from its weights."""
-    shape = size.shape
-    attention = block.model.model.layers[0].self_attn
-    angles = Angles(shape, 1, torch.float32, tokens.device)
-    x = block.x[0].double()
-    q, k, v = (
-        (rows @ m.weight.detach().double().T).unflatten(-1, (-1, shape.head_dim))
-        for rows, m in ((x[tokens], attention.q_proj), (x, attention.k_proj), (x, attention.v_proj))
-    )
-    q = rotated(q, *angles.exact(tokens)).transpose(0, 1)
-    k = rotated(k, *angles.exact(block.positions[0])).transpose(0, 1)
-    groups = shape.q_heads // shape.k_heads
-    seen = tokens[:, None] >= block.positions
-    heads = []
-    # A head at a time: all scores in float64 would not fit.
-    for head in range(shape.q_heads):
-        scores = q[head] @ k[head // groups].T * shape.head_dim**-0.5
-        heads.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, head // groups])
-    return torch.cat(heads, -1) @ attention.o_proj.weight.detach().double().T
-
-
-def providers(size: Size, options: Options, block: Block) -> list[Provider | Absent]:
-    """Stock and enabled, with each implementation of attention."""
-    shape, device = size.shape, options.device
-    scores = shape.q_heads * size.tokens**2
-    found: list[Provider | Absent] = []
-    for implementation in IMPLEMENTATIONS:
-        if implementation != "sdpa" and not options.wants(implementation):
-            continue
-        reason = unavailable(implementation, options)
-        if (
-            implementation == "eager"
-            and device.type == "cpu"
-            and size.tokens > 4096
-            and options.peers is None
-        ):
-            reason = "takes seconds at this length on a CPU: ask with --peers eager"
-        if reason:
-            found.append(Absent(implementation, reason))
-            continue
-        # Eager holds the scores, their float32 softmax and its rounded copy.
-        need = scores * 10 if implementation == "eager" else 0
-        for name, make in (("Hugging Face", lambda m: m), ("rope_dist.enable", models.enabled)):
-            found.append(
-                Provider(
-                    f"{name}, {implementation}",
-                    partial(_bind, make, implementation, size, device),
-                    kind="ours"
-                    if name != "Hugging Face"
-                    else "stock"
-                    if implementation == "sdpa"
-                    else "peer",
-                    need=need,
-                    late=implementation not in ("sdpa", "eager"),
-                    labels=installed("flash_attn") if "flash" in implementation else {},
-                )
-            )
-    found.append(Provider("no rotary", partial(_without_rotary, shape), kind="limit"))
-    return found
-
-
-def _bind(make: Callable, implementation: str, size: Size, device: torch.device, block: Block):
-    model = make(models.with_attention(block.model, implementation))
-    return block.call(model, _mask(implementation, size, device))
-
-
-def _without_rotary(shape, block: Block) -> Callable[[], torch.Tensor]:
-    attention = block.model.model.layers[0].self_attn
-    grouped = shape.q_heads != shape.k_heads
-
-    def call() -> torch.Tensor:
-        q, k, v = (
-            p(block.x).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
-            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        return attention.o_proj(out.transpose(1, 2).flatten(2))
-
-    return call
-
-
-QUESTION = Question(
-    name="attention_block",
-    doc=__doc__,
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    title="LLaMA's attention block",
     cases=cases,
     sizes={
-        "cpu": [(("four heads",), (8192, 16384, 1024, 4096), ("bf16",))],
-        "cuda": [
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 4096, 32768), ("bf16",)),
-        ],
+        "cpu": ["tiny-256: 8k 16k 1k 4k"],
+        "cuda": ["Llama-3-8B LLaMA2-7B: 8k 16k", "Llama-3-8B: 1k 4k 32k"],
+        "quick": ["tiny-256: 1k"],
     },
-    quick={
-        "cpu": [(("four heads",), (1024,), ("bf16",))],
-        "cuda": [(("TinyLlama-1.1B",), (1024,), ("bf16",))],
-    },
-    sources=(
-        "rope_dist/ops/**/*.py",
-        "rope_dist/hf/**/*.py",
-        "csrc/*.h",
-        "csrc/*.cpp",
-        "csrc/*.cu",
-        "benchmarks/models.py",
-        "benchmarks/attention_block.py",
-    ),
-    peers=IMPLEMENTATIONS[1:],
-    seconds=75.0,
+    share={"cpu": 12, "cuda": 11},
+    baselines=ATTENTION[1:],
+    sources=MODELS,
 )
-
-if __name__ == "__main__":
-    sys.exit(QUESTION.main())

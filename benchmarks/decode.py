@@ -1,130 +1,73 @@
 """Decoding: projection with rotary of a few tokens, where the time goes into reading the weights.
 
-The limit moves as many bytes as the weights have (half of them copied). On a GPU "with the cache write" also
-stores keys and values into their cache in the same launch, which the others leave to another kernel.
+The rooflines are the products alone, and a copy that moves as many bytes as the weights have (half of them copied).
+On a GPU "with the cache write" also stores keys and values into their cache in the same launch, which the others
+leave to another kernel.
 """
 
 from __future__ import annotations
 
-import sys
-from functools import partial
-
 import torch
 
 from rope_dist import ops
-from rope_dist.ops import dispatch_projection
 
-from .harness import TOLERANCES, Case, Provider
-from .peers import COMPILED, STOCK, stock
-from .projection import Layer, exact_forward
-from .question import Options, Question, Size
-from .shapes import DTYPES, Angles
+from . import projection
+from .baselines import COMPILED
+from .benchmark import OPERATORS, Benchmark, Options, Size
+from .harness import Case, Implementation
+from .projection import Layer
 
 
 def cases(size: Size, options: Options) -> list[Case]:
-    """The case of that many tokens."""
-    shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
-    weights = sum(shape.widths) * shape.hidden
-    moved = size.tokens * (shape.hidden + sum(shape.widths))
-
-    def exact(layer: Layer) -> list[torch.Tensor]:
-        return exact_forward(size, torch.arange(size.tokens, device=device), layer)
-
-    case = Case(
-        name=f"{shape.name}, {size.tokens} token{'s' * (size.tokens > 1)}, {size.dtype}",
-        inputs=partial(Layer, size, dtype, device, False),
-        providers=lambda layer: providers(size, options, layer),
-        exact=exact,
-        pick=lambda outputs: [y[0] for y in outputs],
-        tolerance=2 * TOLERANCES[dtype],
-        bytes=weights * dtype.itemsize,
-        flops=2 * size.tokens * weights,
-        # Two copies of the weights, what the limit moves of them, and every result also in float64.
-        need=4 * weights * dtype.itemsize + moved * (4 * dtype.itemsize + 8),
-        labels={"model": shape.name, "tokens": size.tokens, "dtype": size.dtype},
-    )
+    case = projection.case(size, options, gradients=False)
+    case.name = f"{size.shape.name}, {size.tokens} token{'s' * (size.tokens > 1)}, {size.dtype}"
+    case.labels = size.labels
+    # Two copies of the weights, joined for the roofline, and what the copy moves of them; results in float64 too.
+    case.need = round(1.4 * case.need)
+    found = case.implementations
+    case.implementations = lambda layer: [*found(layer), *more(size, options, layer)]
     return [case]
 
 
-def providers(size: Size, options: Options, layer: Layer) -> list[Provider]:
-    """Everything that decodes."""
-    shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
-    angles = Angles(shape, size.tokens, dtype, device)
-    at = {"head_dim": shape.head_dim, "inv_freq": angles.words, "position_ids": angles.positions}
+def more(size: Size, options: Options, layer: Layer) -> list[Implementation]:
+    """Beyond those of a projection."""
 
-    def stock_way(inputs: Layer):
-        q, k, v = inputs.project(shape.head_dim)
-        return *stock(q, k, angles), v
+    def products(x: Layer):
+        return x.project
 
-    def separate(inputs: Layer):
-        q, k, v = inputs.project(shape.head_dim)
-        return *ops.rotary(q, k, angles.cos, angles.sin, inplace=True), v
-
-    def fused(inputs: Layer, path: str = "auto"):
-        return ops.qkv_rotary(inputs.x, *inputs.weights, path=path, **at)
-
-    def cached(inputs: Layer):
-        entries = (size.tokens, shape.k_heads, shape.head_dim)
-        caches = [torch.empty(entries, dtype=dtype, device=device) for _ in range(2)]
-        slots = torch.arange(size.tokens, device=device)
-        rest = {"inv_freq": angles.words, "position_ids": angles.positions, "slots": slots}
-
-        def call():
-            q = ops.decode_rotary(inputs.x, *inputs.weights, k_cache=caches[0], v_cache=caches[1], **rest)
-            return q, caches[0][None], caches[1][None]
-
-        return call
-
-    def read(inputs: Layer):
-        halves = [w.flatten()[: w.numel() // 2] for w in inputs.weights]
+    def read(x: Layer):
+        halves = [w.flatten()[: w.numel() // 2] for w in x.weights]
         targets = [torch.empty_like(half) for half in halves]
         return lambda: [a.copy_(b) for a, b in zip(targets, halves, strict=True)]
 
-    def bound(way):
-        return lambda inputs: partial(way, inputs)
+    def cached(x: Layer):
+        entries = (size.tokens, size.shape.k_heads, x.head_dim)
+        caches = [x.x.new_empty(entries) for _ in range(2)]
+        angles = size.shape.angles(size.tokens, x.x.dtype, options.device)
+        at = {"slots": angles.position_ids[0], "k_cache": caches[0], "v_cache": caches[1]}
+        at |= {"inv_freq": angles.inv_freq_q64, "position_ids": angles.position_ids}
+        return lambda: (ops.decode_rotary(x.x, *x.weights, **at), caches[0][None], caches[1][None])
 
     found = [
-        Provider(STOCK, bound(stock_way), kind="stock"),
-        Provider("weights moved", read, kind="limit"),
-        Provider("products alone", lambda inputs: partial(inputs.project, shape.head_dim), kind="limit"),
+        Implementation("products alone", products, "roofline"),
+        Implementation("weights moved", read, "roofline"),
     ]
     if ops.backend_for(layer.x) == "triton":
-        found.append(Provider("rope_dist", bound(fused), kind="ours"))
-        rotary_dim = 2 * angles.words.shape[1]
-        for path in dispatch_projection.candidates(layer.x, *layer.weights, shape.head_dim, rotary_dim):
-            found.append(Provider(f"rope_dist, {path}", bound(partial(fused, path=path)), kind="ours"))
-        found.append(Provider("rope_dist, with the cache write", cached, kind="ours"))
-    else:
-        found.append(Provider("rope_dist", bound(separate), kind="ours"))
-    if options.wants(COMPILED):
-        compiled = torch.compile(stock_way, dynamic=False)
-        found.append(Provider(COMPILED, bound(compiled), late=True))
+        found.append(Implementation("rope_dist, with the cache write", cached, "ours"))
     return found
 
 
-QUESTION = Question(
-    name="decode",
-    doc=__doc__,
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    title="Decoding: projection and rotary of a few tokens",
     cases=cases,
     sizes={
-        "cpu": [(("TinyLlama-1.1B", "Llama-3-8B"), (1, 16), ("bf16",))],
-        "cuda": [(("Llama-3-8B", "LLaMA2-7B"), (1, 16, 2, 4, 8), ("bf16",))],
+        "cpu": ["TinyLlama-1.1B Llama-3-8B: 1 16"],
+        "cuda": ["Llama-3-8B LLaMA2-7B: 1 16 2 4 8"],
+        "quick": ["SmolLM2-135M: 1"],
     },
-    quick={
-        "cpu": [(("SmolLM2-135M",), (1,), ("bf16",))],
-        "cuda": [(("Llama-3-8B",), (1,), ("bf16",))],
-    },
-    sources=(
-        "rope_dist/ops/**/*.py",
-        "csrc/*.h",
-        "csrc/*.cpp",
-        "csrc/*.cu",
-        "benchmarks/projection.py",
-        "benchmarks/decode.py",
-    ),
-    peers=(COMPILED,),
-    seconds=25.0,
+    share={"cpu": 4, "cuda": 10},
+    baselines=(COMPILED, projection.LIGER, projection.QUACK),
+    sources=(*OPERATORS, "benchmarks/projection.py"),
 )
-
-if __name__ == "__main__":
-    sys.exit(QUESTION.main())

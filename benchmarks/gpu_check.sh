@@ -6,14 +6,15 @@
 # Without PART it lists the parts in the order in which to run them. Each part leaves its results in $OUT whatever
 # becomes of the parts after it, and what it had measured when its time was up:
 #   PART.txt                what the part printed
-#   NAME-cuda.json          a result of each benchmark, for benchmarks/results; those of "compile" and "peers" are in
-#                           folders of that name, since they measure again what other parts have measured
+#   cuda.jsonl              a row a measurement, for benchmarks/results (tables of several parts: cat */cuda.jsonl);
+#                           those of "compile" and "baselines" are in folders of that name, since they measure again
+#                           what other parts have measured
 #   choices-PART.json       what was fastest here
 #   native.txt              the native libraries built, where that for CUDA is not there yet
 #
 # OUT is the folder (default: gpu-check), PY the interpreter (python3), which needs torch, triton, transformers,
-# pytest, hypothesis and tabulate, and LIMIT the seconds for the part (560). Other packages take part where they are
-# installed or in PYTHONPATH. The exit status is that of the first step that failed, 124 if it took too long, and 2
+# pytest, hypothesis and tabulate, and LIMIT the seconds for the part (560). Other packages are measured where they
+# are installed or in PYTHONPATH. The exit status is that of the first step that failed, 124 if it took too long, and 2
 # where nothing can be run. What needs no GPU is not run here: "make gate" compiles every kernel on any machine.
 set -uo pipefail
 
@@ -25,20 +26,20 @@ parts, in order:
   projection  benchmark of the projection with the rotation, forward and backward
   models      benchmarks of whole models and of the attention block, without torch.compile
   compile     prefill and training step at 8k with torch.compile
-  peers       rotation, projection and attention block beside the other packages that are installed
+  baselines   rotation, projection and attention block beside the other packages that are installed
   sanitizer   the projection's and decoding's kernels under compute-sanitizer
 TEXT
 }
 
 case "${1-}" in
-    tests | rotary | projection | models | compile | peers | sanitizer) ;;
+    tests | rotary | projection | models | compile | baselines | sanitizer) ;;
     "" | -h | --help)
         echo "usage: OUT=results benchmarks/gpu_check.sh PART"
         usage
         exit 0
         ;;
     *)
-        echo "gpu_check.sh: no part '$1'; there are tests, rotary, projection, models, compile, peers, sanitizer" >&2
+        echo "gpu_check.sh: no part '$1'; there are tests, rotary, projection, models, compile, baselines, sanitizer" >&2
         exit 2
         ;;
 esac
@@ -82,8 +83,8 @@ measure() { # folder, benchmarks..., -- options of each
     local folder="$1" seconds
     shift
     mkdir -p "$folder"
-    # The suite ends by itself, ten seconds before it would be stopped.
-    seconds=$(($(left) > 11 ? $(left) - 10 : 1))
+    # The suite ends by itself, ten seconds before it would be stopped; its last benchmark has 15 seconds of grace.
+    seconds=$(($(left) > 26 ? $(left) - 25 : 1))
     run "$PART" "$(left)" "$PY" -m benchmarks --device cuda --output "$folder" --seconds "$seconds" --only "$@"
     for file in "$CHOICES"/choices-*; do
         [ -e "$file" ] && cp "$file" "$OUT/choices-$PART.json"
@@ -104,20 +105,20 @@ case "$PART" in
         ;;
     rotary)
         native
-        measure "$OUT" rotary decode -- --peers torch.compile
+        measure "$OUT" rotary decode -- --baselines torch.compile
         ;;
     projection)
-        measure "$OUT" projection -- --peers torch.compile
+        measure "$OUT" projection -- --baselines torch.compile
         ;;
     models)
-        measure "$OUT" model_prefill model_decode attention_block model_train_step -- --peers
+        measure "$OUT" model_prefill model_decode attention_block model_train_step -- --baselines
         ;;
     compile)
-        measure "$OUT/compile" model_prefill model_train_step -- --peers torch.compile --lengths 8192
+        measure "$OUT/compile" model_prefill model_train_step -- --baselines torch.compile --lengths 8192
         ;;
-    peers)
+    baselines)
         native
-        measure "$OUT/peers" rotary projection attention_block
+        measure "$OUT/baselines" rotary projection attention_block
         ;;
     sanitizer)
         if ! command -v compute-sanitizer >/dev/null; then

@@ -1,37 +1,33 @@
-"""What every benchmark does: check each provider, then time all in turn, beside a limit measured in the same run.
+"""What every benchmark does: check each implementation, then time all in turn, beside a roofline of the same run.
 
-A *case* is one question at one size (rotary of Llama-3-8B at 8k in bfloat16). Its *providers* work on the same
+A *case* is a benchmark at one size (rotary of Llama-3-8B at 8k in bfloat16). Its *implementations* work on the same
 random inputs. Each is called once on fresh inputs and compared with an exact result before it is timed; one
-that is wrong, fails, or needs more memory than there is, is named with the reason and not timed.
+that is wrong, fails, or needs more memory than there is, is listed with the reason and not timed.
 
-How it is timed, and what keeps figures of a busy machine comparable:
+How it is timed, and what keeps the times of a busy machine comparable:
 
-- Providers run in turn, forwards and backwards (A B B A ...), on two copies of the inputs by turns.
+- Implementations run in turn, forwards and backwards (A B B A ...), on two copies of the inputs alternately.
 - What compiles for seconds or minutes (``late``) comes last: a case that is stopped while something compiles has
   been timed without it, and that result is saved.
 - Rounds go on until the median of each is known to 3 %, at least five; three where the case's time is over.
-- Quoted are the median with the 20th and 80th percentile. A comparison is the median of the rounds' ratios,
-  since a round's providers share what slowed it. ``quiet`` is the lowest median of three rounds in a row.
+- Reported are the median with the 20th and 80th percentile. A comparison is the median of the rounds' ratios,
+  since the calls of a round share what slowed it. ``quiet`` is the lowest median of three rounds in a row.
 - On a GPU each step of a layer is captured in a CUDA graph and timed between events, first with the L2 cache
-  overwritten before each call (the figure to quote), then with what the call before it left there (``warm``).
+  overwritten before each call (the time to report), then with what the call before it left there (``warm``).
   The GPU is kept waiting until a call is enqueued: of ten microseconds the launch would be half.
   A whole model is timed from its call to the end of its last kernel, as its user waits for it.
 - On a CPU it is wall time. The cache is overwritten where the tensors could stay in it.
-- Peak memory is what one call adds at its highest, its results included. On a CPU it is what the process
-  adds: tensors under some tens of MiB may come from memory that it had already.
+- ``peak_bytes`` is what one call adds to a GPU's memory at its highest, its results included.
 """
 
 from __future__ import annotations
 
 import gc
-import re
-import resource
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,40 +36,35 @@ from rope_dist import machine, timing
 
 BUFFERS = 2
 TOLERANCES = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""How far one head of one token may be from the exact result, as a share of its length. Stock rounds cos and
+"""How far one head of one token may be from the exact result, as a share of its length. Hugging Face rounds cos and
 sin to the model's type, and adds three rounded products; a float32 angle at 32k is off by 2e-3."""
+CUT_SHORT = "skipped: the run was cut short"
+"""Note of a result that was saved under way."""
 
 
 class BenchmarkError(ValueError):
-    """What was asked for cannot be measured here; one line says why."""
-
-
-CUT_SHORT = "the run was cut short"
-"""Why a result that was saved under way lacks a provider or a case."""
-
-_PREPARED: dict[str, float] = {}
-"""Seconds that a late provider took to prepare in the case before, by name."""
+    """What was asked for cannot be measured here; the message is one line."""
 
 
 @dataclass
-class Provider:
-    """One way of doing what a case asks.
+class Implementation:
+    """One implementation of what a case computes.
 
     Attributes:
         name: in the table.
         bind: from a case's inputs to the call that is timed; what the call returns is checked.
-        kind: ``"ours"``, ``"stock"`` (what this package replaces), ``"peer"``, or ``"limit"`` (what no way can
-            be faster than: not checked, not ranked).
+        kind: ``"ours"``, ``"reference"`` (what this package replaces: ratios are to it), ``"baseline"``, or
+            ``"roofline"`` (a bound that none can be faster than: not checked, not ranked).
         need: bytes that a call takes beyond the inputs.
-        exact: instead of the case's, for a provider that pairs dimensions in another way.
+        exact: instead of the case's, for one that pairs dimensions in another way.
         graph: whether a CUDA graph can hold the call.
         late: prepared only after all others were timed, since it compiles for seconds or minutes.
-        labels: kept in the JSON, such as the version of a package.
+        labels: more columns of its row, such as the version of a package.
     """
 
     name: str
     bind: Callable[[Any], Callable[[], Any]]
-    kind: str = "peer"
+    kind: str = "baseline"
     need: int = 0
     exact: Callable[[Any], list[torch.Tensor]] | None = None
     graph: bool = True
@@ -82,8 +73,8 @@ class Provider:
 
 
 @dataclass
-class Absent:
-    """A peer that cannot take part, and why."""
+class Skipped:
+    """A baseline that cannot run here, and why."""
 
     name: str
     reason: str
@@ -91,50 +82,59 @@ class Absent:
 
 @dataclass
 class Case:
-    """One question at one size.
+    """A benchmark at one size.
 
     Attributes:
         name: in the table.
         inputs: makes the tensors; with a ``reset()`` if calls change them.
-        providers: of the case, on those inputs.
+        implementations: of the case, on those inputs.
         exact: the right results, computed in another way from fresh inputs; None where nothing is checked.
         pick: from what a call returns to the tensors that ``exact`` gives.
         tolerance: the largest :func:`rope_dist.timing.error`.
-        bytes, flops: that must be moved and computed, for the roofline page.
+        bytes: that must be moved.
         need: bytes that the inputs and the results take.
         kernel: whether it is one step of a layer, captured in a CUDA graph and timed with the cache overwritten;
             a whole model is timed as it is.
-        labels: model, tokens, dtype and the like, kept in the JSON.
+        gradients: whether calls are made with autograd.
+        repeat: how often a bound call does its work: its time is divided by it.
+        labels: model, tokens, dtype and the like: columns of each row.
     """
 
     name: str
     inputs: Callable[[], Any]
-    providers: Callable[[Any], Iterable[Provider | Absent]]
+    implementations: Callable[[Any], Iterable[Implementation | Skipped]]
     exact: Callable[[Any], list[torch.Tensor]] | None = None
     pick: Callable[[Any], list[torch.Tensor]] = list
     tolerance: float = 0.0
     bytes: int = 0
-    flops: int = 0
     need: int = 0
     kernel: bool = True
     gradients: bool = False
+    repeat: int = 1
     labels: dict[str, Any] = field(default_factory=dict)
 
 
+Rows = list[dict[str, Any]]
+
+_PREPARED: dict[str, float] = {}
+"""Seconds that a late implementation took to prepare in the case before, by name."""
+
+
 def measure(
-    case: Case, device: torch.device, *, seconds: float, save: Callable[[dict], None] = lambda found: None
-) -> dict:
-    """Check and time every provider of ``case``.
+    case: Case, device: torch.device, *, seconds: float, save: Callable[[Rows], None] = lambda rows: None
+) -> Rows:
+    """Check and time every implementation of ``case``.
 
     Args:
         seconds: for preparing and timing; a third of it is for timing whatever the preparation took, and
-            three rounds are made in any case. A late provider is left out where its preparation took longer in
-            the case before than there is time for.
-        save: is given the result as it stands, whenever there is more of it.
+            three rounds are made in any case. A late implementation is left out where its preparation took longer
+            in the case before than there is time for.
+        save: is given the rows as they stand, whenever there is more in them.
 
     Returns:
-        The case's labels, ``bytes``, ``flops``, and ``results``: by provider its kind, and seconds, ratios and
-        peak bytes, or why there are none. ``ranking`` has the timed ones, fastest first.
+        A row an implementation: the case's labels, ``implementation``, ``kind``; ``seconds`` (the median), ``p20``,
+        ``p80``, ``quiet``, ``rounds``, ``ratio`` (to the reference), ``roofline`` (share of the bound), ``error``,
+        ``peak_bytes``; or a ``note`` that says why it was not timed.
 
     Raises:
         BenchmarkError: the inputs do not fit into memory.
@@ -144,15 +144,6 @@ def measure(
     torch.compiler.reset()
     release(device)
     require_memory(case, device)
-    results: dict[str, dict] = {}
-    found = {
-        "name": case.name,
-        **case.labels,
-        "bytes": case.bytes,
-        "flops": case.flops,
-        "results": results,
-        "ranking": [],
-    }
     with torch.enable_grad() if case.gradients else torch.inference_mode():
         try:
             buffers = [case.inputs() for _ in range(BUFFERS)]
@@ -161,128 +152,132 @@ def measure(
             raise BenchmarkError(
                 f"{case.name} ran out of memory on {device}: choose smaller --lengths or --models"
             ) from failure
-        _admit_and_time(case, device, buffers, expected, found, began, seconds, save)
-        del buffers, expected
+        run = _Run(case, device, buffers, expected, save)
+        run.everything(began, seconds)
+        rows = list(run.rows.values())
+        del run, buffers, expected
     release(device)
-    return found
+    return rows
 
 
-def _admit_and_time(case, device, buffers, expected, found, began, seconds, save) -> None:
-    """Fill ``found``: everything but the late providers first, then one of those after the other."""
-    results = found["results"]
-    running: dict[str, list[Callable[[], Any]]] = {}
+@dataclass
+class _Run:
+    case: Case
+    device: torch.device
+    buffers: list[Any]
+    expected: list[torch.Tensor] | None
+    save: Callable[[Rows], None]
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calls: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
 
-    def admit(provider: Provider) -> None:
-        entry = results[provider.name] = {"kind": provider.kind, **provider.labels}
-        calls = _admit(provider, case, buffers, expected, device, entry)
-        if calls:
-            running[provider.name] = calls
+    def everything(self, began: float, seconds: float) -> None:
+        """All but the late implementations first, then one of those after the other."""
+        late = []
+        for implementation in self.case.implementations(self.buffers[0]):
+            if isinstance(implementation, Skipped):
+                self._row(implementation.name, "baseline", note=f"skipped: {implementation.reason}")
+            elif implementation.late:
+                self._row(implementation.name, implementation.kind, **implementation.labels, note=CUT_SHORT)
+                late.append(implementation)
+            else:
+                self.admit(implementation)
+        if late:
+            started = time.perf_counter()
+            self.time(0.0, most=1)
+            # More rounds, where they cost next to nothing.
+            if time.perf_counter() - started < seconds / 50:
+                self.time(seconds / 10)
+        for implementation in late:
+            started, before = time.perf_counter(), _PREPARED.get(implementation.name, 0.0)
+            if max(began + seconds - started, seconds / 2) < before:
+                reason = f"no time left, it took {before:.0f} s to prepare"
+                self.rows[implementation.name]["note"] = f"skipped: {reason}"
+                continue
+            self.admit(implementation)
+            _PREPARED[implementation.name] = time.perf_counter() - started
+            if implementation is not late[-1]:
+                self.time(0.0)
+        # Preparing may have taken all of it.
+        self.time(max(began + seconds - time.perf_counter(), seconds / 3))
 
-    def time_all(seconds: float, most: int = timing.MOST_ROUNDS) -> None:
-        for name, times in _times(running, case, device, seconds, most, results).items():
-            results[name] |= times
-        _compare(results)
-        found["ranking"] = ranking(results)
-        save(found)
+    def _row(self, name: str, kind: str, **columns: Any) -> dict[str, Any]:
+        case = self.case
+        row = {"case": case.name, **case.labels} | ({"bytes": case.bytes} if case.bytes else {})
+        self.rows[name] = row | {"implementation": name, "kind": kind} | columns
+        return self.rows[name]
 
-    late = []
-    for provider in case.providers(buffers[0]):
-        if isinstance(provider, Absent):
-            results[provider.name] = {"kind": "peer", "skipped": provider.reason}
-        elif provider.late:
-            results[provider.name] = {"kind": provider.kind, **provider.labels, "skipped": CUT_SHORT}
-            late.append(provider)
-        else:
-            admit(provider)
-    if late:
-        started = time.perf_counter()
-        time_all(0.0, most=1)
-        # More rounds, where they cost next to nothing.
-        if time.perf_counter() - started < seconds / 50:
-            time_all(seconds / 10)
-    for provider in late:
-        started = time.perf_counter()
-        left = max(began + seconds - started, seconds / 2)
-        if left < _PREPARED.get(provider.name, 0.0):
-            results[provider.name]["skipped"] = (
-                f"no time left: it took {_PREPARED[provider.name]:.0f} s to prepare"
-            )
-            continue
-        admit(provider)
-        _PREPARED[provider.name] = time.perf_counter() - started
-        if provider is not late[-1]:
-            time_all(0.0)
-    # Preparing may have taken all of it.
-    time_all(max(began + seconds - time.perf_counter(), seconds / 3))
-
-
-def ranking(results: dict[str, dict]) -> list[str]:
-    """The timed providers that are no limits, fastest first."""
-    timed = [name for name, r in results.items() if "seconds" in r and r["kind"] != "limit"]
-    return sorted(timed, key=lambda name: results[name].get("to stock", results[name]["seconds"]["p50"]))
-
-
-def _admit(provider, case, buffers, expected, device, entry) -> list[Callable[[], Any]] | None:
-    """The bound calls of a provider that is right, or None with the reason in ``entry``."""
-    room = machine.free_bytes(device)
-    if room is not None and provider.need > room:
-        entry["skipped"] = f"needs {_gib(provider.need)} of memory, {_gib(room)} are free"
-        return None
-    try:
-        calls = [provider.bind(inputs) for inputs in buffers]
-        _reset(buffers[0])
-        outputs = calls[0]()
-        if provider.kind != "limit" and (provider.exact or expected is not None):
-            wanted = provider.exact(buffers[0]) if provider.exact else expected
-            off = [timing.error(a, b) for a, b in zip(case.pick(outputs), wanted, strict=True)]
-            entry["error"] = max(off)
-            if entry["error"] > case.tolerance:
-                entry["refused"] = (
-                    f"wrong: a vector is off by {entry['error']:.1%} of its length, {case.tolerance:.1%} is allowed"
-                )
-                return None
-        del outputs
-        entry["peak_bytes"] = peak_memory(calls[1], device)
-    except Exception as failure:
-        # Whatever a peer raises is its result here; the others go on.
-        entry["failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-        release(device)
-        return None
-    finally:
-        _reset(buffers[0])
-    if device.type == "cuda" and case.kernel and provider.graph:
+    def admit(self, implementation: Implementation) -> None:
+        """Bind and check it: its calls, or a note in its row."""
+        row = self._row(implementation.name, implementation.kind, **implementation.labels)
+        room = machine.free_bytes(self.device)
+        if room is not None and implementation.need > room:
+            row["note"] = f"skipped: needs {_gib(implementation.need)} of memory, {_gib(room)} are free"
+            return
         try:
-            # A graph keeps its own addresses, so each copy of the inputs has one.
-            calls = [captured(call).replay for call in calls]
-        except RuntimeError as failure:
-            entry["failed"] = f"cannot be captured in a CUDA graph: {failure}".splitlines()[0][:200]
-            return None
-    return calls
+            calls = [implementation.bind(inputs) for inputs in self.buffers]
+            _reset(self.buffers[0])
+            self._check(implementation, calls[0](), row)
+            if "note" in row:
+                return
+            if self.device.type == "cuda":
+                row["peak_bytes"] = peak_memory(calls[1])
+            else:
+                calls[1]()  # warm, as the first copy is
+        except Exception as failure:
+            # Whatever a baseline raises is its result here; the others go on.
+            row["note"] = f"failed: {type(failure).__name__}: {failure}".splitlines()[0][:200]
+            release(self.device)
+            return
+        finally:
+            _reset(self.buffers[0])
+        if self.device.type == "cuda" and self.case.kernel and implementation.graph:
+            try:
+                # A graph keeps its own addresses, so each copy of the inputs has one.
+                calls = [captured(call).replay for call in calls]
+            except RuntimeError as failure:
+                row["note"] = f"failed: not captured in a CUDA graph: {failure}".splitlines()[0][:200]
+                return
+        self.calls[implementation.name] = calls
 
+    def _check(self, implementation: Implementation, outputs: Any, row: dict[str, Any]) -> None:
+        if implementation.kind == "roofline" or not (implementation.exact or self.expected is not None):
+            return
+        wanted = implementation.exact(self.buffers[0]) if implementation.exact else self.expected
+        row["error"] = max(timing.error(a, b) for a, b in zip(self.case.pick(outputs), wanted, strict=True))
+        if row["error"] > self.case.tolerance:
+            row["note"] = (
+                f"wrong: a vector is off by {row['error']:.1%} of its length, {self.case.tolerance:.1%} is allowed"
+            )
 
-def _times(running, case, device, seconds, most, results) -> dict[str, dict]:
-    if not running:
-        return {}
-    # On a CPU two copies of large tensors push each other out of the cache.
-    overwrite = case.kernel and (
-        device.type == "cuda" or case.bytes < 2 * machine.last_level_cache_bytes(device)
-    )
-    modes = {"seconds": overwrite}
-    if device.type == "cuda" and case.kernel:
-        modes["warm_seconds"] = False
-    found: dict[str, dict] = {name: {} for name in running}
-    base = next((name for name in running if results[name]["kind"] == "stock"), None)
-    for mode, cold in modes.items():
-        turns = {name: cycle(calls) for name, calls in running.items()}
-        calls = {name: partial(_next, turn) for name, turn in turns.items()}
-        whole = device.type == "cuda" and not case.kernel
-        timer = _whole if whole else timing.timer(device, cold=cold, queued=True)
-        times = timing.sample(calls, timer, seconds=seconds / len(modes), most=most)
-        for name, values in times.items():
-            found[name][mode] = asdict(timing.spread(values))
-            if mode == "seconds" and base:
-                found[name]["to stock"] = timing.ratio(values, times[base])
-    return found
+    def time(self, seconds: float, most: int | None = None) -> None:
+        """Rounds of all admitted so far, and save."""
+        case, on_gpu = self.case, self.device.type == "cuda"
+        # On a CPU two copies of large tensors push each other out of the cache.
+        cold = case.kernel and (on_gpu or case.bytes < 2 * machine.last_level_cache_bytes(self.device))
+        modes = {"": cold, "warm_": False} if on_gpu and case.kernel else {"": cold}
+        reference = next((name for name in self.calls if self.rows[name]["kind"] == "reference"), None)
+        for prefix, overwrite in modes.items():
+            if not self.calls:
+                break
+            calls = {name: partial(_next, cycle(calls)) for name, calls in self.calls.items()}
+            whole = on_gpu and not case.kernel
+            timer = _whole if whole else timing.timer(self.device, cold=overwrite, queued=True)
+            times = timing.sample(calls, timer, seconds=seconds / len(modes), most=most or timing.MOST_ROUNDS)
+            for name, values in times.items():
+                found = timing.spread([value / case.repeat for value in values])
+                row = self.rows[name]
+                row |= {prefix + "seconds": found.p50, prefix + "p20": found.p20, prefix + "p80": found.p80}
+                if not prefix:
+                    row |= {"quiet": found.quiet, "rounds": found.rounds}
+                    row |= {"ratio": timing.ratio(values, times[reference])} if reference else {}
+        rows = list(self.rows.values())
+        bound = min(
+            (row["seconds"] for row in rows if row["kind"] == "roofline" and "seconds" in row), default=None
+        )
+        for row in rows:
+            if bound and "seconds" in row and row["kind"] != "roofline":
+                row["roofline"] = bound / row["seconds"]
+        self.save(rows)
 
 
 def _whole(call: Callable[[], object]) -> float:
@@ -294,16 +289,14 @@ def _whole(call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _next(turn: Iterable[Callable[[], Any]]) -> None:
-    next(turn)()
+def _next(calls: Iterable[Callable[[], Any]]) -> None:
+    next(calls)()
 
 
-def _compare(results: dict[str, dict]) -> None:
-    """Beside each time the share of it that the limit takes."""
-    limits = [r["seconds"]["p50"] for r in results.values() if r["kind"] == "limit" and "seconds" in r]
-    for result in results.values():
-        if limits and "seconds" in result and result["kind"] != "limit":
-            result["limit share"] = min(limits) / result["seconds"]["p50"]
+def ranking(rows: Rows) -> Rows:
+    """Those timed, fastest first; bounds come last."""
+    timed = [row for row in rows if "seconds" in row]
+    return sorted(timed, key=lambda row: (row["kind"] == "roofline", row.get("ratio", row["seconds"])))
 
 
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -320,30 +313,14 @@ def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that one call adds at its highest; None where the system does not say."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    gc.collect()
-    try:
-        # Linux: 5 sets the high-water mark back to what is in use.
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        call()
-        return None
-    before = _high_water()
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes that one call adds to the GPU's memory at its highest."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     call()
-    return max(_high_water() - before, 0)
-
-
-def _high_water() -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) << 10 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def require_memory(case: Case, device: torch.device) -> None:
@@ -364,8 +341,7 @@ def release(device: torch.device) -> None:
 
 
 def _reset(inputs: Any) -> None:
-    reset = getattr(inputs, "reset", None)
-    if reset:
+    if reset := getattr(inputs, "reset", None):
         reset()
 
 

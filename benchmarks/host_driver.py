@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 
 from rope_dist import ops
 
@@ -43,13 +41,10 @@ class _Utils:
 
 
 class HostDriver:
-    """What ``triton.runtime.driver`` wants, for compute capability 9.0 (or another)."""
+    """What ``triton.runtime.driver`` wants, for compute capability 9.0."""
 
     launcher_cls = _Launcher
-
-    def __init__(self, capability: int = 90) -> None:
-        self.utils = _Utils()
-        self._target = GPUTarget("cuda", capability, 32)
+    utils = _Utils()
 
     @property
     def launches(self) -> int:
@@ -65,14 +60,13 @@ class HostDriver:
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
-    def get_current_target(self) -> GPUTarget:
-        return self._target
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
-
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return divmod(self._target.arch, 10)
 
 
 @contextlib.contextmanager
@@ -84,11 +78,12 @@ def host_only() -> Iterator[HostDriver]:
     """
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise RuntimeError("TRITON_INTERPRET is set: its interpreter would run instead of the compiler")
-    driver = HostDriver()
-    before = triton.runtime.driver._active
-    triton.runtime.driver.set_active(driver)
+    from triton.runtime import driver
+
+    before = driver._active
+    driver.set_active(HostDriver())
     try:
         with ops.use_backend("triton"):
-            yield driver
+            yield driver.active
     finally:
-        triton.runtime.driver.set_active(before)
+        driver.set_active(before)

@@ -1,25 +1,22 @@
 """One training step of a LLaMA-shaped model with random weights: forward, backward, AdamW.
 
-The limit is the layers' matrix products of the forward pass and twice those for the backward pass. Models are
+The roofline is the layers' matrix products of the forward pass and twice those for the backward pass. Models are
 cut to a few layers, so that a GPU holds the optimizer's state; the steps share parameters and optimizer.
 """
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from . import models
-from .harness import Case, Provider
-from .model_prefill import STOCK, Prompt, add_layers, layers_of
-from .peers import COMPILED
-from .question import Options, Question, Size
+from .baselines import COMPILED
+from .benchmark import MODELS, Benchmark, Options, Size
+from .harness import Case
 
 LAYERS = {"cpu": 1, "cuda": 4}
 
 
-class Training(Prompt):
+class Training(models.Pair):
     """Also the optimizer of the shared parameters."""
 
     def __init__(self, size: Size, layers: int, device: torch.device) -> None:
@@ -31,17 +28,7 @@ class Training(Prompt):
 
 
 def cases(size: Size, options: Options) -> list[Case]:
-    """The case of that size."""
-    layers, device = layers_of(size, options, LAYERS), options.device
-    weights = models.parameters_bytes(size, layers)
-    shared: list[Training] = []
-
-    def inputs() -> Training:
-        if not shared:
-            shared.append(Training(size, layers, device))
-        return shared[0]
-
-    def step(model: torch.nn.Module, training: Training):
+    def run(training: Training, model):
         attention = training.model.model.layers[0].self_attn
 
         def call() -> list[torch.Tensor]:
@@ -49,83 +36,34 @@ def cases(size: Size, options: Options) -> list[Case]:
             loss = model(training.ids, labels=training.ids, use_cache=False).loss
             loss.backward()
             training.optimizer.step()
-            # What the rotation's backward pass has gone through.
-            return [loss.detach()[None], attention.q_proj.weight.grad, attention.k_proj.weight.grad]
+            # Whole gradients that have gone through the rotation's backward pass.
+            weights = attention.q_proj.weight, attention.k_proj.weight
+            return [loss.detach()[None], *(w.grad.flatten() for w in weights)]
 
         return call
 
-    def exact(training: Training) -> list[torch.Tensor]:
-        return [y.clone().double().flatten() for y in step(training.model, training)()]
+    # Gradients and the optimizer's state; activations.
+    def need(layers: int, weights: int) -> int:
+        activations = size.tokens * (layers * 16 * size.shape.intermediate + 3 * size.shape.vocabulary)
+        return 3 * weights + 4 * activations
 
-    def products(training: Training):
-        forward = models.products(training.model, size.tokens)
-
-        def call() -> None:
-            with torch.no_grad():
-                for _ in range(3):
-                    forward()
-
-        return call
-
-    def providers(training: Training) -> list[Provider]:
-        found = [
-            Provider(STOCK, lambda t: step(t.model, t), kind="stock"),
-            Provider("rope_dist.enable", lambda t: step(t.enabled, t), kind="ours"),
-            Provider("products alone", products, kind="limit"),
-        ]
-        if device.type == "cuda" and options.wants(COMPILED):
-            compiled = torch.compile(training.model, dynamic=False)
-            found.append(Provider(COMPILED, lambda t: step(compiled, t), late=True))
-        return found
-
-    activations = size.tokens * (layers * 16 * size.shape.intermediate + 3 * size.shape.vocabulary)
-    case = Case(
-        name=f"{size}, {layers} layer{'s' * (layers > 1)}",
-        inputs=inputs,
-        providers=providers,
-        exact=exact,
-        pick=lambda outputs: [y.flatten() for y in outputs],
-        # Of whole gradients; softmax and rounding are between them and the rotation.
-        tolerance=0.1,
-        bytes=8 * weights,
-        flops=3 * (models.linear_flops(size, layers) + models.attention_flops(size, layers)),
-        need=4 * weights + 4 * activations,
-        kernel=False,
-        gradients=True,
-        labels={"model": size.shape.name, "layers": layers, "tokens": size.tokens, "dtype": size.dtype},
-    )
-    return [case]
+    more = {"passes": (3, size.tokens), "compiled": 1, "need": need, "gradients": True}
+    return [models.case(size, options, run, pair=Training, layers=LAYERS, **more)]
 
 
-QUESTION = Question(
-    name="model_train_step",
-    doc=__doc__,
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    title="A training step",
     cases=cases,
     sizes={
-        "cpu": [(("four heads",), (8192, 16384, 1024), ("bf16",))],
-        "cuda": [
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 4096), ("bf16",)),
-        ],
+        "cpu": ["tiny-256: 8k 16k 1k"],
+        "cuda": ["Llama-3-8B LLaMA2-7B: 8k 16k", "Llama-3-8B: 1k 4k"],
+        "quick": ["tiny-256: 512"],
     },
-    quick={
-        "cpu": [(("four heads",), (512,), ("bf16",))],
-        "cuda": [(("TinyLlama-1.1B",), (1024,), ("bf16",))],
-    },
-    sources=(
-        "rope_dist/ops/**/*.py",
-        "rope_dist/hf/**/*.py",
-        "csrc/*.h",
-        "csrc/*.cpp",
-        "csrc/*.cu",
-        "benchmarks/models.py",
-        "benchmarks/model_train_step.py",
-    ),
-    peers=(COMPILED,),
-    seconds=75.0,
+    share={"cpu": 14, "cuda": 7},
+    baselines=(COMPILED,),
     unit="tokens/s",
-    add=add_layers,
+    layers=True,
+    sources=MODELS,
 )
-
-if __name__ == "__main__":
-    sys.exit(QUESTION.main())

@@ -1,106 +1,78 @@
 """How long planning takes, once and before inference: against length, head size and number of candidates.
 
-On one core. The limit computes the angles of every position and pair once, at the trained and at the target
-length, and sorts none of them. "stock" is the plan that the paper's method makes by default.
+On one core. The roofline computes the angles of every position and pair once, at the trained and at the target
+length, and sorts none of them. Ratios are to the plan that the paper's method makes by default.
 """
 
 from __future__ import annotations
 
 import math
-import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from rope_dist.planning import plan
 
-from .harness import BenchmarkError, Case, Provider
-from .question import Options, Question, Size
-from .shapes import DTYPES, Shape
+from .benchmark import Benchmark, Options, Size
+from .harness import BenchmarkError, Case, Implementation
+from .shapes import Shape
 
 CANDIDATES = ("extrapolation", "pi", "ntk", "dynamic-ntk", "yarn", "llama3")
 TRAINED = 4096
-DEFAULT = "two candidates"
-
-
-HEADS = {
-    f"head size {dim}": Shape(f"head size {dim}", 1, 1, dim, dim, dim, 1, 1, 1e4) for dim in (64, 128, 256)
-}
+HEADS = {f"head-{n}": Shape(f"head-{n}", 1, 1, n, n, n, 1, 1, 1e4) for n in (64, 128, 256)}
 """Models of which only the head size matters."""
 
 
 def cases(size: Size, options: Options) -> list[Case]:
-    """Plans from 4k to that length, for that size of a head."""
-    dim = size.shape.head_dim
-    target = max(size.tokens, 2 * TRAINED)
-    make = partial(plan, theta=size.shape.theta, head_dim=dim, original_length=TRAINED, target_length=target)
     if size.dtype != "fp32":
         raise BenchmarkError(
-            f"--dtypes: plans are made in fp32 (float64 has a row of its own), not {size.dtype}"
+            f"--dtypes: plans are made in fp32 (float64 has a column of its own), not {size.dtype}"
         )
-    dtype = "float32"
-    frequencies = size.shape.inv_freq(torch.device("cpu"))
-    size_of_angles = (TRAINED + target) * dim // 2 * DTYPES["fp32"].itemsize
+    dim, target = size.shape.head_dim, max(size.tokens, 2 * TRAINED)
+    model = {"theta": size.shape.theta, "head_dim": dim, "original_length": TRAINED, "target_length": target}
 
-    def angles() -> torch.Tensor:
+    def made(name: str, strategy: str = "dprope", kind: str = "baseline", **settings) -> Implementation:
+        call = partial(plan, **model, strategy=strategy, **{"dtype": "float32", **settings})
+        return Implementation(name, lambda _: call, kind)
+
+    def angles(_: None) -> Callable[[], torch.Tensor]:
+        frequencies = size.shape.inv_freq(torch.device("cpu"))
         positions = torch.arange(TRAINED + target, dtype=torch.float32)
-        return torch.outer(positions, frequencies).remainder_(2 * math.pi)
+        return lambda: torch.outer(positions, frequencies).remainder_(2 * math.pi)
 
-    def bound(call):
-        return lambda _: call
-
-    providers = [
-        Provider(DEFAULT, bound(partial(make, strategy="dprope", dtype=dtype)), kind="stock"),
-        *(
-            Provider(
-                f"{count} candidates",
-                bound(partial(make, strategy="dprope", dtype=dtype, candidates=CANDIDATES[:number])),
-            )
-            for count, number in (("four", 4), ("six", 6))
-        ),
-        Provider("two candidates, float64", bound(partial(make, strategy="dprope", dtype="float64"))),
-        Provider("yarn", bound(partial(make, strategy="yarn", dtype=dtype))),
-        Provider("auto", bound(partial(make, strategy="auto", dtype=dtype))),
-        *(
-            [Provider("refined", bound(partial(make, strategy="refined", dtype=dtype)))]
-            if target <= 4 * TRAINED
-            else []
-        ),
-        Provider("angles", bound(angles), kind="limit"),
+    found = [
+        made("two candidates", kind="reference"),
+        made("four candidates", candidates=CANDIDATES[:4]),
+        made("six candidates", candidates=CANDIDATES),
+        made("two candidates, float64", dtype="float64"),
+        made("yarn", "yarn"),
+        made("auto", "auto"),
+        *([made("refined", "refined")] if target <= 4 * TRAINED else []),
+        Implementation("angles", angles, "roofline"),
     ]
     case = Case(
         name=f"head size {dim}, {TRAINED // 1024}k to {target // 1024}k",
         inputs=lambda: None,
-        providers=lambda _: providers,
-        bytes=size_of_angles,
-        need=size_of_angles,
+        implementations=lambda _: found,
+        need=(TRAINED + target) * dim // 2 * 4,
         kernel=False,
-        labels={"model": size.shape.name, "tokens": target, "dtype": dtype, "head_dim": dim},
+        labels=size.labels | {"tokens": target, "head_dim": dim},
     )
     return [case]
 
 
-QUESTION = Question(
-    name="planning",
-    doc=__doc__,
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    title="Planning",
     cases=cases,
     sizes={
-        "cpu": [
-            (("head size 128",), (8192, 16384, 32768, 131072), ("fp32",)),
-            (("head size 64", "head size 256"), (16384,), ("fp32",)),
-        ]
+        "cpu": ["head-128: 8k 16k 32k 128k: fp32", "head-64 head-256: 16k: fp32"],
+        "quick": ["head-128: 8k: fp32"],
     },
-    quick={"cpu": [(("head size 128",), (8192,), ("fp32",))]},
-    sources=(
-        "rope_dist/planning.py",
-        "rope_dist/strategies/*.py",
-        "rope_dist/distribution.py",
-        "benchmarks/planning.py",
-    ),
-    seconds=30.0,
+    share={"cpu": 6},
     threads=1,
     shapes=HEADS,
+    sources=("rope_dist/planning.py", "rope_dist/strategies/*.py", "rope_dist/distribution.py"),
 )
-
-if __name__ == "__main__":
-    sys.exit(QUESTION.main())

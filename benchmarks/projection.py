@@ -1,13 +1,12 @@
 """Projection with rotary: from a layer's input to rotated queries and keys, and values; forward and backward.
 
-The limit is the matrix products alone, as one. On a CPU the kernels that fuse both are not at hand: there
-"rope_dist" is what enable() does, three products and the rotation in place of their results.
+The roofline is the matrix products alone, as one. On a CPU there are no kernels that fuse both: there "rope_dist" is
+what enable() does, three products and the rotation in place of their results.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -15,175 +14,142 @@ import torch
 from torch.nn import functional
 
 from rope_dist import ops
+from rope_dist.bench import HUGGINGFACE, Angles, checked_tokens, huggingface, random, rotated
 from rope_dist.ops import dispatch_projection
 
-from .harness import TOLERANCES, Absent, Case, Provider
-from .peers import (
-    COMPILED,
-    LIGER,
-    PEERS,
-    STOCK,
-    installed,
-    kernel,
-    liger_implementations,
-    missing,
-    stock,
-    unavailable,
-)
-from .question import Options, Question, Size
-from .shapes import DTYPES, Angles, checked_tokens, random, rotated
+from .baselines import BASELINES, COMPILED, LIGER, installed, liger_kernels, missing, unavailable
+from .benchmark import Benchmark, Options, Size
+from .harness import TOLERANCES, Case, Implementation, Skipped
+from .shapes import DTYPES
 
 QUACK = "quack"
-PEER_NAMES = (COMPILED, LIGER, QUACK)
+Tensors = list[torch.Tensor]
 
 
 class Layer:
     """Input ``[1, S, K]``, the three weights ``[N, K]``, and gradients of the three results ``[1, S, H, D]``."""
 
-    def __init__(self, size: Size, dtype: torch.dtype, device: torch.device, gradients: bool) -> None:
-        shape = size.shape
-        at = {"dtype": dtype, "device": device}
+    def __init__(self, size: Size, device: torch.device, gradients: bool) -> None:
+        shape, at = size.shape, {"dtype": DTYPES[size.dtype], "device": device}
+        self.head_dim = shape.head_dim
         self.x = random(1, size.tokens, shape.hidden, **at)
+        scale = shape.hidden**-0.5
         self.weights = [
-            random(n, shape.hidden, scale=shape.hidden**-0.5, seed=i + 1, **at)
-            for i, n in enumerate(shape.widths)
+            random(n, shape.hidden, scale=scale, seed=i, **at) for i, n in enumerate(shape.widths, 1)
         ]
-        self.grads: list[torch.Tensor] = []
+        self.grads: Tensors = []
         if gradients:
             for y in (self.x, *self.weights):
                 y.requires_grad_()
+            heads = [n // shape.head_dim for n in shape.widths]
             self.grads = [
-                random(1, size.tokens, n // shape.head_dim, shape.head_dim, seed=i + 4, **at)
-                for i, n in enumerate(shape.widths)
+                random(1, size.tokens, n, shape.head_dim, seed=i, **at) for i, n in enumerate(heads, 4)
             ]
 
-    def project(self, head_dim: int) -> list[torch.Tensor]:
+    def project(self) -> Tensors:
         """The three products ``[1, S, H, D]``."""
-        return [functional.linear(self.x, w).unflatten(-1, (-1, head_dim)) for w in self.weights]
-
-
-Forward = Callable[[Layer], Callable[[], tuple[torch.Tensor, ...]]]
+        return [functional.linear(self.x, w).unflatten(-1, (-1, self.head_dim)) for w in self.weights]
 
 
 def cases(size: Size, options: Options) -> list[Case]:
-    """Forward, and forward with backward."""
-    return [_case(size, options, gradients) for gradients in (False, True)]
+    return [case(size, options, gradients) for gradients in (False, True)]
 
 
-def _case(size: Size, options: Options, gradients: bool) -> Case:
-    shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
-    total = sum(shape.widths)
-    moved = size.tokens * (shape.hidden + total) + total * shape.hidden
-    products = 3 if gradients else 1
+def case(size: Size, options: Options, gradients: bool) -> Case:
+    """Forward, or with ``gradients`` forward and backward."""
+    shape, dtype = size.shape, DTYPES[size.dtype]
+    tokens, total = checked_tokens(size.tokens, options.device), sum(shape.widths)
+    moved = (size.tokens * (shape.hidden + total) + total * shape.hidden) * dtype.itemsize
     what = "forward + backward" if gradients else "forward"
+
+    def pick(outputs) -> Tensors:
+        if not gradients:
+            return [y[0, tokens] for y in outputs]
+        return [outputs[0][0, tokens], *(w[: shape.head_dim] for w in outputs[1:])]
+
     return Case(
         name=f"{size}, {what}",
-        inputs=partial(Layer, size, dtype, device, gradients),
-        providers=lambda layer: providers(size, options, layer, gradients),
-        exact=partial(_exact_gradients if gradients else _exact_some, size),
-        pick=partial(_pick_gradients, size) if gradients else partial(_pick_some, size),
+        inputs=partial(Layer, size, options.device, gradients),
+        implementations=lambda layer: implementations(size, options, layer),
+        exact=partial(exact_backward if gradients else exact_forward, size, tokens),
+        pick=pick,
         # A product's rounding adds to the rotation's.
         tolerance=2 * TOLERANCES[dtype],
-        bytes=products * moved * dtype.itemsize,
-        flops=products * 2 * size.tokens * shape.hidden * total,
-        need=(8 if gradients else 5) * moved * dtype.itemsize,
+        bytes=(3 if gradients else 1) * moved,
+        need=(8 if gradients else 5) * moved,
         gradients=gradients,
-        labels={"model": shape.name, "tokens": size.tokens, "dtype": size.dtype, "pass": what},
+        labels=size.labels | {"pass": what},
     )
 
 
-def exact_forward(
-    size: Size, tokens: torch.Tensor, layer: Layer, offset: int = 0, interleaved: bool = False
-) -> list[torch.Tensor]:
+def exact_forward(size: Size, tokens: torch.Tensor, layer: Layer, interleaved: bool = False) -> Tensors:
     """Rotated queries and keys, and values, of some tokens in float64."""
-    shape = size.shape
-    cos, sin = Angles(shape, 1, torch.float32, tokens.device).exact(tokens + offset)
+    angles = size.shape.angles(1, torch.float32, tokens.device).exact(tokens)
     x = layer.x.detach()[0, tokens].double()
-    q, k, v = ((x @ w.detach().double().T).unflatten(-1, (-1, shape.head_dim)) for w in layer.weights)
-    return [rotated(q, cos, sin, interleaved=interleaved), rotated(k, cos, sin, interleaved=interleaved), v]
+    q, k, v = ((x @ w.detach().double().T).unflatten(-1, (-1, layer.head_dim)) for w in layer.weights)
+    return [*(rotated(y, *angles, interleaved=interleaved) for y in (q, k)), v]
 
 
-def _exact_some(size: Size, layer: Layer) -> list[torch.Tensor]:
-    return exact_forward(size, checked_tokens(size.tokens, layer.x.device), layer)
-
-
-def _pick_some(size: Size, outputs) -> list[torch.Tensor]:
-    tokens = checked_tokens(size.tokens, outputs[0].device)
-    return [y[0, tokens] for y in outputs]
-
-
-def _exact_gradients(size: Size, layer: Layer) -> list[torch.Tensor]:
+def exact_backward(size: Size, tokens: torch.Tensor, layer: Layer) -> Tensors:
     """In float64: the input's gradient at some tokens, and that of the first head's rows of each weight."""
-    tokens = checked_tokens(size.tokens, layer.x.device)
-    shape, everywhere = size.shape, torch.arange(size.tokens, device=tokens.device)
-    angles = Angles(shape, 1, torch.float32, tokens.device)
-    (cos, sin), (all_cos, all_sin) = angles.exact(tokens), angles.exact(everywhere)
-    x = layer.x.detach()[0].double()
+    angles = size.shape.angles(1, torch.float32, tokens.device)
+    some, everywhere = angles.exact(tokens), angles.exact(torch.arange(size.tokens, device=tokens.device))
     d_x, d_weights = 0, []
     for index, (grad, weight) in enumerate(zip(layer.grads, layer.weights, strict=True)):
-        some, first = grad[0, tokens].double(), grad[0, :, :1].double()
+        at_some, first = grad[0, tokens].double(), grad[0, :, :1].double()
         if index < 2:
-            some = rotated(some, cos, sin, inverse=True)
-            first = rotated(first, all_cos, all_sin, inverse=True)
-        d_x = d_x + some.flatten(1) @ weight.detach().double()
-        d_weights.append(first[:, 0].T @ x)
+            at_some, first = rotated(at_some, *some, inverse=True), rotated(first, *everywhere, inverse=True)
+        d_x = d_x + at_some.flatten(1) @ weight.detach().double()
+        d_weights.append(first[:, 0].T @ layer.x.detach()[0].double())
     return [d_x, *d_weights]
 
 
-def _pick_gradients(size: Size, outputs) -> list[torch.Tensor]:
-    d_x, *d_weights = outputs
-    tokens = checked_tokens(size.tokens, d_x.device)
-    return [d_x[0, tokens], *(w[: size.shape.head_dim] for w in d_weights)]
+def implementations(size: Size, options: Options, layer: Layer) -> list[Implementation | Skipped]:
+    """Everything that projects and rotates; of a layer with gradients each followed by its backward pass."""
+    gradients = bool(layer.grads)
+    angles = size.shape.angles(size.tokens, DTYPES[size.dtype], options.device)
+    at = {"head_dim": layer.head_dim, "inv_freq": angles.inv_freq_q64, "position_ids": angles.position_ids}
 
+    def stock(x: Layer):
+        q, k, v = x.project()
+        return *huggingface(q, k, angles), v
 
-def providers(size: Size, options: Options, layer: Layer, gradients: bool) -> list[Provider | Absent]:
-    """Everything that projects and rotates; with ``gradients`` each followed by its backward pass."""
-    shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
-    angles = Angles(shape, size.tokens, dtype, device)
-    at = {"head_dim": shape.head_dim, "inv_freq": angles.words, "position_ids": angles.positions}
-
-    def stock_way(inputs: Layer):
-        q, k, v = inputs.project(shape.head_dim)
-        return *stock(q, k, angles), v
-
-    def separate(inputs: Layer):
-        q, k, v = inputs.project(shape.head_dim)
+    def separate(x: Layer):
+        q, k, v = x.project()
         return *ops.rotary(q, k, angles.cos, angles.sin, inplace=not gradients), v
 
-    def fused(inputs: Layer, path: str = "auto"):
-        return ops.qkv_rotary(inputs.x, *inputs.weights, path=path, **at)
+    def fused(x: Layer, path: str = "auto"):
+        return ops.qkv_rotary(x.x, *x.weights, path=path, **at)
 
-    def timed(name: str, way: Callable, kind: str = "peer", **more) -> Provider:
-        bind = partial(_with_backward, way) if gradients else lambda inputs: partial(way, inputs)
-        return Provider(name, bind, kind=kind, **more)
+    def timed(name: str, run: Callable, kind: str = "baseline", **more) -> Implementation:
+        def bind(x: Layer) -> Callable:
+            if not gradients:
+                return partial(run, x)
+            return lambda: torch.autograd.grad(run(x), (x.x, *x.weights), x.grads)
 
-    found: list[Provider | Absent] = [timed(STOCK, stock_way, "stock")]
+        return Implementation(name, bind, kind, **more)
+
+    found: list[Implementation | Skipped] = [timed(HUGGINGFACE, stock, "reference")]
     if ops.backend_for(layer.x) == "triton":
         found.append(timed("rope_dist", fused, "ours"))
-        rotary_dim = 2 * angles.words.shape[1]
-        weights = [w.detach() for w in layer.weights]
-        for path in dispatch_projection.candidates(layer.x.detach(), *weights, shape.head_dim, rotary_dim):
+        operands = [y.detach() for y in (layer.x, *layer.weights)]
+        for path in dispatch_projection.candidates(
+            *operands, layer.head_dim, 2 * angles.inv_freq_q64.shape[1]
+        ):
             found.append(timed(f"rope_dist, {path}", partial(fused, path=path), "ours"))
     else:
         found.append(timed("rope_dist", separate, "ours"))
-    found.append(Provider("one product" + " each" * gradients, _products, kind="limit"))
+    found.append(Implementation("one product" + " each" * gradients, products, "roofline"))
     if options.wants(COMPILED):
-        found.append(timed(COMPILED, torch.compile(stock_way, dynamic=False), late=True))
+        found.append(timed(COMPILED, torch.compile(stock, dynamic=False), late=True))
     if options.wants(LIGER):
-        found += _liger(size, options, angles, gradients, timed)
+        found += _liger(options, angles, gradients, timed)
     if options.wants(QUACK):
         found.append(_quack(size, options, angles, gradients))
     return found
 
 
-def _with_backward(way: Callable, layer: Layer) -> Callable[[], tuple[torch.Tensor, ...]]:
-    def call():
-        return torch.autograd.grad(way(layer), (layer.x, *layer.weights), layer.grads)
-
-    return call
-
-
-def _products(layer: Layer) -> Callable[[], object]:
+def products(layer: Layer) -> Callable[[], object]:
     """The matrix products alone, of all three weights as one: one forward, two backward."""
     x = layer.x.detach()[0]
     weight = torch.cat([w.detach() for w in layer.weights])
@@ -194,81 +160,64 @@ def _products(layer: Layer) -> Callable[[], object]:
 
 
 def _liger(
-    size: Size, options: Options, angles: Angles, gradients: bool, timed: Callable
-) -> list[Provider | Absent]:
-    reason = unavailable(LIGER, options)
-    if reason:
-        return [Absent(LIGER, reason)]
-    peer = PEERS[LIGER]
-    module = importlib.import_module(peer.module)
+    options: Options, angles: Angles, gradients: bool, timed: Callable
+) -> list[Implementation | Skipped]:
+    if reason := unavailable(LIGER, options):
+        return [Skipped(LIGER, reason)]
+    baseline = BASELINES[LIGER]
+    module = importlib.import_module(baseline.module)
 
-    def way(implementation: str | None, inputs: Layer):
-        q, k, v = inputs.project(size.shape.head_dim)
-        return *peer.rotate(module, q, k, angles, implementation)(), v
+    def run(kernel: str | None, x: Layer):
+        q, k, v = x.project()
+        return *baseline.rotate(module, q, k, angles, kernel)(), v
 
-    triton, *others = liger_implementations()
-    found = {LIGER: triton}
-    if gradients:
-        # Without them these hand over to Triton's.
-        found |= {f"{LIGER}, {name}": name for name in others}
+    triton, *others = liger_kernels()
+    # Without gradients the others hand over to Triton's.
+    kernels = {LIGER: triton} | {f"{LIGER}, {name}": name for name in others if gradients}
     return [
-        timed(name, partial(way, chosen), late=True, labels=installed(peer.module) | kernel(chosen))
-        for name, chosen in found.items()
+        timed(name, partial(run, kernel), late=True, labels=installed(baseline.module, kernel))
+        for name, kernel in kernels.items()
     ]
 
 
-def _quack(size: Size, options: Options, angles: Angles, gradients: bool) -> Provider | Absent:
+def _quack(size: Size, options: Options, angles: Angles, gradients: bool) -> Implementation | Skipped:
     """quack's matrix product with the rotation in its epilogue: interleaved pairs, forward only."""
     if gradients:
-        return Absent(QUACK, "its fused product has no backward pass")
-    reason = unavailable(QUACK, options) or missing("quack.epilogue.rotary")
-    if reason:
-        return Absent(QUACK, reason)
+        return Skipped(QUACK, "its fused product has no backward pass")
+    if reason := unavailable(QUACK, options) or missing("quack.epilogue.rotary"):
+        return Skipped(QUACK, reason)
     module = importlib.import_module("quack.epilogue.rotary")
-    shape = size.shape
-    n_q, n_k, n_v = shape.widths
+    n_q, n_k, n_v = widths = size.shape.widths
     frequencies = module.make_interleaved_inv_freq(angles.inv_freq, n_q + n_k, n_v)[None]
-    positions = angles.positions.float()
+    # Its search over tiles would take minutes: the default tile, and the table says so.
+    more = {"tuned": False, "pos": angles.position_ids.float(), "freq": frequencies}
 
-    def bind(inputs: Layer):
+    def bind(x: Layer):
         # One weight, as a model that was made for this kernel has it.
-        weight = torch.cat(inputs.weights).T
+        weight = torch.cat(x.weights).T
 
         def call():
-            # Its search over tiles would take minutes: the default tile, and the table says so.
-            y = module.rope_posfreq_epi(inputs.x[0], weight, tuned=False, pos=positions, freq=frequencies)[
-                "D"
-            ]
-            return tuple(part.unflatten(-1, (-1, shape.head_dim))[None] for part in y.split(shape.widths, -1))
+            y = module.rope_posfreq_epi(x.x[0], weight, **more)["D"]
+            return tuple(part.unflatten(-1, (-1, x.head_dim))[None] for part in y.split(widths, -1))
 
         return call
 
-    tokens = checked_tokens(size.tokens, options.device)
-    exact = partial(exact_forward, size, tokens, interleaved=True)
-    labels = installed(PEERS[QUACK].module)
-    return Provider(f"{QUACK}, default tile", bind, exact=exact, late=True, labels=labels)
+    exact = partial(exact_forward, size, checked_tokens(size.tokens, options.device), interleaved=True)
+    labels = installed(BASELINES[QUACK].module)
+    return Implementation(f"{QUACK}, default tile", bind, exact=exact, late=True, labels=labels)
 
 
-QUESTION = Question(
-    name="projection",
-    doc=__doc__,
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    title="Projection and rotary",
     cases=cases,
     sizes={
-        "cpu": [(("SmolLM2-135M", "TinyLlama-1.1B"), (8192, 16384), ("bf16",))],
-        "cuda": [
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
-            (("LLaMA2-13B",), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 2048, 4096, 32768), ("bf16",)),
-        ],
+        "cpu": ["SmolLM2-135M TinyLlama-1.1B: 8k 16k"],
+        "cuda": ["Llama-3-8B LLaMA2-7B LLaMA2-13B: 8k 16k", "Llama-3-8B: 1k 2k 4k 32k"],
+        "quick": ["SmolLM2-135M: 1k"],
     },
-    quick={
-        "cpu": [(("SmolLM2-135M",), (1024,), ("bf16",))],
-        "cuda": [(("Llama-3-8B",), (1024,), ("bf16",))],
-    },
-    sources=("rope_dist/ops/**/*.py", "csrc/*.h", "csrc/*.cpp", "csrc/*.cu", "benchmarks/projection.py"),
-    peers=PEER_NAMES,
-    seconds=90.0,
+    share={"cpu": 22, "cuda": 28},
+    baselines=(COMPILED, LIGER, QUACK),
+    plot=True,
 )
-
-if __name__ == "__main__":
-    sys.exit(QUESTION.main())

@@ -1,151 +1,110 @@
 """Rotary alone: queries and keys of one layer, batch 1, as the projections leave them.
 
-The limits are a copy of the same bytes, and a pass that adds 1 to every 32-bit word in place (on a CPU a copy
+The rooflines are a copy of the same bytes, and a pass that adds 1 to every 32-bit word in place (on a CPU a copy
 reads its target too, so that in place is the faster of the two). "in place" changes its inputs; Hugging Face
 and torch.compile return new tensors, as "new tensors" does.
 """
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from rope_dist import ops
+from rope_dist.bench import HUGGINGFACE, Heads, checked_tokens, huggingface, rotated
 from rope_dist.ops import native
 
-from .harness import TOLERANCES, Case, Provider
-from .peers import ROTARY_PEERS, STOCK, rotary_peers, stock
-from .question import Options, Question, Size
-from .shapes import DTYPES, Angles, checked_tokens, random, rotated
-
-OURS = "rope_dist, in place"
-
-
-class Heads:
-    """Queries and keys ``[1, S, H, D]``, and what they were before a rotation in place."""
-
-    def __init__(self, before: list[torch.Tensor]) -> None:
-        self.before = before
-        self.q, self.k = (x.clone() for x in self.before)
-
-    def reset(self) -> None:
-        """As they were."""
-        for x, before in zip((self.q, self.k), self.before, strict=True):
-            x.copy_(before)
+from .baselines import ROTARY, rotary_baselines
+from .benchmark import Benchmark, Options, Size
+from .harness import TOLERANCES, Case, Implementation
+from .shapes import DTYPES
 
 
 def cases(size: Size, options: Options) -> list[Case]:
-    """The case of that size."""
     shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
-    both = size.tokens * (shape.q_heads + shape.k_heads) * shape.head_dim * dtype.itemsize
+    both = size.tokens * sum(shape.heads) * shape.head_dim * dtype.itemsize
 
-    drawn: list[torch.Tensor] = []
-
-    def inputs() -> Heads:
-        if not drawn:
-            at = {"dtype": dtype, "device": device}
-            heads = (shape.q_heads, shape.k_heads)
-            drawn.extend(random(1, size.tokens, n, shape.head_dim, seed=n, **at) for n in heads)
-        return Heads(drawn)
-
-    def exact(heads: Heads) -> list[torch.Tensor]:
+    def exact(x: Heads) -> list[torch.Tensor]:
         tokens = checked_tokens(size.tokens, device)
-        cos, sin = Angles(shape, 1, dtype, device).exact(tokens)
-        return [rotated(x[0, tokens], cos, sin) for x in heads.before]
+        angles = shape.angles(1, dtype, device).exact(tokens)
+        return [rotated(y[0, tokens], *angles) for y in x.before]
 
     def pick(outputs) -> list[torch.Tensor]:
         tokens = checked_tokens(size.tokens, device)
-        return [x[0, tokens] for x in outputs]
+        return [y[0, tokens] for y in outputs]
 
     case = Case(
         name=str(size),
-        inputs=inputs,
-        providers=lambda _: providers(size, options),
+        inputs=lambda: Heads(shape.heads, shape.head_dim, size.tokens, dtype, device),
+        implementations=lambda _: implementations(size, options),
         exact=exact,
         pick=pick,
         tolerance=TOLERANCES[dtype],
         bytes=2 * both,
-        flops=3 * both // dtype.itemsize,
         # Two copies with their originals, and Hugging Face's intermediate results.
         need=10 * both,
-        labels={"model": shape.name, "tokens": size.tokens, "dtype": size.dtype},
+        labels=size.labels,
     )
     return [case]
 
 
-def providers(size: Size, options: Options) -> list:
-    """Everything that rotates."""
-    device, dtype = options.device, DTYPES[size.dtype]
-    angles = Angles(size.shape, size.tokens, dtype, device)
-    target: list[torch.Tensor] = []
+def implementations(size: Size, options: Options) -> list:
+    device = options.device
+    angles = size.shape.angles(size.tokens, DTYPES[size.dtype], device)
 
-    def copy(heads: Heads):
-        if not target:
-            target.extend(torch.empty_like(x) for x in (heads.q, heads.k))
+    def table(inplace: bool):
+        return lambda x: lambda: ops.rotary(x.q, x.k, angles.cos, angles.sin, inplace=inplace)
 
+    def no_table(x: Heads):
+        return lambda: ops.rotary_at(x.q, x.k, angles.inv_freq_q64, angles.position_ids, inplace=True)
+
+    def native_library(x: Heads):
         def call():
-            target[0].copy_(heads.q)
-            target[1].copy_(heads.k)
+            with ops.use_backend("native"):
+                return ops.rotary(x.q, x.k, angles.cos, angles.sin, inplace=True)
 
         return call
 
-    def one_pass(heads: Heads):
+    targets: list[torch.Tensor] = []
+
+    def copy(x: Heads):
+        if not targets:
+            targets.extend(torch.empty_like(y) for y in (x.q, x.k))
+        return lambda: [target.copy_(y) for target, y in zip(targets, (x.q, x.k), strict=True)]
+
+    def one_pass(x: Heads):
         # Of other tensors: queries and keys must stay numbers.
-        words = [torch.zeros_like(x).view(torch.int32) for x in (heads.q, heads.k)]
-        return lambda: [x.add_(1) for x in words]
-
-    def by_table(inplace: bool):
-        return lambda h: lambda: ops.rotary(h.q, h.k, angles.cos, angles.sin, inplace=inplace)
-
-    def by_position(h: Heads):
-        return lambda: ops.rotary_at(h.q, h.k, angles.words, angles.positions, inplace=True)
+        integers = [torch.zeros_like(y).view(torch.int32) for y in (x.q, x.k)]
+        return lambda: [y.add_(1) for y in integers]
 
     found = [
-        Provider(OURS, by_table(True), kind="ours"),
-        Provider("rope_dist, in place, no table", by_position, kind="ours"),
-        Provider("rope_dist, new tensors", by_table(False), kind="ours"),
-        Provider(STOCK, lambda h: lambda: stock(h.q, h.k, angles), kind="stock"),
-        Provider("copy", copy, kind="limit"),
-        Provider("pass in place", one_pass, kind="limit"),
+        Implementation("rope_dist, in place", table(True), kind="ours"),
+        Implementation("rope_dist, in place, no table", no_table, kind="ours"),
+        Implementation("rope_dist, new tensors", table(False), kind="ours"),
+        Implementation(HUGGINGFACE, lambda x: lambda: huggingface(x.q, x.k, angles), kind="reference"),
+        Implementation("copy", copy, kind="roofline"),
+        Implementation("pass in place", one_pass, kind="roofline"),
     ]
     if device.type == "cuda" and native.unavailable(angles.cos) is None:
-        found.append(Provider("rope_dist, native library", lambda h: _native(h, angles), kind="ours"))
-    return found + rotary_peers(options, angles)
+        found.append(Implementation("rope_dist, native library", native_library, kind="ours"))
+    return found + rotary_baselines(options, angles)
 
 
-def _native(heads: Heads, angles: Angles):
-    def call():
-        with ops.use_backend("native"):
-            return ops.rotary(heads.q, heads.k, angles.cos, angles.sin, inplace=True)
-
-    return call
-
-
-QUESTION = Question(
-    name="rotary",
-    doc=__doc__,
+BENCHMARK = Benchmark(
+    __file__,
+    __doc__,
+    title="Rotary alone",
     cases=cases,
     sizes={
         "cpu": [
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 4096, 32768), ("bf16",)),
-            (("Llama-3-8B", "LLaMA2-7B"), (8192, 16384), ("fp32",)),
-            (("SmolLM2-135M",), (8192, 16384), ("bf16",)),
+            "Llama-3-8B LLaMA2-7B: 8k 16k",
+            "Llama-3-8B: 1k 4k 32k",
+            "Llama-3-8B LLaMA2-7B: 8k 16k: fp32",
+            "SmolLM2-135M: 8k 16k",
         ],
-        "cuda": [
-            (("Llama-3-8B", "LLaMA2-7B", "LLaMA2-13B"), (8192, 16384), ("bf16",)),
-            (("Llama-3-8B",), (1024, 2048, 4096, 32768), ("bf16",)),
-        ],
+        "cuda": ["Llama-3-8B LLaMA2-7B LLaMA2-13B: 8k 16k", "Llama-3-8B: 1k 2k 4k 32k"],
+        "quick": ["SmolLM2-135M: 1k: bf16 fp32"],
     },
-    quick={
-        "cpu": [(("SmolLM2-135M",), (1024,), ("bf16", "fp32"))],
-        "cuda": [(("Llama-3-8B",), (1024,), ("bf16",))],
-    },
-    sources=("rope_dist/ops/**/*.py", "csrc/*.h", "csrc/*.cpp", "csrc/*.cu", "benchmarks/rotary.py"),
-    peers=ROTARY_PEERS,
-    seconds=170.0,
+    share={"cpu": 32, "cuda": 23},
+    baselines=ROTARY,
+    plot=True,
 )
-
-if __name__ == "__main__":
-    sys.exit(QUESTION.main())

@@ -24,15 +24,15 @@ LEAST_ROUNDS = 5
 MOST_ROUNDS = 60
 TOLERANCE = 0.03
 GPU_CLOCK = 2e9
-"""Cycles a second that a GPU does not exceed by much: a slower one waits longer than it was told to."""
+"""Cycles a second that a GPU does not exceed by much: a slower one waits longer."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of one provider.
+    """Seconds of one implementation.
 
     Attributes:
-        p20, p50, p80: percentiles over all rounds; ``p50`` is the figure to quote.
+        p20, p50, p80: percentiles over all rounds; ``p50`` is what to report.
         quiet: the lowest median of three rounds in a row. Other work on the machine only ever adds time, so
             on a busy one this is nearer to the truth than the median of all.
         rounds: timed calls.
@@ -94,16 +94,18 @@ def uncertainty(times: Sequence[float]) -> float:
 
 
 def spread(times: Sequence[float]) -> Spread:
-    """Percentiles of one provider's times."""
+    """Percentiles of one implementation's times."""
     p20, p50, p80 = (
-        (quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7)) if len(times) > 1 else times * 3
+        (quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
+        if len(times) > 1
+        else [times[0]] * 3
     )
     blocks = [times[i : i + 3] for i in range(0, max(len(times) - 2, 1), 3)]
     return Spread(p20, p50, p80, min(median(block) for block in blocks), len(times))
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """How many times ``base`` one provider takes: the median of the rounds' ratios.
+    """How many times ``base`` one implementation takes: the median of the rounds' ratios.
 
     What slows the machine down for a while slows both of a round down, and leaves their ratio.
     """

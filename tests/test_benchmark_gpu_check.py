@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
-PARTS = ("tests", "rotary", "projection", "models", "compile", "peers", "sanitizer")
+PARTS = ("tests", "rotary", "projection", "models", "compile", "baselines", "sanitizer")
 
 PYTHON = """#!/bin/sh
 echo "$PYTORCH_NO_CUDA_MEMORY_CACHING> $*" >>"$LOG"
@@ -23,7 +23,7 @@ case "$*" in
     *"-m pytest "*) echo "7 passed"; sleep "${SLEEP:-0}"; exit "${TESTS:-0}" ;;
     "-m benchmarks "*)
         while [ "$1" != --output ]; do shift; done
-        echo "{}" >"$2/first-cuda.json"
+        echo "{}" >"$2/cuda.jsonl"
         echo "{}" >"$ROPE_DIST_CACHE/choices-torch_2.11.0+cu130-NVIDIA H100.json"
         sleep "${SLEEP:-0}"
         exit "${BENCHMARKS:-0}" ;;
@@ -90,7 +90,7 @@ def test_without_a_part_they_are_listed_in_order(check, out):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["rotory"], "no part 'rotory'"), (["rotary", "peers"], "one part a call")]
+    ("arguments", "message"), [(["rotory"], "no part 'rotory'"), (["rotary", "baselines"], "one part a call")]
 )
 def test_an_unknown_part_is_one_line(check, arguments, message):
     done, log = check(*arguments)
@@ -116,11 +116,11 @@ def test_it_needs_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     ("part", "folder", "asked"),
     [
-        ("rotary", "", "rotary decode -- --peers torch.compile"),
-        ("projection", "", "projection -- --peers torch.compile"),
-        ("models", "", "model_prefill model_decode attention_block model_train_step -- --peers"),
-        ("compile", "compile/", "model_prefill model_train_step -- --peers torch.compile --lengths 8192"),
-        ("peers", "peers/", "rotary projection attention_block"),
+        ("rotary", "", "rotary decode -- --baselines torch.compile"),
+        ("projection", "", "projection -- --baselines torch.compile"),
+        ("models", "", "model_prefill model_decode attention_block model_train_step -- --baselines"),
+        ("compile", "compile/", "model_prefill model_train_step -- --baselines torch.compile --lengths 8192"),
+        ("baselines", "baselines/", "rotary projection attention_block"),
     ],
 )
 def test_a_part_of_benchmarks(check, out, part, folder, asked):
@@ -136,30 +136,24 @@ def test_a_part_of_benchmarks(check, out, part, folder, asked):
     # With what comes before and after it, a call ends within ten minutes.
     assert 500 < int(seconds) <= 550
     # Names that any file system and any transfer takes, and few of them.
-    assert names(out) == sorted([f"choices-{part}.json", f"{folder}first-cuda.json", f"{part}.txt"])
+    assert names(out) == sorted([f"choices-{part}.json", f"{folder}cuda.jsonl", f"{part}.txt"])
 
 
 def test_the_suite_knows_what_the_parts_ask_of_it():
-    """Of the benchmarks and of each script's own options."""
-    import importlib
+    """Of the benchmarks and of each one's own options."""
+    from benchmarks.benchmark import find, names
 
-    from benchmarks import __main__ as suite
-    from benchmarks.question import BenchmarkError
-
+    on_a_gpu = {name for name in names() if "cuda" in find(name).share}
     asked = re.findall(r'measure "\$OUT\S* (.*)', SCRIPT.read_text())
     assert len(asked) == 5
+    everything = set()
     for line in asked:
-        names, _, options = line.partition(" -- ")
-        assert set(names.split()) <= set(suite.SHARES["cuda"])
-        for name in names.split():
-            question = importlib.import_module(f"benchmarks.{name}").QUESTION
-            parsed = question._parser().parse_args(options.split())
-            try:
-                question._peers(parsed.peers)
-            except BenchmarkError as error:
-                raise AssertionError(f"{name}: {error}") from error
-    everything = {name for line in asked for name in line.partition(" -- ")[0].split()}
-    assert everything == set(suite.SHARES["cuda"])
+        chosen, _, options = line.partition(" -- ")
+        for name in chosen.split():
+            parsed = find(name).parser().parse_args(options.split())
+            assert set(parsed.baselines or ()) <= set(find(name).baselines)
+        everything |= set(chosen.split())
+    assert everything == on_a_gpu
 
 
 def test_tests_and_native_library(check, out):
@@ -211,7 +205,7 @@ def test_a_part_ends_at_its_limit_and_leaves_what_there_is(check, out, part):
     assert time.monotonic() - began < 200
     assert done.returncode == 124
     assert f"{part} failed with status 124" in done.stdout
-    left = {"models": ["choices-models.json", "first-cuda.json", "models.txt"], "tests": ["tests.txt"]}
+    left = {"models": ["choices-models.json", "cuda.jsonl", "models.txt"], "tests": ["tests.txt"]}
     assert names(out) == left[part]
 
 

@@ -1,6 +1,5 @@
-"""What is made of the benchmarks' results: the README's tables, pictures, the roofline page, two runs compared."""
+"""What is made of the benchmarks' results: tables, plots, the README, two runs compared."""
 
-import json
 import os
 import re
 import sys
@@ -8,32 +7,80 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import agreement, figures, report, results, roofline, tables
+from benchmarks.baselines import ROTARY
+from benchmarks.benchmark import find
+from benchmarks.shapes import SHAPES
+
+ROOT = results.ROOT
+
+
+def rows(*implementations, name="model_prefill", device="cpu", **more):
+    """Three cases of made-up implementations ``(name, kind, seconds, more columns)``."""
+    implementations = implementations or (
+        ("huggingface", "reference", 1.0, {}),
+        ("rope_dist", "ours", 0.5, {}),
+    )
+    run = {
+        "benchmark": name,
+        "device": device,
+        "command": f"python -m benchmarks {name}",
+        "commit": "abc",
+        "code": find(name).code,
+        "quick": False,
+        "processor": "a processor",
+        "gpu": "a GPU",
+        "threads": "2",
+        "torch": "2.13",
+        "transformers": "5",
+        "triton": "3.6",
+    }
+    return [
+        {
+            **run,
+            "case": f"m, {n}",
+            "model": "m",
+            "dtype": "bf16",
+            "tokens": n,
+            "implementation": implementation,
+            "kind": kind,
+            **({"seconds": s, "p20": 0.9 * s, "p80": 1.1 * s, "rounds": 5, "ratio": s} if s else {}),
+            **columns,
+            **more,
+        }
+        for n in (1024, 4096, 8192)
+        for implementation, kind, s, columns in implementations
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Results and plots in a folder of the test's own."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(figures, "PLOTS", tmp_path)
+    return tmp_path
 
 
 class TestReport:
-    def test_readme_roofline_and_pictures_are_made_from_the_results(self, monkeypatch, capsys):
-        from benchmarks import report
-
+    def test_readme_and_plots_are_made_from_the_results(self, monkeypatch, capsys):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
         monkeypatch.setattr(sys, "argv", ["report", "--check"])
         assert report.main() == 0, capsys.readouterr().err
 
-    def test_a_result_that_is_not_there_is_one_line(self, monkeypatch, capsys):
-        from benchmarks import report
-
+    def test_a_result_that_is_missing_is_one_line(self, monkeypatch, capsys):
         def absent(text):
             raise ValueError("there is no result")
 
         monkeypatch.setattr(report, "fill", absent)
-        monkeypatch.setattr(report, "pictures", list)
+        monkeypatch.setattr(report, "plots", list)
         monkeypatch.setattr(sys, "argv", ["report", "--check"])
         assert report.main() == 2
         assert capsys.readouterr().err == "benchmarks.report: error: there is no result\n"
 
-    def test_a_figure_that_no_result_holds_is_found(self):
-        from benchmarks import report
-
+    def test_a_number_that_no_result_has_is_found(self):
         text = (ROOT / "README.md").read_text(encoding="utf-8")
         assert report.fill(text) == text
         changed = re.sub(r"(table: perplexity -->[^0-9]+\d)", r"\g<1>7", text, count=1)
@@ -42,95 +89,202 @@ class TestReport:
         with pytest.raises(ValueError, match="unknown table 'magic'"):
             report.fill("<!-- table: magic --> <!-- end -->")
 
-    def test_a_result_becomes_a_table_a_picture_and_a_roofline(self, tmp_path, monkeypatch):
-        pytest.importorskip("matplotlib")
-        from benchmarks import report, roofline, rotary, tables
-        from rope_dist import timing
+    def test_a_machine_is_named_where_it_changes(self, monkeypatch):
+        made = {"a": ("A.", "first"), "b": ("B.", "first"), "c": ("C.", "other"), "none": ("N.", "")}
+        monkeypatch.setattr(report, "tables", lambda: {name: lambda t=t: t for name, t in made.items()})
+        marks = "".join(f"<!-- table: {name} --><!-- end -->" for name in ("a", "none", "b", "c", "a"))
+        filled = report.fill(marks)
+        texts = re.findall(r"-->\n\n(.*?)\n\n<", filled)
+        assert texts == ["A. Machine: first.", "N.", "B.", "C. Machine: other.", "A. Machine: first."]
+        assert report.fill(filled) == filled
 
-        for module in (report, roofline, tables):
-            monkeypatch.setattr(module, "RESULTS", tmp_path)
-        monkeypatch.setattr(tables, "PLOTS", tmp_path)
-        monkeypatch.setattr(tables, "ROOT", tmp_path)
-        # Enough time for a busy machine, which a few rounds do not use up.
-        monkeypatch.setattr(timing, "MOST_ROUNDS", 4)
-        arguments = ["--device", "cpu", "--models", "four heads", "--lengths", "16", "64", "--dtypes", "bf16"]
-        arguments += ["--seconds", "600", "--output", str(tmp_path), "--peers"]
-        assert rotary.QUESTION.main(arguments) == 0
-        record = tables.load("rotary-cpu.json")
-        ((path, _),) = report.pictures()
-        assert not tables.plot_is_current(path, record)
-        tables.draw(path, record)
-        assert tables.plot_is_current(path, record)
-        record["cases"][0]["results"]["copy"]["seconds"]["p50"] *= 2
-        assert not tables.plot_is_current(path, record)
+    def test_a_result_becomes_a_table_and_a_plot(self, folder, monkeypatch):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        arguments = [
+            "--device",
+            "cpu",
+            "--models",
+            "tiny-256",
+            "--lengths",
+            "16",
+            "32",
+            "64",
+            "--dtypes",
+            "bf16",
+        ]
+        benchmark = find("rotary")
+        monkeypatch.setattr("rope_dist.timing.MOST_ROUNDS", 4)
+        assert benchmark.main([*arguments, "--seconds", "60", "--output", str(folder), "--baselines"]) == 0
+        found = results.of("rotary", "cpu")
+        path = figures.path_of(benchmark, "cpu", found)
+        figures.draw(path, benchmark, found)
+        assert figures.digest(found) in path.read_text()
+        text, machine = tables.section("rotary", "cpu")
+        assert f"]({path.name})" in text
+        median = next(row["seconds"] for row in found if row["implementation"] == "huggingface")
+        assert tables.figure(median, "ms", 16) in text
+        assert "torch" in machine
+        assert "Older than the code" not in text
+        found[0]["seconds"] *= 2
+        assert figures.digest(found) not in path.read_text()
 
-        section = tables.figures("rotary", "cpu")
-        assert f"]({path.name})" in section
-        median = tables.load("rotary-cpu.json")["cases"][0]["results"]["Hugging Face"]["seconds"]["p50"]
-        assert tables.three_digits(median * 1e3) in section
-        assert "Older than the code" not in section
-        assert "four heads, 64, bf16" in roofline.page()
-        assert "nothing measured" in roofline.page()
+    def test_without_a_result_there_is_no_number(self, folder):
+        assert tables.section("rotary", "cuda") == ("Not measured on a GPU yet.", "")
 
-    def test_without_a_result_no_figure_is_shown(self, tmp_path, monkeypatch):
-        from benchmarks import tables
-
-        monkeypatch.setattr(tables, "RESULTS", tmp_path)
-        assert tables.figures("rotary", "cuda") == "No figure: this has not been measured on a GPU yet."
-
-    def test_a_figure_older_than_its_code_is_marked(self, tmp_path):
-        from benchmarks.sources import changed, hashes
-
+    def test_rows_of_other_code_are_marked(self, tmp_path):
         (tmp_path / "code").mkdir()
         file = tmp_path / "code" / "a.py"
         file.write_text("1")
-        patterns = ["code/*.py"]
-        record = {"sources": {"patterns": patterns, "files": hashes(patterns, tmp_path)}}
+        before = results.code(["code/*.py"], tmp_path)
         os.utime(file)
-        assert changed(record, tmp_path) == []
+        assert results.code(["code/*.py"], tmp_path) == before
         (tmp_path / "code" / "new.py").write_text("2")
-        file.write_text("3")
-        assert changed(record, tmp_path) == ["code/a.py", "code/new.py"]
+        assert results.code(["code/*.py"], tmp_path) != before
+        assert "Older" not in tables.footnote(find("rotary"), rows(name="rotary"))
+        assert "**Older than the code.**" in tables.footnote(find("rotary"), rows(name="rotary", code=before))
 
-    def test_predictions_are_the_design_pages(self):
+    def test_rows_of_one_benchmark_are_replaced(self, tmp_path):
+        results.replace("rotary", "cpu", rows(name="rotary"), tmp_path)
+        results.replace("decode", "cpu", rows(name="decode"), tmp_path)
+        results.replace("rotary", "cpu", rows(name="rotary")[:1], tmp_path)
+        assert [row["benchmark"] for row in results.read("cpu", tmp_path)] == ["decode"] * 6 + ["rotary"]
+
+    def test_predictions(self):
         """An H200 that multiplies at 790 TFLOP/s and copies at 4.3 TB/s, as measured for the kernels' design."""
-        from benchmarks.roofline import Gpu, parts
-        from benchmarks.shapes import SHAPES
-
-        gpu = Gpu("H200, measured", 4.3e12, 790e12)
         for model, product, rotary, stock in (
             ("LLaMA2-7B", 1.044, 0.063, 0.312),
             ("Llama-3-8B", 0.522, 0.040, 0.195),
         ):
-            by_name = {part.name: part.seconds(gpu) * 1e3 for part in parts(SHAPES[model], 8192)}
-            assert by_name["projection, rotary within it"] == pytest.approx(product, rel=0.01)
-            assert by_name["rotary alone, one pass"] == pytest.approx(rotary, rel=0.03)
-            assert by_name["rotary of Hugging Face"] == pytest.approx(stock, rel=0.01)
+            parts = roofline.parts(SHAPES[model], 8192)
+            found = {name: roofline.seconds(stages, 4.3e12, 790e12) * 1e3 for name, stages in parts.items()}
+            assert found["projection with rotary"] == pytest.approx(product, rel=0.01)
+            assert found["rotary, one pass"] == pytest.approx(rotary, rel=0.03)
+            assert found["rotary of Hugging Face"] == pytest.approx(stock, rel=0.01)
+        assert "| projection with rotary, 8k" in roofline.table()
+
+
+class TestTables:
+    def test_medians_speedups_and_the_roofline(self):
+        bound = ("copy", "roofline", 0.25, {})
+        ours = ("rope_dist", "ours", 0.5, {"roofline": 0.5})
+        found = tables.wide(find("rotary"), rows(("huggingface", "reference", 1.0, {}), ours, bound))
+        cells = [cell.strip() for cell in found.splitlines()[2].split("|")[1:-1]]
+        assert cells == ["m, 1024", "1000", "500 (2.00x)", "250 (50%)"]
+        found = tables.wide(find("model_prefill"), rows())
+        assert "2048 (2.00x)" in found, "tokens/s"
+        assert "| rope_dist        |" in tables.long(find("host_time"), rows(name="host_time"))
+
+    def test_peaks_of_memory_are_those_of_a_gpu(self):
+        peak = (("rope_dist", "ours", 0.5, {"peak_bytes": 3 << 20}),)
+        assert "peak MiB" not in tables.wide(find("model_prefill"), rows())
+        assert "peak MiB, rope_dist" in tables.wide(find("model_prefill"), rows(*peak, device="cuda"))
+
+    def test_the_footnote_names_spread_packages_and_what_was_skipped(self):
+        liger = ("Liger", "baseline", 2.0, {"package": "liger-kernel 0.8.5", "kernel": "nvidia-triton"})
+        skipped = [(name, "baseline", None, {"note": "skipped: needs a GPU"}) for name in ("quack", "vLLM")]
+        found = tables.footnote(find("rotary"), rows(("huggingface", "reference", 1.0, {}), liger, *skipped))
+        assert "5 to 5 rounds, median spread (p20-p80) 20 %." in found
+        assert "Packages: Liger: liger-kernel 0.8.5 (nvidia-triton)." in found
+        assert "Skipped: quack, vLLM (needs a GPU)." in found
+
+
+class TestPlots:
+    @pytest.fixture(autouse=True)
+    def needs_matplotlib(self):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+    @staticmethod
+    def ticks(path):
+        """The numbers along the y axes of a plot."""
+        texts = re.findall(r'<g id="ytick_\d+">.*?<text[^>]*>([^<]*)</text>', path.read_text(), re.DOTALL)
+        return [float(text) for text in texts]
+
+    @pytest.mark.parametrize(
+        ("low", "high"),
+        [(27.7, 58.1), (5.81, 6.06), (0.68, 0.95), (866, 891), (0.2, 520), (53917, 54876), (9, 110)],
+    )
+    def test_an_axis_has_numbers_whatever_its_range(self, tmp_path, low, high):
+        """Within a decade none was written, or one."""
+        from rope_dist.plots import Curve, plot_curves
+
+        curve = Curve("a", (1024, 2048), (low, high), (low, high), (low, high))
+        plot_curves({"panel": [curve]}, "tokens", "ms", tmp_path / "a.svg")
+        found = self.ticks(tmp_path / "a.svg")
+        assert 2 <= len(found) <= 13
+        # The axis ends a little past its data.
+        margin = (high / low) ** 0.1
+        assert all(low / margin <= tick <= high * margin for tick in found)
+
+    def test_perplexities_of_a_narrow_range_have_numbers(self, tmp_path):
+        from rope_dist.evaluation.perplexity import Bucket
+        from rope_dist.plots import plot_perplexity
+
+        curves = {
+            name: [Bucket(i, i + 256, p) for i, p in ((0, 9.1), (256, 9.9))] for name in ("yarn", "auto")
+        }
+        plot_perplexity(curves, 256, "title", tmp_path / "a.svg")
+        assert len(self.ticks(tmp_path / "a.svg")) >= 3
+
+    @pytest.mark.parametrize(
+        ("name", "label"), [("rotary", "ms (lower"), ("model_prefill", "tokens/s (higher")]
+    )
+    def test_a_plot_names_unit_direction_and_machine(self, tmp_path, name, label):
+        for device, machine in (
+            ("cpu", "a processor, torch 2.13, transformers 5"),
+            ("cuda", "a GPU, torch 2.13"),
+        ):
+            figures.draw(tmp_path / "a.svg", find(name), rows(name=name, device=device))
+            text = (tmp_path / "a.svg").read_text()
+            assert f"median, {label} is better)" in text
+            assert machine in text
+
+    def test_the_legend_is_beside_the_curves(self, monkeypatch, tmp_path):
+        from rope_dist import plots
+
+        drawn = []
+        monkeypatch.setattr(plots, "_save", lambda figure, path, note="": drawn.append(figure))
+        figures.draw(tmp_path / "a.svg", find("rotary"), results.of("rotary", "cpu"))
+        (figure,) = drawn
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1
+        panels = [axes for axes in figure.axes if axes.get_visible()]
+        assert not any(box.overlaps(axes.get_window_extent()) for axes in panels)
+        labels = {line.get_label() for axes in panels for line in axes.get_lines()}
+        assert {text.get_text() for text in legend.get_texts()} == labels
+
+    def test_an_implementation_has_one_colour_and_its_variants_differ(self):
+        drawn = [row for row in results.read("cpu") if find(row["benchmark"]).plot and "seconds" in row]
+        for name in [*(row["implementation"] for row in drawn if row["kind"] != "roofline"), *ROTARY]:
+            assert figures.style(name)[0], f"{name} has no colour of its own"
+        assert figures.style("huggingface") == figures.style("huggingface, sdpa")
+        assert figures.style("rope_dist") == figures.style("rope_dist, in place")
+        variants = ("in place", "in place, no table", "new tensors", "native library")
+        assert len({figures.style(f"rope_dist, {v}") for v in variants}) == len(variants)
+        paths = ("rope_dist", *(f"rope_dist, {p}" for p in ("separate", "pointers", "descriptors", "decode")))
+        assert len({figures.style(path) for path in paths}) == len(paths)
+        assert figures.style("something else") == (None, "o")
+        assert figures.mixed_with_white("#102030", 0.5) == "#889098"
 
 
 class TestAgreement:
-    """Two runs beside each other."""
-
     @staticmethod
-    def folder(path, share):
+    def folder(path, ratio):
         path.mkdir()
-        results = {"rope_dist, in place": {"to stock": share}, "copy": {"seconds": {"p50": 1.0}}}
-        record = {"cases": [{"name": "Llama-3-8B, 8k, bf16", "results": results}]}
-        (path / "rotary-cpu.json").write_text(json.dumps(record))
+        found = rows(("rope_dist", "ours", ratio, {}), ("copy", "roofline", 1.0, {}), name="rotary")
+        results.replace("rotary", "cpu", found[:2], path)
         return str(path)
 
     @pytest.mark.parametrize(("second", "status"), [(0.052, 0), (0.06, 1)])
-    def test_ratios_farther_apart_than_a_tenth_are_found(self, tmp_path, capsys, second, status):
-        from benchmarks.agreement import main
-
+    def test_speedups_farther_apart_than_a_tenth_are_found(self, tmp_path, capsys, second, status):
         folders = [self.folder(tmp_path / "a", 0.05), self.folder(tmp_path / "b", second)]
-        assert main(folders) == status
+        assert agreement.main(folders) == status
         printed = capsys.readouterr().out
-        assert f"{1 - status} of 1 ratios agree within 10%" in printed
+        assert f"{1 - status} of 1 speedups agree within 10%" in printed
         assert "20.00" in printed
 
     def test_nothing_in_common_is_one_line(self, tmp_path, capsys):
-        from benchmarks.agreement import main
-
-        assert main([self.folder(tmp_path / "a", 0.05), str(tmp_path)]) == 2
+        assert agreement.main([self.folder(tmp_path / "a", 0.05), str(tmp_path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1

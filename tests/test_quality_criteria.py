@@ -68,5 +68,5 @@ def test_the_tuning_reads_and_goes_on(bfloat16_attention, model_directory, tmp_p
     assert capsys.readouterr().out.count(" s\n") == 4
     tuning.main()
     assert capsys.readouterr().out.count(": on record") == 4
-    rows = summary.tuning(tmp_path).splitlines()[2:6]
+    rows = summary.tuning(tmp_path)[0].splitlines()[2:6]
     assert [row.split("|")[1].strip() for row in rows] == ["stock", "auto", "by distance", "of neighbours"]

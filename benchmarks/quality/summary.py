@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import machine, markdown
+from benchmarks.benchmark import machine_of
+from benchmarks.tables import markdown
 from rope_dist.evaluation.perplexity import WIDTH, Bucket
 from rope_dist.evaluation.tables import average_buckets, scores, total
 from rope_dist.evaluation.variants import STOCK
@@ -136,8 +137,8 @@ def passkey_table(record: dict[str, Any]) -> str:
     return markdown([[label, *(cells[label] for cells in columns.values())] for label in labels], headers)
 
 
-def block(folder: Path) -> str:
-    """The README's block: tables, the plot, and what was measured on which machine."""
+def block(folder: Path) -> tuple[str, str]:
+    """The README's block, tables and the plot, and the machines that measured it."""
     perplexity, passkey = load(folder, "perplexity"), load(folder, "passkey")
     parts = []
     lengths = sorted({m["what"]["tokens"] for m in perplexity["measurements"]})
@@ -161,25 +162,21 @@ def block(folder: Path) -> str:
         )
         parts.append(table)
     seeds = sorted({m["what"]["seed"] for m in passkey["measurements"]})
-    machines = "; ".join(
-        dict.fromkeys(machine({"machine": m}) for m in perplexity["machines"] + passkey["machines"])
-    )
     model = perplexity["model"]
     parts.append(
         f"\\* past the {TRAINED} tokens that the model was trained on. `python -m benchmarks.quality.study`: "
         f"{model['name']}, {model['dtype']}, without training; seed of the passkeys "
-        f"{', '.join(map(str, seeds))}, five digits, one key a length and depth; {machines}."
+        f"{', '.join(map(str, seeds))}, five digits, one key a length and depth."
     )
-    return "\n\n".join(parts)
+    machines = dict.fromkeys(map(machine_of, perplexity["machines"] + passkey["machines"]))
+    return "\n\n".join(parts), "; ".join(machines)
 
 
-def tuning(folder: Path) -> str:
-    """The README's table of what the constants of ``auto`` were chosen on."""
+def tuning(folder: Path) -> tuple[str, str]:
+    """The README's table of what the constants of ``auto`` were chosen on, and the machine."""
     record = load(folder, "tuning")
-    tokens = 2 * TRAINED
     model = record["model"]
     return (
-        f"{perplexity_table(record, tokens)}\n\n\\* past the {TRAINED} tokens that the model was trained on. "
-        f"`python -m benchmarks.quality.tuning`: {model['name']}, {model['dtype']}; "
-        f"{machine({'machine': record['machines'][0]})}."
-    )
+        f"{perplexity_table(record, 2 * TRAINED)}\n\n\\* past the {TRAINED} tokens that the model was trained on. "
+        f"`python -m benchmarks.quality.tuning`: {model['name']}, {model['dtype']}."
+    ), machine_of(record["machines"][0])

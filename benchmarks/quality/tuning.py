@@ -3,7 +3,7 @@
     python -m benchmarks.quality.tuning
 
 Reads *Emma* with ``auto`` and its constants varied one at a time, beside what it competes with and what other criteria
-of the rotary angles choose. As the study, it goes on where it was stopped. Result: ``quality_tuning.json``;
+of the rotary angles choose. As the study, it resumes where it was stopped. Result: ``quality_tuning.json``;
 ``python -m benchmarks.report`` makes the table.
 """
 
@@ -30,6 +30,7 @@ from rope_dist.evaluation import (
 )
 
 TEXT = "emma"
+TARGET = 2 * TRAINED
 STRATEGIES = (
     "stock",
     "yarn",
@@ -45,46 +46,31 @@ STRATEGIES = (
     "dprope:threshold=0,intervals=36",
 )
 CRITERIA = {"by distance": by_distance, "of neighbours": of_neighbours}
-TARGET = 2 * TRAINED
 
 
 def criteria_variants(model: PreTrainedModel) -> list[Variant]:
     """What each criterion of ``criteria.py`` chooses for ``model``."""
     inv_freq = rope_dist.plan(model, target_length=TARGET, strategy="extrapolation").inv_freq
-    plans = {
-        label: rope_dist.plan(
-            model,
-            target_length=TARGET,
-            strategy="longrope",
-            factors=choose(inv_freq, TRAINED, TARGET),
-            attention_factor=1.0,
-        )
+    settings = {"target_length": TARGET, "strategy": "longrope", "attention_factor": 1.0}
+    return [
+        Variant(label, rope_dist.plan(model, factors=choose(inv_freq, TRAINED, TARGET), **settings))
         for label, choose in CRITERIA.items()
-    }
-    return [Variant(label, plan) for label, plan in plans.items()]
+    ]
 
 
 def main() -> None:
     """Read what is not yet on record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="benchmarks/results", help="folder (default: %(default)s)")
-    arguments = parser.parse_args()
-    output = Path(arguments.output)
+    output = Path(parser.parse_args().output)
     output.mkdir(parents=True, exist_ok=True)
     transformers_logging.set_verbosity_error()
     model, tokenizer = load_model(MODEL, dtype=DTYPE)
     record = Record(output / "quality_tuning.json", "perplexity", describe(model, MODEL))
-    readings = measure_perplexity(
-        model,
-        passages(tokenizer, [TEXT], TARGET),
-        make_variants(model, STRATEGIES, TARGET) + criteria_variants(model),
-        record,
-        lengths=[TARGET],
-        methods=["whole"],
-        chunk=TARGET,
-        progress=True,
-    )
-    for variant, measurement, finished in readings:
+    variants = make_variants(model, STRATEGIES, TARGET) + criteria_variants(model)
+    options = {"lengths": [TARGET], "methods": ["whole"], "chunk": TARGET, "progress": True}
+    texts = passages(tokenizer, [TEXT], TARGET)
+    for variant, measurement, finished in measure_perplexity(model, texts, variants, record, **options):
         seconds = "on record" if finished else f"{measurement['result']['seconds']} s"
         print(f"{TEXT}, {variant.label}: {seconds}", flush=True)
 

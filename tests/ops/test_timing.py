@@ -13,7 +13,7 @@ class Gpu:
 
     def __init__(self, monkeypatch):
         self.host = self.device = 0.0
-        self.said = []
+        self.log = []
         gpu = self
 
         class Event:
@@ -21,7 +21,7 @@ class Gpu:
                 assert enable_timing
 
             def record(self):
-                gpu.said.append("record")
+                gpu.log.append("record")
                 self.at = gpu.enqueue(0.0)
 
             def synchronize(self):
@@ -32,11 +32,11 @@ class Gpu:
 
         class Flush:
             def zero_(self):
-                gpu.said.append("flush")
+                gpu.log.append("flush")
                 gpu.enqueue(30e-6)
 
         def sleep(cycles):
-            gpu.said.append("sleep")
+            gpu.log.append("sleep")
             gpu.enqueue(cycles / timing.GPU_CLOCK)
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -51,7 +51,7 @@ class Gpu:
 
     def call(self, launches: int, host: float, device: float):
         def run():
-            self.said.append("call")
+            self.log.append("call")
             for _ in range(launches):
                 self.host += host
                 self.enqueue(device)
@@ -71,7 +71,7 @@ def test_a_queued_call_is_timed_without_the_host(monkeypatch, launches, host, de
     # The first tells how long the host takes.
     for measured in seconds[1:]:
         assert measured == pytest.approx(launches * device)
-    assert gpu.said[:5] == ["flush", "sleep", "record", "call", "record"]
+    assert gpu.log[:5] == ["flush", "sleep", "record", "call", "record"]
 
 
 def test_else_the_gaps_between_launches_count(monkeypatch):
@@ -79,7 +79,7 @@ def test_else_the_gaps_between_launches_count(monkeypatch):
     time = timing.timer("cuda")
     time(gpu.call(1, 0.0, 0.0))
     assert time(gpu.call(3, 140e-6, 17e-6)) == pytest.approx(3 * 140e-6 + 17e-6, rel=0.1)
-    assert "sleep" not in gpu.said
+    assert "sleep" not in gpu.log
 
 
 def test_the_short_benchmark_and_the_choice_of_kernels_are_queued(monkeypatch):

@@ -9,25 +9,23 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import baselines, benchmark, projection, shapes
+from rope_dist import bench, ops
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def from_the_root(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
-class TestPeers:
+class TestBaselines:
     """Adapters against functions that behave as their packages document."""
 
     @pytest.mark.parametrize("name", ["Liger", "flash-attn", "FlashInfer", "quack", "vLLM", "Unsloth"])
     def test_an_adapter_hands_over_what_its_package_takes(self, name):
-        from benchmarks import peers, shapes
-        from rope_dist import ops
 
         shape, tokens = shapes.SHAPES["SmolLM2-135M"], 20
-        angles = shapes.Angles(shape, tokens, torch.float32, CPU)
+        angles = shape.angles(tokens, torch.float32, CPU)
         q, k = (torch.randn(1, tokens, n, shape.head_dim) for n in (shape.q_heads, shape.k_heads))
 
         def by_tables(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
@@ -54,24 +52,23 @@ class TestPeers:
             rotary_embedding=by_cache,
             fast_rope_embedding=unsloth,
         )
-        want = peers.stock(q, k, angles)
-        found = peers.PEERS[name].rotate(module, q.clone(), k.clone(), angles)()
+        want = bench.huggingface(q, k, angles)
+        found = baselines.BASELINES[name].rotate(module, q.clone(), k.clone(), angles)()
         for got, right in zip(found, want, strict=True):
             torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
 
-    def test_on_a_cpu_kernels_for_gpus_are_no_peers(self):
-        from benchmarks import peers, question
+    def test_on_a_cpu_kernels_for_gpus_are_skipped(self):
 
-        options = question.Options(CPU, None, True, None)
-        for name in peers.PEERS:
-            assert "GPU kernel" in peers.unavailable(name, options)
+        options = benchmark.Options(CPU)
+        for name in baselines.BASELINES:
+            assert baselines.unavailable(name, options) == "needs a GPU"
 
     def test_folders_of_pip_target_are_read_as_site_packages_are(self, tmp_path):
         """nvidia-cutlass-dsl's modules lie in a subfolder that only a .pth file names."""
         (tmp_path / "dsl_packages" / "cutlass_stand_in").mkdir(parents=True)
         (tmp_path / "dsl_packages" / "cutlass_stand_in" / "__init__.py").touch()
         (tmp_path / "dsl.pth").write_text("dsl_packages\n")
-        asked = "from benchmarks.peers import missing; print(missing('cutlass_stand_in'))"
+        asked = "from benchmarks.baselines import missing; print(missing('cutlass_stand_in'))"
         done = subprocess.run(
             [sys.executable, "-c", asked],
             env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
@@ -117,15 +114,13 @@ class TestTimed:
     TOKENS = 20
 
     def options(self, monkeypatch):
-        from benchmarks import peers, projection, question
 
-        for module in (peers, projection):
+        for module in (baselines, projection):
             monkeypatch.setattr(module, "unavailable", lambda name, options: None)
-        return question.Options(CPU, None, True, None)
+        return benchmark.Options(CPU)
 
     def stand_in(self, monkeypatch):
         """Modules whose functions do nothing, and Liger's of which two kernels run here."""
-        from benchmarks import peers, shapes
 
         widths = sum(shapes.SHAPES[self.SHAPE].widths)
         product = torch.zeros(self.TOKENS, widths, dtype=torch.bfloat16)
@@ -146,42 +141,35 @@ class TestTimed:
             available_impls=lambda op: ["nvidia-cutedsl", "nvidia-triton"],
             set_impl=self.pinned.append,
         )
-        names = [peer.module for peer in peers.PEERS.values()]
+        names = [baseline.module for baseline in baselines.BASELINES.values()]
         for name in (*names, "liger_kernel.backends", "quack.epilogue.rotary"):
             monkeypatch.setitem(sys.modules, name, module)
 
     def layer(self, gradients=False):
-        from benchmarks import projection, question, shapes
 
-        size = question.Size(shapes.SHAPES[self.SHAPE], self.TOKENS, "bf16")
-        layer = projection.Layer(size, torch.bfloat16, CPU, gradients)
-        return size, layer, shapes.Angles(size.shape, self.TOKENS, torch.bfloat16, CPU)
+        size = benchmark.Size(shapes.SHAPES[self.SHAPE], self.TOKENS, "bf16")
+        layer = projection.Layer(size, CPU, gradients)
+        return size, layer, size.shape.angles(self.TOKENS, torch.bfloat16, CPU)
 
     def test_rotary(self, monkeypatch):
-        from benchmarks import peers, rotary
 
         options = self.options(monkeypatch)
         self.stand_in(monkeypatch)
         size, _, angles = self.layer()
-        heads = rotary.Heads(
-            [
-                torch.zeros(1, self.TOKENS, n, size.shape.head_dim, dtype=torch.bfloat16)
-                for n in (size.shape.q_heads, size.shape.k_heads)
-            ]
-        )
-        timed = {p.name: p for p in peers.rotary_peers(options, angles) if isinstance(p, peers.Provider)}
-        assert timed.keys() == set(peers.ROTARY_PEERS)
-        for name in timed.keys() - {peers.COMPILED}:
+        heads = bench.Heads(size.shape.heads, size.shape.head_dim, self.TOKENS, torch.bfloat16, CPU)
+        found = baselines.rotary_baselines(options, angles)
+        timed = {p.name: p for p in found if isinstance(p, baselines.Implementation)}
+        assert timed.keys() == set(baselines.ROTARY)
+        for name in timed.keys() - {baselines.COMPILED}:
             call = timed[name].bind(heads)
             with NoCopies() as seen:
                 call()
             assert seen.found == [], name
-        assert timed["Liger"].labels["implementation"] == "nvidia-triton"
+        assert timed["Liger"].labels["kernel"] == "nvidia-triton"
         assert self.pinned == ["nvidia-triton"]
 
     def test_a_fused_product_has_its_weights_joined_before(self, monkeypatch):
         """They were joined anew in every call: 100 MB more to move for a layer of Llama-3-8B."""
-        from benchmarks import projection
 
         options = self.options(monkeypatch)
         self.stand_in(monkeypatch)
@@ -198,17 +186,16 @@ class TestTimed:
         torch.testing.assert_close(self.weights[0].T, cat(layer.weights))
 
     def test_each_kernel_of_liger_has_a_column(self, monkeypatch):
-        from benchmarks import projection
 
         options = self.options(monkeypatch)
         self.stand_in(monkeypatch)
         size, layer, _ = self.layer(gradients=True)
-        found = {p.name: p for p in projection.providers(size, options, layer, True)}
-        kernels = {n: p.labels["implementation"] for n, p in found.items() if n.startswith("Liger")}
+        found = {p.name: p for p in projection.implementations(size, options, layer)}
+        kernels = {n: p.labels["kernel"] for n, p in found.items() if n.startswith("Liger")}
         assert kernels == {"Liger": "nvidia-triton", "Liger, nvidia-cutedsl": "nvidia-cutedsl"}
         for name in kernels:
             found[name].bind(layer)()
         assert self.pinned == ["nvidia-triton", "nvidia-cutedsl"]
         # Without gradients the second hands over to the first.
-        names = [p.name for p in projection.providers(size, options, self.layer()[1], False)]
+        names = [p.name for p in projection.implementations(size, options, self.layer()[1])]
         assert [name for name in names if name.startswith("Liger")] == ["Liger"]
