@@ -178,7 +178,7 @@ class Benchmark:
             "code": self.code,
             "quick": parsed.quick,
             **machine.describe(),
-            "native": "; ".join(f"{key}: {value}" for key, value in info()["built"].items()),
+            "native": "; ".join(f"{key}: {value}" for key, value in info()["native libraries"].items()),
         }
         print(machine_of(run), flush=True)
         done: Rows = []

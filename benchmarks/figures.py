@@ -33,8 +33,8 @@ FORMS = {
     "new tensors": ("^", 0.55),
     "native library": ("D", 0.2),
     "separate": ("s", 0.4),
-    "pointers": ("^", 0.2),
-    "descriptors": ("D", 0.3),
+    "triton": ("^", 0.2),
+    "triton_tma": ("D", 0.3),
     "decode": ("v", 0.5),
     "nvidia-cutedsl": ("s", 0.4),
 }

@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from rope_dist import ops
 from rope_dist.bench import HUGGINGFACE, Angles, checked_tokens, huggingface, random, rotated
-from rope_dist.ops import dispatch_projection
 
 from .baselines import BASELINES, COMPILED, LIGER, installed, liger_kernels, missing, unavailable
 from .benchmark import Benchmark, Options, Size
@@ -133,9 +132,8 @@ def implementations(size: Size, options: Options, layer: Layer) -> list[Implemen
     if ops.backend_for(layer.x) == "triton":
         found.append(timed("rope_dist", fused, "ours"))
         operands = [y.detach() for y in (layer.x, *layer.weights)]
-        for path in dispatch_projection.candidates(
-            *operands, layer.head_dim, 2 * angles.inv_freq_q64.shape[1]
-        ):
+        dims = {"head_dim": layer.head_dim, "rotary_dim": 2 * angles.inv_freq_q64.shape[1]}
+        for path in ops.projection_paths(*operands, **dims):
             found.append(timed(f"rope_dist, {path}", partial(fused, path=path), "ours"))
     else:
         found.append(timed("rope_dist", separate, "ours"))

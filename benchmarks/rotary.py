@@ -84,7 +84,7 @@ def implementations(size: Size, options: Options) -> list:
         Implementation("copy", copy, kind="roofline"),
         Implementation("pass in place", one_pass, kind="roofline"),
     ]
-    if device.type == "cuda" and native.unavailable(angles.cos) is None:
+    if device.type == "cuda" and native.Native().supports(angles.cos) is None:
         found.append(Implementation("rope_dist, native library", native_library, kind="ours"))
     return found + rotary_baselines(options, angles)
 

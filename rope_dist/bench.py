@@ -118,7 +118,7 @@ class Angles:
     """Frequencies and tables of positions ``0 .. tokens - 1`` in every form that an implementation takes.
 
     Attributes:
-        inv_freq: ``[R/2]`` float32; ``inv_freq_q64`` is what :func:`rope_dist.ops.turns` makes of it.
+        inv_freq: ``[R/2]`` float32; ``inv_freq_q64`` is what :func:`rope_dist.ops.to_fixed_point` makes of it.
         position_ids: ``[1, tokens]``.
         cos, sin: ``[1, tokens, R/2]`` float32.
         huggingface: cos and sin with each pair's value twice, in the model's dtype.
@@ -128,7 +128,7 @@ class Angles:
         self, inv_freq: torch.Tensor, tokens: int, dtype: torch.dtype, attention_scaling: float = 1.0
     ) -> None:
         self.inv_freq, self.scaling = inv_freq, attention_scaling
-        self.inv_freq_q64 = ops.turns(inv_freq)
+        self.inv_freq_q64 = ops.to_fixed_point(inv_freq)
         self.position_ids = torch.arange(tokens, device=inv_freq.device)[None]
         self.cos, self.sin = ops.cos_sin(inv_freq, self.position_ids, attention_scaling)
         self.huggingface = tuple(torch.cat((t, t), -1).to(dtype) for t in (self.cos, self.sin))

@@ -263,7 +263,7 @@ class TestPlots:
         assert figures.style("rope_dist") == figures.style("rope_dist, in place")
         variants = ("in place", "in place, no table", "new tensors", "native library")
         assert len({figures.style(f"rope_dist, {v}") for v in variants}) == len(variants)
-        paths = ("rope_dist", *(f"rope_dist, {p}" for p in ("separate", "pointers", "descriptors", "decode")))
+        paths = ("rope_dist", *(f"rope_dist, {p}" for p in ("separate", "triton", "triton_tma", "decode")))
         assert len({figures.style(path) for path in paths}) == len(paths)
         assert figures.style("something else") == (None, "o")
         assert figures.mixed_with_white("#102030", 0.5) == "#889098"

@@ -179,7 +179,8 @@ class RotatedAttention:
         return self._split(self.q_proj(hidden_states)), self._split(self.k_proj(hidden_states))
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim)
+        batch, length, width = x.shape
+        return x.view(batch, length, width // self.head_dim, self.head_dim)
 
     def forward(
         self,
@@ -196,27 +197,24 @@ class RotatedAttention:
         The key/value cache is ``past_key_values`` to transformers up to 5.23 and ``cache`` from 5.24 on, which hands
         it what the attention function gets as well.
         """
-        q, k, v = (x.transpose(1, 2) for x in self.heads(hidden_states, *position_embeddings))
+        q, k, v = self.heads(hidden_states, *position_embeddings)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
         elif past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self._stock_module().eager_attention_forward
-        )
+        # The eager attention is a function of the stock model's own file.
+        eager = sys.modules[self.stock.__module__].eager_attention_forward
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
         dropout = self.attention_dropout if self.training else 0.0
         options = {"dropout": dropout, "scaling": self.scaling, **self.attention_options()}
         output, weights = attention(self, q, k, v, attention_mask, **options, **kwargs)
-        output = self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        batch, length, _ = hidden_states.shape
+        output = self.o_proj(output.reshape(batch, length, -1).contiguous())
         residual_dropout = self.__dict__.get("residual_dropout")
         if residual_dropout is not None:
             output = nn.functional.dropout(output, p=residual_dropout, training=self.training)
         return output, weights
-
-    @classmethod
-    def _stock_module(cls):
-        # The eager attention is a function of the stock model's own file.
-        return sys.modules[cls.stock.__module__]
 
 
 class NormalizedHeads(RotatedAttention):

@@ -82,10 +82,10 @@ def separate(
 
 def project(x: torch.Tensor, projections: Projections) -> list[torch.Tensor]:
     """The library's matrix products, ``[B, S, heads, head_dim]`` for each weight that there is."""
-    head_dim = projections.head_dim
+    (batch, length, _), head_dim = x.shape, projections.head_dim
     with without_autocast(x):
         return [
-            functional.linear(x, w, b).unflatten(-1, (w.shape[0] // head_dim, head_dim))
+            functional.linear(x, w, b).view(batch, length, w.shape[0] // head_dim, head_dim)
             for w, b in projections.pairs()
         ]
 

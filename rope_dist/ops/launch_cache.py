@@ -30,7 +30,7 @@ def find(
 
     Args:
         operation: who calls: what it checked holds for its own calls only.
-        tensors: those a gradient may be wanted of; the ``angles`` may want none.
+        tensors, angles: what the launch reads.
         options: what else the launch depends on.
 
     Returns:
@@ -47,17 +47,10 @@ def find(
         return None, None
     key: list[Any] = [operation, requested(), *angles[6:], *options]
     grad = torch.is_grad_enabled()
-    for x in tensors:
+    for x in (*tensors, *angles[:6]):
         if x is None:
             key.append(None)
         elif type(x) not in _PLAIN or (grad and x.requires_grad) or x.is_neg():
-            return None, None
-        else:
-            key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
-    for x in angles[:6]:
-        if x is None:
-            key.append(None)
-        elif type(x) not in _PLAIN or x.requires_grad or x.is_neg():
             return None, None
         else:
             key += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)

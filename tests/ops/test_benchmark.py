@@ -39,9 +39,9 @@ def admitted(name: str, tokens: int, device: torch.device) -> list[set[str]]:
 @pytest.mark.parametrize("tokens", [3, 20])
 def test_projections(triton_backend, device, tokens):
     forward, backward = admitted("projection", tokens, device)
-    assert {"rope_dist", "rope_dist, separate", "rope_dist, pointers"} <= set(forward)
+    assert {"rope_dist", "rope_dist, separate", "rope_dist, triton"} <= set(forward)
     assert ("rope_dist, decode" in forward) == (tokens <= 16)
-    assert "rope_dist, pointers" in backward
+    assert "rope_dist, triton" in backward
 
 
 def test_decoding(triton_backend, device):
