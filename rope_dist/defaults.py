@@ -39,7 +39,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, str]]] = {
         {"threshold": THRESHOLD, "interpolated_dims": INTEGER, "candidates": NAMES, **_MEASURE},
     ),
     "refined": ("refinement.refined", {"tolerance": NUMBER, "slack": NUMBER, **_MEASURE}),
-    "auto": ("auto.auto", {"fast_turns": NUMBER, "slow_turns": NUMBER, "attention_factor": NUMBER}),
+    "auto": ("auto.auto", {"fast_periods": NUMBER, "slow_periods": NUMBER, "attention_factor": NUMBER}),
 }
 """Every strategy: its function in rope_dist/strategies, and what each of its settings takes.
 

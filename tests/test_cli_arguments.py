@@ -117,7 +117,7 @@ AT_ONCE = [
     ((*DPROPE, "--set", 'candidates=["pi", "yran"]'), 2, "did you mean yarn?"),
     ((*LLAMA, "--threshold", "0"), 2, "the strategy is auto: give --strategy dprope"),
     ((*LLAMA, "--set", "threshold"), 2, "not KEY=VALUE"),
-    ((*LLAMA, "--set", "beta_fast=16"), 2, "auto has no setting 'beta_fast'; it has fast_turns"),
+    ((*LLAMA, "--set", "beta_fast=16"), 2, "auto has no setting 'beta_fast'; it has fast_periods"),
     ((*LLAMA, "--strategy", "pi", "--set", "beta_fast=16"), 2, "pi has no setting 'beta_fast'; it has none"),
     *(
         (
@@ -283,7 +283,7 @@ def test_it_starts_at_once(arguments):
         "dprope:threshold=0,intervals=36",
         "refined:dtype=float64",
         "yarn:beta-fast=16",
-        "auto:slow_turns=0.5",
+        "auto:slow_periods=0.5",
     ],
 )
 def test_eval_takes_strategies_with_their_settings(variant):

@@ -464,9 +464,9 @@ class TestRefusals:
             ),
             ({"original_length": 64}, ValueError, "original_length is of a new plan"),
             (
-                {"factor": 2, "settings": {"fast_turns": "x"}},
+                {"factor": 2, "settings": {"fast_periods": "x"}},
                 ValueError,
-                "fast_turns must be a finite number",
+                "fast_periods must be a finite number",
             ),
             ({"plan": {"factors": [1.0]}}, TypeError, "plan must be a RopePlan, got dict"),
         ],

@@ -287,7 +287,7 @@ def test_auto_is_monotone_and_between_1_and_s(theta, dim, length, scale):
 
 
 @pytest.mark.parametrize(
-    "options", [{"fast_turns": 1}, {"slow_turns": 0}, {"attention_factor": 0}, {"fast_turns": math.inf}]
+    "options", [{"fast_periods": 1}, {"slow_periods": 0}, {"attention_factor": 0}, {"fast_periods": math.inf}]
 )
 def test_auto_refuses(options):
     with pytest.raises(ValueError, match="auto"):

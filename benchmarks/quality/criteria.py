@@ -74,8 +74,8 @@ def of_neighbours(
 
 def _cells(inv_freq: torch.Tensor, length: int, cells: int) -> torch.Tensor:
     """``[pairs, length]``: in which part of the circle each position is."""
-    turns = inv_freq.double()[:, None] * torch.arange(length, dtype=torch.float64) / (2 * math.pi)
-    return (turns.remainder(1) * cells).floor().clamp(max=cells - 1).long()
+    revolutions = inv_freq.double()[:, None] * torch.arange(length, dtype=torch.float64) / (2 * math.pi)
+    return (revolutions.remainder(1) * cells).floor().clamp(max=cells - 1).long()
 
 
 def _distances(inv_freq: torch.Tensor, length: int, intervals: int) -> torch.Tensor:

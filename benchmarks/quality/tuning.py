@@ -38,9 +38,9 @@ STRATEGIES = (
     "auto",
     "auto:attention_factor=1",
     "auto:attention_factor=1.0693",  # YaRN's at 2x
-    "auto:fast_turns=256",
-    "auto:fast_turns=32",
-    "auto:slow_turns=0.5",
+    "auto:fast_periods=256",
+    "auto:fast_periods=32",
+    "auto:slow_periods=0.5",
     "yarn:attention_factor=1.0377",  # that of auto
     "dprope:threshold=0",
     "dprope:threshold=0,intervals=36",

@@ -8,10 +8,10 @@ import torch
 
 from .base import PretrainedRope, Scaling, check_number, scale_of
 
-FAST_TURNS = 64.0
+FAST_PERIODS = 64.0
 """Pairs with more periods than this within the trained length keep their frequency."""
 
-SLOW_TURNS = 1.0
+SLOW_PERIODS = 1.0
 """Pairs with fewer periods than this reach angles that training never had: they are interpolated by ``s``."""
 
 
@@ -19,8 +19,8 @@ def auto(
     rope: PretrainedRope,
     target_length: int,
     *,
-    fast_turns: float = FAST_TURNS,
-    slow_turns: float = SLOW_TURNS,
+    fast_periods: float = FAST_PERIODS,
+    slow_periods: float = SLOW_PERIODS,
     attention_factor: float | None = None,
 ) -> Scaling:
     """A geometric ramp of the factors from 1 to ``s`` over the number of periods of a pair.
@@ -32,7 +32,7 @@ def auto(
     period than the pairs, and is sampled densely only where they have tens of periods. Between the two limits the
     factor is
 
-        f = s ** x,  x = log(fast_turns / periods) / log(fast_turns / slow_turns), clamped to [0, 1]
+        f = s ** x,  x = log(fast_periods / periods) / log(fast_periods / slow_periods), clamped to [0, 1]
 
     with ``periods = length * theta_i / (2 pi)``. Among all ramps from 1 to ``s`` over those pairs the geometric one
     minimises the largest change of the ratio of neighbouring frequencies. It is the uniform mixed-radix ramp of
@@ -46,25 +46,25 @@ def auto(
     Needs only the config and takes microseconds. Where the trained frequencies fall from pair to pair, factors rise.
 
     Args:
-        fast_turns, slow_turns: periods within the trained length, ``fast_turns > slow_turns > 0``.
+        fast_periods, slow_periods: periods within the trained length, ``fast_periods > slow_periods > 0``.
         attention_factor: replaces ``sqrt(1 + ln s / ln length)``.
 
     Raises:
         ValueError: an option out of range.
     """
     s = scale_of(rope, target_length)
-    fast_turns = check_number(fast_turns, "auto's fast_turns")
-    slow_turns = check_number(slow_turns, "auto's slow_turns")
-    if not fast_turns > slow_turns > 0:
-        raise ValueError(f"auto needs fast_turns > slow_turns > 0, got {fast_turns} and {slow_turns}")
+    fast_periods = check_number(fast_periods, "auto's fast_periods")
+    slow_periods = check_number(slow_periods, "auto's slow_periods")
+    if not fast_periods > slow_periods > 0:
+        raise ValueError(f"auto needs fast_periods > slow_periods > 0, got {fast_periods} and {slow_periods}")
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(s) / math.log(rope.length))
     attention_factor = check_number(attention_factor, "auto's attention_factor", positive=True)
     periods = rope.length * rope.inv_freq.double() / (2 * math.pi)
-    exponent = torch.log(fast_turns / periods) / math.log(fast_turns / slow_turns)
+    exponent = torch.log(fast_periods / periods) / math.log(fast_periods / slow_periods)
     settings = {
-        "fast_turns": float(fast_turns),
-        "slow_turns": float(slow_turns),
+        "fast_periods": float(fast_periods),
+        "slow_periods": float(slow_periods),
         "attention_factor": float(attention_factor),
     }
     return Scaling(s ** exponent.clamp(0, 1), float(attention_factor), settings)
