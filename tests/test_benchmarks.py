@@ -468,7 +468,7 @@ for path in host_time.PATHS:
 """
 
 
-@pytest.mark.skipif(not host_time.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(not host_time.INSTALLED, reason="triton is not installed")
 class TestHostTime:
     def test_each_path_is_one_launch(self):
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
