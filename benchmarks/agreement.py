@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .benchmark import Parser
 from .results import DEVICES, RESULTS, read
 from .tables import markdown
 
@@ -29,7 +30,7 @@ def speedups(folder: Path) -> dict[tuple[str, ...], float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.agreement",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,9 +1,9 @@
 """Host time of one call at one token, in microseconds: what an eager GPU waits for between kernels.
 
-The rotation alone at the sizes of published models, a whole attention layer at those of ``tiny-64``, whose products on a
-CPU take little but the time of their calls. Triton's kernels are compiled for sm_90 and not launched
-(``host_driver.py``), which leaves out the driver's own time, about 3 us a launch: a stock layer makes 13, an enabled one
-2 to 5. "native" is the CPU's own library.
+The rotation alone at the sizes of published models, a whole attention layer at those of ``tiny-64``, whose products
+on a CPU take little but the time of their calls. Triton's kernels are compiled for sm_90 and not launched
+(``host_driver.py``), which leaves out the driver's own time for each launch: a stock layer makes 13, an enabled one 2
+to 5. "native" is the CPU's own library.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from rope_dist.files import write_text
 from rope_dist.plots import plot_plans
 
 from . import results, roofline
-from .benchmark import find, machine_of, names
+from .benchmark import Parser, find, machine_of, names
 from .figures import PLOTS, digest, draw, path_of
 from .results import DEVICES, ROOT
 from .tables import markdown, section
@@ -124,7 +124,7 @@ def renew(*, check: bool) -> list[Path]:
 
 def main() -> int:
     """Rewrite or check; the exit status (1: something is out of date, 2: a result that is needed is missing)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

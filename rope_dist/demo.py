@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import ops
+from . import bench
 from .comparison import table_3
 from .defaults import DEMO_STRATEGIES
 from .files import write_text
@@ -20,7 +20,6 @@ from .machine import describe
 from .planning import pretrained_rope
 from .plots import plot_perplexity
 from .tables import text_table
-from .timing import sample, spread, timer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -206,7 +205,7 @@ def _print_rotary_step(model: PreTrainedModel, tokens: int, log: Log) -> dict[st
     log(f"\n3. RoPE of one layer, {tokens} tokens, {dtype}, on {model.device}\n")
     step = rotary_step(model, tokens)
     rows = [(label, f"{seconds * 1e3:.2f} ms") for label, seconds in step.items()]
-    log(text_table(("median of 10, interleaved", "time"), rows))
+    log(text_table(("median, interleaved", "time"), rows))
     log(f"\n   speedup over stock: {step['stock'] / step['rope_dist']:.1f}x")
     return step
 
@@ -248,22 +247,14 @@ def perplexity_table(results: Sequence[PerplexityResult], trained_length: int) -
 @torch.inference_mode()
 def rotary_step(model: PreTrainedModel, tokens: int) -> dict[str, float]:
     """Median seconds of the rotation in one layer, Hugging Face's (``stock``) and ours (in place), interleaved."""
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
     from .evaluation.models import attention_shape
 
     # Not model.model.rotary_emb: some families have one per layer type.
     rope, _ = pretrained_rope(model.config)
-    heads = attention_shape(model)[:2]
-    q, k = (torch.randn(1, tokens, n, rope.rotary_dim, dtype=model.dtype, device=model.device) for n in heads)
-    position_ids = torch.arange(tokens, device=model.device)[None]
-    cos, sin = ops.cos_sin(rope.inv_freq.float().to(model.device), position_ids, rope.attention_scaling)
-    tables = [torch.cat((t, t), -1).to(model.dtype) for t in (cos, sin)]
-    calls = {
-        "stock": lambda: apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *tables),
-        "rope_dist": lambda: ops.rotary(q, k, cos, sin, inplace=True),
-    }
-    for call in calls.values():
-        call()
-    times = sample(calls, timer(model.device), least=10, most=10)
-    return {name: spread(seconds).p50 for name, seconds in times.items()}
+    *heads, head_dim = attention_shape(model)
+    inv_freq = rope.inv_freq.float().to(model.device)
+    step = bench.rotary_step(
+        (heads[0], heads[1]), head_dim, inv_freq, tokens, dtype=model.dtype,
+        attention_scaling=rope.attention_scaling, seconds=5,
+    )["seconds"]  # fmt: skip
+    return {"stock": step[bench.HUGGINGFACE]["p50"], "rope_dist": step[bench.IN_PLACE]["p50"]}

@@ -11,7 +11,6 @@ makes the README's tables of them.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.benchmark import Parser
 from benchmarks.quality.summary import TRAINED, finished_curves, load
 from rope_dist import evaluation
 from rope_dist.evaluation import Record, load_text
 from rope_dist.optional import MissingPackageError
-from rope_dist.plots import plot_perplexity
+from rope_dist.plots import plot_relative_perplexity
 
 MODEL = "smollm2-135m"
 STRATEGIES = ("stock", "pi", "ntk", "yarn", "dprope:threshold=5e-4", "refined", "auto")
@@ -77,8 +77,8 @@ QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),
 
 def main() -> None:
     """Run what is not yet on record, and draw what is complete."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, help="begin no new reading after this time")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, help="begin no new measurement after this time")
     parser.add_argument("--quick", action="store_true", help="a few hundred tokens: does the study run?")
     parser.add_argument(
         "--output", help="folder for the results (default: benchmarks/results; with --quick rope-dist-eval)"
@@ -91,21 +91,26 @@ def main() -> None:
     deadline = time.monotonic() + (arguments.seconds or float("inf"))
     done = 0
     complete = True
-    for what in _readings(QUICK if arguments.quick else PARTS, output):
+    for what in _measurements(QUICK if arguments.quick else PARTS, output):
         print(what, flush=True)
         done += 1
         if time.monotonic() > deadline:
             complete = False
             break
     print(f"{done} measurements on record, {'all there are' if complete else 'the same command goes on'}")
-    first = PARTS[0]
-    curves, texts = finished_curves(load(output, "perplexity"), first.tokens)
-    if curves:
-        title = f"{MODEL}, not trained further, extended to {first.target}; {texts} text{'s' if texts > 1 else ''}"
-        plot_perplexity(curves, TRAINED, title, output / "quality.png")
+    record = load(output, "perplexity")
+    panels = {}
+    for part in sorted(PARTS, key=lambda part: part.target):
+        curves, texts = finished_curves(record, part.tokens)
+        if "yarn" in curves:
+            plural = "s" if texts > 1 else ""
+            panels[f"extended to {part.target} ({part.target / TRAINED:g}x), {texts} text{plural}"] = curves
+    if panels:
+        title = f"{MODEL}, without training: perplexity (lower is better)"
+        plot_relative_perplexity(panels, TRAINED, title, output / "quality.png")
 
 
-def _readings(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
+def _measurements(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
     transformers_logging.set_verbosity_error()
     model, tokenizer = evaluation.load_model(MODEL, dtype=DTYPE)
     identity = evaluation.describe(model, MODEL)

@@ -9,13 +9,13 @@ of the rotary angles choose. As the study, it resumes where it was stopped. Resu
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import rope_dist
+from benchmarks.benchmark import Parser
 from benchmarks.quality.criteria import by_distance, of_neighbours
 from benchmarks.quality.study import DTYPE, MODEL
 from benchmarks.quality.summary import TRAINED
@@ -60,7 +60,7 @@ def criteria_variants(model: PreTrainedModel) -> list[Variant]:
 
 def main() -> None:
     """Read what is not yet on record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="benchmarks/results", help="folder (default: %(default)s)")
     output = Path(parser.parse_args().output)
     output.mkdir(parents=True, exist_ok=True)
