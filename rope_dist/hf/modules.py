@@ -154,7 +154,7 @@ class RotatedAttention:
             weights, biases = [p["weight"] for p in parameters], [p["bias"] for p in parameters]
             return ops.qkv_rotary(hidden_states, *weights, *biases, head_dim=self.head_dim, cos=cos, sin=sin)
         q, k = self.projected(hidden_states)
-        q, k = ops.rotary(q, k, cos, sin, inplace=self.can_rotate_inplace(hidden_states))
+        q, k = ops.rotary(q, k, cos, sin, inplace=self.can_rotate_inplace(q, k))
         return q, k, self._split(self.v_proj(hidden_states))
 
     def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -162,17 +162,24 @@ class RotatedAttention:
         modules = self._modules
         return modules["q_proj"], modules["k_proj"], modules["v_proj"]
 
-    def can_rotate_inplace(self, x: torch.Tensor) -> bool:
-        """Whether no hook or gradient sees what the projections of ``x`` return.
+    def can_rotate_inplace(self, q: torch.Tensor, k: torch.Tensor) -> bool:
+        """Whether ``q`` and ``k`` are new tensors that no hook or gradient has seen.
 
         New tensors cost a CPU the operating system's zeroed pages, several times what the rotation takes.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or self.pre_rotary_norm is not None:
             return False
-        if torch.nn.modules.module._has_any_global_hook():
+        if nn.modules.module._global_forward_hooks:
             return False
-        q_proj, k_proj, _ = self.projections()
-        return why_not_its_weight(q_proj, x) is None and why_not_its_weight(k_proj, x) is None
+        modules = self._modules
+        q_proj, k_proj = modules["q_proj"], modules["k_proj"]
+        return (
+            type(q_proj) is type(k_proj) is nn.Linear
+            and type(q) is type(k) is torch.Tensor
+            and not (q_proj._forward_hooks or k_proj._forward_hooks)
+            and "forward" not in q_proj.__dict__
+            and "forward" not in k_proj.__dict__
+        )
 
     def projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys before the rotation, ``[B, S, H, D]``, by the modules themselves."""

@@ -29,6 +29,7 @@ import torch
 from .. import timing
 from ..files import write_text
 from ..version import __version__
+from .backend import environment
 
 DEFAULT = "separate"
 LEAST_ROUNDS, MOST_ROUNDS = 9, 41
@@ -160,7 +161,7 @@ def cache() -> AutotuneCache:
 
 def fixed() -> str | None:
     """The path that ``ROPE_DIST_PATH`` names, or None."""
-    return os.environ.get("ROPE_DIST_PATH") or None
+    return environment("ROPE_DIST_PATH") or None
 
 
 def may_measure() -> bool:

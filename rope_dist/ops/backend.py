@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,7 +23,21 @@ override: str | None = None
 @torch.compiler.assume_constant_result
 def requested() -> str:
     """Name of the backend that the user chose, or ``"auto"``; torch.compile takes it as it is when it traces."""
-    return override or os.environ.get("ROPE_DIST_BACKEND", "auto")
+    return override or environment("ROPE_DIST_BACKEND") or "auto"
+
+
+_ENVIRONMENT: dict[Any, Any] | None = getattr(os.environ, "_data", None)
+_KEYS = {name: os.environ.encodekey(name) for name in ("ROPE_DIST_BACKEND", "ROPE_DIST_PATH")}
+
+
+def environment(name: str) -> str | None:
+    """``os.environ.get(name)`` of one of :data:`_KEYS`.
+
+    Read in each layer of a model: the mapping's own way, four calls and an exception, takes longer than a launch.
+    """
+    if _ENVIRONMENT is not None and _KEYS[name] not in _ENVIRONMENT:
+        return None
+    return os.environ.get(name)
 
 
 class NotBuilt(str):

@@ -65,9 +65,10 @@ def choose(x: torch.Tensor) -> Choice:
         ValueError: the environment variable names no backend.
     """
     asked = (x.dtype, x.device, backends.requested())
-    if asked not in _CHOICES:
-        _CHOICES[asked] = _choose(x, _known(asked[2]))
-    return _CHOICES[asked]
+    choice = _CHOICES.get(asked)
+    if choice is None:
+        choice = _CHOICES[asked] = _choose(x, _known(asked[2]))
+    return choice
 
 
 _CHOICES: dict[tuple[torch.dtype, torch.device, str], Choice] = {}

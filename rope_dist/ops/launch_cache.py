@@ -39,7 +39,8 @@ def find(
     """
     if (
         torch.compiler.is_compiling()
-        or transformed()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()

@@ -235,14 +235,15 @@ def packing(heads: tuple[torch.Tensor | None, ...], angles: Angles) -> Callable[
     scaling, offset = angles.scaling, angles.offset
 
     def pack(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> bytes:
+        cos, sin, inv_freq_q64, positions, cu_seqlens, seqlen_offsets = [
+            0 if x is None else x.data_ptr() for x in angles[:6]
+        ]
         return _CALL.pack(
             *sizes,
-            q.data_ptr(), q_out.data_ptr(), _pointer(q_bias), *q_sizes,
-            _pointer(k), _pointer(k_out), _pointer(k_bias), *k_sizes,
-            _pointer(angles.cos), *cos_strides, _pointer(angles.sin), *sin_strides, rows,
-            _pointer(angles.inv_freq_q64), scaling,
-            _pointer(angles.positions), *position_strides,
-            _pointer(angles.cu_seqlens), sequences, _pointer(angles.seqlen_offsets), offset,
+            q.data_ptr(), q_out.data_ptr(), 0 if q_bias is None else q_bias.data_ptr(), *q_sizes,
+            *(0 if x is None else x.data_ptr() for x in (k, k_out, k_bias)), *k_sizes,
+            cos, *cos_strides, sin, *sin_strides, rows, inv_freq_q64, scaling, positions, *position_strides,
+            cu_seqlens, sequences, seqlen_offsets, offset,
         )  # fmt: skip
 
     return pack
@@ -250,10 +251,6 @@ def packing(heads: tuple[torch.Tensor | None, ...], angles: Angles) -> Callable[
 
 def _inner(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _pointer(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _strides(x: torch.Tensor | None, axes: int) -> tuple[int, ...]:
