@@ -84,7 +84,8 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, bound[parameter.name]
         divisible = False
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialised = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
             signature[name] = "constexpr"
             constants[(index,)] = value
             continue
@@ -96,7 +97,7 @@ def source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
             divisible = (value.storage_offset() * value.element_size()) % 16 == 0
         else:
             signature[name] = mangle_type(value)
-            divisible = type(value) is int and value % 16 == 0
+            divisible = specialised and value % 16 == 0
         if divisible:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), options

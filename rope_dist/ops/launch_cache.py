@@ -46,7 +46,8 @@ def find(
         or torch.autograd._profiler_enabled()
     ):
         return None, None
-    key: list[Any] = [operation, requested(), *angles[6:], *options]
+    # Not the offset, which is handed on at each call: it grows with every token that is decoded.
+    key: list[Any] = [operation, requested(), *angles[7:], *options]
     grad = torch.is_grad_enabled()
     for x in (*tensors, *angles[:6]):
         if x is None:

@@ -232,7 +232,7 @@ def packing(heads: tuple[torch.Tensor | None, ...], angles: Angles) -> Callable[
     rows = cos.shape[1] if cos is not None else 0
     position_strides = _strides(positions, 2)
     sequences = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else 0
-    scaling, offset = angles.scaling, angles.offset
+    scaling = angles.scaling
 
     def pack(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> bytes:
         cos, sin, inv_freq_q64, positions, cu_seqlens, seqlen_offsets = [
@@ -243,7 +243,7 @@ def packing(heads: tuple[torch.Tensor | None, ...], angles: Angles) -> Callable[
             q.data_ptr(), q_out.data_ptr(), 0 if q_bias is None else q_bias.data_ptr(), *q_sizes,
             *(0 if x is None else x.data_ptr() for x in (k, k_out, k_bias)), *k_sizes,
             cos, *cos_strides, sin, *sin_strides, rows, inv_freq_q64, scaling, positions, *position_strides,
-            cu_seqlens, sequences, seqlen_offsets, offset,
+            cu_seqlens, sequences, seqlen_offsets, angles.offset,
         )  # fmt: skip
 
     return pack

@@ -71,7 +71,8 @@ def _heads(
             tl.store(target + rest.to(tl.int64) * out_d, value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# An offset that is a multiple of 16 one day and not the next would be compiled twice.
+@triton.jit(do_not_specialize=["offset"])
 def rotary_kernel(
     q, k, v, q_out, k_out, v_out, q_bias, k_bias,
     cos_table, sin_table, inv_freq_q64, positions, cu_seqlens, seqlen_offsets,
@@ -206,8 +207,8 @@ def launch(
     tail = 0 if q_out is q and not biased else head_dim - 2 * num_pairs
     whole_biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
     cos, cu_seqlens = angles.cos, angles.cu_seqlens
+    sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     numbers = (
-        length, 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1, angles.offset,
         cos.shape[1] if cos is not None else 0, angles.scaling,
         *scaled(q), *scaled(k), *scaled(v), *scaled(q_out), *scaled(k_out), *scaled(v_out),
         *_row_strides(cos), *_row_strides(angles.sin), *_row_strides(angles.positions),
@@ -224,7 +225,8 @@ def launch(
     }  # fmt: skip
 
     def pack(q, k, q_out, k_out, angles, q_bias=None, k_bias=None, v=None, v_out=None) -> tuple[Any, ...]:
-        return q, k, v, q_out, k_out, v_out, q_bias, k_bias, *angles[:6], *numbers
+        heads = (q, k, v, q_out, k_out, v_out, q_bias, k_bias)
+        return *heads, *angles[:6], length, sequences, angles.offset, *numbers
 
     tensors = (q, k, q_out, k_out, angles, *whole_biases, v, v_out)
     again = triton_launch.launch(rotary_kernel, tokens, q.device, pack, tensors, options)

@@ -216,3 +216,13 @@ def test_a_cached_launch_has_the_arguments_that_triton_would_have_made():
         assert line["new addresses"] >= line["addresses"] - 2, (
             line
         )  # frequencies and bounds are the same tensors
+
+
+def test_an_offset_that_grows_is_one_launch(backend, device):
+    """As generation by flash-attention's function has it: one token after the other."""
+    cos, sin = (t[0] for t in tables(device, 20))
+    for offset in (0, 1, 7, 16):
+        x = heads(device, 4, 2)
+        want = exact(x, cos[None, offset : offset + 2], sin[None, offset : offset + 2])
+        assert_rounded(ops.apply_rotary_emb(x, cos, sin, seqlen_offsets=offset), want)
+    assert len(launch_cache._LAUNCHES) <= 1
