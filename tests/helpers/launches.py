@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from types import FunctionType
 
 import torch
 import triton
@@ -13,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks import host_driver
 from rope_dist import ops
+from rope_dist.ops import launch_cache, triton_projection
 
 
 def heads(batch, length, count, dim=128):
@@ -93,6 +95,27 @@ def addresses(arguments):
     return [t.data_ptr() for t in tensors if isinstance(t, torch.Tensor)]
 
 
+def kept() -> int:
+    """Tensors that the launches which are kept hold, in their closures or in what these refer to."""
+    found, seen, left = 0, set(), list(launch_cache._LAUNCHES.values())
+    while left:
+        thing = left.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            found += 1
+        elif isinstance(thing, FunctionType):
+            left += [cell.cell_contents for cell in thing.__closure__ or ()]
+        elif isinstance(thing, list | tuple):
+            left += thing
+        elif isinstance(thing, dict):
+            left += thing.values()
+        elif isinstance(thing, triton_projection.Descriptor):
+            left += [thing.fields]
+    return found
+
+
 def main() -> None:
     recorded, compiled = [], []
     host_driver._Launcher.__call__ = lambda self, *arguments: recorded.append(arguments)
@@ -121,6 +144,7 @@ def main() -> None:
                         "arguments": len(second),
                         "new addresses": len(set(addresses(second)) - set(addresses(first))),
                         "addresses": len(set(addresses(second))),
+                        "kept": kept(),
                     }
                 )
             )

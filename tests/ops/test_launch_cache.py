@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,7 @@ def test_a_cached_launch_has_the_arguments_that_triton_would_have_made():
         assert line["compiled"] == [1, 0], line
         assert line["same grid"], line
         assert line["same arguments"], line
+        assert line["kept"] == 0, line
         assert line["new addresses"] >= line["addresses"] - 2, (
             line
         )  # frequencies and bounds are the same tensors
@@ -226,3 +229,17 @@ def test_an_offset_that_grows_is_one_launch(backend, device):
         want = exact(x, cos[None, offset : offset + 2], sin[None, offset : offset + 2])
         assert_rounded(ops.apply_rotary_emb(x, cos, sin, seqlen_offsets=offset), want)
     assert len(launch_cache._LAUNCHES) <= 1
+
+
+def test_what_is_kept_holds_no_tensor(backend, device):
+    """A launch that kept a weight or a table would keep a model alive that was deleted."""
+    cos, sin = tables(device)
+    q, k, bias = heads(device, 4), heads(device, 2), torch.zeros(64, device=device)
+    for options in ({}, {"inplace": True}, {"q_bias": bias}):
+        ops.rotary(q, k, cos, sin, **options)
+    x, weight = torch.randn(1, 5, 64, device=device).half(), torch.randn(64, 64, device=device).half()
+    ops.qkv_rotary(x, weight, weight, weight, head_dim=16, cos=cos, sin=sin)
+    references = [weakref.ref(t) for t in (cos, sin, q, k, bias, x, weight)]
+    del cos, sin, q, k, bias, x, weight, options
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 7
