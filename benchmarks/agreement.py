@@ -8,7 +8,6 @@ The exit status is 1 where two speedups are farther apart than ``--within``, and
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,24 +29,16 @@ def speedups(folder: Path) -> dict[tuple[str, ...], float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; the exit status."""
-    parser = Parser(
-        prog="python -m benchmarks.agreement",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path, help="results of one run")
-    parser.add_argument("other", type=Path, nargs="?", default=RESULTS, help="(default: benchmarks/results)")
-    parser.add_argument(
-        "--within", type=float, default=0.1, help="share of the speedup (default: %(default)g)"
-    )
+    parser = Parser("python -m benchmarks.agreement", __doc__)
+    add = parser.add_argument
+    add("folder", type=Path, help="results of one run")
+    add("other", type=Path, nargs="?", default=RESULTS, help="(default: benchmarks/results)")
+    add("--within", type=float, default=0.1, help="share of the speedup (default: %(default)g)")
     parsed = parser.parse_args(arguments)
     first, second = speedups(parsed.folder), speedups(parsed.other)
     both = [key for key in first if key in second]
     if not both:
-        print(
-            f"benchmarks.agreement: error: {parsed.folder} and {parsed.other} share no case", file=sys.stderr
-        )
-        return 2
+        parser.error(f"{parsed.folder} and {parsed.other} share no case")
     apart = {key: abs(first[key] / second[key] - 1) for key in both}
     rows = [[*key, f"{first[key]:.2f}", f"{second[key]:.2f}", f"{apart[key]:.1%}"] for key in both]
     print(markdown(rows, ["", "case", "speedup of", "first", "second", "apart"], text=3))

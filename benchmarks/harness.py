@@ -40,6 +40,8 @@ TOLERANCES = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 sin to the model's type, and adds three rounded products; a float32 angle at 32k is off by 2e-3."""
 CUT_SHORT = "skipped: the run was cut short"
 """Note of a result that was saved under way."""
+Rows = list[dict[str, Any]]
+Exact = Callable[[Any], list[torch.Tensor]]
 
 
 class BenchmarkError(ValueError):
@@ -51,7 +53,6 @@ class Implementation:
     """One implementation of what a case computes.
 
     Attributes:
-        name: in the table.
         bind: from a case's inputs to the call that is timed; what the call returns is checked.
         kind: ``"ours"``, ``"reference"`` (what this package replaces: ratios are to it), ``"baseline"``, or
             ``"roofline"`` (a bound that none can be faster than: not checked, not ranked).
@@ -66,7 +67,7 @@ class Implementation:
     bind: Callable[[Any], Callable[[], Any]]
     kind: str = "baseline"
     need: int = 0
-    exact: Callable[[Any], list[torch.Tensor]] | None = None
+    exact: Exact | None = None
     graph: bool = True
     late: bool = False
     labels: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +86,6 @@ class Case:
     """A benchmark at one size.
 
     Attributes:
-        name: in the table.
         inputs: makes the tensors; with a ``reset()`` if calls change them.
         implementations: of the case, on those inputs.
         exact: the right results, computed in another way from fresh inputs; None where nothing is checked.
@@ -97,13 +97,13 @@ class Case:
             a whole model is timed as it is.
         gradients: whether calls are made with autograd.
         repeat: how often a bound call does its work: its time is divided by it.
-        labels: model, tokens, dtype and the like: columns of each row.
+        labels: columns of each row: model, tokens, dtype and the like.
     """
 
     name: str
     inputs: Callable[[], Any]
     implementations: Callable[[Any], Iterable[Implementation | Skipped]]
-    exact: Callable[[Any], list[torch.Tensor]] | None = None
+    exact: Exact | None = None
     pick: Callable[[Any], list[torch.Tensor]] = list
     tolerance: float = 0.0
     bytes: int = 0
@@ -113,8 +113,6 @@ class Case:
     repeat: int = 1
     labels: dict[str, Any] = field(default_factory=dict)
 
-
-Rows = list[dict[str, Any]]
 
 _PREPARED: dict[str, float] = {}
 """Seconds that a late implementation took to prepare in the case before, by name."""
@@ -175,9 +173,10 @@ class _Run:
         late = []
         for implementation in self.case.implementations(self.buffers[0]):
             if isinstance(implementation, Skipped):
-                self._row(implementation.name, "baseline", note=f"skipped: {implementation.reason}")
+                skipped = Implementation(implementation.name, lambda x: x)
+                self._row(skipped, note=f"skipped: {implementation.reason}")
             elif implementation.late:
-                self._row(implementation.name, implementation.kind, **implementation.labels, note=CUT_SHORT)
+                self._row(implementation, note=CUT_SHORT)
                 late.append(implementation)
             else:
                 self.admit(implementation)
@@ -190,8 +189,7 @@ class _Run:
         for implementation in late:
             started, before = time.perf_counter(), _PREPARED.get(implementation.name, 0.0)
             if max(began + seconds - started, seconds / 2) < before:
-                reason = f"no time left, it took {before:.0f} s to prepare"
-                self.rows[implementation.name]["note"] = f"skipped: {reason}"
+                self._row(implementation, note=f"skipped: no time left, it took {before:.0f} s to prepare")
                 continue
             self.admit(implementation)
             _PREPARED[implementation.name] = time.perf_counter() - started
@@ -200,53 +198,51 @@ class _Run:
         # Preparing may have taken all of it.
         self.time(max(began + seconds - time.perf_counter(), seconds / 3))
 
-    def _row(self, name: str, kind: str, **columns: Any) -> dict[str, Any]:
-        case = self.case
+    def _row(self, implementation: Implementation, **columns: Any) -> dict[str, Any]:
+        case, name = self.case, implementation.name
         row = {"case": case.name, **case.labels} | ({"bytes": case.bytes} if case.bytes else {})
-        self.rows[name] = row | {"implementation": name, "kind": kind} | columns
-        return self.rows[name]
+        row |= {"implementation": name, "kind": implementation.kind, **implementation.labels, **columns}
+        self.rows[name] = row
+        return row
 
     def admit(self, implementation: Implementation) -> None:
         """Bind and check it: its calls, or a note in its row."""
-        row = self._row(implementation.name, implementation.kind, **implementation.labels)
-        room = machine.free_bytes(self.device)
-        if room is not None and implementation.need > room:
-            row["note"] = f"skipped: needs {_gib(implementation.need)} of memory, {_gib(room)} are free"
+        row, on_gpu = self._row(implementation), self.device.type == "cuda"
+        if lacking := _lacking(implementation.need, self.device):
+            row["note"] = f"skipped: needs {lacking}"
             return
+        at = ""
         try:
             calls = [implementation.bind(inputs) for inputs in self.buffers]
             _reset(self.buffers[0])
             self._check(implementation, calls[0](), row)
             if "note" in row:
                 return
-            if self.device.type == "cuda":
+            if on_gpu:
                 row["peak_bytes"] = peak_memory(calls[1])
             else:
                 calls[1]()  # warm, as the first copy is
-        except Exception as failure:
-            # Whatever a baseline raises is its result here; the others go on.
-            row["note"] = f"failed: {type(failure).__name__}: {failure}".splitlines()[0][:200]
-            release(self.device)
-            return
-        finally:
-            _reset(self.buffers[0])
-        if self.device.type == "cuda" and self.case.kernel and implementation.graph:
-            try:
+            if on_gpu and self.case.kernel and implementation.graph:
+                at = "not captured in a CUDA graph"
                 # A graph keeps its own addresses, so each copy of the inputs has one.
                 calls = [captured(call).replay for call in calls]
-            except RuntimeError as failure:
-                row["note"] = f"failed: not captured in a CUDA graph: {failure}".splitlines()[0][:200]
-                return
-        self.calls[implementation.name] = calls
+        except Exception as failure:
+            # Whatever a baseline raises is its result here; the others go on.
+            row["note"] = f"failed: {at or type(failure).__name__}: {failure}".splitlines()[0][:200]
+            release(self.device)
+        else:
+            self.calls[implementation.name] = calls
+        finally:
+            _reset(self.buffers[0])
 
     def _check(self, implementation: Implementation, outputs: Any, row: dict[str, Any]) -> None:
-        if implementation.kind == "roofline" or not (implementation.exact or self.expected is not None):
-            return
         wanted = implementation.exact(self.buffers[0]) if implementation.exact else self.expected
+        if implementation.kind == "roofline" or wanted is None:
+            return
         row["error"] = max(timing.error(a, b) for a, b in zip(self.case.pick(outputs), wanted, strict=True))
-        if row["error"] > self.case.tolerance:
+        if row["error"] > (allowed := self.case.tolerance):
             row["note"] = (
-                f"wrong: a vector is off by {row['error']:.1%} of its length, {self.case.tolerance:.1%} is allowed"
+                f"wrong: a vector is off by {row['error']:.1%} of its length, {allowed:.1%} is allowed"
             )
 
     def time(self, seconds: float, most: int | None = None) -> None:
@@ -256,9 +252,7 @@ class _Run:
         cold = case.kernel and (on_gpu or case.bytes < 2 * machine.last_level_cache_bytes(self.device))
         modes = {"": cold, "warm_": False} if on_gpu and case.kernel else {"": cold}
         reference = next((name for name in self.calls if self.rows[name]["kind"] == "reference"), None)
-        for prefix, overwrite in modes.items():
-            if not self.calls:
-                break
+        for prefix, overwrite in modes.items() if self.calls else ():
             calls = {name: partial(_next, cycle(calls)) for name, calls in self.calls.items()}
             whole = on_gpu and not case.kernel
             timer = _whole if whole else timing.timer(self.device, cold=overwrite, queued=True)
@@ -271,12 +265,10 @@ class _Run:
                     row |= {"quiet": found.quiet, "rounds": found.rounds}
                     row |= {"ratio": timing.ratio(values, times[reference])} if reference else {}
         rows = list(self.rows.values())
-        bound = min(
-            (row["seconds"] for row in rows if row["kind"] == "roofline" and "seconds" in row), default=None
-        )
-        for row in rows:
-            if bound and "seconds" in row and row["kind"] != "roofline":
-                row["roofline"] = bound / row["seconds"]
+        bounds = [row["seconds"] for row in rows if row["kind"] == "roofline" and "seconds" in row]
+        for row in rows if bounds else ():
+            if "seconds" in row and row["kind"] != "roofline":
+                row["roofline"] = min(bounds) / row["seconds"]
         self.save(rows)
 
 
@@ -325,12 +317,16 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 def require_memory(case: Case, device: torch.device) -> None:
     """:class:`BenchmarkError` where the case's own tensors do not fit."""
+    if lacking := _lacking(case.need, device, f" on {device}"):
+        raise BenchmarkError(f"{case.name} needs {lacking}: choose smaller --lengths or --models")
+
+
+def _lacking(need: int, device: torch.device, where: str = "") -> str | None:
+    """What is needed and what is there, if that is less."""
     room = machine.free_bytes(device)
-    if room is not None and case.need > room:
-        raise BenchmarkError(
-            f"{case.name} needs {_gib(case.need)} of memory on {device}, {_gib(room)} are free: "
-            "choose smaller --lengths or --models"
-        )
+    if room is None or need <= room:
+        return None
+    return f"{need / 2**30:.1f} GiB of memory{where}, {room / 2**30:.1f} GiB are free"
 
 
 def release(device: torch.device) -> None:
@@ -343,7 +339,3 @@ def release(device: torch.device) -> None:
 def _reset(inputs: Any) -> None:
     if reset := getattr(inputs, "reset", None):
         reset()
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

@@ -10,7 +10,6 @@ benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, `
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -124,20 +123,13 @@ def renew(*, check: bool) -> list[Path]:
 
 def main() -> int:
     """Rewrite or check; the exit status (1: something is out of date, 2: a result that is needed is missing)."""
-    parser = Parser(
-        prog="python -m benchmarks.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing, fail if something is out of date"
-    )
+    parser = Parser("python -m benchmarks.report", __doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if one is out of date")
     check = parser.parse_args().check
     try:
         out_of_date = renew(check=check)
     except ValueError as error:
-        print(f"benchmarks.report: error: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     if check and out_of_date:
         paths = ", ".join(str(path.relative_to(ROOT)) for path in out_of_date)
         print(f"{paths}: not what benchmarks/results says: python -m benchmarks.report", file=sys.stderr)

@@ -416,9 +416,9 @@ class TestScripts:
         ("arguments", "message"),
         [
             (["--device", "cuda:63"], "torch sees"),
-            (["--device", "abacus"], "no 'abacus'; there are cpu, cuda"),
-            (["--baselines", "Ligre"], "no 'Ligre'; there are torch.compile, Liger"),
-            (["--models", "LLaMA-9"], "no 'LLaMA-9'"),
+            (["--device", "abacus"], "no device 'abacus'; there are cpu, cuda"),
+            (["--baselines", "Ligre"], "invalid choice: 'Ligre' (choose from "),
+            (["--models", "LLaMA-9"], "invalid choice: 'LLaMA-9'"),
             (["--lengths", "0"], "must be positive"),
             (["--seconds", "-1"], "must be positive"),
             (["--lengths", "many"], "invalid int value"),

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.benchmark import Parser
+from benchmarks.benchmark import Parser, positive
 from benchmarks.quality.summary import TRAINED, finished_curves, load
 from rope_dist import evaluation
 from rope_dist.evaluation import Record, load_text
@@ -77,15 +77,13 @@ QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),
 
 def main() -> None:
     """Run what is not yet on record, and draw what is complete."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, help="begin no new measurement after this time")
+    parser = Parser("python -m benchmarks.quality.study", __doc__)
+    parser.add_argument("--seconds", type=positive(float), help="begin no new measurement after this time")
     parser.add_argument("--quick", action="store_true", help="a few hundred tokens: does the study run?")
     parser.add_argument(
         "--output", help="folder for the results (default: benchmarks/results; with --quick rope-dist-eval)"
     )
     arguments = parser.parse_args()
-    if arguments.seconds is not None and not arguments.seconds > 0:
-        parser.error("--seconds must be positive")
     output = Path(arguments.output or ("rope-dist-eval" if arguments.quick else "benchmarks/results"))
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + (arguments.seconds or float("inf"))

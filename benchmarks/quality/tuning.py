@@ -60,7 +60,7 @@ def criteria_variants(model: PreTrainedModel) -> list[Variant]:
 
 def main() -> None:
     """Read what is not yet on record."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser("python -m benchmarks.quality.tuning", __doc__)
     parser.add_argument("--output", default="benchmarks/results", help="folder (default: %(default)s)")
     output = Path(parser.parse_args().output)
     output.mkdir(parents=True, exist_ok=True)
