@@ -78,26 +78,23 @@ QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),
 def main() -> None:
     """Run what is not yet on record, and draw what is complete."""
     parser = Parser("python -m benchmarks.quality.study", __doc__)
-    parser.add_argument("--seconds", type=positive(float), help="begin no new measurement after this time")
-    parser.add_argument("--quick", action="store_true", help="a few hundred tokens: does the study run?")
-    parser.add_argument(
-        "--output", help="folder for the results (default: benchmarks/results; with --quick rope-dist-eval)"
-    )
+    add = parser.add_argument
+    add("--seconds", type=positive(float), help="begin no new measurement after this time")
+    add("--quick", action="store_true", help="a few hundred tokens: does the study run?")
+    add("--output", help="folder (default: benchmarks/results; with --quick rope-dist-eval)")
     arguments = parser.parse_args()
     output = Path(arguments.output or ("rope-dist-eval" if arguments.quick else "benchmarks/results"))
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + (arguments.seconds or float("inf"))
-    done = 0
-    complete = True
+    done, rest = 0, "all there are"
     for what in _measurements(QUICK if arguments.quick else PARTS, output):
         print(what, flush=True)
         done += 1
         if time.monotonic() > deadline:
-            complete = False
+            rest = "the same command goes on"
             break
-    print(f"{done} measurements on record, {'all there are' if complete else 'the same command goes on'}")
-    record = load(output, "perplexity")
-    panels = {}
+    print(f"{done} measurements on record, {rest}")
+    record, panels = load(output, "perplexity"), {}
     for part in sorted(PARTS, key=lambda part: part.target):
         curves, texts = finished_curves(record, part.tokens)
         if "yarn" in curves:
@@ -119,23 +116,23 @@ def _measurements(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
         if part.texts and (texts := evaluation.passages(tokenizer, _installed(part.texts), part.tokens)):
             # At once: half the time of 512 at a time, and gigabytes of logits.
             options = {"lengths": [part.tokens], "methods": ["whole"], "chunk": min(part.tokens, 2 * TRAINED)}
-            readings = evaluation.measure_perplexity(
-                model, texts, variants, perplexity, **options, progress=True
-            )
-            for variant, m, finished in readings:
-                yield _line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
+            options["progress"] = True
+            for variant, m, finished in evaluation.measure_perplexity(
+                model, texts, variants, perplexity, **options
+            ):
+                yield line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
         if part.passkey_lengths:
             cases = evaluation.make_cases(part.passkey_lengths, part.depths, seed=SEED)
             options = {"scorings": ["generate", "decoys"], "progress": True}
             answers = evaluation.measure_passkey(model, tokenizer, cases, variants, passkey, **options)
             for variant, m, finished in answers:
                 what = f"passkey, {m['what']['length']} tokens, depth {m['what']['depth']:g}, {variant.label}"
-                yield _line(what, m, finished)
+                yield line(what, m, finished)
 
 
-def _line(text: str, measurement: dict[str, Any], finished: bool) -> str:
-    seconds = measurement["result"]["seconds"]
-    return f"{text}: {'on record' if finished else f'{seconds} s'}"
+def line(what: str, measurement: dict[str, Any], finished: bool) -> str:
+    """What was measured, and the seconds that it took unless it was on record."""
+    return f"{what}: {'on record' if finished else str(measurement['result']['seconds']) + ' s'}"
 
 
 def _installed(names: tuple[str, ...]) -> list[str]:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 import rope_dist
 from benchmarks.benchmark import Parser
 from benchmarks.quality.criteria import by_distance, of_neighbours
-from benchmarks.quality.study import DTYPE, MODEL
+from benchmarks.quality.study import DTYPE, MODEL, line
 from benchmarks.quality.summary import TRAINED
 from rope_dist.evaluation import (
     Record,
@@ -71,8 +71,7 @@ def main() -> None:
     options = {"lengths": [TARGET], "methods": ["whole"], "chunk": TARGET, "progress": True}
     texts = passages(tokenizer, [TEXT], TARGET)
     for variant, measurement, finished in measure_perplexity(model, texts, variants, record, **options):
-        seconds = "on record" if finished else f"{measurement['result']['seconds']} s"
-        print(f"{TEXT}, {variant.label}: {seconds}", flush=True)
+        print(line(f"{TEXT}, {variant.label}", measurement, finished), flush=True)
 
 
 if __name__ == "__main__":
