@@ -7,17 +7,14 @@ that is wrong, fails, or needs more memory than there is, is listed with the rea
 How it is timed, and what keeps the times of a busy machine comparable:
 
 - Implementations run in turn, forwards and backwards (A B B A ...), on two copies of the inputs alternately.
-- What compiles for seconds or minutes (``late``) comes last: a case that is stopped while something compiles has
-  been timed without it, and that result is saved.
+- What compiles for seconds or minutes (``late``) comes last: a case that is stopped by then is timed without it.
 - Rounds go on until the median of each is known to 3 %, at least five; three where the case's time is over.
 - Reported are the median with the 20th and 80th percentile. A comparison is the median of the rounds' ratios,
   since the calls of a round share what slowed it. ``quiet`` is the lowest median of three rounds in a row.
-- On a GPU each step of a layer is captured in a CUDA graph and timed between events, first with the L2 cache
-  overwritten before each call (the time to report), then with what the call before it left there (``warm``).
-  The GPU is kept waiting until a call is enqueued: of ten microseconds the launch would be half.
+- On a GPU each step of a layer is captured in a CUDA graph and timed between events while the launch is hidden, first
+  with the L2 cache overwritten before each call (the time to report), then with what is left there (``warm``).
   A whole model is timed from its call to the end of its last kernel, as its user waits for it.
 - On a CPU it is wall time. The cache is overwritten where the tensors could stay in it.
-- ``peak_bytes`` is what one call adds to a GPU's memory at its highest, its results included.
 """
 
 from __future__ import annotations
@@ -58,7 +55,6 @@ class Implementation:
             ``"roofline"`` (a bound that none can be faster than: not checked, not ranked).
         need: bytes that a call takes beyond the inputs.
         exact: instead of the case's, for one that pairs dimensions in another way.
-        graph: whether a CUDA graph can hold the call.
         late: prepared only after all others were timed, since it compiles for seconds or minutes.
         labels: more columns of its row, such as the version of a package.
     """
@@ -68,7 +64,6 @@ class Implementation:
     kind: str = "baseline"
     need: int = 0
     exact: Exact | None = None
-    graph: bool = True
     late: bool = False
     labels: dict[str, Any] = field(default_factory=dict)
 
@@ -132,7 +127,7 @@ def measure(
     Returns:
         A row an implementation: the case's labels, ``implementation``, ``kind``; ``seconds`` (the median), ``p20``,
         ``p80``, ``quiet``, ``rounds``, ``ratio`` (to the reference), ``roofline`` (share of the bound), ``error``,
-        ``peak_bytes``; or a ``note`` that says why it was not timed.
+        ``peak_bytes`` (what one call adds to a GPU's memory); or a ``note`` that says why it was not timed.
 
     Raises:
         BenchmarkError: the inputs do not fit into memory.
@@ -143,30 +138,26 @@ def measure(
     release(device)
     require_memory(case, device)
     with torch.enable_grad() if case.gradients else torch.inference_mode():
-        try:
-            buffers = [case.inputs() for _ in range(BUFFERS)]
-            expected = case.exact(buffers[0]) if case.exact else None
-        except (torch.OutOfMemoryError, MemoryError) as failure:
-            raise BenchmarkError(
-                f"{case.name} ran out of memory on {device}: choose smaller --lengths or --models"
-            ) from failure
-        run = _Run(case, device, buffers, expected, save)
+        run = _Run(case, device, save)
         run.everything(began, seconds)
-        rows = list(run.rows.values())
-        del run, buffers, expected
+    rows = list(run.rows.values())
+    del run
     release(device)
     return rows
 
 
-@dataclass
 class _Run:
-    case: Case
-    device: torch.device
-    buffers: list[Any]
-    expected: list[torch.Tensor] | None
-    save: Callable[[Rows], None]
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    calls: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
+    def __init__(self, case: Case, device: torch.device, save: Callable[[Rows], None]) -> None:
+        self.case, self.device, self.save = case, device, save
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.calls: dict[str, list[Callable[[], Any]]] = {}
+        try:
+            self.buffers = [case.inputs() for _ in range(BUFFERS)]
+            self.expected = case.exact(self.buffers[0]) if case.exact else None
+        except (torch.OutOfMemoryError, MemoryError) as failure:
+            raise BenchmarkError(
+                f"{case.name} ran out of memory on {device}: choose smaller --lengths or --models"
+            ) from failure
 
     def everything(self, began: float, seconds: float) -> None:
         """All but the late implementations first, then one of those after the other."""
@@ -222,7 +213,7 @@ class _Run:
                 row["peak_bytes"] = peak_memory(calls[1])
             else:
                 calls[1]()  # warm, as the first copy is
-            if on_gpu and self.case.kernel and implementation.graph:
+            if on_gpu and self.case.kernel:
                 at = "not captured in a CUDA graph"
                 # A graph keeps its own addresses, so each copy of the inputs has one.
                 calls = [captured(call).replay for call in calls]
@@ -253,7 +244,7 @@ class _Run:
         modes = {"": cold, "warm_": False} if on_gpu and case.kernel else {"": cold}
         reference = next((name for name in self.calls if self.rows[name]["kind"] == "reference"), None)
         for prefix, overwrite in modes.items() if self.calls else ():
-            calls = {name: partial(_next, cycle(calls)) for name, calls in self.calls.items()}
+            calls = {name: partial(lambda two: next(two)(), cycle(two)) for name, two in self.calls.items()}
             whole = on_gpu and not case.kernel
             timer = _whole if whole else timing.timer(self.device, cold=overwrite, queued=True)
             times = timing.sample(calls, timer, seconds=seconds / len(modes), most=most or timing.MOST_ROUNDS)
@@ -279,10 +270,6 @@ def _whole(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _next(calls: Iterable[Callable[[], Any]]) -> None:
-    next(calls)()
 
 
 def ranking(rows: Rows) -> Rows:

@@ -58,19 +58,17 @@ def wide(benchmark: Benchmark, rows: Rows) -> str:
 
 def long(benchmark: Benchmark, rows: Rows) -> str:
     """A row an implementation of each case."""
-    lines = [
-        [row["case"], row["implementation"], _cell(row, benchmark.unit)] for row in rows if "seconds" in row
-    ]
-    return markdown(lines, ["", "implementation", benchmark.unit], text=2)
+    unit, timed = benchmark.unit, [row for row in rows if "seconds" in row]
+    lines = [[row["case"], row["implementation"], _cell(row, unit)] for row in timed]
+    return markdown(lines, ["", "implementation", unit], text=2)
 
 
 def _cell(row: dict[str, Any] | None, unit: str) -> str:
     if row is None:
         return ""
+    cell = figure(row["seconds"], unit, row.get("tokens"))
     compared = "ratio" in row and row["kind"] not in ("reference", "roofline")
-    return figure(row["seconds"], unit, row.get("tokens")) + (
-        f" ({1 / row['ratio']:.2f}x)" if compared else ""
-    )
+    return f"{cell} ({1 / row['ratio']:.2f}x)" if compared else cell
 
 
 def footnote(benchmark: Benchmark, rows: Rows) -> str:
