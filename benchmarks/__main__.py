@@ -8,8 +8,6 @@ What stands after ``--`` is handed to each benchmark. One that crashes or outlas
 written, and the others go on. The exit status is 1 if one did, and 2 if nothing could be begun.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

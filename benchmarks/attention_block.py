@@ -4,8 +4,6 @@ Stock and enabled blocks share their weights. The roofline is the four projectio
 without any rotary step.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from functools import cache, partial

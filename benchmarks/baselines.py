@@ -5,8 +5,6 @@ skipped with a reason where it cannot run. On a CPU only eager and ``torch.compi
 and Liger's in Triton's interpreter would be a timing of the interpreter.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import site

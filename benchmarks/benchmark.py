@@ -1,7 +1,5 @@
 """A benchmark, its command line and its rows of results: what each file of this folder with a ``BENCHMARK`` has."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import re
@@ -58,6 +56,29 @@ class Options:
 
     def wants(self, baseline: str) -> bool:
         return self.baselines is None or baseline in self.baselines
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the script's docstring as its description; an error is one line and exit status 2."""
+
+    def __init__(self, prog: str, doc: str) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=doc, formatter_class=formatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {message}\n")
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """The type of an option that must be above zero."""
+
+    def parse(text: str) -> float:
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 @dataclass(frozen=True)
@@ -217,29 +238,6 @@ def _once(rows: Rows) -> Rows:
     """What is skipped in every case for the same reason is one row."""
     first = {(row.get("implementation", row["case"]), row.get("note")): row for row in reversed(rows)}
     return [row for row in rows if "note" not in row or row in first.values()]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with the script's docstring as its description; an error is one line and exit status 2."""
-
-    def __init__(self, prog: str, doc: str) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=doc, formatter_class=formatter)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {message}\n")
-
-
-def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """The type of an option that must be above zero."""
-
-    def parse(text: str) -> float:
-        if not (value := kind(text)) > 0:
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def names() -> list[str]:

@@ -1,7 +1,5 @@
 """Plots of results: time or speed against length, one colour an implementation."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

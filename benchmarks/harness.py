@@ -17,8 +17,6 @@ How it is timed, and what keeps the times of a busy machine comparable:
 - On a CPU it is wall time. The cache is overwritten where the tensors could stay in it.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable, Iterable
@@ -74,6 +72,8 @@ class Skipped:
 
     name: str
     reason: str
+    kind: str = "baseline"
+    labels: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -164,8 +164,7 @@ class _Run:
         late = []
         for implementation in self.case.implementations(self.buffers[0]):
             if isinstance(implementation, Skipped):
-                skipped = Implementation(implementation.name, lambda x: x)
-                self._row(skipped, note=f"skipped: {implementation.reason}")
+                self._row(implementation, note=f"skipped: {implementation.reason}")
             elif implementation.late:
                 self._row(implementation, note=CUT_SHORT)
                 late.append(implementation)
@@ -189,7 +188,7 @@ class _Run:
         # Preparing may have taken all of it.
         self.time(max(began + seconds - time.perf_counter(), seconds / 3))
 
-    def _row(self, implementation: Implementation, **columns: Any) -> dict[str, Any]:
+    def _row(self, implementation: Implementation | Skipped, **columns: Any) -> dict[str, Any]:
         case, name = self.case, implementation.name
         row = {"case": case.name, **case.labels} | ({"bytes": case.bytes} if case.bytes else {})
         row |= {"implementation": name, "kind": implementation.kind, **implementation.labels, **columns}

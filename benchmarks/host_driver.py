@@ -5,8 +5,6 @@ kernel launch is measured (``benchmarks.host_time``) and counted (tests) without
 launcher itself and the encoding of tensor maps; results are whatever the new tensors held.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -6,8 +6,6 @@ on a CPU take little but the time of their calls. Triton's kernels are compiled 
 to 5. "native" is the CPU's own library.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ The cache is transformers' own default, which grows with every token. The roofli
 one token, 32 times: what reading the weights takes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import ClassVar
 

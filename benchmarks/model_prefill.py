@@ -4,8 +4,6 @@ The roofline is the layers' matrix products alone (attention comes on top of the
 here: it replaces functions of transformers for the whole process, the stock model's included.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from . import models

@@ -4,8 +4,6 @@ The roofline is the layers' matrix products of the forward pass and twice those 
 cut to a few layers, so that a GPU holds the optimizer's state; the steps share parameters and optimizer.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

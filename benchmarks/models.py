@@ -1,7 +1,5 @@
 """LLaMA-shaped models with random weights, stock and enabled, that share their parameters; and their benchmarks."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import cache

@@ -4,8 +4,6 @@ The roofline is the matrix products alone, as one. On a CPU there are no kernels
 what enable() does, three products and the rotation in place of their results.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from functools import partial

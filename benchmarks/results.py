@@ -6,8 +6,6 @@ Columns are those of :func:`benchmarks.harness.measure` and of the run: command,
 that was measured. Tables of several machines or runs are joined with ``cat``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ reads its target too, so that in place is the faster of the two). "in place" cha
 and torch.compile return new tensors, as "new tensors" does.
 """
 
-from __future__ import annotations
-
 import torch
 
 from rope_dist import ops

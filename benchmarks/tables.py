@@ -1,7 +1,5 @@
 """Markdown tables of results."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tabulate import tabulate

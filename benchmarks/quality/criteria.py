@@ -5,8 +5,6 @@ objections to that are made exact here: attention sees distances and not positio
 pairs at once.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -9,8 +9,6 @@ Results: ``quality_perplexity.json``, ``quality_passkey.json`` and ``quality.png
 makes the README's tables of them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,13 +102,13 @@ def _measurements(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
     passkey = Record(output / "quality_passkey.json", "passkey", identity)
     for part in parts:
         variants = evaluation.make_variants(model, part.strategies, part.target)
-        if part.texts and (texts := evaluation.passages(tokenizer, _installed(part.texts), part.tokens)):
+        if names := list(filter(_installed, part.texts)):
+            texts = evaluation.passages(tokenizer, names, part.tokens)
             # At once: half the time of 512 at a time, and gigabytes of logits.
             options = {"lengths": [part.tokens], "methods": ["whole"], "chunk": min(part.tokens, 2 * TRAINED)}
             options["progress"] = True
-            for variant, m, finished in evaluation.measure_perplexity(
-                model, texts, variants, perplexity, **options
-            ):
+            readings = evaluation.measure_perplexity(model, texts, variants, perplexity, **options)
+            for variant, m, finished in readings:
                 yield line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
         if part.passkey_lengths:
             cases = evaluation.make_cases(part.passkey_lengths, part.depths, seed=SEED)
@@ -126,16 +124,13 @@ def line(what: str, measurement: dict[str, Any], finished: bool) -> str:
     return f"{what}: {'on record' if finished else str(measurement['result']['seconds']) + ' s'}"
 
 
-def _installed(names: tuple[str, ...]) -> list[str]:
-    found = []
-    for name in names:
-        try:
-            load_text(name)
-        except MissingPackageError as error:
-            tqdm.write(f"left out: {error}")
-        else:
-            found.append(name)
-    return found
+def _installed(name: str) -> bool:
+    try:
+        load_text(name)
+    except MissingPackageError as error:
+        tqdm.write(f"left out: {error}")
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The study's tables: only texts and lengths that every strategy has finished are counted."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

@@ -7,8 +7,6 @@ of the rotary angles choose. As the study, it resumes where it was stopped. Resu
 ``python -m benchmarks.report`` makes the table.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from transformers import PreTrainedModel
