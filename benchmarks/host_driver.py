@@ -16,7 +16,7 @@ import torch
 from rope_dist import ops
 
 
-class Launcher:
+class _Launcher:
     """In the place of the compiled launcher: counts the launches of this process that were left out."""
 
     launches = 0
@@ -25,7 +25,7 @@ class Launcher:
         pass
 
     def __call__(self, *arguments: Any) -> None:
-        Launcher.launches += 1
+        _Launcher.launches += 1
 
 
 H100 = SimpleNamespace(
@@ -41,7 +41,7 @@ H100 = SimpleNamespace(
 
 
 @contextlib.contextmanager
-def host_only() -> Iterator[type[Launcher]]:
+def host_only() -> Iterator[type[_Launcher]]:
     """Within it rope_dist's Triton kernels take CPU tensors, compile for sm_90 and are not launched.
 
     Raises:
@@ -54,7 +54,7 @@ def host_only() -> Iterator[type[Launcher]]:
 
     before = driver._active
     hopper = SimpleNamespace(
-        launcher_cls=Launcher,
+        launcher_cls=_Launcher,
         utils=H100,
         get_current_device=lambda: 0,
         set_current_device=lambda device: None,
@@ -65,6 +65,6 @@ def host_only() -> Iterator[type[Launcher]]:
     driver.set_active(hopper)
     try:
         with ops.use_backend("triton"):
-            yield Launcher
+            yield _Launcher
     finally:
         driver.set_active(before)

@@ -22,7 +22,10 @@ STOCK, ENABLED = "huggingface, sdpa", "rope_dist.enable"
 
 
 class Pair:
-    """A model, the same one enabled, and tokens ``ids`` ``[1, S]``; a benchmark's own also has what is done with them.
+    """A model, the same one enabled, and tokens ``ids`` ``[1, S]``.
+
+    A benchmark's own also has ``run(model)``, from one of the models (or that compiled) to the call that is timed, and
+    ``need(size, layers, weights)``, the bytes beyond those of the weights.
 
     Attributes:
         most_layers: by device type how many are built, unless asked otherwise.
@@ -43,15 +46,6 @@ class Pair:
         self.enabled = enabled(self.model)
         generator, vocabulary = torch.Generator(device).manual_seed(0), size.shape.vocabulary
         self.ids = torch.randint(vocabulary, (1, size.tokens), device=device, generator=generator)
-
-    def run(self, model: nn.Module) -> Callable[[], list[torch.Tensor]]:
-        """From one of the models (or that compiled) to the call that is timed."""
-        raise NotImplementedError
-
-    @staticmethod
-    def need(size: Size, layers: int, weights: int) -> int:
-        """Bytes beyond those of the weights."""
-        raise NotImplementedError
 
 
 def benchmark(file: str, doc: str, pair: type[Pair], *, unit: str = "tokens/s", **more: Any) -> Benchmark:

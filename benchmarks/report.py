@@ -9,8 +9,6 @@ benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, `
 ``tuning``. A table is marked where the code that it measured is not that of this tree any more.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -60,11 +58,7 @@ def tables() -> dict[str, Table]:
 
 
 def fill(text: str) -> str:
-    """``text`` with every marked table made anew; a machine is named where it is another than the one before.
-
-    Raises:
-        ValueError: a name that is not known.
-    """
+    """``text`` with every marked table made anew (``ValueError``: one that is not known) and each new machine named."""
     known, before = tables(), ""
 
     def made(match: re.Match[str]) -> str:
@@ -96,20 +90,18 @@ def plots() -> Iterator[tuple[Path, str, Callable[[Path], None]]]:
 
 def renew(*, check: bool) -> list[Path]:
     """What was not as the results say, and is now unless ``check``; ``ValueError`` where a result is missing."""
-    out_of_date = []
-    for path, values, make in plots():
-        if not path.exists() or values not in path.read_text(encoding="utf-8"):
-            out_of_date.append(path)
-            if not check:
-                path.parent.mkdir(exist_ok=True)
-                make(path)
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    if (after := fill(before)) != before:
-        out_of_date.append(path)
-        if not check:
-            write_text(path, after)
-    return out_of_date
+    made = [
+        (path, path.exists() and values in path.read_text(encoding="utf-8"), make)
+        for path, values, make in plots()
+    ]
+    before = (readme := ROOT / "README.md").read_text(encoding="utf-8")
+    after = fill(before)
+    made.append((readme, after == before, lambda path: write_text(path, after)))
+    stale = {path: make for path, current, make in made if not current}
+    for path, make in () if check else stale.items():
+        path.parent.mkdir(exist_ok=True)
+        make(path)
+    return list(stale)
 
 
 def speedups(folder: Path) -> dict[tuple[str, ...], float]:

@@ -46,13 +46,6 @@ def finished_curves(record: dict[str, Any], tokens: int) -> tuple[dict[str, list
     return {label: _curve((r[label] for r in texts), tokens) for label in (texts or [{}])[0]}, len(texts)
 
 
-def _targets(record: dict[str, Any], tokens: int) -> str:
-    """The lengths that the readings of ``tokens`` were planned for."""
-    used = {m["what"]["frequencies"] for m in record["measurements"] if m["what"]["tokens"] == tokens}
-    lengths = {plan["target_length"] for name, plan in record["plans"].items() if name in used}
-    return ", ".join(map(str, sorted(lengths)))
-
-
 def perplexity_table(record: dict[str, Any], tokens: int) -> str:
     """A row a strategy: everywhere, past the trained length (of several texts also its range), by position."""
     (curves, several), texts = finished_curves(record, tokens), finished_readings(record, tokens).values()
@@ -127,7 +120,10 @@ def block(folder: Path) -> tuple[str, str]:
     perplexity, passkey = load(folder, "perplexity"), load(folder, "passkey")
     parts = []
     for tokens in sorted({m["what"]["tokens"] for m in perplexity["measurements"]}):
-        texts, targets = "; ".join(finished_readings(perplexity, tokens)), _targets(perplexity, tokens)
+        texts = "; ".join(finished_readings(perplexity, tokens))
+        read = {m["what"]["frequencies"] for m in perplexity["measurements"] if m["what"]["tokens"] == tokens}
+        plans = (plan for name, plan in perplexity["plans"].items() if name in read)
+        targets = ", ".join(map(str, sorted({plan["target_length"] for plan in plans})))
         if texts and targets:  # not where only the stock model has read
             parts.append(f"Perplexity of the first {tokens} tokens of {texts}. Extended to {targets}:")
             parts += [perplexity_table(perplexity, tokens), where_others_lead(perplexity, tokens)]

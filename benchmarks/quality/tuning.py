@@ -9,7 +9,6 @@ of the rotary angles choose. As the study, it resumes where it was stopped. Resu
 
 from pathlib import Path
 
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import rope_dist
@@ -46,16 +45,6 @@ STRATEGIES = (
 CRITERIA = {"by distance": by_distance, "of neighbours": of_neighbours}
 
 
-def criteria_variants(model: PreTrainedModel) -> list[Variant]:
-    """What each criterion of ``criteria.py`` chooses for ``model``."""
-    inv_freq = rope_dist.plan(model, target_length=TARGET, strategy="extrapolation").inv_freq
-    settings = {"target_length": TARGET, "strategy": "longrope", "attention_factor": 1.0}
-    return [
-        Variant(label, rope_dist.plan(model, factors=choose(inv_freq, TRAINED, TARGET), **settings))
-        for label, choose in CRITERIA.items()
-    ]
-
-
 def main() -> None:
     """Read what is not yet on record."""
     parser = Parser("python -m benchmarks.quality.tuning", __doc__)
@@ -65,7 +54,12 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     model, tokenizer = load_model(MODEL, dtype=DTYPE)
     record = Record(output / "quality_tuning.json", "perplexity", describe(model, MODEL))
-    variants = make_variants(model, STRATEGIES, TARGET) + criteria_variants(model)
+    variants = make_variants(model, STRATEGIES, TARGET)
+    inv_freq = rope_dist.plan(model, target_length=TARGET, strategy="extrapolation").inv_freq
+    settings = {"target_length": TARGET, "strategy": "longrope", "attention_factor": 1.0}
+    for label, choose in CRITERIA.items():
+        factors = choose(inv_freq, TRAINED, TARGET)
+        variants.append(Variant(label, rope_dist.plan(model, factors=factors, **settings)))
     options = {"lengths": [TARGET], "methods": ["whole"], "chunk": TARGET, "progress": True}
     texts = passages(tokenizer, [TEXT], TARGET)
     for variant, measurement, finished in measure_perplexity(model, texts, variants, record, **options):
