@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shares = {name: share for name, share in sorted(shares.items(), key=lambda item: item[1]) if share}
     if unknown := set(parsed.only or ()) - shares.keys():
         there = ", ".join(shares)
-        parser.error(f"--only: no {', '.join(map(repr, unknown))} on {parsed.device}; there are {there}")
+        parser.error(
+            f"--only: no {', '.join(map(repr, sorted(unknown)))} on {parsed.device}; there are {there}"
+        )
     if parsed.options and not parsed.options[0].startswith("-"):
         parser.error(f"no {parsed.options[0]!r}: name benchmarks after --only, and options of them after --")
     if parsed.device == "cuda" and not torch.cuda.is_available():
