@@ -8,9 +8,6 @@ What stands after ``--`` is handed to each benchmark. One that crashes or outlas
 written, and the others go on. The exit status is 1 if one did, and 2 if nothing could be begun.
 """
 
-from __future__ import annotations
-
-import argparse
 import subprocess
 import sys
 import time
@@ -19,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .benchmark import SUITE_SECONDS, Parser, find, names
+from .benchmark import SUITE_SECONDS, Parser, find, names, positive
 
 STARTUP, GRACE = 7, 15
 """Seconds that a benchmark's process takes to begin (no part of its share), and that its last case may overrun."""
@@ -28,36 +25,31 @@ STARTUP, GRACE = 7, 15
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the suite or one benchmark; the exit status (1: one did not finish, 2: asked for what cannot be)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser("python -m benchmarks", __doc__)
     if arguments and not arguments[0].startswith("-"):
         if arguments[0] not in names():
-            return _refuse(f"no benchmark {arguments[0]!r}; there are {', '.join(names())}")
+            parser.error(f"no benchmark {arguments[0]!r}; there are {', '.join(names())}")
         return find(arguments[0]).main(arguments[1:])
-    parser = Parser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=SUITE_SECONDS, help="for all (default: %(default)g)")
-    parser.add_argument("--output", type=Path, help="folder of DEVICE.jsonl (default: benchmarks/results)")
-    parser.add_argument("--quick", action="store_true", help="small cases: no results")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these, in the usual order (default: all)")
-    parser.add_argument(
-        "options", nargs="*", metavar="-- OPTION ...", help="of every benchmark (see its --help)"
-    )
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    add("--seconds", type=positive(float), default=SUITE_SECONDS, help="for all (default: %(default)g)")
+    add("--output", type=Path, help="folder of DEVICE.jsonl (default: benchmarks/results)")
+    add("--quick", action="store_true", help="small cases: no results")
+    add("--only", nargs="+", metavar="NAME", help="these, in the usual order (default: all)")
+    add("options", nargs="*", metavar="-- OPTION ...", help="of every benchmark (see its --help)")
     parsed = parser.parse_args(arguments)
-    shares = {name: find(name).share.get(parsed.device) for name in names()}
+    shares = {name: find(name).share.get(parsed.device, 0.0) for name in names()}
     # Short ones first: a long one may outlast its share, and adapts to what is left.
-    shares = dict(sorted(((n, s) for n, s in shares.items() if s), key=lambda item: item[1]))
-    if not parsed.seconds > 0:
-        return _refuse(f"--seconds must be positive, got {parsed.seconds:g}")
-    for name in parsed.only or ():
-        if name not in shares:
-            return _refuse(f"--only: no {name!r} on {parsed.device}; there are {', '.join(shares)}")
-    if parsed.options and not parsed.options[0].startswith("-"):
-        return _refuse(
-            f"no {parsed.options[0]!r}: name benchmarks after --only, and options of them after --"
+    shares = {name: share for name, share in sorted(shares.items(), key=lambda item: item[1]) if share}
+    if unknown := set(parsed.only or ()) - shares.keys():
+        there = ", ".join(shares)
+        parser.error(
+            f"--only: no {', '.join(map(repr, sorted(unknown)))} on {parsed.device}; there are {there}"
         )
+    if parsed.options and not parsed.options[0].startswith("-"):
+        parser.error(f"no {parsed.options[0]!r}: name benchmarks after --only, and options of them after --")
     if parsed.device == "cuda" and not torch.cuda.is_available():
-        return _refuse("--device cuda: torch sees no GPU")
+        parser.error("--device cuda: torch sees no GPU")
     deadline = time.monotonic() + parsed.seconds
     failed = []
     shares = {name: share for name, share in shares.items() if not parsed.only or name in parsed.only}
@@ -79,11 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failed:
         print(f"\nnot finished: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
-
-
-def _refuse(message: str) -> int:
-    print(f"benchmarks: error: {message}", file=sys.stderr)
-    return 2
 
 
 def _run(name: str, arguments: list[str], limit: float) -> str | None:

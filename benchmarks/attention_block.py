@@ -4,8 +4,6 @@ Stock and enabled blocks share their weights. The roofline is the four projectio
 without any rotary step.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from functools import cache, partial
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface
 
 from rope_dist.bench import checked_tokens, random, rotated
@@ -40,7 +39,8 @@ class Block:
 
     def bind(self, implementation: str, ours: bool) -> Callable[[], torch.Tensor]:
         """The block with that attention, stock or enabled, its tables made before (once for all layers of a model)."""
-        model = models.with_attention(self.model, implementation)
+        model = models.copied(self.model)
+        model.config._attn_implementation = implementation
         model = models.enabled(model) if ours else model
         attention, mask = model.model.layers[0].self_attn, self._mask(implementation)
         tables = model.model.rotary_emb(self.x, self.position_ids)
@@ -48,29 +48,24 @@ class Block:
 
     def _mask(self, implementation: str) -> Any:
         """What the model would hand to that implementation for one causal sequence."""
-        tokens, device = self.size.tokens, self.x.device
+        more = {"device": self.x.device}
+        sizes = [self.size.tokens] * 2
         if implementation == "eager":
             lowest = torch.finfo(self.x.dtype).min
-            return torch.full((tokens, tokens), lowest, dtype=self.x.dtype, device=device).triu_(1)[
-                None, None
-            ]
+            return torch.full([1, 1, *sizes], lowest, dtype=self.x.dtype, **more).triu_(1)
         if implementation == "flex_attention":
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            return create_block_mask(lambda b, h, q, k: q >= k, None, None, tokens, tokens, device=device)
+            return create_block_mask(lambda b, h, q, k: q >= k, None, None, *sizes, **more)
         return None
 
     def without_rotary(self) -> Callable[[], torch.Tensor]:
         """The four projections and PyTorch's attention."""
         attention, shape = self.attention, self.size.shape
-        projections, grouped = (
-            (attention.q_proj, attention.k_proj, attention.v_proj),
-            shape.q_heads != shape.k_heads,
-        )
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        options = {"is_causal": True, "enable_gqa": shape.q_heads != shape.k_heads}
 
         def call() -> torch.Tensor:
             q, k, v = (p(self.x).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for p in projections)
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            out = functional.scaled_dot_product_attention(q, k, v, **options)
             return attention.o_proj(out.transpose(1, 2).flatten(2))
 
         return call
@@ -95,14 +90,10 @@ class Block:
         return torch.cat(heads, -1) @ self.attention.o_proj.weight.detach().double().T
 
 
-@cache
-def _fa4_function() -> Callable:
-    return importlib.import_module("flash_attn.cute").flash_attn_func
-
-
 def _fa4(module: nn.Module, q, k, v, attention_mask, scaling: float | None = None, **_: Any):
     """flash-attn-4 behind the signature of transformers' attention functions."""
-    out = _fa4_function()(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scaling, causal=True)
+    attention = importlib.import_module("flash_attn.cute").flash_attn_func
+    out = attention(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scaling, causal=True)
     return (out[0] if isinstance(out, tuple) else out), None
 
 
@@ -137,12 +128,9 @@ def implementations(size: Size, options: Options, block: Block) -> list[Implemen
             "labels": installed("flash_attn") if "flash" in name else {},
         }
         stock = "reference" if name == "sdpa" else "baseline"
-        found.append(
-            Implementation(f"huggingface, {name}", lambda x, n=name: x.bind(n, False), stock, **more)
-        )
-        found.append(
-            Implementation(f"{models.ENABLED}, {name}", lambda x, n=name: x.bind(n, True), "ours", **more)
-        )
+        for who, kind, ours in (("huggingface", stock, False), (models.ENABLED, "ours", True)):
+            bind = partial(Block.bind, implementation=name, ours=ours)
+            found.append(Implementation(f"{who}, {name}", bind, kind, **more))
     return [*found, Implementation("no rotary", Block.without_rotary, "roofline")]
 
 

@@ -5,8 +5,6 @@ skipped with a reason where it cannot run. On a CPU only eager and ``torch.compi
 and Liger's in Triton's interpreter would be a timing of the interpreter.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import site
@@ -28,63 +26,30 @@ from .harness import Implementation, Skipped
 COMPILED = "torch.compile"
 """Of Hugging Face's function."""
 LIGER = "Liger"
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _heads_first(
-    function: Callable, q: torch.Tensor, k: torch.Tensor, cos: Any, sin: Any
-) -> Callable[[], Pair]:
-    """Of a function that takes ``[B, H, S, D]``."""
-
-    def call() -> Pair:
-        a, b = function(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-        return a.transpose(1, 2), b.transpose(1, 2)
-
-    return call
+def _heads_first(rotate: Callable, q: torch.Tensor, k: torch.Tensor, angles: Angles, index: Any = ...):
+    """Of a function that takes ``[B, H, S, D]`` and Hugging Face's tables, or that index of their batch."""
+    tables = [table[index] for table in angles.huggingface]
+    return lambda: [x.transpose(1, 2) for x in rotate(q.transpose(1, 2), k.transpose(1, 2), *tables)]
 
 
-def _liger(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles, kernel: str | None = None):
-    pin = importlib.import_module("liger_kernel.backends").set_impl if kernel else None
-
-    def rotate(*tensors: torch.Tensor) -> Pair:
-        # Otherwise Liger chooses, by what else is installed and by the size of the input.
-        if pin:
-            pin(kernel)
-        return module.liger_rotary_pos_emb(*tensors)
-
-    return _heads_first(rotate, q, k, *angles.huggingface)
+def _one_tensor(rotate: Callable, q: torch.Tensor, k: torch.Tensor, angles: Angles):
+    """Of a function that changes one tensor by tables ``[S, D/2]``."""
+    tables = [table[0].to(q.dtype) for table in (angles.cos, angles.sin)]
+    return lambda: [rotate(x, *tables, inplace=True) for x in (q, k)]
 
 
-def _unsloth(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles):
-    return _heads_first(module.fast_rope_embedding, q, k, *(table[0] for table in angles.huggingface))
-
-
-def _flash_attn(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles):
-    # One call a tensor, tables [S, D/2]; quack has the same interface.
-    cos, sin = (table[0].to(q.dtype) for table in (angles.cos, angles.sin))
-    return lambda: tuple(module.apply_rotary_emb(x, cos, sin, inplace=True) for x in (q, k))
-
-
-def _flat(rotate: Callable, dtype: torch.dtype, q: torch.Tensor, k: torch.Tensor, angles: Angles):
-    """Of a function that changes ``[tokens, heads * D]`` and takes positions and one table of cos and sin."""
+def _flat(rotate: Callable, q: torch.Tensor, k: torch.Tensor, angles: Angles, dtype: Any = None):
+    """Of a function that changes ``[tokens, heads * D]``; positions, one table of cos and sin in the model's type."""
     flat = angles.position_ids.flatten(), *(x.flatten(0, 1).flatten(1) for x in (q, k))
-    table = torch.cat((angles.cos[0], angles.sin[0]), -1).to(dtype)
+    table = torch.cat((angles.cos[0], angles.sin[0]), -1).to(dtype or q.dtype)
 
-    def call() -> Pair:
-        rotate(*flat, q.shape[-1], table)
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        rotate(*flat, q.shape[-1], table, is_neox=True)
         return q, k
 
     return call
-
-
-def _flashinfer(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles):
-    rotate = partial(module.apply_rope_with_cos_sin_cache_inplace, is_neox=True)
-    return _flat(rotate, torch.float32, q, k, angles)
-
-
-def _vllm(module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles):
-    # Its table is in the model's type, as in vLLM's own module.
-    return _flat(lambda *tensors: module.rotary_embedding(*tensors, True), q.dtype, q, k, angles)
 
 
 @dataclass(frozen=True)
@@ -92,25 +57,38 @@ class Baseline:
     """A package with a rotary kernel.
 
     Attributes:
-        module: that has the function.
-        rotate: from that module, queries, keys and angles to the call.
+        module, function: where it is.
+        adapter: from the function, queries, keys and angles to the call.
         hopper: it has no code for GPUs before Hopper.
         alters: importing it changes transformers for the whole process: it runs only if named.
     """
 
     module: str
-    rotate: Callable[..., Callable[[], Any]]
+    function: str
+    adapter: Callable[..., Callable[[], Any]]
     hopper: bool = False
     alters: bool = False
 
+    def rotate(
+        self, module: ModuleType, q: torch.Tensor, k: torch.Tensor, angles: Angles, kernel: str | None = None
+    ) -> Callable[[], Any]:
+        """The call; of Liger with the kernel of that name, which it else chooses by size and what is installed."""
+        function = getattr(module, self.function)
+        if kernel is None:
+            return self.adapter(function, q, k, angles)
+        pin = importlib.import_module("liger_kernel.backends").set_impl
+        return self.adapter(lambda *tensors: (pin(kernel), function(*tensors))[1], q, k, angles)
 
+
+in_float32 = partial(_flat, dtype=torch.float32)
+without_batch = partial(_heads_first, index=0)
 BASELINES = {
-    LIGER: Baseline("liger_kernel.transformers.rope", _liger),
-    "flash-attn": Baseline("flash_attn.layers.rotary", _flash_attn),
-    "FlashInfer": Baseline("flashinfer", _flashinfer),
-    "quack": Baseline("quack.rotary", _flash_attn, hopper=True),
-    "vLLM": Baseline("vllm._custom_ops", _vllm),
-    "Unsloth": Baseline("unsloth.kernels.rope_embedding", _unsloth, alters=True),
+    LIGER: Baseline("liger_kernel.transformers.rope", "liger_rotary_pos_emb", _heads_first),
+    "flash-attn": Baseline("flash_attn.layers.rotary", "apply_rotary_emb", _one_tensor),
+    "FlashInfer": Baseline("flashinfer", "apply_rope_with_cos_sin_cache_inplace", in_float32),
+    "quack": Baseline("quack.rotary", "apply_rotary_emb", _one_tensor, hopper=True),
+    "vLLM": Baseline("vllm._custom_ops", "rotary_embedding", _flat),
+    "Unsloth": Baseline("unsloth.kernels.rope_embedding", "fast_rope_embedding", without_batch, alters=True),
 }
 ROTARY = (COMPILED, *BASELINES)
 
@@ -149,14 +127,12 @@ def missing(module: str) -> str | None:
     return None
 
 
-@cache
-def _distributions() -> dict[str, list[str]]:
-    return dict(metadata.packages_distributions())
+distributions = cache(metadata.packages_distributions)
 
 
 def installed(module: str, kernel: str | None = None) -> dict[str, str]:
     """Columns ``package`` (``"liger-kernel 0.8.5"``) and ``kernel``, which of the package's it is; where known."""
-    names = dict.fromkeys(_distributions().get(module.partition(".")[0], ()))
+    names = dict.fromkeys(distributions().get(module.partition(".")[0], ()))
     package = {"package": ", ".join(f"{name} {metadata.version(name)}" for name in names)} if names else {}
     return package | ({"kernel": kernel} if kernel else {})
 
@@ -183,11 +159,9 @@ def rotary_baselines(options: Options, angles: Angles) -> list[Implementation | 
         if reason := unavailable(name, options):
             found.append(Skipped(name, reason))
             continue
-        rotate, kernel = partial(baseline.rotate, importlib.import_module(baseline.module)), None
-        if name == LIGER:
-            # Without gradients its other kernels hand over to Triton's.
-            kernel = liger_kernels()[0]
-            rotate = partial(rotate, kernel=kernel)
+        # Without gradients Liger's other kernels hand over to Triton's.
+        kernel = liger_kernels()[0] if name == LIGER else None
+        rotate = partial(baseline.rotate, importlib.import_module(baseline.module), kernel=kernel)
         labels = installed(baseline.module, kernel)
         found.append(Implementation(name, lambda x, r=rotate: r(x.q, x.k, angles), late=True, labels=labels))
     return found

@@ -1,23 +1,21 @@
 """A benchmark, its command line and its rows of results: what each file of this folder with a ``BENCHMARK`` has."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import re
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from tabulate import tabulate
 
-from rope_dist import machine, timing
+from rope_dist import bench, machine, timing
 from rope_dist.info import info
 from rope_dist.version import __version__
 
@@ -33,7 +31,7 @@ FACTORS = {"ms": 1e3, "us": 1e6}
 
 @dataclass(frozen=True)
 class Size:
-    """What cases are made of: a model's sizes, tokens, and the dtype's name."""
+    """What cases are made of: a model's sizes, tokens, and the dtype's name; ``labels`` are columns of its rows."""
 
     shape: Shape
     tokens: int
@@ -45,26 +43,42 @@ class Size:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """Columns of a case of that size."""
         return {"model": self.shape.name, "tokens": self.tokens, "dtype": self.dtype}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for.
-
-    Attributes:
-        baselines: names of those that run; None: all that can.
-        layers: of each model; None: the benchmark's own number.
-    """
+    """What the command line asks for: names of the baselines that run (None: all that can), layers of each model."""
 
     device: torch.device
-    baselines: tuple[str, ...] | None = None
+    baselines: Sequence[str] | None = None
     layers: int | None = None
 
     def wants(self, baseline: str) -> bool:
-        """Whether that baseline runs."""
         return self.baselines is None or baseline in self.baselines
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the script's docstring as its description; an error is one line and exit status 2."""
+
+    def __init__(self, prog: str, doc: str) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=doc, formatter_class=formatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {message}\n")
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """The type of an option that must be above zero."""
+
+    def parse(text: str) -> float:
+        if not (value := kind(text)) > 0:
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 @dataclass(frozen=True)
@@ -72,13 +86,11 @@ class Benchmark:
     """One file of this folder: ``BENCHMARK = Benchmark(__file__, __doc__, ...)`` at its end. Nothing else names it.
 
     Attributes:
-        file: its name is the benchmark's.
-        doc: the description of its ``--help``.
-        title: of its table.
+        file, doc: the benchmark's name is that of its file; the description of its ``--help``.
+        title: of its table and plot.
         cases: those of one size.
-        sizes: by device type, what is measured by default: ``(models, tokens, dtypes)`` each, the most
+        sizes: by device type, and for ``"quick"``, what is measured: ``"models: tokens: dtypes"`` each, the most
             important first.
-        quick: the same for ``--quick``, on every device.
         share: of the suite's time in percent, by device type; the suite leaves it out on the others.
         baselines: names that ``--baselines`` knows.
         unit: of the table: ``"ms"``, ``"us"`` or ``"tokens/s"``.
@@ -115,37 +127,30 @@ class Benchmark:
         return results.code((*self.sources, f"benchmarks/{self.name}.py"))
 
     def main(self, arguments: Sequence[str]) -> int:
-        """Measure, print tables, write the rows; the exit status (2: asked for what cannot be)."""
-        parsed = self.parser().parse_args(arguments)
+        """Measure, print tables, write the rows; leaves with status 2 where that cannot be."""
+        parser = self.parser()
         try:
-            self._run(parsed, list(arguments))
+            self._run(parser.parse_args(arguments), list(arguments))
         except BenchmarkError as error:
-            print(f"benchmarks {self.name}: error: {error}", file=sys.stderr)
-            return 2
+            parser.error(str(error))
         return 0
 
-    def parser(self) -> argparse.ArgumentParser:
-        raw = argparse.RawDescriptionHelpFormatter
-        parser = Parser(prog=f"python -m benchmarks {self.name}", description=self.doc, formatter_class=raw)
+    def parser(self) -> Parser:
+        parser = Parser(f"python -m benchmarks {self.name}", self.doc)
         add = parser.add_argument
         add("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-        add("--models", nargs="+", metavar="NAME", help=f"of {', '.join(self.shapes)}")
-        add("--lengths", nargs="+", type=int, metavar="TOKENS", help="tokens of each case")
-        add("--dtypes", nargs="+", metavar="NAME", help=f"of {', '.join(DTYPES)}")
-        known = ", ".join(self.baselines) or "none"
-        add(
-            "--baselines",
-            nargs="*",
-            metavar="NAME",
-            help=f"only these of {known} (default: all that are installed)",
-        )
+        for option, known, nargs, note in (
+            ("--models", self.shapes, "+", ""),
+            ("--dtypes", DTYPES, "+", ""),
+            ("--baselines", self.baselines, "*", " (default: all that are installed)"),
+        ):
+            text = f"only these of {', '.join(known) or 'none'}{note}"
+            add(option, nargs=nargs, choices=known, metavar="NAME", help=text)
+        add("--lengths", nargs="+", type=positive(int), metavar="TOKENS", help="tokens of each case")
         if self.layers:
-            add("--layers", type=_positive, metavar="N", help="layers of each model")
-        add(
-            "--seconds",
-            type=float,
-            help="for all cases; those not begun by then are left out (default: its share)",
-        )
+            add("--layers", type=positive(int), metavar="N", help="layers of each model")
+        text = "for all cases; those not begun by then are left out (default: its share)"
+        add("--seconds", type=positive(float), help=text)
         add("--quick", action="store_true", help="small cases, to see that it works: no results file")
         add("--output", type=Path, metavar="FOLDER", help="for DEVICE.jsonl (default: benchmarks/results)")
         return parser
@@ -154,12 +159,8 @@ class Benchmark:
         began = time.perf_counter()
         device = self._device(parsed.device)
         share = self.share.get(device.type, 10.0) / (5 if parsed.quick else 1)
-        seconds = SUITE_SECONDS * share / 100 if parsed.seconds is None else parsed.seconds
-        if not seconds > 0:
-            raise BenchmarkError(f"--seconds must be positive, got {seconds:g}")
-        baselines = None if parsed.baselines is None else tuple(parsed.baselines)
-        _check("--baselines", baselines, self.baselines)
-        options = Options(device, baselines, getattr(parsed, "layers", None))
+        seconds = parsed.seconds or SUITE_SECONDS * share / 100
+        options = Options(device, parsed.baselines, getattr(parsed, "layers", None))
         if self.threads:
             torch.set_num_threads(self.threads)
         cases = [case for size in self._sizes(parsed, device) for case in self.cases(size, options)]
@@ -169,10 +170,13 @@ class Benchmark:
         folder = parsed.output or (None if parsed.quick else results.RESULTS)
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
+        if "--output" in arguments:  # no part of what was measured
+            at = arguments.index("--output")
+            del arguments[at : at + 2]
         run = {
             "benchmark": self.name,
             "device": device.type,
-            "command": shlex.join(["python", "-m", "benchmarks", self.name, *_without_output(arguments)]),
+            "command": shlex.join(["python", "-m", "benchmarks", self.name, *arguments]),
             "version": __version__,
             "commit": commit(),
             "code": self.code,
@@ -182,106 +186,58 @@ class Benchmark:
         }
         print(machine_of(run), flush=True)
         done: Rows = []
-        names = [case.name for case in cases]
 
-        def save(rows: Rows, at: int) -> None:
+        def save(rows: Rows) -> None:
             """Also of a case that is under way: a run that is cut short leaves what it measured."""
             if folder:
                 state = {"unit": self.unit, "load": machine.load(), "gpu_state": gpu_state(device)}
-                rest = [{"case": name, "note": CUT_SHORT} for name in names[at + 1 :]]
-                rows = [run | state | row for row in _once(done + rows + rest)]
-                results.replace(self.name, device.type, rows, folder)
+                rows = _once(done + rows + [{"case": case.name, "note": CUT_SHORT} for case in cases])
+                results.replace(self.name, device.type, [run | state | row for row in rows], folder)
 
-        for index, name in enumerate(names):
+        while cases:
             # A case holds its model: let go of the one before.
-            case, cases[index] = cases[index], None
+            case = cases.pop(0)
             left = seconds - (time.perf_counter() - began)
             try:
                 if left <= 0 and done:
                     raise BenchmarkError(f"not begun within {seconds:g} s")
-                share = max(left, 0) / (len(cases) - index)
-                rows = measure(case, device, seconds=share, save=lambda rows, at=index: save(rows, at))
+                share = max(left, 0) / (1 + len(cases))
+                rows = measure(case, device, seconds=share, save=save)
             except BenchmarkError as error:
-                if index == len(cases) - 1 and not any("seconds" in row for row in done):
+                if not cases and not any("seconds" in row for row in done):
                     raise
-                rows = [{"case": name, "note": f"skipped: {error}"}]
+                rows = [{"case": case.name, "note": f"skipped: {error}"}]
             done += rows
-            print(f"\n{name}\n{table(rows, self.unit)}", flush=True)
-            save([], index)
+            print(f"\n{case.name}\n{table(rows, self.unit)}", flush=True)
+            save([])
 
     def _device(self, name: str | None) -> torch.device:
-        if name is None:
-            on_gpu = "cuda" in self.sizes and torch.cuda.is_available()
-            return torch.device("cuda" if on_gpu else "cpu")
         try:
-            device = torch.device(name)
-        except RuntimeError:
-            device = None
-        if device is None or device.type not in self.sizes:
-            known = ", ".join(key for key in self.sizes if key != "quick")
-            raise BenchmarkError(f"--device: no {name!r}; there are {known}")
+            device = bench.device_of(name if name or "cuda" in self.sizes else "cpu")
+        except ValueError as error:
+            raise BenchmarkError(f"--device: {error}") from None
+        if device.type not in self.sizes:
+            raise BenchmarkError(f"--device: no {name!r} in this benchmark; there is cpu")
         if device.type == "cuda":
-            count = torch.cuda.device_count()
-            if (device.index or 0) >= count:
-                raise BenchmarkError(
-                    f"--device {name}: torch sees {count or 'no'} GPU{'s' if count > 1 else ''}"
-                )
             torch.cuda.set_device(device.index or 0)
         return device
 
     def _sizes(self, parsed: argparse.Namespace, device: torch.device) -> list[Size]:
-        _check("--models", parsed.models, self.shapes)
-        _check("--dtypes", parsed.dtypes, DTYPES)
-        for tokens in parsed.lengths or ():
-            if tokens < 1:
-                raise BenchmarkError(f"--lengths must be positive, got {tokens}")
         sizes: dict[Size, None] = {}
         for line in self.sizes["quick" if parsed.quick else device.type]:
-            models, lengths, *dtypes = (part.split() for part in line.split(":"))
-            for model in parsed.models or models:
-                for dtype in parsed.dtypes or (dtypes or [["bf16"]])[0]:
-                    for tokens in parsed.lengths or map(_tokens, lengths):
-                        sizes[Size(self.shapes[model], tokens, dtype)] = None
+            models, lengths, dtypes = (part.split() for part in f"{line}:bf16".split(":")[:3])
+            lengths = [int(n.removesuffix("k")) * (1024 if n.endswith("k") else 1) for n in lengths]
+            asked = parsed.models or models, parsed.dtypes or dtypes, parsed.lengths or lengths
+            sizes |= dict.fromkeys(Size(self.shapes[m], n, dtype) for m, dtype, n in product(*asked))
             if parsed.models and parsed.lengths:
                 break
         return list(sizes)
-
-
-def _tokens(text: str) -> int:
-    return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
 
 def _once(rows: Rows) -> Rows:
     """What is skipped in every case for the same reason is one row."""
     first = {(row.get("implementation", row["case"]), row.get("note")): row for row in reversed(rows)}
     return [row for row in rows if "note" not in row or row in first.values()]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog.removeprefix('python -m ')}: error: {message} (see --help)\n")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text}")
-    return int(text)
-
-
-def _check(option: str, names: Sequence[str] | None, known: Sequence[str] | Mapping[str, Any]) -> None:
-    for name in names or ():
-        if name not in known:
-            raise BenchmarkError(f"{option}: no {name!r}; there are {', '.join(known) or 'none'}")
-
-
-def _without_output(arguments: list[str]) -> list[str]:
-    """Where the file was written is no part of what was measured."""
-    if "--output" not in arguments:
-        return arguments
-    at = arguments.index("--output")
-    return arguments[:at] + arguments[at + 2 :]
 
 
 def names() -> list[str]:
@@ -339,25 +295,21 @@ def notes(rows: Rows) -> list[str]:
 
 def commit() -> str | None:
     """The commit of the working tree, ``+`` where it was changed since; None where it is no clone."""
-    try:
-        git = ["git", "-C", str(results.ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
-    except OSError:
-        return None
-    return head.stdout.strip() + ("+" if changed.returncode else "") if head.returncode == 0 else None
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    return _printed("git", "-C", str(results.ROOT), *describe)
 
 
 def gpu_state(device: torch.device) -> str | None:
     """Clocks, temperature and power of a GPU."""
-    if device.type != "cuda":
-        return None
     query = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,power.limit,driver_version"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"]
+    options = f"--query-gpu={query}", "--format=csv,noheader", f"--id={device.index or 0}"
+    values = _printed("nvidia-smi", *options) if device.type == "cuda" else None
+    return values and ", ".join(map(" ".join, zip(query.split(","), values.split(", "), strict=False)))
+
+
+def _printed(*command: str) -> str | None:
+    """What a command prints; None where it is not there or fails."""
     try:
-        values = (
-            subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().split(", ")
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
-    return ", ".join(f"{key} {value}" for key, value in zip(query.split(","), values, strict=False))

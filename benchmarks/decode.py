@@ -5,8 +5,6 @@ On a GPU "with the cache write" also stores keys and values into their cache in 
 leave to another kernel.
 """
 
-from __future__ import annotations
-
 import torch
 
 from rope_dist import ops
@@ -14,24 +12,11 @@ from rope_dist import ops
 from . import projection
 from .baselines import COMPILED
 from .benchmark import OPERATORS, Benchmark, Options, Size
-from .harness import Case, Implementation
+from .harness import Case, Implementation, Skipped
 from .projection import Layer
 
 
 def cases(size: Size, options: Options) -> list[Case]:
-    case = projection.case(size, options, gradients=False)
-    case.name = f"{size.shape.name}, {size.tokens} token{'s' * (size.tokens > 1)}, {size.dtype}"
-    case.labels = size.labels
-    # Two copies of the weights, joined for the roofline, and what the copy moves of them; results in float64 too.
-    case.need = round(1.4 * case.need)
-    found = case.implementations
-    case.implementations = lambda layer: [*found(layer), *more(size, options, layer)]
-    return [case]
-
-
-def more(size: Size, options: Options, layer: Layer) -> list[Implementation]:
-    """Beyond those of a projection."""
-
     def products(x: Layer):
         return x.project
 
@@ -41,20 +26,26 @@ def more(size: Size, options: Options, layer: Layer) -> list[Implementation]:
         return lambda: [a.copy_(b) for a, b in zip(targets, halves, strict=True)]
 
     def cached(x: Layer):
-        entries = (size.tokens, size.shape.k_heads, x.head_dim)
-        caches = [x.x.new_empty(entries) for _ in range(2)]
+        caches = [x.x.new_empty(size.tokens, size.shape.k_heads, x.head_dim) for _ in range(2)]
         angles = size.shape.angles(size.tokens, x.x.dtype, options.device)
         at = {"slots": angles.position_ids[0], "k_cache": caches[0], "v_cache": caches[1]}
         at |= {"inv_freq": angles.inv_freq_q64, "position_ids": angles.position_ids}
         return lambda: (ops.decode_rotary(x.x, *x.weights, **at), caches[0][None], caches[1][None])
 
-    found = [
-        Implementation("products alone", products, "roofline"),
-        Implementation("weights moved", read, "roofline"),
-    ]
-    if ops.backend_for(layer.x) == "triton":
-        found.append(Implementation("rope_dist, with the cache write", cached, "ours"))
-    return found
+    def implementations(layer: Layer) -> list[Implementation | Skipped]:
+        found = projection.implementations(size, options, layer)
+        found.append(Implementation("products alone", products, "roofline"))
+        found.append(Implementation("weights moved", read, "roofline"))
+        if ops.backend_for(layer.x) == "triton":
+            found.append(Implementation("rope_dist, with the cache write", cached, "ours"))
+        return found
+
+    case = projection.case(size, options, gradients=False)
+    case.name = f"{size.shape.name}, {size.tokens} token{'s' * (size.tokens > 1)}, {size.dtype}"
+    case.labels, case.implementations = size.labels, implementations
+    # Two copies of the weights, joined for the roofline, and what the copy moves of them; results in float64 too.
+    case.need = round(1.4 * case.need)
+    return [case]
 
 
 BENCHMARK = Benchmark(

@@ -1,7 +1,5 @@
 """Plots of results: time or speed against length, one colour an implementation."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
@@ -10,8 +8,7 @@ from typing import Any
 from rope_dist.plots import Curve, mixed_with_white, plot_curves
 
 from .benchmark import FACTORS, Benchmark, machine_of
-from .results import ROOT, Rows
-from .tables import place
+from .results import ROOT, Rows, place
 
 PLOTS = ROOT / "benchmarks" / "plots"
 DRAWING = 3
@@ -51,22 +48,17 @@ def style(name: str) -> tuple[str | None, str]:
 
 def panels(benchmark: Benchmark, rows: Rows) -> dict[str, list[Curve]]:
     """Time or speed against length, a panel for every model, dtype and pass with three lengths or more."""
-    points: dict[str, dict[tuple[str, str], list[tuple]]] = {}
+    points: dict[str, dict[str, list[tuple]]] = {}
     for row in sorted((row for row in rows if "seconds" in row), key=place):
         title = ", ".join(str(row[key]) for key in ("model", "dtype", "pass") if key in row)
+        name = row["implementation"] + " (roofline)" * (row["kind"] == "roofline")
         factor = FACTORS.get(benchmark.unit)
         values = [row[p] * factor if factor else row["tokens"] / row[p] for p in ("seconds", "p20", "p80")]
-        curves = points.setdefault(title, {})
-        curves.setdefault((row["implementation"], row["kind"]), []).append((row["tokens"], *values))
+        points.setdefault(title, {}).setdefault(name, []).append((row["tokens"], *values))
     return {
         title: [
-            Curve(
-                name + " (roofline)" * (kind == "roofline"),
-                *zip(*values, strict=True),
-                kind == "roofline",
-                *style(name),
-            )
-            for (name, kind), values in curves.items()
+            Curve(name, *zip(*values, strict=True), name.endswith("(roofline)"), *style(name))
+            for name, values in curves.items()
         ]
         for title, curves in points.items()
         if any(len(values) > 2 for values in curves.values())

@@ -7,20 +7,15 @@ that is wrong, fails, or needs more memory than there is, is listed with the rea
 How it is timed, and what keeps the times of a busy machine comparable:
 
 - Implementations run in turn, forwards and backwards (A B B A ...), on two copies of the inputs alternately.
-- What compiles for seconds or minutes (``late``) comes last: a case that is stopped while something compiles has
-  been timed without it, and that result is saved.
+- What compiles for seconds or minutes (``late``) comes last: a case that is stopped by then is timed without it.
 - Rounds go on until the median of each is known to 3 %, at least five; three where the case's time is over.
 - Reported are the median with the 20th and 80th percentile. A comparison is the median of the rounds' ratios,
   since the calls of a round share what slowed it. ``quiet`` is the lowest median of three rounds in a row.
-- On a GPU each step of a layer is captured in a CUDA graph and timed between events, first with the L2 cache
-  overwritten before each call (the time to report), then with what the call before it left there (``warm``).
-  The GPU is kept waiting until a call is enqueued: of ten microseconds the launch would be half.
+- On a GPU each step of a layer is captured in a CUDA graph and timed between events while the launch is hidden, first
+  with the L2 cache overwritten before each call (the time to report), then with what is left there (``warm``).
   A whole model is timed from its call to the end of its last kernel, as its user waits for it.
 - On a CPU it is wall time. The cache is overwritten where the tensors could stay in it.
-- ``peak_bytes`` is what one call adds to a GPU's memory at its highest, its results included.
 """
-
-from __future__ import annotations
 
 import gc
 import time
@@ -40,6 +35,8 @@ TOLERANCES = {torch.float32: 5e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 sin to the model's type, and adds three rounded products; a float32 angle at 32k is off by 2e-3."""
 CUT_SHORT = "skipped: the run was cut short"
 """Note of a result that was saved under way."""
+Rows = list[dict[str, Any]]
+Exact = Callable[[Any], list[torch.Tensor]]
 
 
 class BenchmarkError(ValueError):
@@ -51,13 +48,11 @@ class Implementation:
     """One implementation of what a case computes.
 
     Attributes:
-        name: in the table.
         bind: from a case's inputs to the call that is timed; what the call returns is checked.
         kind: ``"ours"``, ``"reference"`` (what this package replaces: ratios are to it), ``"baseline"``, or
             ``"roofline"`` (a bound that none can be faster than: not checked, not ranked).
         need: bytes that a call takes beyond the inputs.
         exact: instead of the case's, for one that pairs dimensions in another way.
-        graph: whether a CUDA graph can hold the call.
         late: prepared only after all others were timed, since it compiles for seconds or minutes.
         labels: more columns of its row, such as the version of a package.
     """
@@ -66,8 +61,7 @@ class Implementation:
     bind: Callable[[Any], Callable[[], Any]]
     kind: str = "baseline"
     need: int = 0
-    exact: Callable[[Any], list[torch.Tensor]] | None = None
-    graph: bool = True
+    exact: Exact | None = None
     late: bool = False
     labels: dict[str, Any] = field(default_factory=dict)
 
@@ -78,6 +72,8 @@ class Skipped:
 
     name: str
     reason: str
+    kind: str = "baseline"
+    labels: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,7 +81,6 @@ class Case:
     """A benchmark at one size.
 
     Attributes:
-        name: in the table.
         inputs: makes the tensors; with a ``reset()`` if calls change them.
         implementations: of the case, on those inputs.
         exact: the right results, computed in another way from fresh inputs; None where nothing is checked.
@@ -97,13 +92,13 @@ class Case:
             a whole model is timed as it is.
         gradients: whether calls are made with autograd.
         repeat: how often a bound call does its work: its time is divided by it.
-        labels: model, tokens, dtype and the like: columns of each row.
+        labels: columns of each row: model, tokens, dtype and the like.
     """
 
     name: str
     inputs: Callable[[], Any]
     implementations: Callable[[Any], Iterable[Implementation | Skipped]]
-    exact: Callable[[Any], list[torch.Tensor]] | None = None
+    exact: Exact | None = None
     pick: Callable[[Any], list[torch.Tensor]] = list
     tolerance: float = 0.0
     bytes: int = 0
@@ -113,8 +108,6 @@ class Case:
     repeat: int = 1
     labels: dict[str, Any] = field(default_factory=dict)
 
-
-Rows = list[dict[str, Any]]
 
 _PREPARED: dict[str, float] = {}
 """Seconds that a late implementation took to prepare in the case before, by name."""
@@ -134,7 +127,7 @@ def measure(
     Returns:
         A row an implementation: the case's labels, ``implementation``, ``kind``; ``seconds`` (the median), ``p20``,
         ``p80``, ``quiet``, ``rounds``, ``ratio`` (to the reference), ``roofline`` (share of the bound), ``error``,
-        ``peak_bytes``; or a ``note`` that says why it was not timed.
+        ``peak_bytes`` (what one call adds to a GPU's memory); or a ``note`` that says why it was not timed.
 
     Raises:
         BenchmarkError: the inputs do not fit into memory.
@@ -145,39 +138,35 @@ def measure(
     release(device)
     require_memory(case, device)
     with torch.enable_grad() if case.gradients else torch.inference_mode():
-        try:
-            buffers = [case.inputs() for _ in range(BUFFERS)]
-            expected = case.exact(buffers[0]) if case.exact else None
-        except (torch.OutOfMemoryError, MemoryError) as failure:
-            raise BenchmarkError(
-                f"{case.name} ran out of memory on {device}: choose smaller --lengths or --models"
-            ) from failure
-        run = _Run(case, device, buffers, expected, save)
+        run = _Run(case, device, save)
         run.everything(began, seconds)
-        rows = list(run.rows.values())
-        del run, buffers, expected
+    rows = list(run.rows.values())
+    del run
     release(device)
     return rows
 
 
-@dataclass
 class _Run:
-    case: Case
-    device: torch.device
-    buffers: list[Any]
-    expected: list[torch.Tensor] | None
-    save: Callable[[Rows], None]
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    calls: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
+    def __init__(self, case: Case, device: torch.device, save: Callable[[Rows], None]) -> None:
+        self.case, self.device, self.save = case, device, save
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.calls: dict[str, list[Callable[[], Any]]] = {}
+        try:
+            self.buffers = [case.inputs() for _ in range(BUFFERS)]
+            self.expected = case.exact(self.buffers[0]) if case.exact else None
+        except (torch.OutOfMemoryError, MemoryError) as failure:
+            raise BenchmarkError(
+                f"{case.name} ran out of memory on {device}: choose smaller --lengths or --models"
+            ) from failure
 
     def everything(self, began: float, seconds: float) -> None:
         """All but the late implementations first, then one of those after the other."""
         late = []
         for implementation in self.case.implementations(self.buffers[0]):
             if isinstance(implementation, Skipped):
-                self._row(implementation.name, "baseline", note=f"skipped: {implementation.reason}")
+                self._row(implementation, note=f"skipped: {implementation.reason}")
             elif implementation.late:
-                self._row(implementation.name, implementation.kind, **implementation.labels, note=CUT_SHORT)
+                self._row(implementation, note=CUT_SHORT)
                 late.append(implementation)
             else:
                 self.admit(implementation)
@@ -190,8 +179,7 @@ class _Run:
         for implementation in late:
             started, before = time.perf_counter(), _PREPARED.get(implementation.name, 0.0)
             if max(began + seconds - started, seconds / 2) < before:
-                reason = f"no time left, it took {before:.0f} s to prepare"
-                self.rows[implementation.name]["note"] = f"skipped: {reason}"
+                self._row(implementation, note=f"skipped: no time left, it took {before:.0f} s to prepare")
                 continue
             self.admit(implementation)
             _PREPARED[implementation.name] = time.perf_counter() - started
@@ -200,53 +188,51 @@ class _Run:
         # Preparing may have taken all of it.
         self.time(max(began + seconds - time.perf_counter(), seconds / 3))
 
-    def _row(self, name: str, kind: str, **columns: Any) -> dict[str, Any]:
-        case = self.case
+    def _row(self, implementation: Implementation | Skipped, **columns: Any) -> dict[str, Any]:
+        case, name = self.case, implementation.name
         row = {"case": case.name, **case.labels} | ({"bytes": case.bytes} if case.bytes else {})
-        self.rows[name] = row | {"implementation": name, "kind": kind} | columns
-        return self.rows[name]
+        row |= {"implementation": name, "kind": implementation.kind, **implementation.labels, **columns}
+        self.rows[name] = row
+        return row
 
     def admit(self, implementation: Implementation) -> None:
         """Bind and check it: its calls, or a note in its row."""
-        row = self._row(implementation.name, implementation.kind, **implementation.labels)
-        room = machine.free_bytes(self.device)
-        if room is not None and implementation.need > room:
-            row["note"] = f"skipped: needs {_gib(implementation.need)} of memory, {_gib(room)} are free"
+        row, on_gpu = self._row(implementation), self.device.type == "cuda"
+        if lacking := _lacking(implementation.need, self.device):
+            row["note"] = f"skipped: needs {lacking}"
             return
+        at = ""
         try:
             calls = [implementation.bind(inputs) for inputs in self.buffers]
             _reset(self.buffers[0])
             self._check(implementation, calls[0](), row)
             if "note" in row:
                 return
-            if self.device.type == "cuda":
+            if on_gpu:
                 row["peak_bytes"] = peak_memory(calls[1])
             else:
                 calls[1]()  # warm, as the first copy is
-        except Exception as failure:
-            # Whatever a baseline raises is its result here; the others go on.
-            row["note"] = f"failed: {type(failure).__name__}: {failure}".splitlines()[0][:200]
-            release(self.device)
-            return
-        finally:
-            _reset(self.buffers[0])
-        if self.device.type == "cuda" and self.case.kernel and implementation.graph:
-            try:
+            if on_gpu and self.case.kernel:
+                at = "not captured in a CUDA graph"
                 # A graph keeps its own addresses, so each copy of the inputs has one.
                 calls = [captured(call).replay for call in calls]
-            except RuntimeError as failure:
-                row["note"] = f"failed: not captured in a CUDA graph: {failure}".splitlines()[0][:200]
-                return
-        self.calls[implementation.name] = calls
+        except Exception as failure:
+            # Whatever a baseline raises is its result here; the others go on.
+            row["note"] = f"failed: {at or type(failure).__name__}: {failure}".splitlines()[0][:200]
+            release(self.device)
+        else:
+            self.calls[implementation.name] = calls
+        finally:
+            _reset(self.buffers[0])
 
     def _check(self, implementation: Implementation, outputs: Any, row: dict[str, Any]) -> None:
-        if implementation.kind == "roofline" or not (implementation.exact or self.expected is not None):
-            return
         wanted = implementation.exact(self.buffers[0]) if implementation.exact else self.expected
+        if implementation.kind == "roofline" or wanted is None:
+            return
         row["error"] = max(timing.error(a, b) for a, b in zip(self.case.pick(outputs), wanted, strict=True))
-        if row["error"] > self.case.tolerance:
+        if row["error"] > (allowed := self.case.tolerance):
             row["note"] = (
-                f"wrong: a vector is off by {row['error']:.1%} of its length, {self.case.tolerance:.1%} is allowed"
+                f"wrong: a vector is off by {row['error']:.1%} of its length, {allowed:.1%} is allowed"
             )
 
     def time(self, seconds: float, most: int | None = None) -> None:
@@ -256,10 +242,8 @@ class _Run:
         cold = case.kernel and (on_gpu or case.bytes < 2 * machine.last_level_cache_bytes(self.device))
         modes = {"": cold, "warm_": False} if on_gpu and case.kernel else {"": cold}
         reference = next((name for name in self.calls if self.rows[name]["kind"] == "reference"), None)
-        for prefix, overwrite in modes.items():
-            if not self.calls:
-                break
-            calls = {name: partial(_next, cycle(calls)) for name, calls in self.calls.items()}
+        for prefix, overwrite in modes.items() if self.calls else ():
+            calls = {name: partial(lambda two: next(two)(), cycle(two)) for name, two in self.calls.items()}
             whole = on_gpu and not case.kernel
             timer = _whole if whole else timing.timer(self.device, cold=overwrite, queued=True)
             times = timing.sample(calls, timer, seconds=seconds / len(modes), most=most or timing.MOST_ROUNDS)
@@ -271,12 +255,10 @@ class _Run:
                     row |= {"quiet": found.quiet, "rounds": found.rounds}
                     row |= {"ratio": timing.ratio(values, times[reference])} if reference else {}
         rows = list(self.rows.values())
-        bound = min(
-            (row["seconds"] for row in rows if row["kind"] == "roofline" and "seconds" in row), default=None
-        )
-        for row in rows:
-            if bound and "seconds" in row and row["kind"] != "roofline":
-                row["roofline"] = bound / row["seconds"]
+        bounds = [row["seconds"] for row in rows if row["kind"] == "roofline" and "seconds" in row]
+        for row in rows if bounds else ():
+            if "seconds" in row and row["kind"] != "roofline":
+                row["roofline"] = min(bounds) / row["seconds"]
         self.save(rows)
 
 
@@ -287,10 +269,6 @@ def _whole(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _next(calls: Iterable[Callable[[], Any]]) -> None:
-    next(calls)()
 
 
 def ranking(rows: Rows) -> Rows:
@@ -325,12 +303,16 @@ def peak_memory(call: Callable[[], object]) -> int:
 
 def require_memory(case: Case, device: torch.device) -> None:
     """:class:`BenchmarkError` where the case's own tensors do not fit."""
+    if lacking := _lacking(case.need, device, f" on {device}"):
+        raise BenchmarkError(f"{case.name} needs {lacking}: choose smaller --lengths or --models")
+
+
+def _lacking(need: int, device: torch.device, where: str = "") -> str | None:
+    """What is needed and what is there, if that is less."""
     room = machine.free_bytes(device)
-    if room is not None and case.need > room:
-        raise BenchmarkError(
-            f"{case.name} needs {_gib(case.need)} of memory on {device}, {_gib(room)} are free: "
-            "choose smaller --lengths or --models"
-        )
+    if room is None or need <= room:
+        return None
+    return f"{need / 2**30:.1f} GiB of memory{where}, {room / 2**30:.1f} GiB are free"
 
 
 def release(device: torch.device) -> None:
@@ -343,7 +325,3 @@ def release(device: torch.device) -> None:
 def _reset(inputs: Any) -> None:
     if reset := getattr(inputs, "reset", None):
         reset()
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

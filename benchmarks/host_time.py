@@ -6,8 +6,6 @@ on a CPU take little but the time of their calls. Triton's kernels are compiled 
 to 5. "native" is the CPU's own library.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -27,6 +25,8 @@ from .harness import Case, Implementation, Skipped
 from .host_driver import host_only
 from .shapes import DTYPES
 
+Maker = Callable[[Any], Callable[[], Any]]
+"""From inputs to a call."""
 CALLS = 200
 NO_TRITON = [] if INSTALLED else [Skipped("rope_dist (triton)", "triton is not installed")]
 PATHS = dispatch_projection.PATHS[1:]
@@ -44,78 +44,78 @@ def backend(name: str, path: str = "") -> Iterator[None]:
         os.environ["ROPE_DIST_PATH"] = before
 
 
-def repeated(make: Callable[[Any], Callable[[], Any]], name: str, path: str, x: Any) -> Callable[[], Any]:
+def repeated(make: Maker, where: str = "auto", path: str = "") -> Maker:
     """:data:`CALLS` calls; backend and path are switched once for all of them."""
-    call = make(x)
 
-    def run() -> Any:
-        with backend(name, path):
-            for _ in range(CALLS):
-                found = call()
-        return found
+    def bind(x: Any) -> Callable[[], Any]:
+        call = make(x)
 
-    return run
+        def run() -> Any:
+            with backend(where, path):
+                for _ in range(CALLS):
+                    found = call()
+            return found
+
+        return run
+
+    return bind
 
 
-def rotation(size: Size) -> Case:
-    """One token of that model's heads, Hugging Face's function against this package's."""
-    shape, dtype, device = size.shape, DTYPES[size.dtype], torch.device("cpu")
-
-    def implementations(_: Heads) -> list[Implementation | Skipped]:
-        angles = shape.angles(size.tokens, dtype, device)
-
-        def of(name: str) -> Callable[[Heads], Callable[[], Any]]:
-            return lambda x: rotary_calls(x, angles)[name]
-
-        def at(x: Heads) -> Callable[[], Any]:
-            return lambda: ops.rotary_at(x.q, x.k, angles.inv_freq_q64, angles.position_ids, inplace=True)
-
-        makers = {"rotary": of(NEW), "rotary, in place": of(IN_PLACE), "rotary_at, in place": at}
-        found = [Implementation(HUGGINGFACE, partial(repeated, of(HUGGINGFACE), "auto", ""), "reference")]
-        for where in ("native", *["triton"] * INSTALLED):
-            for name, make in makers.items():
-                bind = partial(repeated, make, where, "")
-                found.append(Implementation(f"rope_dist, {name} ({where})", bind, "ours"))
-        return found + NO_TRITON
-
+def case(size: Size, name: str, inputs: Callable[[], Any], stock: Maker, ours: dict[str, Maker], need: int):
+    found = [Implementation(HUGGINGFACE, repeated(stock), "reference")]
+    found += [Implementation(key, make, "ours") for key, make in ours.items()]
     return Case(
-        name=f"rotation, {size.shape.name}",
-        inputs=lambda: Heads(shape.heads, shape.head_dim, size.tokens, dtype, device),
-        implementations=implementations,
-        need=10 * size.tokens * sum(shape.heads) * shape.head_dim * dtype.itemsize,
+        name=f"{name}, {size.shape.name}",
+        inputs=inputs,
+        implementations=lambda _: found + NO_TRITON,
+        need=need,
         kernel=False,
         repeat=CALLS,
         labels=size.labels,
     )
 
 
+def rotation(size: Size) -> Case:
+    """One token of that model's heads, Hugging Face's function against this package's."""
+    shape, dtype, device = size.shape, DTYPES[size.dtype], torch.device("cpu")
+    angles = cache(lambda: shape.angles(size.tokens, dtype, device))
+
+    def of(name: str) -> Maker:
+        return lambda x: rotary_calls(x, angles())[name]
+
+    def at(x: Heads) -> Callable[[], Any]:
+        frequencies = angles().inv_freq_q64, angles().position_ids
+        return lambda: ops.rotary_at(x.q, x.k, *frequencies, inplace=True)
+
+    makers = {"rotary": of(NEW), "rotary, in place": of(IN_PLACE), "rotary_at, in place": at}
+    ours = {
+        f"rope_dist, {name} ({where})": repeated(make, where)
+        for where in ("native", *["triton"] * INSTALLED)
+        for name, make in makers.items()
+    }
+    inputs = partial(Heads, shape.heads, shape.head_dim, size.tokens, dtype, device)
+    need = 10 * size.tokens * sum(shape.heads) * shape.head_dim * dtype.itemsize
+    return case(size, "rotation", inputs, of(HUGGINGFACE), ours, need)
+
+
 def layer(size: Size) -> Case:
     """One token through an attention layer without a cache, stock and enabled."""
 
-    def of(ours: bool) -> Callable[[models.Pair], Callable[[], Any]]:
+    def of(which: str) -> Maker:
         def make(pair: models.Pair) -> Callable[[], Any]:
-            model = (pair.enabled if ours else pair.model).model
+            model = getattr(pair, which).model
             x = torch.randn(1, size.tokens, size.shape.hidden, dtype=DTYPES[size.dtype])
             tables = model.rotary_emb(x, torch.arange(size.tokens)[None])
             return lambda: model.layers[0].self_attn(x, position_embeddings=tables, attention_mask=None)
 
         return make
 
-    places = {"native": ("native", "")}
-    places |= {f"triton, {path}": ("triton", path) for path in PATHS if INSTALLED}
-    found = [Implementation(HUGGINGFACE, partial(repeated, of(False), "auto", ""), "reference")] + [
-        Implementation(f"rope_dist.enable ({name})", partial(repeated, of(True), *place), "ours")
-        for name, place in places.items()
-    ]
-    return Case(
-        name=f"attention layer, {size.shape.name}",
-        inputs=cache(lambda: models.Pair(size, 1, torch.device("cpu"))),
-        implementations=lambda _: found + NO_TRITON,
-        need=models.parameters_bytes(size, 1) + 12 * size.tokens * size.shape.hidden * 2,
-        kernel=False,
-        repeat=CALLS,
-        labels=size.labels,
-    )
+    triton = {f"triton, {path}": ("triton", path) for path in PATHS if INSTALLED}
+    places = {"native": ("native",)} | triton
+    ours = {f"rope_dist.enable ({key})": repeated(of("enabled"), *place) for key, place in places.items()}
+    inputs = cache(lambda: models.Pair(size, 1, torch.device("cpu")))
+    need = models.parameters_bytes(size, 1) + 12 * size.tokens * size.shape.hidden * 2
+    return case(size, "attention layer", inputs, of("model"), ours, need)
 
 
 def cases(size: Size, options: Options) -> list[Case]:
@@ -127,10 +127,7 @@ BENCHMARK = Benchmark(
     __doc__,
     title="Host time of one call at one token",
     cases=cases,
-    sizes={
-        "cpu": ["Llama-3-8B tiny-64: 1"],
-        "quick": ["Llama-3-8B tiny-64: 1"],
-    },
+    sizes={key: ["Llama-3-8B tiny-64: 1"] for key in ("cpu", "quick")},
     share={"cpu": 5},
     unit="us",
     wide=False,

@@ -4,41 +4,35 @@ The roofline is the layers' matrix products alone (attention comes on top of the
 here: it replaces functions of transformers for the whole process, the stock model's included.
 """
 
-from __future__ import annotations
+from typing import ClassVar
 
 from . import models
-from .baselines import COMPILED
-from .benchmark import MODELS, Benchmark, Options, Size
-from .harness import Case
-
-LAYERS = {"cpu": 2}
-"""A CPU reads as many layers at 16k in seconds; a GPU takes the model's own number."""
+from .benchmark import Size
 
 
-def cases(size: Size, options: Options) -> list[Case]:
-    def run(pair: models.Pair, model):
-        return lambda: [model(pair.ids, logits_to_keep=1).logits]
+class Prefill(models.Pair):
+    # A CPU reads as many layers at 16k in seconds; a GPU takes the model's own number.
+    most_layers: ClassVar = {"cpu": 2}
+    compiled = 2
 
-    # The cache of keys and values, and the intermediate results of a feed-forward layer.
-    def need(layers: int, weights: int) -> int:
+    def run(self, model):
+        return lambda: [model(self.ids, logits_to_keep=1).logits]
+
+    @staticmethod
+    def need(size: Size, layers: int, weights: int) -> int:
+        """The cache of keys and values, and the intermediate results of a feed-forward layer."""
         return 2 * size.tokens * (layers * sum(size.shape.widths) + 12 * size.shape.intermediate)
 
-    return [models.case(size, options, run, layers=LAYERS, compiled=2, need=need)]
 
-
-BENCHMARK = Benchmark(
+BENCHMARK = models.benchmark(
     __file__,
     __doc__,
+    Prefill,
     title="Prefill of a whole model",
-    cases=cases,
     sizes={
         "cpu": ["tiny-256: 8k 16k 1k 4k"],
         "cuda": ["Llama-3-8B LLaMA2-7B LLaMA2-13B: 8k 16k", "Llama-3-8B: 1k 4k 32k"],
         "quick": ["tiny-256: 1k"],
     },
     share={"cpu": 10, "cuda": 14},
-    baselines=(COMPILED,),
-    unit="tokens/s",
-    layers=True,
-    sources=MODELS,
 )

@@ -4,8 +4,6 @@ On one core. The roofline computes the angles of every position and pair once, a
 length, and sorts none of them. Ratios are to the plan that the paper's method makes by default.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial
@@ -26,9 +24,7 @@ HEADS = {f"head-{n}": Shape(f"head-{n}", 1, 1, n, n, n, 1, 1, 1e4) for n in (64,
 
 def cases(size: Size, options: Options) -> list[Case]:
     if size.dtype != "fp32":
-        raise BenchmarkError(
-            f"--dtypes: plans are made in fp32 (float64 has a column of its own), not {size.dtype}"
-        )
+        raise BenchmarkError(f"--dtypes: plans are made in fp32 (one column in float64), not {size.dtype}")
     dim, target = size.shape.head_dim, max(size.tokens, 2 * TRAINED)
     model = {"theta": size.shape.theta, "head_dim": dim, "original_length": TRAINED, "target_length": target}
 

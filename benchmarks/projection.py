@@ -4,8 +4,6 @@ The roofline is the matrix products alone, as one. On a CPU there are no kernels
 what enable() does, three products and the rotation in place of their results.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from functools import partial
@@ -30,20 +28,16 @@ class Layer:
 
     def __init__(self, size: Size, device: torch.device, gradients: bool) -> None:
         shape, at = size.shape, {"dtype": DTYPES[size.dtype], "device": device}
-        self.head_dim = shape.head_dim
+        self.head_dim = d = shape.head_dim
         self.x = random(1, size.tokens, shape.hidden, **at)
-        scale = shape.hidden**-0.5
-        self.weights = [
-            random(n, shape.hidden, scale=scale, seed=i, **at) for i, n in enumerate(shape.widths, 1)
-        ]
+        at_scale = at | {"scale": shape.hidden**-0.5}
+        self.weights = [random(n, shape.hidden, seed=i, **at_scale) for i, n in enumerate(shape.widths, 1)]
         self.grads: Tensors = []
         if gradients:
             for y in (self.x, *self.weights):
                 y.requires_grad_()
-            heads = [n // shape.head_dim for n in shape.widths]
-            self.grads = [
-                random(1, size.tokens, n, shape.head_dim, seed=i, **at) for i, n in enumerate(heads, 4)
-            ]
+            widths = enumerate(shape.widths, 4)
+            self.grads = [random(1, size.tokens, n // d, d, seed=i, **at) for i, n in widths]
 
     def project(self) -> Tensors:
         """The three products ``[1, S, H, D]``."""
@@ -62,14 +56,14 @@ def case(size: Size, options: Options, gradients: bool) -> Case:
     what = "forward + backward" if gradients else "forward"
 
     def pick(outputs) -> Tensors:
-        if not gradients:
-            return [y[0, tokens] for y in outputs]
-        return [outputs[0][0, tokens], *(w[: shape.head_dim] for w in outputs[1:])]
+        if gradients:
+            return [outputs[0][0, tokens], *(w[: shape.head_dim] for w in outputs[1:])]
+        return [y[0, tokens] for y in outputs]
 
     return Case(
         name=f"{size}, {what}",
         inputs=partial(Layer, size, options.device, gradients),
-        implementations=lambda layer: implementations(size, options, layer),
+        implementations=partial(implementations, size, options),
         exact=partial(exact_backward if gradients else exact_forward, size, tokens),
         pick=pick,
         # A product's rounding adds to the rotation's.
@@ -163,18 +157,17 @@ def _liger(
     if reason := unavailable(LIGER, options):
         return [Skipped(LIGER, reason)]
     baseline = BASELINES[LIGER]
-    module = importlib.import_module(baseline.module)
+    rotate = partial(baseline.rotate, importlib.import_module(baseline.module))
 
     def run(kernel: str | None, x: Layer):
         q, k, v = x.project()
-        return *baseline.rotate(module, q, k, angles, kernel)(), v
+        return *rotate(q, k, angles, kernel)(), v
 
-    triton, *others = liger_kernels()
-    # Without gradients the others hand over to Triton's.
-    kernels = {LIGER: triton} | {f"{LIGER}, {name}": name for name in others if gradients}
+    # Without gradients the others hand over to the first, Triton's.
     return [
         timed(name, partial(run, kernel), late=True, labels=installed(baseline.module, kernel))
-        for name, kernel in kernels.items()
+        for i, kernel in enumerate(liger_kernels()[: None if gradients else 1])
+        for name in [f"{LIGER}, {kernel}" if i else LIGER]
     ]
 
 
@@ -193,12 +186,8 @@ def _quack(size: Size, options: Options, angles: Angles, gradients: bool) -> Imp
     def bind(x: Layer):
         # One weight, as a model that was made for this kernel has it.
         weight = torch.cat(x.weights).T
-
-        def call():
-            y = module.rope_posfreq_epi(x.x[0], weight, **more)["D"]
-            return tuple(part.unflatten(-1, (-1, x.head_dim))[None] for part in y.split(widths, -1))
-
-        return call
+        product = partial(module.rope_posfreq_epi, x.x[0], weight, **more)
+        return lambda: [y.unflatten(-1, (-1, x.head_dim))[None] for y in product()["D"].split(widths, -1)]
 
     exact = partial(exact_forward, size, checked_tokens(size.tokens, options.device), interleaved=True)
     labels = installed(BASELINES[QUACK].module)

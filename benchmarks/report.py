@@ -2,19 +2,17 @@
 
     python -m benchmarks.report            rewrite them
     python -m benchmarks.report --check    fail if one is not what the results say
+    python -m benchmarks.report --compare FOLDER   whether the speedups of two runs agree
 
 No number is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
 benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality`` or
 ``tuning``. A table is marked where the code that it measured is not that of this tree any more.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from rope_dist.plots import plot_plans
 from . import results, roofline
 from .benchmark import Parser, find, machine_of, names
 from .figures import PLOTS, digest, draw, path_of
+from .quality import summary
 from .results import DEVICES, ROOT
 from .tables import markdown, section
 
@@ -47,30 +46,19 @@ def perplexity() -> tuple[str, str]:
     ), machine_of(result["machine"])
 
 
-def quality(which: str) -> tuple[str, str]:
-    """The quality study's tables: ``block`` (every strategy) or ``tuning`` (constants of ``auto``)."""
-    from .quality import summary
-
-    return getattr(summary, which)(results.RESULTS)
-
-
 def tables() -> dict[str, Table]:
     """By the name in the README's marks."""
-    found: dict[str, Table] = {
+    return {
         "perplexity": perplexity,
-        "quality": partial(quality, "block"),
-        "tuning": partial(quality, "tuning"),
+        "quality": lambda: summary.block(results.RESULTS),
+        "tuning": lambda: summary.tuning(results.RESULTS),
         "roofline": lambda: (roofline.table(), ""),
+        **{f"{name}-{device}": partial(section, name, device) for name in names() for device in DEVICES},
     }
-    return found | {f"{n}-{device}": partial(section, n, device) for n in names() for device in DEVICES}
 
 
 def fill(text: str) -> str:
-    """``text`` with every marked table made anew; a machine is named where it is another than the one before.
-
-    Raises:
-        ValueError: a name that is not known.
-    """
+    """``text`` with every marked table made anew (``ValueError``: one that is not known) and each new machine named."""
     known, before = tables(), ""
 
     def made(match: re.Match[str]) -> str:
@@ -88,12 +76,8 @@ def fill(text: str) -> str:
 
 def plots() -> Iterator[tuple[Path, str, Callable[[Path], None]]]:
     """Path, digest of the values, and drawing of every plot."""
-    strategies = ("yarn", "dprope", "auto")
-    plans = [
-        rope_dist.plan("llama2-7b", target_length=length, strategy=strategy)
-        for length in (8192, 16384)
-        for strategy in strategies
-    ]
+    asked = [(n, strategy) for n in (8192, 16384) for strategy in ("yarn", "dprope", "auto")]
+    plans = [rope_dist.plan("llama2-7b", target_length=n, strategy=strategy) for n, strategy in asked]
     # Six decimals: another CPU's pow may differ in the last of a double.
     shown = digest([[p.strategy, p.target_length, [round(f, 6) for f in p.factors]] for p in plans])
     yield PLOTS / "factors.svg", shown, lambda path: plot_plans(plans, path, shown)
@@ -106,38 +90,59 @@ def plots() -> Iterator[tuple[Path, str, Callable[[Path], None]]]:
 
 def renew(*, check: bool) -> list[Path]:
     """What was not as the results say, and is now unless ``check``; ``ValueError`` where a result is missing."""
-    out_of_date = []
-    for path, values, make in plots():
-        if not path.exists() or values not in path.read_text(encoding="utf-8"):
-            out_of_date.append(path)
-            if not check:
-                path.parent.mkdir(exist_ok=True)
-                make(path)
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    if (after := fill(before)) != before:
-        out_of_date.append(path)
-        if not check:
-            write_text(path, after)
-    return out_of_date
+    made = [
+        (path, path.exists() and values in path.read_text(encoding="utf-8"), make)
+        for path, values, make in plots()
+    ]
+    before = (readme := ROOT / "README.md").read_text(encoding="utf-8")
+    after = fill(before)
+    made.append((readme, after == before, lambda path: write_text(path, after)))
+    stale = {path: make for path, current, make in made if not current}
+    for path, make in () if check else stale.items():
+        path.parent.mkdir(exist_ok=True)
+        make(path)
+    return list(stale)
 
 
-def main() -> int:
-    """Rewrite or check; the exit status (1: something is out of date, 2: a result that is needed is missing)."""
-    parser = Parser(
-        prog="python -m benchmarks.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing, fail if something is out of date"
-    )
-    check = parser.parse_args().check
+def speedups(folder: Path) -> dict[tuple[str, ...], float]:
+    """Of this package's implementations over the reference, by benchmark, device, case and name."""
+    return {
+        (f"{row['benchmark']}-{device}", row["case"], row["implementation"]): 1 / row["ratio"]
+        for device in DEVICES
+        for row in results.read(device, folder)
+        if row.get("kind") == "ours" and row.get("ratio")
+    }
+
+
+def compare(folder: Path, other: Path, within: float) -> int:
+    """Print two runs' speedups; the number of those farther apart; ``ValueError`` where none is in both."""
+    first, second = speedups(folder), speedups(other)
+    apart = {key: abs(first[key] / second[key] - 1) for key in first if key in second}
+    if not apart:
+        raise ValueError(f"{folder} and {other} share no case")
+    rows = [[*key, f"{first[key]:.2f}", f"{second[key]:.2f}", f"{far:.1%}"] for key, far in apart.items()]
+    print(markdown(rows, ["", "case", "speedup of", "first", "second", "apart"], text=3))
+    over = sum(far > within for far in apart.values())
+    print(f"\n{len(apart) - over} of {len(apart)} speedups agree within {within:.0%}")
+    return over
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status (1: something is out of date or apart, 2: a result that is needed is missing)."""
+    parser = Parser("python -m benchmarks.report", __doc__)
+    add = parser.add_argument
+    add("--check", action="store_true", help="change nothing, fail if one is out of date")
+    add("--compare", type=Path, metavar="FOLDER", help="results of another run")
+    add("--with", dest="other", type=Path, default=results.RESULTS, help="(default: benchmarks/results)")
+    add("--within", type=float, default=0.1, help="share of the speedup (default: %(default)g)")
+    parsed = parser.parse_args(arguments)
+    check = parsed.check
     try:
+        if parsed.compare:
+            return int(compare(parsed.compare, parsed.other, parsed.within) > 0)
         out_of_date = renew(check=check)
     except ValueError as error:
-        print(f"benchmarks.report: error: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     if check and out_of_date:
         paths = ", ".join(str(path.relative_to(ROOT)) for path in out_of_date)
         print(f"{paths}: not what benchmarks/results says: python -m benchmarks.report", file=sys.stderr)

@@ -6,8 +6,6 @@ Columns are those of :func:`benchmarks.harness.measure` and of the run: command,
 that was measured. Tables of several machines or runs are joined with ``cat``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
@@ -39,18 +37,21 @@ def of(benchmark: str, device: str, folder: Path | None = None) -> Rows:
 def replace(benchmark: str, device: str, rows: Rows, folder: Path) -> None:
     """Put ``rows`` in the place of those of that benchmark: whole or not at all, others stay as they are."""
     kept = [row for row in read(device, folder) if row["benchmark"] != benchmark]
-    lines = [json.dumps(row | _rounded(row)) for row in sorted(kept + rows, key=lambda row: row["benchmark"])]
-    write_text(folder / f"{device}.jsonl", "".join(line + "\n" for line in lines))
+    lines = []
+    for row in sorted(kept + rows, key=lambda row: row["benchmark"]):
+        rounded = {key: float(f"{value:.5g}") for key, value in row.items() if isinstance(value, float)}
+        lines.append(json.dumps(row | rounded) + "\n")
+    write_text(folder / f"{device}.jsonl", "".join(lines))
 
 
-def _rounded(row: dict[str, Any]) -> dict[str, float]:
-    return {key: float(f"{value:.5g}") for key, value in row.items() if isinstance(value, float)}
+def place(row: dict[str, Any]) -> tuple:
+    """Where a row stands: by model, dtype, pass and length."""
+    return row.get("model", ""), row.get("dtype", ""), row.get("pass", ""), row.get("tokens", 0)
 
 
 def code(patterns: Sequence[str], root: Path = ROOT) -> str:
     """A hash of the files under the repository's root: by their contents, the same in every clone."""
-    files = sorted({file for pattern in patterns for file in root.glob(pattern) if file.is_file()})
     found = hashlib.sha256()
-    for file in files:
+    for file in sorted({file for pattern in patterns for file in root.glob(pattern) if file.is_file()}):
         found.update(f"{file.relative_to(root).as_posix()}\0".encode() + file.read_bytes())
     return found.hexdigest()[:12]

@@ -1,7 +1,5 @@
 """The least time that a GPU can take for a layer's parts, from their bytes and operations."""
 
-from __future__ import annotations
-
 from .shapes import SHAPES, Shape
 from .tables import markdown
 

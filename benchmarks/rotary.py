@@ -5,8 +5,6 @@ reads its target too, so that in place is the faster of the two). "in place" cha
 and torch.compile return new tensors, as "new tensors" does.
 """
 
-from __future__ import annotations
-
 import torch
 
 from rope_dist import ops
@@ -23,21 +21,18 @@ def cases(size: Size, options: Options) -> list[Case]:
     shape, device, dtype = size.shape, options.device, DTYPES[size.dtype]
     both = size.tokens * sum(shape.heads) * shape.head_dim * dtype.itemsize
 
+    tokens = checked_tokens(size.tokens, device)
+
     def exact(x: Heads) -> list[torch.Tensor]:
-        tokens = checked_tokens(size.tokens, device)
         angles = shape.angles(1, dtype, device).exact(tokens)
         return [rotated(y[0, tokens], *angles) for y in x.before]
-
-    def pick(outputs) -> list[torch.Tensor]:
-        tokens = checked_tokens(size.tokens, device)
-        return [y[0, tokens] for y in outputs]
 
     case = Case(
         name=str(size),
         inputs=lambda: Heads(shape.heads, shape.head_dim, size.tokens, dtype, device),
         implementations=lambda _: implementations(size, options),
         exact=exact,
-        pick=pick,
+        pick=lambda outputs: [y[0, tokens] for y in outputs],
         tolerance=TOLERANCES[dtype],
         bytes=2 * both,
         # Two copies with their originals, and Hugging Face's intermediate results.
@@ -50,6 +45,7 @@ def cases(size: Size, options: Options) -> list[Case]:
 def implementations(size: Size, options: Options) -> list:
     device = options.device
     angles = size.shape.angles(size.tokens, DTYPES[size.dtype], device)
+    targets: list[torch.Tensor] = []
 
     def table(inplace: bool):
         return lambda x: lambda: ops.rotary(x.q, x.k, angles.cos, angles.sin, inplace=inplace)
@@ -63,8 +59,6 @@ def implementations(size: Size, options: Options) -> list:
                 return ops.rotary(x.q, x.k, angles.cos, angles.sin, inplace=True)
 
         return call
-
-    targets: list[torch.Tensor] = []
 
     def copy(x: Heads):
         if not targets:

@@ -1,7 +1,5 @@
 """Sizes of well-known models."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

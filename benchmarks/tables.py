@@ -1,14 +1,13 @@
 """Markdown tables of results."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tabulate import tabulate
 
 from . import results
 from .benchmark import Benchmark, figure, find, machine_of, notes
-from .results import DEVICES, Rows
+from .figures import path_of
+from .results import DEVICES, Rows, place
 
 ORDER = {"reference": 0, "ours": 1, "baseline": 2, "roofline": 3}
 
@@ -24,102 +23,80 @@ def section(name: str, device: str) -> tuple[str, str]:
     benchmark, rows = find(name), results.of(name, device)
     if not rows:
         return f"Not measured on a {DEVICES[device]} yet.", ""
-    from .figures import path_of
-
     parts = [(wide if benchmark.wide else long)(benchmark, rows)]
     if path := path_of(benchmark, device, rows):
-        parts.append(
-            f"![{benchmark.title} on a {DEVICES[device]}]({path.relative_to(results.ROOT).as_posix()})"
-        )
+        title = f"{benchmark.title} on a {DEVICES[device]}"
+        parts.append(f"![{title}]({path.relative_to(results.ROOT).as_posix()})")
     return "\n\n".join([*parts, footnote(benchmark, rows)]), machine_of(rows[0])
-
-
-def place(row: dict[str, Any]) -> tuple:
-    """Where a row stands: by model, dtype, pass and length."""
-    return row.get("model", ""), row.get("dtype", ""), row.get("pass", ""), row.get("tokens", 0)
 
 
 def wide(benchmark: Benchmark, rows: Rows) -> str:
     """A row a case, a column an implementation: medians with speedups, the roofline and how near the fastest is."""
-    timed = sorted((row for row in rows if "seconds" in row), key=place)
-    columns = {
-        row["implementation"]: row["kind"] for row in sorted(timed, key=lambda row: ORDER[row["kind"]])
-    }
-    names = [name for name, kind in columns.items() if kind != "roofline"]
+    timed, unit = sorted((row for row in rows if "seconds" in row), key=place), benchmark.unit
+    names = {r["implementation"]: r["kind"] for r in sorted(timed, key=lambda row: ORDER[row["kind"]])}
+    bounded = "roofline" in names.values()
+    names = {name: kind for name, kind in names.items() if kind != "roofline"}
     # A GPU's memory is known of each call, and what a model adds to it is worth a column.
-    peaks = [n for n in names if columns[n] in ("reference", "ours")] if benchmark.unit == "tokens/s" else []
-    peaks = peaks if timed and timed[0]["device"] == "cuda" else []
+    models = unit == "tokens/s" and any(row["device"] == "cuda" for row in timed)
+    peaks = [n for n, kind in names.items() if models and kind in ("reference", "ours")]
     lines = []
     for case in dict.fromkeys(row["case"] for row in timed):
         found = {row["implementation"]: row for row in timed if row["case"] == case}
-        line = [case, *(_cell(found.get(name), benchmark.unit) for name in names)]
-        bounds = [row for row in found.values() if row["kind"] == "roofline"]
-        if bounds:
-            least = min(bounds, key=lambda row: row["seconds"])
-            shares = [
-                row["roofline"] for row in found.values() if row["kind"] == "ours" and "roofline" in row
-            ]
-            share = f" ({max(shares):.0%})" if shares else ""
-            line.append(figure(least["seconds"], benchmark.unit, least.get("tokens")) + share)
-        elif "roofline" in columns.values():
-            line.append("")
-        line += [
-            f"{found[n]['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in found.get(n, {}) else "" for n in peaks
-        ]
-        lines.append(line)
-    headers = [
-        "",
-        *names,
-        *["roofline"] * ("roofline" in columns.values()),
-        *(f"peak MiB, {n}" for n in peaks),
-    ]
+        line = [case, *(_cell(found.get(name), unit) for name in names)]
+        if bounded:
+            bounds = [row for row in found.values() if row["kind"] == "roofline"]
+            least = _cell(min(bounds, key=lambda row: row["seconds"], default=None), unit)
+            shares = [r["roofline"] for r in found.values() if r["kind"] == "ours" and "roofline" in r]
+            line.append(least + (f" ({max(shares):.0%})" if least and shares else ""))
+        memory = (found.get(n, {}).get("peak_bytes") for n in peaks)
+        lines.append(line + [f"{peak / 2**20:.0f}" if peak else "" for peak in memory])
+    headers = ["", *names, *["roofline"] * bounded, *(f"peak MiB, {n}" for n in peaks)]
     return markdown(lines, headers) if lines else ""
 
 
 def long(benchmark: Benchmark, rows: Rows) -> str:
     """A row an implementation of each case."""
-    timed = [row for row in rows if "seconds" in row]
-    lines = [[row["case"], row["implementation"], _cell(row, benchmark.unit)] for row in timed]
-    return markdown(lines, ["", "implementation", benchmark.unit], text=2)
+    unit, timed = benchmark.unit, [row for row in rows if "seconds" in row]
+    lines = [[row["case"], row["implementation"], _cell(row, unit)] for row in timed]
+    return markdown(lines, ["", "implementation", unit], text=2)
 
 
 def _cell(row: dict[str, Any] | None, unit: str) -> str:
     if row is None:
         return ""
-    speedup = f" ({1 / row['ratio']:.2f}x)" if "ratio" in row and row["kind"] != "reference" else ""
-    return figure(row["seconds"], unit, row.get("tokens")) + speedup
+    cell = figure(row["seconds"], unit, row.get("tokens"))
+    compared = "ratio" in row and row["kind"] not in ("reference", "roofline")
+    return f"{cell} ({1 / row['ratio']:.2f}x)" if compared else cell
 
 
 def footnote(benchmark: Benchmark, rows: Rows) -> str:
     """Units, command, spread, packages, what was not timed; and whether the code has changed."""
-    timed = [row for row in rows if "seconds" in row]
-    parts = []
-    if timed:
-        reference = next(
-            (f" (speedup over {r['implementation']})" for r in timed if r["kind"] == "reference"), ""
-        )
-        share = " (share of it that the fastest rope_dist reaches)" * any(r["kind"] == "ours" for r in timed)
-        bound = f"; roofline{share}" * any(row["kind"] == "roofline" for row in timed)
-        parts.append(f"Median {benchmark.unit}{reference}{bound}.")
-    parts.append(f"`{rows[0]['command']}` at {rows[0]['commit'] or 'no commit'}.")
-    if timed:
-        spreads = sorted((row["p80"] - row["p20"]) / row["seconds"] for row in timed)
+    timed, first = [row for row in rows if "seconds" in row], rows[0]
+    kinds = {row["kind"]: row["implementation"] for row in reversed(timed)}
+    ran = f"`{first['command']}` at {first['commit'] or 'no commit'}."
+    if not timed:
+        parts = [ran]
+    else:
+        reference = f" (speedup over {kinds['reference']})" if "reference" in kinds else ""
+        share = " (share of it that the fastest rope_dist reaches)" * ("ours" in kinds)
+        bound = f"; roofline{share}" * ("roofline" in kinds)
         counts = [row["rounds"] for row in timed]
-        threads = f"{rows[0]['threads']} threads, " * (rows[0]["device"] == "cpu")
-        spread = f"median spread (p20-p80) {spreads[len(spreads) // 2] * 100:.0f} %"
-        parts.append(
-            f"{threads}{min(counts)} to {max(counts)} rounds, {spread}.".replace("1 threads", "1 thread")
+        spread = sorted((row["p80"] - row["p20"]) / row["seconds"] for row in timed)[len(timed) // 2]
+        one = first["threads"] == "1"
+        threads = f"{first['threads']} thread{'s' * (not one)}, " * (first["device"] == "cpu")
+        rounds = (
+            f"{threads}{min(counts)} to {max(counts)} rounds, median spread (p20-p80) {spread * 100:.0f} %."
         )
+        parts = [f"Median {benchmark.unit}{reference}{bound}.", ran, rounds]
     packages = {
-        row["implementation"]: row["package"] + (f" ({row['kernel']})" if "kernel" in row else "")
+        f"{row['implementation']}: {row['package']}"
+        + (f" ({row['kernel']})" if "kernel" in row else ""): None
         for row in timed
         if "package" in row
     }
     if packages:
-        parts.append(f"Packages: {', '.join(f'{name}: {package}' for name, package in packages.items())}.")
+        parts.append(f"Packages: {', '.join(packages)}.")
     parts += [f"{note[0].upper()}{note[1:]}." for note in notes(rows)]
-    if rows[0]["quick"]:
-        parts.append("**A quick run, no measurement.**")
-    if rows[0]["code"] != benchmark.code:
-        parts.append("**Older than the code.**")
+    parts += ["**A quick run, no measurement.**"] * first["quick"]
+    parts += ["**Older than the code.**"] * (first["code"] != benchmark.code)
     return " ".join(parts)

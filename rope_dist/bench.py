@@ -53,7 +53,7 @@ def bench(
         raise ValueError(f"tokens must be at least 1, got {list(tokens)}")
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds must be positive, got {seconds}")
-    where, kind = _device(device), getattr(torch, dtype)
+    where, kind = device_of(device), getattr(torch, dtype)
     # Inputs, two copies, and Hugging Face's intermediate results.
     need, room = 8 * max(tokens) * sum(HEADS) * HEAD_DIM * kind.itemsize, free_bytes(where)
     if room is not None and need > room:
@@ -234,7 +234,8 @@ def sentence(result: dict[str, Any]) -> str:
     return f"On this {kind} the rotary step is {', '.join(parts)}."
 
 
-def _device(name: torch.device | str | None) -> torch.device:
+def device_of(name: torch.device | str | None) -> torch.device:
+    """That device, by default a GPU if there is one; ``ValueError`` where there is none of that name."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

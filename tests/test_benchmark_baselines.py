@@ -23,7 +23,6 @@ class TestBaselines:
 
     @pytest.mark.parametrize("name", ["Liger", "flash-attn", "FlashInfer", "quack", "vLLM", "Unsloth"])
     def test_an_adapter_hands_over_what_its_package_takes(self, name):
-
         shape, tokens = shapes.SHAPES["SmolLM2-135M"], 20
         angles = shape.angles(tokens, torch.float32, CPU)
         q, k = (torch.randn(1, tokens, n, shape.head_dim) for n in (shape.q_heads, shape.k_heads))
@@ -58,7 +57,6 @@ class TestBaselines:
             torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
 
     def test_on_a_cpu_kernels_for_gpus_are_skipped(self):
-
         options = benchmark.Options(CPU)
         for name in baselines.BASELINES:
             assert baselines.unavailable(name, options) == "needs a GPU"
@@ -114,7 +112,6 @@ class TestTimed:
     TOKENS = 20
 
     def options(self, monkeypatch):
-
         for module in (baselines, projection):
             monkeypatch.setattr(module, "unavailable", lambda name, options: None)
         return benchmark.Options(CPU)
@@ -134,7 +131,7 @@ class TestTimed:
             liger_rotary_pos_emb=lambda q, k, cos, sin: (q, k),
             apply_rotary_emb=lambda x, cos, sin, inplace: x,
             apply_rope_with_cos_sin_cache_inplace=lambda *_, **__: None,
-            rotary_embedding=lambda *_: None,
+            rotary_embedding=lambda *_, **__: None,
             fast_rope_embedding=lambda q, k, cos, sin: (q, k),
             make_interleaved_inv_freq=lambda inv_freq, rotated, rest: inv_freq,
             rope_posfreq_epi=fused,
@@ -146,13 +143,11 @@ class TestTimed:
             monkeypatch.setitem(sys.modules, name, module)
 
     def layer(self, gradients=False):
-
         size = benchmark.Size(shapes.SHAPES[self.SHAPE], self.TOKENS, "bf16")
         layer = projection.Layer(size, CPU, gradients)
         return size, layer, size.shape.angles(self.TOKENS, torch.bfloat16, CPU)
 
     def test_rotary(self, monkeypatch):
-
         options = self.options(monkeypatch)
         self.stand_in(monkeypatch)
         size, _, angles = self.layer()
@@ -186,7 +181,6 @@ class TestTimed:
         torch.testing.assert_close(self.weights[0].T, cat(layer.weights))
 
     def test_each_kernel_of_liger_has_a_column(self, monkeypatch):
-
         options = self.options(monkeypatch)
         self.stand_in(monkeypatch)
         size, layer, _ = self.layer(gradients=True)

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import agreement, figures, report, results, roofline, tables
+from benchmarks import figures, report, results, roofline, tables
 from benchmarks.baselines import ROTARY
 from benchmarks.benchmark import find
 from benchmarks.shapes import SHAPES
@@ -65,10 +65,9 @@ def folder(tmp_path, monkeypatch):
 
 
 class TestReport:
-    def test_readme_and_plots_are_made_from_the_results(self, monkeypatch, capsys):
+    def test_readme_and_plots_are_made_from_the_results(self, capsys):
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-        monkeypatch.setattr(sys, "argv", ["report", "--check"])
-        assert report.main() == 0, capsys.readouterr().err
+        assert report.main(["--check"]) == 0, capsys.readouterr().err
 
     def test_a_result_that_is_missing_is_one_line(self, monkeypatch, capsys):
         def absent(text):
@@ -76,8 +75,8 @@ class TestReport:
 
         monkeypatch.setattr(report, "fill", absent)
         monkeypatch.setattr(report, "plots", list)
-        monkeypatch.setattr(sys, "argv", ["report", "--check"])
-        assert report.main() == 2
+        with pytest.raises(SystemExit, match="2"):
+            report.main(["--check"])
         assert capsys.readouterr().err == "benchmarks.report: error: there is no result\n"
 
     def test_a_number_that_no_result_has_is_found(self):
@@ -280,11 +279,12 @@ class TestAgreement:
     @pytest.mark.parametrize(("second", "status"), [(0.052, 0), (0.06, 1)])
     def test_speedups_farther_apart_than_a_tenth_are_found(self, tmp_path, capsys, second, status):
         folders = [self.folder(tmp_path / "a", 0.05), self.folder(tmp_path / "b", second)]
-        assert agreement.main(folders) == status
+        assert report.main(["--compare", folders[0], "--with", folders[1]]) == status
         printed = capsys.readouterr().out
         assert f"{1 - status} of 1 speedups agree within 10%" in printed
         assert "20.00" in printed
 
     def test_nothing_in_common_is_one_line(self, tmp_path, capsys):
-        assert agreement.main([self.folder(tmp_path / "a", 0.05), str(tmp_path)]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            report.main(["--compare", self.folder(tmp_path / "a", 0.05), "--with", str(tmp_path)])
         assert capsys.readouterr().err.count("\n") == 1

@@ -416,9 +416,9 @@ class TestScripts:
         ("arguments", "message"),
         [
             (["--device", "cuda:63"], "torch sees"),
-            (["--device", "abacus"], "no 'abacus'; there are cpu, cuda"),
-            (["--baselines", "Ligre"], "no 'Ligre'; there are torch.compile, Liger"),
-            (["--models", "LLaMA-9"], "no 'LLaMA-9'"),
+            (["--device", "abacus"], "no device 'abacus'; there are cpu, cuda"),
+            (["--baselines", "Ligre"], "invalid choice: 'Ligre' (choose from "),
+            (["--models", "LLaMA-9"], "invalid choice: 'LLaMA-9'"),
             (["--lengths", "0"], "must be positive"),
             (["--seconds", "-1"], "must be positive"),
             (["--lengths", "many"], "invalid int value"),
@@ -461,10 +461,10 @@ pair = models.Pair(Size(SHAPES["tiny-256"], 1, "bf16"), 1, torch.device("cpu"))
 x, model = torch.zeros(1, 1, 256, dtype=torch.bfloat16), pair.enabled.model
 tables = model.rotary_emb(x, torch.zeros(1, 1, dtype=torch.int64))
 for path in host_time.PATHS:
-    with torch.inference_mode(), host_time.backend("triton", path), host_driver.host_only() as driver:
-        before = driver.launches
+    with torch.inference_mode(), host_time.backend("triton", path), host_driver.host_only() as launcher:
+        before = launcher.launches
         model.layers[0].self_attn(x, position_embeddings=tables, attention_mask=None)
-        print(path, driver.launches - before)
+        print(path, launcher.launches - before)
 """
 
 

@@ -5,8 +5,6 @@ objections to that are made exact here: attention sees distances and not positio
 pairs at once.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -20,14 +18,8 @@ def by_distance(
 ) -> list[float]:
     """Eq. 9 on the angles of distances: of ``n`` tokens ``n - d`` pairs are ``d`` apart.
 
-    Args:
-        inv_freq: ``[pairs]``, radians a token.
-        length, target_length: trained, and to be read.
-        intervals: of a circle.
-        threshold: nats that a pair has to gain to be interpolated.
-
-    Returns:
-        1 or ``s = target_length / length`` for each pair.
+    ``inv_freq`` ``[pairs]`` in radians a token; ``threshold``: nats that a pair has to gain to be interpolated.
+    Returns 1 or ``s = target_length / length`` for each pair.
     """
     s = target_length / length
     before = _distances(inv_freq, length, intervals)
@@ -43,16 +35,8 @@ def of_neighbours(
     """The factors whose joint distribution of neighbouring pairs is least disturbed, over all chains of factors.
 
     The angles of pairs ``i`` and ``i + 1`` at a position are a point of a torus of ``cells x cells``. The sum of the
-    disturbances of all neighbours is minimised exactly, along the chain of pairs.
-
-    Args:
-        inv_freq: ``[pairs]``, radians a token.
-        length, target_length: trained, and to be read.
-        cells: of a circle.
-        steps: factors to choose from are ``s ** (k / steps)``, k from 0 to ``steps``.
-
-    Returns:
-        A factor for each pair.
+    disturbances of all neighbours is minimised exactly, along the chain of pairs. Factors to choose from are
+    ``s ** (k / steps)``, k from 0 to ``steps``; returns one for each pair.
     """
     s = target_length / length
     factors = [s ** (k / steps) for k in range(steps + 1)]

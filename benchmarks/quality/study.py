@@ -9,8 +9,6 @@ Results: ``quality_perplexity.json``, ``quality_passkey.json`` and ``quality.png
 makes the README's tables of them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.benchmark import Parser
+from benchmarks.benchmark import Parser, positive
 from benchmarks.quality.summary import TRAINED, finished_curves, load
 from rope_dist import evaluation
 from rope_dist.evaluation import Record, load_text
@@ -30,19 +28,10 @@ from rope_dist.plots import plot_relative_perplexity
 MODEL = "smollm2-135m"
 STRATEGIES = ("stock", "pi", "ntk", "yarn", "dprope:threshold=5e-4", "refined", "auto")
 CLOSEST = ("stock", "ntk", "yarn", "auto")
-# In an order in which the first few are of different kinds: a study that is stopped early has those. The constants of
-# "auto" were chosen on emma, which is therefore the last.
-TEXTS = (
-    "persuasion",
-    "state-of-the-union",
-    "moby-dick",
-    "python",
-    "pride-and-prejudice",
-    "northanger-abbey",
-    "mansfield-park",
-    "sense-and-sensibility",
-    "emma",
-)
+# Those of the first two groups are of different kinds: a study that is stopped early has them. The constants of "auto"
+# were chosen on emma, which is therefore the last.
+FIRST, SECOND = ("persuasion", "state-of-the-union"), ("moby-dick", "python")
+REST = ("pride-and-prejudice", "northanger-abbey", "mansfield-park", "sense-and-sensibility", "emma")
 SEED = 0
 # What models are run in, and half the time of float32.
 DTYPE = "bfloat16"
@@ -62,44 +51,39 @@ class Part:
 
 DEPTHS = (0.1, 0.5, 0.9)
 PARTS = (
-    Part(2 * TRAINED, TEXTS[:2], 2 * TRAINED),
+    Part(2 * TRAINED, FIRST, 2 * TRAINED),
     Part(2 * TRAINED, (), 0, (12288, 16384), DEPTHS, CLOSEST),
-    Part(4 * TRAINED, TEXTS[:1], 4 * TRAINED, strategies=CLOSEST),
-    Part(3 * TRAINED // 2, TEXTS[:2], 3 * TRAINED // 2, strategies=CLOSEST),
-    Part(2 * TRAINED, TEXTS[2:4], 2 * TRAINED),
-    Part(4 * TRAINED, TEXTS[1:2], 4 * TRAINED, strategies=CLOSEST),
-    Part(2 * TRAINED, TEXTS[4:], 2 * TRAINED),
-    Part(3 * TRAINED // 2, TEXTS[2:], 3 * TRAINED // 2, strategies=CLOSEST),
-    Part(4 * TRAINED, TEXTS[2:3], 4 * TRAINED, (32768,), DEPTHS, CLOSEST),
+    Part(4 * TRAINED, FIRST[:1], 4 * TRAINED, strategies=CLOSEST),
+    Part(3 * TRAINED // 2, FIRST, 3 * TRAINED // 2, strategies=CLOSEST),
+    Part(2 * TRAINED, SECOND, 2 * TRAINED),
+    Part(4 * TRAINED, FIRST[1:], 4 * TRAINED, strategies=CLOSEST),
+    Part(2 * TRAINED, REST, 2 * TRAINED),
+    Part(3 * TRAINED // 2, SECOND + REST, 3 * TRAINED // 2, strategies=CLOSEST),
+    Part(4 * TRAINED, SECOND[:1], 4 * TRAINED, (32768,), DEPTHS, CLOSEST),
 )
 QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),)
 
 
 def main() -> None:
     """Run what is not yet on record, and draw what is complete."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, help="begin no new measurement after this time")
-    parser.add_argument("--quick", action="store_true", help="a few hundred tokens: does the study run?")
-    parser.add_argument(
-        "--output", help="folder for the results (default: benchmarks/results; with --quick rope-dist-eval)"
-    )
+    parser = Parser("python -m benchmarks.quality.study", __doc__)
+    add = parser.add_argument
+    add("--seconds", type=positive(float), help="begin no new measurement after this time")
+    add("--quick", action="store_true", help="a few hundred tokens: does the study run?")
+    add("--output", help="folder (default: benchmarks/results; with --quick rope-dist-eval)")
     arguments = parser.parse_args()
-    if arguments.seconds is not None and not arguments.seconds > 0:
-        parser.error("--seconds must be positive")
     output = Path(arguments.output or ("rope-dist-eval" if arguments.quick else "benchmarks/results"))
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + (arguments.seconds or float("inf"))
-    done = 0
-    complete = True
+    done, rest = 0, "all there are"
     for what in _measurements(QUICK if arguments.quick else PARTS, output):
         print(what, flush=True)
         done += 1
         if time.monotonic() > deadline:
-            complete = False
+            rest = "the same command goes on"
             break
-    print(f"{done} measurements on record, {'all there are' if complete else 'the same command goes on'}")
-    record = load(output, "perplexity")
-    panels = {}
+    print(f"{done} measurements on record, {rest}")
+    record, panels = load(output, "perplexity"), {}
     for part in sorted(PARTS, key=lambda part: part.target):
         curves, texts = finished_curves(record, part.tokens)
         if "yarn" in curves:
@@ -118,38 +102,35 @@ def _measurements(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
     passkey = Record(output / "quality_passkey.json", "passkey", identity)
     for part in parts:
         variants = evaluation.make_variants(model, part.strategies, part.target)
-        if part.texts and (texts := evaluation.passages(tokenizer, _installed(part.texts), part.tokens)):
+        if names := list(filter(_installed, part.texts)):
+            texts = evaluation.passages(tokenizer, names, part.tokens)
             # At once: half the time of 512 at a time, and gigabytes of logits.
             options = {"lengths": [part.tokens], "methods": ["whole"], "chunk": min(part.tokens, 2 * TRAINED)}
-            readings = evaluation.measure_perplexity(
-                model, texts, variants, perplexity, **options, progress=True
-            )
+            options["progress"] = True
+            readings = evaluation.measure_perplexity(model, texts, variants, perplexity, **options)
             for variant, m, finished in readings:
-                yield _line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
+                yield line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
         if part.passkey_lengths:
             cases = evaluation.make_cases(part.passkey_lengths, part.depths, seed=SEED)
             options = {"scorings": ["generate", "decoys"], "progress": True}
             answers = evaluation.measure_passkey(model, tokenizer, cases, variants, passkey, **options)
             for variant, m, finished in answers:
                 what = f"passkey, {m['what']['length']} tokens, depth {m['what']['depth']:g}, {variant.label}"
-                yield _line(what, m, finished)
+                yield line(what, m, finished)
 
 
-def _line(text: str, measurement: dict[str, Any], finished: bool) -> str:
-    seconds = measurement["result"]["seconds"]
-    return f"{text}: {'on record' if finished else f'{seconds} s'}"
+def line(what: str, measurement: dict[str, Any], finished: bool) -> str:
+    """What was measured, and the seconds that it took unless it was on record."""
+    return f"{what}: {'on record' if finished else str(measurement['result']['seconds']) + ' s'}"
 
 
-def _installed(names: tuple[str, ...]) -> list[str]:
-    found = []
-    for name in names:
-        try:
-            load_text(name)
-        except MissingPackageError as error:
-            tqdm.write(f"left out: {error}")
-        else:
-            found.append(name)
-    return found
+def _installed(name: str) -> bool:
+    try:
+        load_text(name)
+    except MissingPackageError as error:
+        tqdm.write(f"left out: {error}")
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The study's tables: only texts and lengths that every strategy has finished are counted."""
 
-from __future__ import annotations
-
 import json
 import math
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +35,36 @@ def finished_readings(record: dict[str, Any], tokens: int) -> dict[str, dict[str
     return {text: results for text, results in by_text.items() if results.keys() == labels}
 
 
-def _width(tokens: int) -> int:
-    return max(tokens // 8 // WIDTH, 1) * WIDTH
+def _curve(results: Iterable[dict[str, Any]], tokens: int) -> list[Bucket]:
+    """Perplexity by position, about eight buckets."""
+    return average_buckets(list(results), max(tokens // 8 // WIDTH, 1) * WIDTH)
 
 
 def finished_curves(record: dict[str, Any], tokens: int) -> tuple[dict[str, list[Bucket]], int]:
-    """Perplexity by position (about eight buckets) by label, and over how many texts."""
-    by_text = finished_readings(record, tokens)
-    if not by_text:
-        return {}, 0
-    labels = next(iter(by_text.values()))
-    return {
-        label: average_buckets([results[label] for results in by_text.values()], _width(tokens))
-        for label in labels
-    }, len(by_text)
-
-
-def _targets(record: dict[str, Any], tokens: int) -> str:
-    """The lengths that the readings of ``tokens`` were planned for."""
-    used = {m["what"]["frequencies"] for m in record["measurements"] if m["what"]["tokens"] == tokens}
-    lengths = {plan["target_length"] for name, plan in record["plans"].items() if name in used}
-    return ", ".join(map(str, sorted(lengths)))
+    """Perplexity by position by label, and over how many texts."""
+    texts = list(finished_readings(record, tokens).values())
+    return {label: _curve((r[label] for r in texts), tokens) for label in (texts or [{}])[0]}, len(texts)
 
 
 def perplexity_table(record: dict[str, Any], tokens: int) -> str:
     """A row a strategy: everywhere, past the trained length (of several texts also its range), by position."""
-    by_text = finished_readings(record, tokens)
-    curves, _ = finished_curves(record, tokens)
-    if not curves:
-        return ""
-    first = next(iter(curves.values()))
-    several = len(by_text) > 1
-    headers = ["", "all", f"past {TRAINED}", *(["over the texts"] if several else [])]
-    headers += [f"{b.start / 1024:g}-{b.end / 1024:g}k{'*' if b.start >= TRAINED else ''}" for b in first]
-    rows = []
+    (curves, several), texts = finished_curves(record, tokens), finished_readings(record, tokens).values()
+    rows, headers = [], []
     for label, buckets in curves.items():
-        texts = [_past(average_buckets([r[label]], _width(tokens))) for r in by_text.values()]
-        overall = math.exp(sum(r[label]["nll"] for r in by_text.values()) / len(by_text))
-        spread = [f"{min(texts):.2f} - {max(texts):.2f}"] if several else []
-        by_position = [f"{b.perplexity:.2f}" for b in buckets]
-        rows.append([label, f"{overall:.2f}", f"{_past(buckets):.2f}", *spread, *by_position])
-    return markdown(rows, headers)
+        past = [_past(_curve([results[label]], tokens)) for results in texts]
+        overall = math.exp(sum(results[label]["nll"] for results in texts) / several)
+        cells = {
+            "": label,
+            "all": f"{overall:.2f}",
+            f"past {TRAINED}": f"{_past(buckets):.2f}",
+            **({"over the texts": f"{min(past):.2f} - {max(past):.2f}"} if several > 1 else {}),
+        }
+        for b in buckets:
+            mark = "*" if b.start >= TRAINED else ""
+            cells[f"{b.start / 1024:g}-{b.end / 1024:g}k{mark}"] = f"{b.perplexity:.2f}"
+        headers = list(cells)
+        rows.append(list(cells.values()))
+    return markdown(rows, headers) if rows else ""
 
 
 def where_others_lead(record: dict[str, Any], tokens: int, label: str = "auto") -> str:
@@ -84,77 +73,63 @@ def where_others_lead(record: dict[str, Any], tokens: int, label: str = "auto") 
     for text, results in finished_readings(record, tokens).items():
         if label not in results:
             return ""
-        curves = {
-            name: average_buckets([result], _width(tokens))
-            for name, result in results.items()
-            if name != STOCK
-        }
-        for i, own in enumerate(curves[label]):
+        curves = {name: _curve([result], tokens) for name, result in results.items() if name != STOCK}
+        for parts in zip(*curves.values(), strict=True):
+            by_name = dict(zip(curves, parts, strict=True))
+            own, best = by_name[label], min(by_name, key=lambda name, at=by_name: at[name].perplexity)
             if own.start < TRAINED:
                 continue
             places += 1
-            best = min(curves, key=lambda name, i=i: curves[name][i].perplexity)
             if best != label:
-                behind.append(
-                    f"{text}, {own.start / 1024:g}-{own.end / 1024:g}k ({best} "
-                    f"{curves[best][i].perplexity:.2f}, {label} {own.perplexity:.2f})"
-                )
+                numbers = f"{best} {by_name[best].perplexity:.2f}, {label} {own.perplexity:.2f}"
+                behind.append(f"{text}, {own.start / 1024:g}-{own.end / 1024:g}k ({numbers})")
     if not places:
         return ""
-    ahead = places - len(behind)
-    sentence = f"Text by text `{label}` is the best extension in {ahead} of {places} parts past {TRAINED}"
-    return f"{sentence}; not in {'; '.join(behind)}." if behind else f"{sentence}."
+    ahead, rest = places - len(behind), f"; not in {'; '.join(behind)}" if behind else ""
+    return f"Text by text `{label}` is the best extension in {ahead} of {places} parts past {TRAINED}{rest}."
 
 
 def _past(buckets: list[Bucket]) -> float:
     """Perplexity of the tokens past the trained length; not a number where none was read."""
-    past = [b for b in buckets if b.start >= TRAINED]
-    tokens = sum(b.end - b.start for b in past)
-    return (
-        math.exp(sum(math.log(b.perplexity) * (b.end - b.start) for b in past) / tokens) if past else math.nan
-    )
+    past = {b: b.end - b.start for b in buckets if b.start >= TRAINED}
+    nll = sum(math.log(b.perplexity) * tokens for b, tokens in past.items())
+    return math.exp(nll / sum(past.values())) if past else math.nan
 
 
 def passkey_table(record: dict[str, Any]) -> str:
     """A row a strategy, per length the right answers of all prompts (generated, among decoys)."""
-    measurements = record["measurements"]
-    labels = list(dict.fromkeys(m["what"]["variant"] for m in measurements))
-    columns: dict[int, dict[str, str]] = {}
-    for length in sorted({m["what"]["length"] for m in measurements}):
-        cells, counts = {}, set()
-        for label in labels:
-            at = [m for m in measurements if m["what"]["length"] == length and m["what"]["variant"] == label]
-            by_scoring = {s: [m for m in at if m["what"]["scoring"] == s] for s in ("generate", "decoys")}
-            counts.add(tuple(len(chosen) for chosen in by_scoring.values()))
-            if all(by_scoring.values()):
-                cells[label] = ", ".join(str(total(scores(m).values())) for m in by_scoring.values())
+    found = defaultdict(list)
+    for m in record["measurements"]:
+        found[m["what"]["length"], m["what"]["variant"], m["what"]["scoring"]].append(m)
+    lengths, labels = sorted({key[0] for key in found}), list(dict.fromkeys(key[1] for key in found))
+    cells: dict[str, list[str]] = {label: [label] for label in labels}
+    headers = ["passkeys found"]
+    for length in lengths:
+        answers = {label: [found[length, label, how] for how in ("generate", "decoys")] for label in labels}
+        counts = {tuple(map(len, both)) for both in answers.values()}
         # Every strategy has answered equally many prompts: the length is finished.
-        if len(counts) == 1 and len(cells) == len(labels):
-            columns[length] = cells
-    if not columns:
-        return ""
-    headers = ["passkeys found", *(f"{n}{'*' if n > TRAINED else ''}" for n in columns)]
-    return markdown([[label, *(cells[label] for cells in columns.values())] for label in labels], headers)
+        if len(counts) == 1 and all(counts.pop()):
+            headers.append(f"{length}{'*' if length > TRAINED else ''}")
+            for label, both in answers.items():
+                cells[label].append(", ".join(str(total(scores(m).values())) for m in both))
+    return markdown(list(cells.values()), headers) if len(headers) > 1 else ""
 
 
 def block(folder: Path) -> tuple[str, str]:
     """The README's block, tables and the plot, and the machines that measured it."""
     perplexity, passkey = load(folder, "perplexity"), load(folder, "passkey")
     parts = []
-    lengths = sorted({m["what"]["tokens"] for m in perplexity["measurements"]})
-    for tokens in lengths:
-        by_text, targets = finished_readings(perplexity, tokens), _targets(perplexity, tokens)
-        if by_text and targets:  # not where only the stock model has read
-            parts.append(
-                f"Perplexity of the first {tokens} tokens of {'; '.join(by_text)}. Extended to {targets}:"
-            )
-            parts += filter(
-                None, (perplexity_table(perplexity, tokens), where_others_lead(perplexity, tokens))
-            )
+    for tokens in sorted({m["what"]["tokens"] for m in perplexity["measurements"]}):
+        texts = "; ".join(finished_readings(perplexity, tokens))
+        read = {m["what"]["frequencies"] for m in perplexity["measurements"] if m["what"]["tokens"] == tokens}
+        plans = (plan for name, plan in perplexity["plans"].items() if name in read)
+        targets = ", ".join(map(str, sorted({plan["target_length"] for plan in plans})))
+        if texts and targets:  # not where only the stock model has read
+            parts.append(f"Perplexity of the first {tokens} tokens of {texts}. Extended to {targets}:")
+            parts += [perplexity_table(perplexity, tokens), where_others_lead(perplexity, tokens)]
     if (folder / "quality.png").exists():
         parts.append("![Perplexity by position](benchmarks/results/quality.png)")
-    table = passkey_table(passkey)
-    if table:
+    if table := passkey_table(passkey):
         decoys = next(len(m["what"]["decoys"]) for m in passkey["measurements"] if "decoys" in m["what"])
         parts.append(
             f"Passkeys found, of the prompts of a length: in the greedy continuation, and likelier than each of "
@@ -169,7 +144,7 @@ def block(folder: Path) -> tuple[str, str]:
         f"{', '.join(map(str, seeds))}, five digits, one key a length and depth."
     )
     machines = dict.fromkeys(map(machine_of, perplexity["machines"] + passkey["machines"]))
-    return "\n\n".join(parts), "; ".join(machines)
+    return "\n\n".join(filter(None, parts)), "; ".join(machines)
 
 
 def tuning(folder: Path) -> tuple[str, str]:

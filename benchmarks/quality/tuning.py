@@ -7,17 +7,14 @@ of the rotary angles choose. As the study, it resumes where it was stopped. Resu
 ``python -m benchmarks.report`` makes the table.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
-from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import rope_dist
 from benchmarks.benchmark import Parser
 from benchmarks.quality.criteria import by_distance, of_neighbours
-from benchmarks.quality.study import DTYPE, MODEL
+from benchmarks.quality.study import DTYPE, MODEL, line
 from benchmarks.quality.summary import TRAINED
 from rope_dist.evaluation import (
     Record,
@@ -48,31 +45,25 @@ STRATEGIES = (
 CRITERIA = {"by distance": by_distance, "of neighbours": of_neighbours}
 
 
-def criteria_variants(model: PreTrainedModel) -> list[Variant]:
-    """What each criterion of ``criteria.py`` chooses for ``model``."""
-    inv_freq = rope_dist.plan(model, target_length=TARGET, strategy="extrapolation").inv_freq
-    settings = {"target_length": TARGET, "strategy": "longrope", "attention_factor": 1.0}
-    return [
-        Variant(label, rope_dist.plan(model, factors=choose(inv_freq, TRAINED, TARGET), **settings))
-        for label, choose in CRITERIA.items()
-    ]
-
-
 def main() -> None:
     """Read what is not yet on record."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser("python -m benchmarks.quality.tuning", __doc__)
     parser.add_argument("--output", default="benchmarks/results", help="folder (default: %(default)s)")
     output = Path(parser.parse_args().output)
     output.mkdir(parents=True, exist_ok=True)
     transformers_logging.set_verbosity_error()
     model, tokenizer = load_model(MODEL, dtype=DTYPE)
     record = Record(output / "quality_tuning.json", "perplexity", describe(model, MODEL))
-    variants = make_variants(model, STRATEGIES, TARGET) + criteria_variants(model)
+    variants = make_variants(model, STRATEGIES, TARGET)
+    inv_freq = rope_dist.plan(model, target_length=TARGET, strategy="extrapolation").inv_freq
+    settings = {"target_length": TARGET, "strategy": "longrope", "attention_factor": 1.0}
+    for label, choose in CRITERIA.items():
+        factors = choose(inv_freq, TRAINED, TARGET)
+        variants.append(Variant(label, rope_dist.plan(model, factors=factors, **settings)))
     options = {"lengths": [TARGET], "methods": ["whole"], "chunk": TARGET, "progress": True}
     texts = passages(tokenizer, [TEXT], TARGET)
     for variant, measurement, finished in measure_perplexity(model, texts, variants, record, **options):
-        seconds = "on record" if finished else f"{measurement['result']['seconds']} s"
-        print(f"{TEXT}, {variant.label}: {seconds}", flush=True)
+        print(line(f"{TEXT}, {variant.label}", measurement, finished), flush=True)
 
 
 if __name__ == "__main__":
