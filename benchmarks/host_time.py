@@ -34,14 +34,19 @@ PATHS = dispatch_projection.PATHS[1:]
 
 @contextlib.contextmanager
 def backend(name: str, path: str = "") -> Iterator[None]:
-    """Calls go to that backend, ``"triton"`` without launching, and take that path (``ROPE_DIST_PATH``)."""
-    before = os.environ.get("ROPE_DIST_PATH", "")
-    os.environ["ROPE_DIST_PATH"] = path
+    """Calls go to that backend, ``"triton"`` without launching, and take that path (``ROPE_DIST_PATH``).
+
+    Without gradients as in transformers' ``generate``.
+    """
+    before = os.environ.pop("ROPE_DIST_PATH", None)
+    os.environ |= {"ROPE_DIST_PATH": path} if path else {}
     try:
-        with host_only() if name == "triton" else ops.use_backend(name):
+        where = host_only() if name == "triton" else ops.use_backend(name)
+        with where, torch.inference_mode(False), torch.no_grad():
             yield
     finally:
-        os.environ["ROPE_DIST_PATH"] = before
+        os.environ.pop("ROPE_DIST_PATH", None)
+        os.environ |= {"ROPE_DIST_PATH": before} if before is not None else {}
 
 
 def repeated(make: Maker, where: str = "auto", path: str = "") -> Maker:
