@@ -2,10 +2,18 @@
 
 import contextlib
 import os
+import tempfile
+from pathlib import Path
 
 # torch's compiler imports setuptools, which refuses to where the standard library's distutils came first.
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
+
+# torch's compiler keeps kernels without regard to this variable: those made with it corrupt memory without, and the
+# other way round.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    kept = Path(tempfile.gettempdir()) / f"torchinductor_{capability}_{getattr(os, 'getuid', int)()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
 
 # Nothing in the suite may wait for a hub that is not there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
