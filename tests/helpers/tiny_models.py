@@ -86,8 +86,8 @@ def config_class(model_type: str) -> type:
 
 
 @functools.lru_cache(maxsize=None)
-def _default(cls: type) -> dict:
-    return cls().to_dict()
+def _default(cls: type) -> transformers.PretrainedConfig:
+    return cls()
 
 
 def _rope(parameters):
@@ -98,11 +98,12 @@ def _rope(parameters):
     return {key: _rope(value) if isinstance(value, dict) else sizes.get(key, value) for key, value in parameters.items()}
 
 
-def _layers(known: set[str], default: dict) -> dict:
+def _layers(known: set[str], default: transformers.PretrainedConfig, changes: dict) -> dict:
     """Every kind of layer once, in the order in which a full-size model has them."""
-    kinds = {key: list(dict.fromkeys(default[key])) for key in PER_LAYER if key in known and default.get(key)}
+    kinds = {key: list(dict.fromkeys(getattr(default, key, None) or [])) for key in PER_LAYER if key in known}
     if kinds.get("layer_types") in (["full_attention"], ["sliding_attention"]) and "sliding_window" in known:
         kinds["layer_types"] = ["sliding_attention", "full_attention"]
+    kinds = {key: values for key, values in {**kinds, **changes}.items() if key in PER_LAYER and values}
     number = max([LAYERS, *map(len, kinds.values())])
     return {
         "num_hidden_layers": number,
@@ -110,15 +111,27 @@ def _layers(known: set[str], default: dict) -> dict:
     }
 
 
+def _values(default: transformers.PretrainedConfig) -> dict:
+    """What makes this config tiny, its parts (towers) included."""
+    cls = type(default)
+    known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
+    changes = CHANGES.get(cls.model_type, {})
+    values = {**SIZES, **_layers(known, default, changes)}
+    values["rope_parameters"] = _rope(getattr(default, "rope_parameters", None))
+    if "kv_lora_rank" in known:  # the latent attention has as many keys as queries
+        values["num_key_value_heads"] = HEADS
+    values = {key: value for key, value in values.items() if key in known}
+    parts = {key: getattr(default, key) for key in known}
+    parts = {key: part for key, part in parts.items() if isinstance(part, transformers.PretrainedConfig)}
+    for key, part in parts.items():
+        values[key] = {**_values(part), "model_type": part.model_type}
+    return {**values, **changes}
+
+
 def tiny_config(model_type: str, **changes) -> transformers.PretrainedConfig:
     """Config of two or three layers that have every kind of layer of the type."""
     cls = config_class(model_type)
-    known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
-    default = _default(cls)
-    values = {**SIZES, **_layers(known, default), "rope_parameters": _rope(default.get("rope_parameters"))}
-    values = {key: value for key, value in values.items() if key in known}
-    values |= {"use_sliding_window": True} if "use_sliding_window" in known else {}
-    return cls(**copy.deepcopy({**values, **CHANGES.get(model_type, {}), **changes}))
+    return cls(**copy.deepcopy({**_values(_default(cls)), **changes}))
 
 
 def _randomise(model: torch.nn.Module) -> None:
