@@ -13,49 +13,191 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, POSITIONS, WINDOW, EXPERTS = 2, 4, 2, 16, 64, 64, 16, 4
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, EXPERTS = 2, 4, 2, 16, 64, 4
+POSITIONS, ORIGINAL, WINDOW = 64, 16, 16
 
 # Set wherever a config class has the key, whatever the type.
 SIZES = {
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "lru_width"], HIDDEN),
-    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers"], LAYERS),
     **dict.fromkeys(["num_attention_heads", "n_head", "n_heads"], HEADS),
-    **dict.fromkeys(["num_key_value_heads", "num_kv_heads"], KV_HEADS),
-    **dict.fromkeys(["head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"], HEAD_DIM),
-    **dict.fromkeys(["intermediate_size", "ffn_dim", "ffn_hidden_size", "intermediate_size_mlp"], 96),
-    **dict.fromkeys(["moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"], 32),
-    **dict.fromkeys(["shared_experts_intermediate_size", "shared_intermediate_size"], 32),
-    **dict.fromkeys(["dense_intermediate_size", "prefix_dense_intermediate_size"], 96),
+    **dict.fromkeys(["num_key_value_heads", "num_kv_heads", "kv_n_heads"], KV_HEADS),
+    **dict.fromkeys(["head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "kv_channels"], HEAD_DIM),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers"], LAYERS),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"], POSITIONS),
-    "vocab_size": 128,
+    "original_max_position_embeddings": ORIGINAL,
+    "rotary_dim": 8,
+    **dict.fromkeys(["use_qk_norm", "qk_layernorm"], True),
+    "clip_qkv": 1.0,
+    # Embeddings
+    **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], 128),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "initializer_range": HIDDEN**-0.5,  # with the usual 0.02 attention is nearly uniform at this size
-    **dict.fromkeys(["sliding_window", "attention_window_size", "local_attention", "attention_chunk_size"], WINDOW),
-    # All experts are active: a choice between them would hang on the last bit of a logit.
+    "logit_scale": 0.5,
+    "hidden_size_per_layer_input": 16,
+    # MLP; all experts are active, as a choice between them would hang on the last bit of a logit
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "ffn_hidden_size", "intermediate_size_mlp"], 96),
+    **dict.fromkeys(["dense_intermediate_size", "prefix_dense_intermediate_size"], 96),
+    **dict.fromkeys(["moe_intermediate_size", "expert_ffn_hidden_size", "shared_intermediate_size"], 32),
+    **dict.fromkeys(["shared_expert_intermediate_size", "shared_experts_intermediate_size"], 32),
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], EXPERTS),
-    **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"], EXPERTS),
+    **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts"], EXPERTS),
     **dict.fromkeys(["n_group", "topk_group"], 2),
     **dict.fromkeys(["n_shared_experts", "num_shared_experts", "moe_num_shared_experts"], 1),
-    "first_k_dense_replace": 1,
-    "num_dense_layers": 1,
+    **dict.fromkeys(["first_k_dense_replace", "num_dense_layers"], 1),
+    "mlp_only_layers": [0],
+    # Latent, sparse and windowed attention
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
-    **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], HEAD_DIM),
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
     "index_head_dim": 32,
     "index_n_heads": 2,
     "index_topk": 8,
+    "use_sliding_window": True,
+    **dict.fromkeys(["sliding_window", "attention_window_size", "local_attention", "attention_chunk_size"], WINDOW),
+    # Linear attention and state space
+    **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], HEAD_DIM),
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
     "mamba_d_state": 8,
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
-    **dict.fromkeys(["mamba_chunk_size", "chunk_size"], 8),
+    **dict.fromkeys(["mamba_chunk_size", "chunk_size", "block_size"], 8),
 }
 PER_LAYER = ["layer_types", "mlp_layer_types", "indexer_types", "layers_block_type"]
-CHANGES: dict[str, dict] = {}
-NOT_BUILT: dict[str, str] = {}
+CONV_FULL = {"layer_types": ["conv", "full_attention"]}
+SLIDING_TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
+# Two layers that keep their keys and values, two that share them.
+SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
+GEMMA4 = {**SHARED, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+# A quarter of the head is rotated: four pairs of a head of 32.
+QUARTER = {"num_attention_heads": 2, "num_key_value_heads": 1}
+QWEN35 = {
+    "head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
+GRANITE_SWA = {
+    "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    "layer_rope_theta": [10000.0, 5000.0, 0],  # 0: a layer without rotation
+}
+# What a config needs beside its sizes, by the model type of the config or of the part of it.
+CHANGES: dict[str, dict] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "bailing_hybrid": {"head_dim": HEAD_DIM},
+    "blt": {"num_hidden_layers": LAYERS, "encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "blt_local_encoder": {"hidden_size_global": HIDDEN * 2},
+    "blt_local_decoder": {"hidden_size_global": HIDDEN * 2},
+    "blt_global_transformer": {"hidden_size": HIDDEN * 2, "num_attention_heads": 8, "num_key_value_heads": 4},
+    "cohere2_moe": {"mlp_layer_types": ["dense", "sparse"]},
+    "cohere_compass_text": {
+        **SLIDING_TYPES,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+            "full_attention": None,
+        },
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 1.0, "rope_theta": 10000.0}},
+    "deepseek_v4": {
+        "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "head_dim": 32,
+        "partial_rotary_factor": 0.5,
+        "rope_parameters": None,
+        "num_key_value_heads": 1,
+        "o_groups": 2,
+        "o_lora_rank": 16,
+    },
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "n_input_layers": 1,
+        "n_recurrent_layers": 1,
+        "n_output_layers": 1,
+    },
+    "dots3_note_text": {
+        "rope_parameters": None,
+        "head_dim": 32,
+        "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 2,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_qk_rope_head_dim": 8,
+        "swa_head_dim": 24,
+        "swa_v_head_dim": 16,
+    },
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "gemma3n_text": {**SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
+    "gemma4_text": {**GEMMA4, "enable_moe_block": True},
+    "gemma4_unified_text": GEMMA4,
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
+    "gpt_neox": QUARTER,
+    "granite_swa": GRANITE_SWA,
+    "granitemoe_swa": GRANITE_SWA,
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "position_embedding_type": "rope"},
+    "hrm_text": {"num_hidden_layers": 1, "H_cycles": 1, "L_cycles": 2},
+    "hy_v4": {"indexer_types": ["full", "shared"]},
+    "laguna": {"num_attention_heads_per_layer": [2, 4]},
+    "lfm2": CONV_FULL,
+    "lfm2_moe": CONV_FULL,
+    "llama4_text": {"no_rope_layers": [1, 0], "moe_layers": [1], "floor_scale": 8},
+    "longcat_flash": {"num_layers": 1, "zero_expert_num": 2, "moe_topk": EXPERTS + 2},
+    "mimo_v2_flash": {"head_dim": 24},  # with the default partial factor 0.334: four pairs
+    "minicpm3": {"dim_model_base": HIDDEN},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "index_head_dim": HEAD_DIM,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+    },
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+    "qwen3_5_text": QWEN35,
+    "qwen3_5_moe_text": QWEN35,
+    "qwen3_next": {"head_dim": 32},
+    "qwen4_exp_text": {
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "ple_layer_ids": [1],
+        "ngram_vocab_size_base": 64,
+        "heads_per_ngram": 2,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_DIM,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "smollm3": {**SLIDING_TYPES, "no_rope_layers": [1, 0]},
+    "stablelm": QUARTER,
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "num_key_value_heads": HEADS,
+        "use_mem_rope": True,
+        "use_shared_attention_adapter": True,
+        "adapter_rank": 8,
+    },
+    "zaya": {"layer_types": ["hybrid", "hybrid_sliding"], "num_experts_per_tok": 1, "router_hidden_size": 16},
+}
+NOT_BUILT: dict[str, str] = {
+    "gemma3n": "its vision tower needs timm; the text tower is gemma3n_text",
+}
 
 
 def _source(class_name: str) -> Path:
@@ -94,7 +236,7 @@ def _rope(parameters):
     """The default rope_parameters with the lengths of a tiny model."""
     if not isinstance(parameters, dict):
         return parameters
-    sizes = {"factor": 2.0, "original_max_position_embeddings": POSITIONS // 2, "max_position_embeddings": POSITIONS}
+    sizes = {"factor": POSITIONS / ORIGINAL, "original_max_position_embeddings": ORIGINAL, "max_position_embeddings": POSITIONS}
     return {key: _rope(value) if isinstance(value, dict) else sizes.get(key, value) for key, value in parameters.items()}
 
 
@@ -114,17 +256,16 @@ def _layers(known: set[str], default: transformers.PretrainedConfig, changes: di
 def _values(default: transformers.PretrainedConfig) -> dict:
     """What makes this config tiny, its parts (towers) included."""
     cls = type(default)
-    known = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map)
+    known = {field.name for field in dataclasses.fields(cls)}
     changes = CHANGES.get(cls.model_type, {})
     values = {**SIZES, **_layers(known, default, changes)}
     values["rope_parameters"] = _rope(getattr(default, "rope_parameters", None))
     if "kv_lora_rank" in known:  # the latent attention has as many keys as queries
         values["num_key_value_heads"] = HEADS
     values = {key: value for key, value in values.items() if key in known}
-    parts = {key: getattr(default, key) for key in known}
-    parts = {key: part for key, part in parts.items() if isinstance(part, transformers.PretrainedConfig)}
-    for key, part in parts.items():
-        values[key] = {**_values(part), "model_type": part.model_type}
+    for key in cls.sub_configs:
+        if isinstance(part := getattr(default, key), transformers.PretrainedConfig):
+            values[key] = {**_values(part), "model_type": part.model_type}
     return {**values, **changes}
 
 
