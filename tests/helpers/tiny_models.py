@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, EXPERTS = 2, 4, 2, 16, 64, 4
 POSITIONS, ORIGINAL, WINDOW = 64, 16, 16
@@ -63,10 +66,19 @@ SIZES = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
     **dict.fromkeys(["mamba_chunk_size", "chunk_size", "block_size"], 8),
+    # Vision and audio towers
+    **dict.fromkeys(["depth", "num_blocks"], LAYERS),
+    **dict.fromkeys(["num_heads", "attention_heads"], HEADS),
+    **dict.fromkeys(["embed_dim", "out_hidden_size", "ext_pw_out_channel", "depthwise_separable_out_channel"], HIDDEN),
+    **dict.fromkeys(["nemo_conv_channels", "num_position_embeddings", "position_embedding_size"], 16),
+    **dict.fromkeys(["deepstack_visual_indexes", "fullatt_block_indexes", "intermediate_layers_indices"], [0]),
+    "num_global_layers": 1,
+    "vision_output_dim": HIDDEN * 2,
 }
 PER_LAYER = ["layer_types", "mlp_layer_types", "indexer_types", "layers_block_type"]
 CONV_FULL = {"layer_types": ["conv", "full_attention"]}
 SLIDING_TYPES = {"layer_types": ["sliding_attention", "full_attention"]}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}}
 # Two layers that keep their keys and values, two that share them.
 SHARED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2}
 GEMMA4 = {**SHARED, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
@@ -136,6 +148,10 @@ CHANGES: dict[str, dict] = {
     "gemma3n_text": {**SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0]},
     "gemma4_text": {**GEMMA4, "enable_moe_block": True},
     "gemma4_unified_text": GEMMA4,
+    "glm4v_text": MROPE,
+    "glm4v_moe_text": {
+        "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    },
     "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
     "gpt_neox": QUARTER,
     "granite_swa": GRANITE_SWA,
@@ -159,6 +175,10 @@ CHANGES: dict[str, dict] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
     },
     "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+    "qwen2_vl_text": MROPE,
+    "qwen2_5_vl_text": MROPE,
+    "qwen3_vl_text": MROPE,
+    "qwen3_vl_moe_text": MROPE,
     "qwen3_5_text": QWEN35,
     "qwen3_5_moe_text": QWEN35,
     "qwen3_next": {"head_dim": 32},
@@ -217,6 +237,19 @@ ROTARY_TYPES = sorted(
 )
 
 
+# Composite models whose text tower has rotary attention.
+MULTIMODAL = [
+    kind
+    for kind in (
+        "aria aya_vision cohere2_vision cohere_compass deepseek_vl exaone4_5 fuyu gemma3 gemma4 gemma4_unified glm4v "
+        "glm4v_moe got_ocr2 idefics2 idefics3 internvl lfm2_vl llava llava_next llava_onevision minimax_m3_vl "
+        "mistral3 mllama ovis2 paligemma qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm "
+        "video_llama_3 video_llava vipllava"
+    ).split()
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+]
+
+
 def model_class(model_type: str) -> type:
     return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
 
@@ -264,7 +297,10 @@ def _values(default: transformers.PretrainedConfig) -> dict:
         values["num_key_value_heads"] = HEADS
     values = {key: value for key, value in values.items() if key in known}
     for key in cls.sub_configs:
-        if isinstance(part := getattr(default, key), transformers.PretrainedConfig):
+        part = getattr(default, key)
+        if part is None and key == "vision_config":
+            part = cls.sub_configs[key]()
+        if isinstance(part, transformers.PretrainedConfig):
             values[key] = {**_values(part), "model_type": part.model_type}
     return {**values, **changes}
 
@@ -283,13 +319,23 @@ def _randomise(model: torch.nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
 
 
-def tiny_model(
-    model_type: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa", **changes
-) -> transformers.PreTrainedModel:
-    cls = model_class(model_type)
-    config = tiny_config(model_type, **changes)
+def _built(cls: type, config: transformers.PretrainedConfig, dtype: torch.dtype, attn_implementation: str):
     config._attn_implementation = attn_implementation if cls._supports_sdpa else "eager"
     torch.manual_seed(0)
     model = cls(config)
     _randomise(model)
     return model.to(dtype).eval()
+
+
+def tiny_model(
+    model_type: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa", **changes
+) -> transformers.PreTrainedModel:
+    """A seeded causal language model of the type in evaluation mode."""
+    return _built(model_class(model_type), tiny_config(model_type, **changes), dtype, attn_implementation)
+
+
+def tiny_multimodal(model_type: str) -> transformers.PreTrainedModel:
+    """A seeded image-text-to-text model of the type in evaluation mode; text token ids alone are enough for it."""
+    cls = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type])
+    config = cls.config_class(**copy.deepcopy(_values(_default(cls.config_class))))
+    return _built(cls, config, torch.float32, "sdpa")
