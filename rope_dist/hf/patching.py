@@ -149,9 +149,10 @@ def enable(
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         rotaries, attentions = _find(model)
         previous = copy.copy(_swap_of(rotaries[0]))
-        plans = [_plan_for(rotary, options) for rotary in rotaries]
-        for rotary, new in zip(rotaries, plans, strict=True):
-            _swap_rotary(model, rotary, new)
+        if any(targets):
+            _check_configs(model, rotaries)
+        plans = _plans_for(rotaries, options)
+        _swap_rotaries(model, rotaries, plans)
         for attention in attentions:
             if not isinstance(attention, EnabledAttention):
                 _set_class(attention, enabled_class(type(attention)))
@@ -243,6 +244,26 @@ def _swap_of(rotary: nn.Module) -> _Swap | None:
     return rotary.__dict__.get("_rope_dist_swap")
 
 
+def _check_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
+    """``ValueError`` where a rotary embedding's config is not a part of what ``save_pretrained`` writes."""
+    saved = {id(m.__dict__.get("config")) for m in model.modules() if m not in rotaries}
+    for rotary in rotaries:
+        if id(rotary.config) not in saved:
+            raise ValueError(
+                f"a {type(rotary).__name__} of the model has a config of its own (frequencies of a layer), which is not "
+                "saved: the model cannot be extended"
+            )
+
+
+def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | None]:
+    """The plan of each rotary embedding; those that have one config share it."""
+    made: dict[int, RopePlan | None] = {}
+    for rotary in rotaries:
+        if id(rotary.config) not in made:
+            made[id(rotary.config)] = _plan_for(rotary, options)
+    return [made[id(rotary.config)] for rotary in rotaries]
+
+
 def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
     """The plan for one rotary embedding, made from or checked against its stock config, before any change."""
     swap = _swap_of(rotary)
@@ -266,19 +287,27 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
     return plan
 
 
-def _swap_rotary(model: nn.Module, rotary: nn.Module, plan: RopePlan | None) -> None:
-    swap = _swap_of(rotary)
-    if swap is None:
-        dtypes = {name: buffer.dtype for name, buffer in rotary.named_buffers(recurse=False)}
-        swap = rotary._rope_dist_swap = _Swap(dtypes)
-        _set_class(rotary, enabled_class(type(rotary)))
-    if plan is not None and plan is not swap.plan:
-        if swap.plan is None:
+def _swap_rotaries(model: nn.Module, rotaries: list[nn.Module], plans: list[RopePlan | None]) -> None:
+    swaps = []
+    for rotary in rotaries:
+        swap = _swap_of(rotary)
+        if swap is None:
+            dtypes = {name: buffer.dtype for name, buffer in rotary.named_buffers(recurse=False)}
+            swap = rotary._rope_dist_swap = _Swap(dtypes)
+            _set_class(rotary, enabled_class(type(rotary)))
+        swaps.append(swap)
+    # Before any config changes: a model may have a rotary embedding in each layer, all with one config.
+    first = {id(r.config): r.config for r, swap, plan in zip(rotaries, swaps, plans, strict=True) if plan and not swap.plan}
+    for rotary, swap in zip(rotaries, swaps, strict=True):
+        if id(rotary.config) in first:
             swap.config_before = rotary.config
-            _give_own_config(model, rotary.config)
-        swap.plan = plan
-        rotary.config.__dict__.update(plan.config_overrides(swap.config_before))
-    rotary.reset_frequencies()
+    for config in first.values():
+        _give_own_config(model, config)
+    for rotary, swap, plan in zip(rotaries, swaps, plans, strict=True):
+        if plan is not None and plan is not swap.plan:
+            swap.plan = plan
+            rotary.config.__dict__.update(plan.config_overrides(swap.config_before))
+        rotary.reset_frequencies()
 
 
 def _give_own_config(model: nn.Module, config: PretrainedConfig) -> None:
@@ -314,7 +343,7 @@ def _restore_rotary(rotary: nn.Module) -> None:
             if key in swap.config_before.__dict__:
                 setattr(rotary.config, key, copy.deepcopy(getattr(swap.config_before, key)))
             else:
-                delattr(rotary.config, key)
+                rotary.config.__dict__.pop(key, None)  # gone already where rotary embeddings share the config
     rotary.reset_frequencies()
     for name, dtype in swap.dtypes_before.items():
         if name in rotary._buffers:
