@@ -61,13 +61,14 @@ def test_equals_the_function_of_the_model(backend, device, model, rotary_dim, la
             again = ops.apply_rotary_pos_emb(q, k, cos, sin, axis, **options)
             only_q = ops.apply_rotary_pos_emb(q, None, cos, sin, axis, **options)
             only_k = ops.apply_rotary_pos_emb(None, k, cos, sin, axis, **options)
-            assert only_q[1] is None and only_k[0] is None
+            assert only_q[1] is None
+            assert only_k[0] is None
             for one, both, expected in zip((only_q[0], only_k[1]), again, want, strict=True):
                 assert torch.equal(one, both)
                 torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_half_tables_without_heads_axis_of_the_batch(backend, device):
+def test_half_tables_without_a_batch(backend, device):
     q, k, cos, sin = problem(device, 64, "half")
     want = ops.apply_rotary_pos_emb(q[1:], k[1:], cos[1:], sin[1:], table_layout="half")
     got = ops.apply_rotary_pos_emb(q[1], k[1], cos[1], sin[1], unsqueeze_dim=0, table_layout="half")

@@ -12,7 +12,7 @@ ROWS = 12
 
 
 def formula(x, cos, sin, interleaved, offsets):
-    """``flash_attn``'s ``apply_rotary_emb_torch`` in float64: x ``[B, S, H, D]``, row ``s + offsets[b]`` for a token."""
+    """``flash_attn``'s ``apply_rotary_emb_torch`` in float64; the row of token ``s`` of ``x`` ``[B, S, H, D]`` is ``s + offsets[b]``."""
     at = torch.arange(x.shape[1], device=x.device) + torch.as_tensor(offsets, device=x.device).reshape(-1, 1)
     known = (at < cos.shape[0])[..., None]
     cos, sin = (t.double()[at.clamp_max(t.shape[0] - 1)] for t in (cos, sin))
@@ -273,7 +273,8 @@ QKV, GROUPED = torch.zeros(2, 5, 3, 4, 16), torch.zeros(2, 5, 8, 16)
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-    assert not QKV.any() and not GROUPED.any()
+    assert not QKV.any()
+    assert not GROUPED.any()
 
 
 def test_the_old_name():
