@@ -12,7 +12,7 @@ ROWS = 12
 
 
 def formula(x, cos, sin, interleaved, offsets):
-    """``flash_attn``'s ``apply_rotary_emb_torch`` in float64; the row of token ``s`` of ``x`` ``[B, S, H, D]`` is ``s + offsets[b]``."""
+    """``apply_rotary_emb_torch`` of flash-attention in float64: token ``s`` of ``x`` has row ``s + offsets[b]``."""
     at = torch.arange(x.shape[1], device=x.device) + torch.as_tensor(offsets, device=x.device).reshape(-1, 1)
     known = (at < cos.shape[0])[..., None]
     cos, sin = (t.double()[at.clamp_max(t.shape[0] - 1)] for t in (cos, sin))
