@@ -38,7 +38,7 @@ def heads(device, tokens=(7,), dtype=torch.float32):
 
 def positions_of(device, tokens=(7,), dtype=torch.int64):
     generator = torch.Generator().manual_seed(2)
-    return torch.randint(0, ROWS, tokens, generator=generator).to(device, dtype)
+    return torch.randint(0, ROWS, tokens, generator=generator, dtype=dtype).to(device)
 
 
 def by_cache(x, positions, table, is_neox, **options):
@@ -309,6 +309,13 @@ def test_values_are_looked_at_although_a_launch_is_kept(monkeypatch, call, bad):
     call(bad * 0)
     with pytest.raises(ValueError, match="must"):
         call(bad)
+
+
+@pytest.mark.parametrize("call", calls("meta", torch.float32))
+def test_nothing_waits_for_a_device(call):
+    """Tensors without values: what looked at one would raise."""
+    q, k = calls("meta", torch.float32)[call](*heads("meta"))
+    assert (q.numel(), k.numel()) == (Q.numel(), K.numel())
 
 
 @pytest.mark.parametrize("is_neox", [True, False])
