@@ -44,7 +44,7 @@ def apply_rotary_pos_emb(
             for the device, so a wrong layout of a possible width rotates by wrong angles without an error.
 
             - ``"cat"``: in both halves (Llama and most others, GLM, ERNIE 4.5); the first half is used.
-            - ``"repeat_interleave"``: in two neighbours (Cohere); only with ``interleaved``.
+            - ``"repeat_interleave"``: in two neighbours (Cohere); only with ``interleaved``. The tables are copied.
             - ``"half"``: once (gpt-oss).
             - None: ``"cat"``. It must be given where another layout is as likely: with ``interleaved``, and where
               the width is D/2, which is ``"half"`` for the whole head or ``"cat"`` for half of it.
@@ -89,6 +89,8 @@ def apply_rotary_pos_emb(
     pairs = _pairs(cos.shape[-1], given[0].shape[-1], interleaved, table_layout)
     first, second = moved(given[0]), moved(given[1]) if len(given) == 2 else None
     cos, sin = cos[..., pairs], sin[..., pairs]
+    if pairs.step is not None:  # the kernels read whole rows, and a launch is kept for such only
+        cos, sin = cos.contiguous(), sin.contiguous()
     angles = Angles(cos, sin, interleaved=interleaved)
     launch, key = launch_cache.find("apply_rotary_pos_emb", (first, second), angles)
     if launch is not None:

@@ -35,8 +35,8 @@ def apply_rotary_emb(
         Shaped and typed as ``x``. Differentiable in ``x``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together, or a table with fewer rows than
-            an integer offset and the length need; in place, as :func:`rope_dist.ops.rotary`.
+        ValueError: shapes, dtypes or devices that do not belong together, a negative integer offset, or a table with
+            fewer rows than an integer offset and the length need; in place, as :func:`rope_dist.ops.rotary`.
     """
     packed = cu_seqlens is not None
     if x.ndim != (3 if packed else 4):

@@ -9,6 +9,7 @@ import torch
 from helpers.tensors import exact_tables, frequencies
 
 from rope_dist import ops
+from rope_dist.ops import launch_cache
 
 LAYOUTS = {
     "cat": lambda x: torch.cat((x, x), -1),
@@ -16,7 +17,7 @@ LAYOUTS = {
     "half": lambda x: x,
 }
 
-# A model's function, rotated dimensions of heads of 64, the layout of its tables, and what the drop-in is told.
+# A model's function, rotated dimensions of heads of 64, the layout of its tables, and the options of the drop-in.
 STOCK = [
     ("llama", 64, "cat", {}),
     ("gpt_oss", 64, "half", {"table_layout": "half"}),
@@ -66,6 +67,17 @@ def test_equals_the_function_of_the_model(backend, device, model, rotary_dim, la
             for one, both, expected in zip((only_q[0], only_k[1]), again, want, strict=True):
                 assert torch.equal(one, both)
                 torch.testing.assert_close(one, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_launch_is_kept_for_every_layout(device):
+    if ops.backend_for(torch.empty(0, device=device)) == "reference":
+        pytest.skip("the reference keeps none")
+    for layout in LAYOUTS:
+        launch_cache.clear()
+        q, k, cos, sin = problem(device, 64, layout)
+        with torch.no_grad():
+            ops.apply_rotary_pos_emb(q, k, cos, sin, interleaved=True, table_layout=layout)
+        assert len(launch_cache._LAUNCHES) == 1, layout
 
 
 def test_half_tables_without_a_batch(backend, device):

@@ -156,7 +156,7 @@ def test_tokens_outside_the_sequences_pass(backend, device):
         assert_rounded(actual, by_base(x, positions, DIM, False, 1, 1e4))
 
 
-def test_frequencies_are_made_once_and_hold_under_inference_mode(device):
+def test_frequencies_are_made_once_although_in_inference_mode(device):
     drop_in_engines._FREQUENCIES.clear()
     q, _ = heads(device)
     positions = positions_of(device)
