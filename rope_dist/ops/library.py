@@ -215,7 +215,9 @@ def _split(flat: tuple) -> tuple[Projections, Angles, tuple]:
     first, last = len(Projections._fields), len(Projections._fields) + len(Angles._fields)
     projections, angles = Projections(*flat[:first]), Angles(*flat[first:last])
     if angles.deinterleave:
-        raise ValueError("deinterleave is for heads that are there: project, then ops.rotary or ops.rotary_at")
+        raise ValueError(
+            "deinterleave is for heads that are there: project, then ops.rotary or ops.rotary_at"
+        )
     return projections, angles, flat[last:]
 
 
