@@ -212,7 +212,7 @@ CASES = (
         {"wide stores": 4},
     ),
     # A wave has 64 threads, each with half of that: neighbours exchange through shared memory.
-    Case("rotary deinterleave", _rotary(128, 1, 64, **MLA), ("gfx942",), {"stack": 0, "shared": 2048}),
+    Case("rotary deinterleave", _rotary(128, 1, 64, **MLA), ("gfx942",), {"stack": 0, "shared": 4096}),
     # The bounds are looked through by all threads together: a few bytes to add up what each found.
     Case(
         "rotary packed", _packed, ("sm_90",), {**WIDE, "shared": 128, "narrow loads": 8}, {"wide stores": 4}

@@ -19,32 +19,37 @@ from .arguments import Angles
 from .backend import Launch
 from .triton_angles import angle, cos_sin, rotate
 
-
 # Between interleaved pairs and halves: a thread whose 16 bytes of each half are the members of V pairs holds the 2 V
-# neighbours that they are, in two accesses of 16 bytes. So no element goes from one thread to another. The axis of the
-# two accesses comes first, so that a thread's registers are in the order of its pairs.
+# neighbours that they are, in two accesses of 16 bytes. So no element goes from one thread to another. All first
+# accesses come before all second ones, so that a thread's registers are in the order of its pairs.
 
 
 @triton.jit
-def _places(V: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns ``[2, 1, WIDTH]`` of the neighbours, by access of ``V`` elements."""
-    column = tl.arange(0, WIDTH)[None, None, :]
-    return column // V * (2 * V) + tl.arange(0, 2)[:, None, None] * V + column % V
+def _neighbours(
+    start, V: tl.constexpr, HEADS: tl.constexpr, NUM_PAIRS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Head, column and mask of the neighbours, ``[2 * CHUNK, WIDTH]``."""
+    row = tl.arange(0, 2 * CHUNK)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    head = start + row % CHUNK
+    column = column // V * (2 * V) + row // CHUNK * V + column % V
+    return head, column, (head < HEADS) & (column < 2 * NUM_PAIRS)
 
 
 @triton.jit
 def _load_pairs(
-    source, added, known, stride_d,
-    BIAS: tl.constexpr, NUM_PAIRS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+    x, bias, start, stride_h, stride_d, BIAS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr, NUM_PAIRS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """First and second members ``[CHUNK, WIDTH]`` of interleaved pairs, float32."""
-    VECTOR: tl.constexpr = 128 // source.dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
     V: tl.constexpr = VECTOR if VECTOR < WIDTH else WIDTH
-    place = _places(V, WIDTH)
-    mask = known[None] & (place < 2 * NUM_PAIRS)
-    pairs = tl.load(source[None] + place.to(tl.int64) * stride_d, mask=mask).to(tl.float32)
+    head, column, mask = _neighbours(start, V, HEADS, NUM_PAIRS, CHUNK, WIDTH)
+    pairs = tl.load(x + head.to(tl.int64) * stride_h + column.to(tl.int64) * stride_d, mask=mask).to(
+        tl.float32
+    )
     if BIAS:
-        pairs += tl.load(added[None] + place, mask=mask).to(tl.float32)
+        pairs += tl.load(bias + head * HEAD_DIM + column, mask=mask).to(tl.float32)
     first, second = tl.split(tl.reshape(pairs, (2, CHUNK, WIDTH // V, V // 2, 2)))
     first = tl.reshape(tl.permute(first, (1, 2, 0, 3)), (CHUNK, WIDTH))
     second = tl.reshape(tl.permute(second, (1, 2, 0, 3)), (CHUNK, WIDTH))
@@ -53,17 +58,17 @@ def _load_pairs(
 
 @triton.jit
 def _store_pairs(
-    target, first, second, known, out_d, NUM_PAIRS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
-):
+    out, first, second, start, out_h, out_d,
+    HEADS: tl.constexpr, NUM_PAIRS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     """Store first and second members ``[CHUNK, WIDTH]`` as interleaved pairs."""
-    VECTOR: tl.constexpr = 128 // target.dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
     V: tl.constexpr = VECTOR if VECTOR < WIDTH else WIDTH
-    place = _places(V, WIDTH)
+    head, column, mask = _neighbours(start, V, HEADS, NUM_PAIRS, CHUNK, WIDTH)
     first = tl.permute(tl.reshape(first, (CHUNK, WIDTH // V, 2, V // 2)), (2, 0, 1, 3))
     second = tl.permute(tl.reshape(second, (CHUNK, WIDTH // V, 2, V // 2)), (2, 0, 1, 3))
-    pairs = tl.reshape(tl.join(first, second), (2, CHUNK, WIDTH)).to(target.dtype.element_ty)
-    mask = known[None] & (place < 2 * NUM_PAIRS)
-    tl.store(target[None] + place.to(tl.int64) * out_d, pairs, mask=mask)
+    pairs = tl.reshape(tl.join(first, second), (2 * CHUNK, WIDTH)).to(out.dtype.element_ty)
+    tl.store(out + head.to(tl.int64) * out_h + column.to(tl.int64) * out_d, pairs, mask=mask)
 
 
 @triton.jit
@@ -103,7 +108,19 @@ def _heads(
             else:
                 mask = known & (column < NUM_PAIRS)
                 if IN:
-                    first, second = _load_pairs(source, added, known, stride_d, BIAS, NUM_PAIRS, CHUNK, WIDTH)
+                    first, second = _load_pairs(
+                        x,
+                        bias,
+                        start,
+                        stride_h * VEC,
+                        stride_d,
+                        BIAS,
+                        HEAD_DIM,
+                        HEADS,
+                        NUM_PAIRS,
+                        CHUNK,
+                        WIDTH,
+                    )
                 else:
                     first = tl.load(source + wide * stride_d, mask=mask).to(tl.float32)
                     if BIAS:
@@ -113,7 +130,9 @@ def _heads(
                         second += tl.load(added + column + NUM_PAIRS, mask=mask).to(tl.float32)
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
                 if OUT:
-                    _store_pairs(target, first, second, known, out_d, NUM_PAIRS, CHUNK, WIDTH)
+                    _store_pairs(
+                        out, first, second, start, out_h * VEC, out_d, HEADS, NUM_PAIRS, CHUNK, WIDTH
+                    )
                 else:
                     tl.store(target + wide * out_d, first.to(out.dtype.element_ty), mask=mask)
                     tl.store(target + (wide + NUM_PAIRS) * out_d, second.to(out.dtype.element_ty), mask=mask)

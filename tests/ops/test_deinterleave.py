@@ -225,7 +225,7 @@ def test_in_place_is_refused(backend, device):
         lambda: ops.rotary_at(q, k, inv_freq, positions, deinterleave=True, inplace=True),
         lambda: torch.ops.rope_dist.rotate_(q, k, cos=cos, sin=sin, deinterleave=True),
     ):
-        with pytest.raises(ValueError, match="deinterleave writes a pair elsewhere .* give inplace=False"):
+        with pytest.raises(ValueError, match=r"deinterleave writes a pair elsewhere .* give inplace=False"):
             call()
     assert torch.equal(q, before)
 
