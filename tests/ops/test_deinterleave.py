@@ -11,6 +11,8 @@ from torch.func import grad, hessian, jacfwd, jvp, vmap
 from rope_dist import ops
 from rope_dist.ops import launch_cache
 
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
