@@ -35,7 +35,8 @@ struct Call {
   int64_t dtype;
   int64_t batch, length, head_dim;
   int64_t num_pairs;  // rotated pairs of a head
-  int64_t interleaved_in, interleaved_out;  // pairs as they are read and written; in place: one order
+  // Whether pairs are interleaved in what is read and in what is written; in place both are the same.
+  int64_t interleaved_in, interleaved_out;
   int64_t conjugate;
   Heads q, k;  // k.heads 0: no keys
   // Tables [batch, rows, num_pairs], float64 for float64 heads and float32 otherwise, innermost stride 1; a token's

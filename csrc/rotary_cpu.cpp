@@ -164,7 +164,8 @@ ROPE_INLINE void rotate_words(const T* in, T* out, const float* cos, const float
     const uint32_t b = load_word(in + (In ? 4 * i + 2 : num_pairs + 2 * i));
     float first, second, odd_first, odd_second;
     rotate(lower(type, a), In ? upper(type, a) : lower(type, b), cos[i], sin[i], first, second);
-    rotate(In ? lower(type, b) : upper(type, a), upper(type, b), odd_cos[i], odd_sin[i], odd_first, odd_second);
+    rotate(In ? lower(type, b) : upper(type, a), upper(type, b), odd_cos[i], odd_sin[i], odd_first,
+           odd_second);
     store_word(out + (Out ? 4 * i : 2 * i), to_lower(type, first) | to_upper(type, Out ? second : odd_first));
     store_word(out + (Out ? 4 * i + 2 : num_pairs + 2 * i),
                to_lower(type, Out ? odd_first : second) | to_upper(type, odd_second));

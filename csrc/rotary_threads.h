@@ -173,8 +173,8 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
   const int64_t position = position_of(call, b, s);
   const int64_t heads = call.q.heads + call.k.heads;
   // Angles of zero leave a token as it is where pairs stay in their places; elsewhere it has to be copied.
-  const bool known = In == Out || (call.inv_freq_q64 ? position != kNowhere
-                                                     : position >= 0 && position < call.rows);
+  const bool known =
+      In == Out || (call.inv_freq_q64 ? position != kNowhere : position >= 0 && position < call.rows);
   // Wide heads take several rounds; the usual ones take one.
   for (int64_t pair = static_cast<int64_t>(column) * N;
        pair < call.num_pairs || pair == static_cast<int64_t>(column) * N;
@@ -183,6 +183,7 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
     const bool once = pair == static_cast<int64_t>(column) * N;
     float cos[N], sin[N];
     if (rotated) angles_of<N>(call, b, position, pair, cos, sin);
+    // Two heads at a time keep more accesses under way; with pairs that change their order registers would spill.
 #pragma unroll(Bias || In != Out ? 1 : 2)
     for (int64_t head = row; head < heads; head += rows) {
       const bool query = head < call.q.heads;
@@ -201,7 +202,8 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
 template <typename T>
 inline bool wide(const Call& call) {
   constexpr int64_t kVector = 16 / sizeof(T);
-  bool fits = (call.interleaved_in && call.interleaved_out ? 2 * call.num_pairs : call.num_pairs) % kVector == 0;
+  bool fits =
+      (call.interleaved_in && call.interleaved_out ? 2 * call.num_pairs : call.num_pairs) % kVector == 0;
   for (const Heads* x : {&call.q, &call.k}) {
     const int64_t all = x->in_b | x->in_s | x->in_h | x->out_b | x->out_s | x->out_h;
     fits = fits && all % kVector == 0 && reinterpret_cast<uintptr_t>(x->in) % 16 == 0 &&
