@@ -7,6 +7,8 @@ import functools
 import torch
 from torch.autograd import forward_ad
 
+from .arguments import Angles
+
 
 def heads(q: torch.Tensor, k: torch.Tensor | None) -> None:
     """``q`` and ``k`` are ``[B, S, heads, D]`` of one shape (but for the heads), dtype and device."""
@@ -170,6 +172,14 @@ def writable(*tensors: torch.Tensor | None, names: tuple[str, ...] = ("q", "k"))
                 f"{first} and {second} share memory: in place it would be rotated twice (give one tensor with "
                 f"{second}=None, or inplace=False)"
             )
+
+
+def same_order(angles: Angles) -> None:
+    """A rotation in place writes each pair where it read it."""
+    if angles.deinterleave:
+        raise ValueError(
+            "deinterleave writes a pair elsewhere than it reads it, so it cannot be done in place: give inplace=False"
+        )
 
 
 def changeable(x: torch.Tensor, name: str) -> None:
