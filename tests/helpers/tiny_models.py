@@ -135,7 +135,12 @@ CHANGES: dict[str, dict] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 1.0, "rope_theta": 10000.0},
         # transformers 5.6 sizes the router by the hidden size of the experts.
-        "ffn_config": {"ffn_hidden_size": HIDDEN, "moe_num_experts": EXPERTS, "moe_top_k": EXPERTS},
+        "ffn_config": {
+            "hidden_size": HIDDEN,
+            "ffn_hidden_size": HIDDEN,
+            "moe_num_experts": EXPERTS,
+            "moe_top_k": EXPERTS,
+        },
     },
     "deepseek_v4": {
         "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
