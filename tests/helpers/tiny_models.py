@@ -56,7 +56,7 @@ SIZES = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "index_head_dim": 32,
-    "index_n_heads": 2,
+    "index_n_heads": 8,  # with few heads many scores are zero after the ReLU, and the choice among them is arbitrary
     "index_topk": 8,
     "use_sliding_window": True,
     **dict.fromkeys(
@@ -224,7 +224,7 @@ CHANGES: dict[str, dict] = {
         "heads_per_ngram": 2,
         "make_ngram_vocab_size_divisible_by": 8,
         "split_ngram_parts": 2,
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 8,
         "indexer_kv_heads": 1,
         "indexer_head_dim": HEAD_DIM,
         "indexer_budget": 8,
