@@ -204,6 +204,7 @@ CHANGES: dict[str, dict] = {
         "layer_types": ["full_attention", "minimax_m3_sparse"],
         "mlp_layer_types": ["dense", "sparse"],
         "index_head_dim": HEAD_DIM,
+        "index_n_heads": KV_HEADS,
         "index_block_size": 4,
         "index_topk_blocks": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
