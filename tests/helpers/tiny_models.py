@@ -112,7 +112,7 @@ GRANITE_SWA = {
     "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     "layer_rope_theta": [10000.0, 5000.0, 0],  # 0: a layer without rotation
 }
-# What a config needs beside its sizes, by the model type of the config or of the part of it.
+# What a config needs beside its sizes, by the model type of the config or of a part of a composite config.
 CHANGES: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"head_dim": HEAD_DIM},
@@ -384,7 +384,10 @@ def _built(cls: type, config: transformers.PretrainedConfig, dtype: torch.dtype,
 def tiny_model(
     model_type: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa", **changes
 ) -> transformers.PreTrainedModel:
-    """A seeded causal language model of the type in evaluation mode."""
+    """A seeded causal language model of the type in evaluation mode; eager attention where it has no sdpa.
+
+    ``changes`` are keys of its config. Buffers of rotary embeddings stay float32 whatever ``dtype`` is.
+    """
     return _built(model_class(model_type), tiny_config(model_type, **changes), dtype, attn_implementation)
 
 
