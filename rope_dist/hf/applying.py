@@ -156,8 +156,7 @@ def _can_rotate(q: torch.Tensor, k: torch.Tensor | None, table: torch.Tensor, un
 def _first(form: Form, q, k, cos, sin, inplace=False):
     """The first R dimensions of each head."""
     if form.layout == "interleaved-to-half":
-        q, k = _deinterleaved(q), _deinterleaved(k) if k is not None else None
-        return ops.rotary(q, k, cos, sin)
+        return ops.rotary(q, k, cos, sin, deinterleave=True)
     return ops.rotary(q, k, cos, sin, interleaved=form.layout == "interleaved", inplace=inplace)
 
 
@@ -171,7 +170,3 @@ def _last(form: Form, q, k, cos, sin):
     (q_kept, q), (k_kept, k) = split(q), split(k)
     q, k = _first(form, q, k, cos, sin)
     return torch.cat((q_kept, q), dim=-1), torch.cat((k_kept, k), dim=-1) if k is not None else None
-
-
-def _deinterleaved(x: torch.Tensor) -> torch.Tensor:
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

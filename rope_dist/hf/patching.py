@@ -198,8 +198,8 @@ def _check_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
     for rotary in rotaries:
         if id(rotary.config) not in saved:
             raise ValueError(
-                f"a {type(rotary).__name__} of the model has a config of its own (frequencies of a layer), which is not "
-                "saved: the model cannot be extended"
+                f"a {type(rotary).__name__} of the model has a config of its own (a theta for some layers), which "
+                "save_pretrained does not write: the model cannot be extended"
             )
 
 

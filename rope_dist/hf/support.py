@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from dataclasses import dataclass
@@ -97,8 +98,14 @@ _OTHER_TOWERS = re.compile("Vision|Audio")
 
 
 def _check_tables(model_type: str, rotary: type[nn.Module], forms: set[Form]) -> None:
+    """Of a rotary embedding with the type's default config, in which sections of position axes may be missing."""
     try:
-        new = new_stock(rotary, CONFIG_MAPPING[model_type]().get_text_config(decoder=True))
+        config = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+        parameters = config.rope_parameters
+        if "mrope_section" in inspect.getsource(rotary) and not parameters.get("mrope_section"):
+            pairs = new_stock(rotary, config).inv_freq.numel()
+            parameters["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+        new = new_stock(rotary, config)
     except Exception:  # no config of defaults, or not of this class: enable() looks at the model's own
         return
     for form in forms:
