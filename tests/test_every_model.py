@@ -17,7 +17,9 @@ REFUSED = {"codegen": "made once for a fixed length", "gptj": "made once for a f
 TYPES = [name for name in ROTARY_TYPES if name not in (*REFUSED, *NOT_BUILT)]
 COMPLEX = ("deepseek_v2", "llama4", "llama4_text")
 """Types that multiply complex numbers: torch's products may be fused with the sums, by processor and by strides."""
-IDS = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))  # past the sliding windows of 16
+IDS = torch.randint(
+    3, 90, (2, 24), generator=torch.Generator().manual_seed(1)
+)  # past the sliding windows of 16
 
 pytestmark = [
     pytest.mark.usefixtures("stock_again"),
@@ -149,7 +151,12 @@ def test_extended_saved_and_read_by_stock(name, tmp_path):
     torch.testing.assert_close(loaded(IDS).logits, extended, rtol=1e-5, atol=1e-5)
 
 
-NO_PLAN = ("there is nothing to extend", "has a config of its own", "which factors cannot express", "which of them sees whole texts is not known")
+NO_PLAN = (
+    "there is nothing to extend",
+    "has a config of its own",
+    "which factors cannot express",
+    "which of them sees whole texts is not known",
+)
 """Words of the reasons for which a model's frequencies cannot be planned."""
 
 
