@@ -16,7 +16,7 @@ import rope_dist
 from rope_dist.hf import enabled_modules, projecting, reporting
 
 ROOT = Path(__file__).resolve().parent.parent
-REFUSED = {"codegen": "made once for a fixed length", "gptj": "made once for a fixed length"}
+REFUSED = {name: "made once for a fixed length" for name in ("codegen", "gptj") if name in ROTARY_TYPES}
 """Types that enable() does not take, and words of the reason."""
 TYPES = [name for name in ROTARY_TYPES if name not in (*REFUSED, *NOT_BUILT)]
 COMPLEX = ("deepseek_v2", "llama4", "llama4_text")
@@ -200,6 +200,30 @@ def test_the_language_model_of_a_multimodal_model(name, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(IDS).logits, extended, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MULTIMODAL if name.startswith(("qwen", "glm4v"))])
+@torch.no_grad()
+def test_positions_in_time_height_and_width(name):
+    stock = tiny_multimodal(name)
+    enabled = copy.deepcopy(stock)
+    rope_dist.enable(enabled)
+    axes = torch.tensor([1, 2, 5])[:, None, None]
+    positions = (torch.arange(IDS.shape[1]) * axes).expand(3, 2, -1)
+    expected = stock(IDS, position_ids=positions).logits
+    assert not torch.allclose(expected, stock(IDS).logits, atol=1e-4)
+    assert torch.equal(enabled(IDS, position_ids=positions).logits, expected)
+
+
+@pytest.mark.skipif("gptj" not in REFUSED, reason="before 5.24 GPT-J has no rotary embedding of its own")
+def test_a_global_enable_leaves_what_it_does_not_know(tmp_path):
+    tiny_model("gptj").save_pretrained(tmp_path)
+    with rope_dist.enable():
+        with pytest.warns(
+            UserWarning, match="GPTJForCausalLM is left as it is: .*made once for a fixed length"
+        ):
+            model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not list(enabled_modules(model))
 
 
 def test_the_page_of_models():
