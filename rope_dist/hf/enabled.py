@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import sys
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -69,6 +70,7 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
         "stock": stock,
     }
     if is_rotary_embedding(stock):
+        body["tables_of"] = inspect.unwrap(stock.forward)
         return type(f"Enabled{stock.__name__}", (EnabledRotaryEmbedding, stock), body)
     forms: dict[str, Form] = {}
     conditions, reasons = [], []

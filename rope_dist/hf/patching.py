@@ -37,13 +37,15 @@ _LOCK = threading.RLock()
 
 @dataclass
 class _Swap:
-    """Kept on an enabled rotary embedding: what to restore, and how its tables hold their values.
+    """Kept on an enabled rotary embedding: what to restore, how its tables hold their values, and for which types of
+    layers they change with the length.
 
     Plain values, so that it copies and pickles.
     """
 
     dtypes_before: dict[str, torch.dtype]
     tables: str
+    by_length: frozenset[str | None] = frozenset()
     plan: RopePlan | None = None
     config_before: PretrainedConfig | None = None
 

@@ -38,6 +38,9 @@ class EnabledRotaryEmbedding(EnabledModule):
     which is off by more than 2 pi within a few thousand tokens.
     """
 
+    tables_of: Callable[..., Any]
+    """Stock's forward as it is written, without decorators."""
+
     def reset_frequencies(self) -> None:
         """Set the frequencies to what the config says, in float32, on the device they are on.
 
@@ -58,6 +61,7 @@ class EnabledRotaryEmbedding(EnabledModule):
         for name in list(self.__dict__):
             if name.endswith(("long_inv_freq", "max_seq_len_cached")) and name not in new.__dict__:
                 delattr(self, name)
+        self._rope_dist_swap.by_length = self._types_by_length()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         kept = dict(self._buffers)
@@ -68,14 +72,35 @@ class EnabledRotaryEmbedding(EnabledModule):
                 self._buffers[name] = before.to(after.device)
         return self  # type: ignore[return-value]
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None, **kwargs: Any
+    ) -> Any:
         """As stock, but in float32: its tables take dtype and device of ``x``, and nothing else."""
         if x.dtype != torch.float32:
             x = torch.empty(0, dtype=torch.float32, device=x.device)
-        made = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if layer_type is not None:
+            kwargs["layer_type"] = layer_type
+        swap = self._rope_dist_swap
+        if layer_type in swap.by_length:
+            made = super().forward(x, position_ids, **kwargs)  # type: ignore[misc]
+        else:
+            # Without its decorator, which looks at the positions of every call to choose between equal frequencies.
+            made = self.tables_of(x, position_ids, **kwargs)
         if not torch.compiler.is_compiling():
-            keep_pairs(self._rope_dist_swap.tables, made)
+            keep_pairs(swap.tables, made)
         return made
+
+    def _types_by_length(self) -> frozenset[str | None]:
+        """The types of layers whose frequencies change with the length that is read."""
+        found = set()
+        for layer_type in layer_types(self):
+            parameters = self.config.rope_parameters
+            parameters = parameters if layer_type is None else parameters[layer_type]
+            kind = parameters.get("rope_type", "default")
+            same = list(parameters.get("short_factor", ())) == list(parameters.get("long_factor", ()))
+            if "dynamic" in kind or (kind == "longrope" and not same):
+                found.add(layer_type)
+        return frozenset(found)
 
 
 def new_stock(stock: type[nn.Module], config: PretrainedConfig) -> nn.Module:
