@@ -59,8 +59,8 @@ def load_model(
         MissingPackageError: the packaged model, ``gguf`` or ``accelerate`` is not installed.
         ValueError: there is no such model or device, or the model's files are damaged.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, GgufConfig
 
     _check_device(device)
     source, options, tokenizer_options = name_or_path, {}, {}
@@ -74,7 +74,9 @@ def load_model(
         require("accelerate", "eval", f"loading {packaged.title}")
         source = str(Path(found.origin).parent)
         tokenizer_options = {"gguf_file": packaged.file}
-        options = {"gguf_file": packaged.file, "quantization_config": GgufConfig(dequantize=True)}
+        options = {"gguf_file": packaged.file}
+        if hasattr(transformers, "GgufConfig"):  # the versions before it always dequantize
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
@@ -82,7 +84,7 @@ def load_model(
         tokenizer = _load_tokenizer(source, tokenizer_options)
         # The bars of a large model are useful on a terminal.
         with _without_bars() if packaged or not sys.stderr.isatty() else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         return model.eval().to(device), tokenizer
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load {name_or_path}: {one_line(error)}") from None
