@@ -31,17 +31,15 @@ from .distribution import (
     disturbances,
 )
 from .files import write_text
+from .layer_types import EXTENDED_LAYERS, rope_parameters
 from .messages import one_line
 from .model_config import (
-    EXTENDED_LAYERS,
     GIVEN,
-    REFUSED,
     ModelRope,
     extended_parameters,
     load_config,
     pretrained_rope,
     read_rope,
-    rope_parameters,
 )
 from .presets import PRESETS
 from .strategies import (
@@ -64,7 +62,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTENDED_LAYERS",
-    "REFUSED",
     "RopePlan",
     "check_plan",
     "check_same_model",
@@ -161,8 +158,9 @@ class RopePlan:
 
     @property
     def disturbance(self) -> float:
-        """Mean over pairs of :attr:`disturbance_per_pair`, the paper's figure for a model (nats)."""
-        return math.fsum(self.disturbance_per_pair) / len(self.disturbance_per_pair)
+        """Mean over rotating pairs of :attr:`disturbance_per_pair`, the paper's figure for a model (nats)."""
+        rotating = self.pretrained.rotating().pairs
+        return math.fsum(self.disturbance_per_pair[:rotating]) / rotating
 
     @property
     def interpolated_dims(self) -> int:
@@ -196,7 +194,10 @@ class RopePlan:
         factors = [f / b for f, b in zip(self.factors, base, strict=True)]
         wavelengths = (2 * math.pi / self.pretrained.inv_freq.double()).tolist()
         rows = []
-        for factor, run in itertools.groupby(range(len(factors)), key=lambda i: factors[i]):
+        rotating = self.pretrained.rotating().pairs
+        for (factor, _), run in itertools.groupby(
+            range(len(factors)), key=lambda i: (factors[i], i < rotating)
+        ):
             pairs = list(run)
             first, last = pairs[0], pairs[-1]
             rows.append(
@@ -501,11 +502,12 @@ def plan(  # noqa: PLR0913  (public)
     # A strategy that looks at the disturbance looks at the one that is reported.
     measure = {"intervals": intervals, "divergence": divergence, "dtype": dtype}
     given.update({name: measure[name] for name in MEASURE_SETTINGS if name in STRATEGY_SETTINGS[strategy]})
-    scaling = get_strategy(strategy)(rope, target_length, **given)
+    rotating = rope.rotating()
+    scaling = get_strategy(strategy)(rotating, target_length, **given)
     per_pair = scaling.disturbance
     if per_pair is None:
         (per_pair,) = disturbances(
-            rope.inv_freq,
+            rope.inv_freq[: rotating.pairs],
             rope.length,
             [scaling.factors],
             target_length,
@@ -513,6 +515,8 @@ def plan(  # noqa: PLR0913  (public)
             divergence=divergence,
             dtype=dtype,
         )
+    factors = rope.base_factors.clone()
+    factors[: rotating.pairs] *= scaling.factors
     return RopePlan(
         strategy=strategy,
         settings=scaling.settings,
@@ -521,9 +525,9 @@ def plan(  # noqa: PLR0913  (public)
         rotary_dim=rope.rotary_dim,
         original_length=rope.length,
         target_length=target_length,
-        factors=tuple((rope.base_factors * scaling.factors).float().tolist()),
+        factors=tuple(factors.float().tolist()),
         attention_scaling=rope.attention_scaling * scaling.attention_scaling,
-        disturbance_per_pair=tuple(per_pair.tolist()),
+        disturbance_per_pair=(*per_pair.tolist(), *[0.0] * (rope.pairs - rotating.pairs)),
         intervals=intervals,
         divergence=divergence,
         dtype=str(dtype).removeprefix("torch."),

@@ -6,7 +6,6 @@ types known to work are listed instead: tested for transformers 4, from the sour
 
 from __future__ import annotations
 
-from ..model_config import rotates_windows_only
 from .stock import StockModel
 
 TRANSFORMERS_4 = frozenset((
@@ -46,20 +45,6 @@ MLX = frozenset((
     "mistral", "olmo2", "olmoe", "qwen2", "qwen3", "seed_oss", "smollm3",
 ))  # fmt: skip
 """``model_type`` whose model in mlx-lm 0.32 hands ``rope_scaling`` to a rotary embedding that knows longrope (read)."""
-
-
-def unextendable(model: StockModel) -> str | None:
-    """Why no config makes an engine run this model by a plan, or None if one can."""
-    text = model.text
-    nothing = rotates_windows_only(text)
-    if nothing is not None:
-        return nothing
-    if model.parameters.get("llama_4_scaling_beta"):
-        return (
-            f"{text.model_type} scales queries by their position over original_max_position_embeddings "
-            "(llama_4_scaling_beta), which a plan has to set to its target length"
-        )
-    return None
 
 
 def unable_model(engine: str, model: StockModel) -> str | None:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..model_config import EXTENDED_LAYERS, load_config, model_class, pretrained_rope, rope_parameters
+from ..layer_types import EXTENDED_LAYERS, rope_parameters
+from ..model_config import load_config, pretrained_rope
+from ..stock_rotary import model_class
 from .engines import EngineConfig
 
 if TYPE_CHECKING:

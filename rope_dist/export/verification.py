@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tabulate import tabulate
 
+from ..layer_types import unextendable
 from ..planning import RopePlan
 from ..strategies import default_inv_freq
-from .architectures import unable_model, unextendable
+from .architectures import unable_model
 from .engines import ENGINES, EngineConfig, check_engines, unable
 from .gguf_reading import read as read_gguf
 from .stock import StockModel, changed, read_config
@@ -176,7 +177,7 @@ def _directory(
 
 
 def _installed_transformers(model: StockModel, source: PretrainedConfig | None) -> EngineConfig:
-    reason = unextendable(model)
+    reason = unextendable(model.text)
     if reason is None and source is not None:
         reason = changed(StockModel(source), model)
     if reason is not None:
@@ -187,7 +188,7 @@ def _installed_transformers(model: StockModel, source: PretrainedConfig | None) 
 def _by_formula(
     read_config: Callable[[Mapping[str, Any]], EngineConfig], file: Mapping[str, Any], model: StockModel
 ) -> EngineConfig:
-    reason = unextendable(model)
+    reason = unextendable(model.text)
     if reason is not None:
         raise ValueError(reason)
     if model.part is not None:
