@@ -337,12 +337,16 @@ def _check_represented(
     planned: PretrainedRope,
 ) -> None:
     """``ValueError`` unless the model's own class computes ``planned`` from the changed config, to the last bit."""
+    from huggingface_hub.errors import StrictDataclassError
+
     name = type(config).__name__
     trial = copy.deepcopy(config)
     trial.__dict__.update(copy.deepcopy(entries))
     try:
         found, scaling = stock_rotary.frequencies(trial, layers)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        with stock_rotary.without_remarks():
+            trial.validate()  # as saving and loading it do
+    except (StrictDataclassError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"stock transformers cannot run this plan in {name}: {_reason(error)}") from None
     if not torch.equal(found, planned.inv_freq):
         raise ValueError(f"stock transformers would compute other frequencies from {name} than planned")

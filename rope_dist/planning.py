@@ -354,8 +354,8 @@ def _resolve(
     head_dim: int | None,
     rotary_dim: int | None,
     original_length: int | None,
-) -> tuple[ModelRope, str | None]:
-    """The rotary embedding to extend, and the name of the source."""
+) -> tuple[ModelRope, str | None, PretrainedConfig | None]:
+    """The rotary embedding to extend, the name of the source, and the config where it is a model."""
     numbers = {"theta": theta, "head_dim": head_dim, "rotary_dim": rotary_dim}
     if source is None:
         needed = {**numbers, "original_length": original_length}
@@ -368,7 +368,8 @@ def _resolve(
         head_dim = check_rotary_dim(head_dim, "head_dim")
         rotary_dim = head_dim if rotary_dim is None else check_rotary_dim(rotary_dim, "rotary_dim")
         length = check_length(original_length, "original_length")
-        return ModelRope(PretrainedRope(check_number(theta, "theta"), rotary_dim, length), head_dim), None
+        rope = PretrainedRope(check_number(theta, "theta"), rotary_dim, length)
+        return ModelRope(rope, head_dim), None, None
     given = [k for k, v in numbers.items() if v is not None]
     if given:
         raise ValueError(f"{', '.join(given)} come from the model; give a model or plain numbers, not both")
@@ -377,10 +378,11 @@ def _resolve(
             rope = PRESETS[str(source)]
             if original_length is not None:
                 rope = replace(rope, length=check_length(original_length, "original_length"))
-            return ModelRope(rope, rope.rotary_dim, None if original_length is None else GIVEN), str(source)
+            length_from = None if original_length is None else GIVEN
+            return ModelRope(rope, rope.rotary_dim, length_from), str(source), None
         config = load_config(source)
         try:
-            return read_rope(config, original_length), str(source)
+            return read_rope(config, original_length), str(source), config
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
     config = getattr(source, "config", source)
@@ -389,7 +391,7 @@ def _resolve(
             f"cannot plan from a {type(source).__name__}: expected a preset, a path, a hub id, a transformers "
             "config or model"
         )
-    return read_rope(config, original_length), getattr(config, "_name_or_path", None) or None
+    return read_rope(config, original_length), getattr(config, "_name_or_path", None) or None, config
 
 
 def check_options(
@@ -487,7 +489,7 @@ def plan(  # noqa: PLR0913  (public)
         TypeError: ``source`` is of another kind.
     """
     factor, given = check_options(strategy, target_length, factor, settings, more_settings)
-    found, name = _resolve(source, theta, head_dim, rotary_dim, original_length)
+    found, name, config = _resolve(source, theta, head_dim, rotary_dim, original_length)
     rope = found.rope
     if found.loss is not None:
         warnings.warn(found.loss, stacklevel=2)
@@ -517,7 +519,7 @@ def plan(  # noqa: PLR0913  (public)
         )
     factors = rope.base_factors.clone()
     factors[: rotating.pairs] *= scaling.factors
-    return RopePlan(
+    made = RopePlan(
         strategy=strategy,
         settings=scaling.settings,
         theta=rope.theta,
@@ -536,3 +538,6 @@ def plan(  # noqa: PLR0913  (public)
         original_length_from=found.length_from,
         notes=(*found.notes, *([found.loss] if found.loss else [])),
     )
+    if config is not None:
+        made.config_overrides(config)  # raises where stock could not run it
+    return made

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import inspect
+import logging
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,29 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _OTHER_TOWERS = ("Vision", "Audio")
+
+
+@contextlib.contextmanager
+def without_remarks() -> Iterator[None]:
+    """No remarks of transformers on rotary parameters.
+
+    It does not know the keys for other engines (``short_mscale``, ``long_mscale``), and compares the number of factors
+    with the wrong head where layers have several.
+    """
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not (
+            message.startswith("Unrecognized keys in `rope_parameters`")
+            or "_factor field must have length" in message
+        )
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def model_class(mapped: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ import torch
 
 from ..layer_types import EXTENDED_LAYERS, rope_parameters
 from ..model_config import load_config, pretrained_rope
-from ..stock_rotary import model_class
+from ..stock_rotary import model_class, without_remarks
 from .engines import EngineConfig
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 def read_config(source: str | os.PathLike[str]) -> PretrainedConfig:
     """:func:`rope_dist.planning.load_config`, without transformers' warning about keys for other engines."""
-    with _no_warning_of_keys():
+    with without_remarks():
         return load_config(source)
 
 
@@ -98,7 +97,7 @@ class StockModel:
                     continue
                 try:
                     # Not by from_config, which a global enable() changes.
-                    with torch.device("meta"), _no_warning_of_keys():
+                    with torch.device("meta"), without_remarks():
                         return model_class(mapping[type(config)])(copy.deepcopy(config))
                 except Exception as error:
                     if config is not self.text:
@@ -168,7 +167,7 @@ class StockModel:
     @property
     def multimodal_positions(self) -> bool:
         """Whether a token has positions in time, height and width (Qwen2-VL), each rotating some of the pairs."""
-        return "mrope_section" in self.parameters or hasattr(self.rotary, "mrope_section")
+        return "mrope_section" in self.parameters or (self.rotary is not None and _axes(self.rotary) > 1)
 
     def _tables(self, rotary: nn.Module, position: int) -> tuple[torch.Tensor, float]:
         """``inv_freq`` after a forward pass over a text that ends at ``position``, and the factor of cos and sin."""
@@ -177,8 +176,9 @@ class StockModel:
             if parameters is self.parameters:
                 prefix, options = f"{layer_type}_", {"layer_type": layer_type}
         positions = torch.tensor([[0, position]])
-        if hasattr(rotary, "mrope_section"):
-            positions = positions.expand(3, 1, 2)
+        axes = _axes(rotary, **options)
+        if axes > 1:
+            positions = positions.expand(axes, 1, 2)
         try:
             with torch.no_grad():
                 tables = rotary(torch.zeros(1), positions, **options)
@@ -192,6 +192,18 @@ class StockModel:
             if not math.isclose(at_zero, scaling, rel_tol=1e-6):
                 scaling = at_zero
         return getattr(rotary, f"{prefix}inv_freq").clone(), scaling
+
+
+def _axes(rotary: nn.Module, **options: str) -> int:
+    """The number of positions that a token has to this rotary embedding."""
+    if hasattr(rotary, "mrope_section"):
+        return 3
+    for axes in (1, 3, 4):
+        positions = torch.zeros(1, 2, dtype=torch.long)
+        with contextlib.suppress(Exception), torch.no_grad():
+            rotary(torch.zeros(1), positions.expand(axes, 1, 2) if axes > 1 else positions, **options)
+            return axes
+    return 1
 
 
 SUPERSEDED = frozenset((
@@ -223,18 +235,3 @@ def changed(before: StockModel, after: StockModel) -> str | None:
 
 def _message(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _no_warning_of_keys() -> Iterator[None]:
-    # short_mscale and long_mscale are for vLLM and SGLang; transformers warns that it does not know them.
-    logger = logging.getLogger("transformers.modeling_rope_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Unrecognized keys in `rope_parameters`")
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
