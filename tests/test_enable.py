@@ -171,7 +171,9 @@ class TestSixteenBit:
             model.to(dtype)
         rotary = model.model.rotary_emb
         assert rotary.inv_freq.dtype == torch.float32
-        cos, sin = rotary(torch.zeros(1, dtype=dtype), torch.tensor([[16383]]))
+        tables = rotary(torch.zeros(1, dtype=dtype), torch.tensor([[16383]]))
+        assert tables[0].dtype == torch.float32
+        cos, sin = (table.chunk(2, dim=-1)[0] for table in tables)
         angle = 16383 * inv_freq
         # One float32 rounding of an angle of 16383 radians is 4.9e-4; bfloat16 frequencies are off by turns.
         assert (cos.double() - angle.cos()).abs().max() < 1e-3
@@ -412,11 +414,11 @@ class TestRefusals:
         before = classes(model)
         with pytest.raises(
             ValueError,
-            match=r"GPT2LMHeadModel \(model_type gpt2\) is not a supported family; supported: Llama, Mistral",
+            match=r"GPT2LMHeadModel \(model_type gpt2\) has no attention with a rotary embedding",
         ):
             rope_dist.enable(model)
         assert classes(model) == before
-        with pytest.raises(ValueError, match="Linear is not a supported family"):
+        with pytest.raises(ValueError, match="Linear has no attention with a rotary embedding"):
             rope_dist.enable(torch.nn.Linear(2, 2))
 
     @pytest.mark.parametrize(

@@ -26,9 +26,11 @@ from ..model_config import GIVEN, pretrained_rope
 from ..planning import RopePlan, check_options
 from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
-from .families import FAMILIES, REFUSED, enabled_class, is_rotary_embedding, is_stock, known_stock
-from .modules import RotaryTables, RotatedAttention
+from .enabled import EnabledAttention, enabled_class, is_rotary_embedding, stock_class
+from .forms import Form, NotRotary, Unsupported
 from .reporting import LayerReport, report, summary
+from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding, check_tables, new_stock
+from .towers import language_modules
 
 _LOCK = threading.RLock()
 
@@ -37,7 +39,7 @@ _LOCK = threading.RLock()
 class _Swap:
     """Kept on an enabled rotary embedding: what to restore. Plain values, so that it copies and pickles."""
 
-    dtype_before: torch.dtype
+    dtypes_before: dict[str, torch.dtype]
     plan: RopePlan | None = None
     config_before: PretrainedConfig | None = None
 
@@ -151,7 +153,7 @@ def enable(
         for rotary, new in zip(rotaries, plans, strict=True):
             _swap_rotary(model, rotary, new)
         for attention in attentions:
-            if not isinstance(attention, RotatedAttention):
+            if not isinstance(attention, EnabledAttention):
                 _set_class(attention, enabled_class(type(attention)))
         _ENABLED_MODELS.add(model)
         return Enabled(model, plans[0], len(attentions), _previous=previous)
@@ -173,20 +175,11 @@ def disable(model: nn.Module | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         for module in model.modules():
-            if isinstance(module, RotaryTables):
+            if isinstance(module, EnabledRotaryEmbedding):
                 _restore_rotary(module)
-            elif isinstance(module, RotatedAttention):
+            elif isinstance(module, EnabledAttention):
                 _set_class(module, type(module).stock)
         _ENABLED_MODELS.discard(model)
-
-
-def supported() -> list[str]:
-    """Names of the model families that :func:`enable` takes.
-
-    In all of them the projections and the rotation are one launch where the kernels run, but where queries and
-    keys are normalised in between (Qwen3, OLMo, Gemma3): there the rotation alone is.
-    """
-    return [family.name for family in FAMILIES]
 
 
 # --- one model ---------------------------------------------------------------------------------
@@ -197,36 +190,53 @@ _ENABLED_MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """The rotary embeddings and attentions to swap; ``ValueError`` unless all of them can be."""
     rotaries, attentions = [], []
-    for name, module in model.named_modules():
-        kind = type(module)
-        if known_stock(kind) is None:
+    for name, module in language_modules(model):
+        cls = type(module)
+        stock = stock_class(cls)
+        if stock is None:
             continue
-        if not is_stock(kind) and not isinstance(module, (RotaryTables, RotatedAttention)):
+        if cls is not stock and not isinstance(module, EnabledModule):
             raise ValueError(
-                f"{name} is a {kind.__name__}, a changed {kind.__mro__[1].__name__}: only the stock class is supported"
+                f"{name} is a {cls.__name__}, a changed {stock.__name__}: only the stock class is supported"
             )
         if "forward" in module.__dict__ and not hasattr(module, "_old_forward"):
             raise ValueError(
                 f"the forward of {name} has been replaced on the instance: undo that before enable()"
             )
-        if is_rotary_embedding(kind):
+        if is_rotary_embedding(stock):
             rotaries.append(module)
-        elif getattr(module, "use_rope", True):  # SmolLM3 has layers without a rotary embedding
+        elif enabled_class(stock).rotates(module):
             attentions.append(module)
     if not rotaries or not attentions:
-        raise ValueError(_refusal(model))
+        raise NotRotary(
+            f"{_described(model)} has no attention with a rotary embedding: there is nothing to enable"
+        )
+    _check_tables(rotaries, attentions)
     return rotaries, attentions
 
 
-def _refusal(model: nn.Module) -> str:
-    config = getattr(model, "config", None)
-    kinds = [getattr(config, "model_type", None)]
-    if hasattr(config, "get_text_config"):
-        kinds.append(config.get_text_config().model_type)
-    name = f"{type(model).__name__}{f' (model_type {kinds[0]})' if kinds[0] else ''}"
-    reason = next((REFUSED[kind] for kind in kinds if kind in REFUSED), None)
-    what = f"{name} cannot be enabled: {reason}" if reason else f"{name} is not a supported family"
-    return f"{what}; supported: {', '.join(supported())}"
+def _check_tables(rotaries: list[nn.Module], attentions: list[nn.Module]) -> None:
+    """``ValueError`` unless each rotary embedding makes tables for each form that the attentions of its file take."""
+    classes = {type(attention) for attention in attentions}
+    stocks = {stock_class(cls) for cls in classes}
+    forms: dict[str, set[Form]] = {}
+    for stock in stocks:
+        forms.setdefault(stock.__module__, set()).update(enabled_class(stock).forms)
+    made = {stock_class(type(rotary)).__module__ for rotary in rotaries}
+    if forms.keys() - made:
+        raise Unsupported(
+            f"no rotary embedding was found for the attention of {', '.join(sorted(forms.keys() - made))}"
+        )
+    for rotary in rotaries:
+        stock = stock_class(type(rotary))
+        new = new_stock(stock, rotary.config)
+        for form in forms.get(stock.__module__, ()):
+            check_tables(new, form)
+
+
+def _described(model: nn.Module) -> str:
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return f"{type(model).__name__}{f' (model_type {kind})' if kind else ''}"
 
 
 def _swap_of(rotary: nn.Module) -> _Swap | None:
@@ -259,8 +269,8 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
 def _swap_rotary(model: nn.Module, rotary: nn.Module, plan: RopePlan | None) -> None:
     swap = _swap_of(rotary)
     if swap is None:
-        dtype = next(b.dtype for name, b in rotary.named_buffers() if name.endswith("inv_freq"))
-        swap = rotary._rope_dist_swap = _Swap(dtype_before=dtype)
+        dtypes = {name: buffer.dtype for name, buffer in rotary.named_buffers(recurse=False)}
+        swap = rotary._rope_dist_swap = _Swap(dtypes)
         _set_class(rotary, enabled_class(type(rotary)))
     if plan is not None and plan is not swap.plan:
         if swap.plan is None:
@@ -306,8 +316,9 @@ def _restore_rotary(rotary: nn.Module) -> None:
             else:
                 delattr(rotary.config, key)
     rotary.reset_frequencies()
-    for name in rotary.frequency_buffers():
-        setattr(rotary, name, getattr(rotary, name).to(swap.dtype_before))
+    for name, dtype in swap.dtypes_before.items():
+        if name in rotary._buffers:
+            rotary._buffers[name] = rotary._buffers[name].to(dtype)
     del rotary._rope_dist_swap
     _set_class(rotary, type(rotary).stock)
 
@@ -372,9 +383,14 @@ def _enabling(builder: Any) -> Any:
             return result
         # from_pretrained(output_loading_info=True) returns a pair.
         model = result[0] if isinstance(result, tuple) else result
-        if any(is_stock(type(module)) for module in model.modules()):
+        try:
             enable(model, **mode.options)
-            mode.models.add(model)
+        except NotRotary:
+            return result
+        except Unsupported as error:
+            warnings.warn(f"{type(model).__name__} is left as it is: {error}", stacklevel=2)
+            return result
+        mode.models.add(model)
         return result
 
     return build
@@ -382,4 +398,4 @@ def _enabling(builder: Any) -> Any:
 
 def enabled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules of ``model`` that run this package's code."""
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, (RotaryTables, RotatedAttention)))
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, EnabledModule))

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .families import is_rotary_embedding, known_stock
-from .modules import RotatedAttention, why_not_fused, why_not_its_weight
+from .enabled import EnabledAttention, enabled_class, is_rotary_embedding, stock_class
+from .fusing import PROJECTIONS
+from .projecting import projections, why_not_fused, why_not_its_weight
+from .towers import language_modules
 
 FUSED = "projection + rotary"
 ROTARY = "rotary"
@@ -48,23 +50,30 @@ def report(
     dtype = dtype or (first.dtype if first is not None else torch.get_default_dtype())
     device = device or (first.device if first is not None else "cpu")
     x = torch.empty(0, dtype=dtype, device=device)
-    return [
-        _layer(name, module, x)
-        for name, module in model.named_modules()
-        if known_stock(type(module)) is not None and not is_rotary_embedding(type(module))
-    ]
+    layers = []
+    for name, module in language_modules(model):
+        stock = stock_class(type(module))
+        if stock is not None and not is_rotary_embedding(stock):
+            layers.append(_layer(name, module, stock, x))
+    return layers
 
 
-def _layer(name: str, attention: nn.Module, x: torch.Tensor) -> LayerReport:
-    if not getattr(attention, "use_rope", True):
+def _layer(name: str, attention: nn.Module, stock: type, x: torch.Tensor) -> LayerReport:
+    try:
+        enabled = enabled_class(stock)
+    except ValueError as error:
+        return LayerReport(name, UNTOUCHED, str(error))
+    if not enabled.rotates(attention):
         return LayerReport(name, UNTOUCHED, "the layer has no rotary embedding")
-    if not isinstance(attention, RotatedAttention):
+    if not isinstance(attention, EnabledAttention):
         return LayerReport(name, UNTOUCHED, "the model is not enabled")
+    if attention.why_separate:
+        return LayerReport(name, ROTARY, attention.why_separate)
     reason = why_not_fused(attention, x)
     if reason is None:
         return LayerReport(name, FUSED)
-    for projection in ("q_proj", "k_proj", "v_proj"):
-        if why_not_its_weight(getattr(attention, projection), x) == reason:
+    for projection, module in zip(PROJECTIONS, projections(attention), strict=True):
+        if why_not_its_weight(module, x) == reason:
             reason = f"{projection}: {reason}"
             break
     return LayerReport(name, ROTARY, reason)

@@ -1,0 +1,145 @@
+"""Enabled classes: a stock attention whose own methods call this package's rotation instead of its file's.
+
+An enabled attention is a subclass of the stock class. Its methods that apply a rotation are copies of stock's with
+other globals: those of the stock file, but for the functions that apply the rotation. What stands before and after it
+(norms, gates, sinks, windows, caches) stays stock's, and so do ``__init__``, parameters, buffers and the name in the
+module tree: checkpoints, sharding plans and hooks go on finding what they look for.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import sys
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import nn
+
+from .applying import replacement
+from .forms import STOCK, Form, Unsupported, rotating_methods, stock_file
+from .fusing import condition, fused, why_separate
+from .projecting import project_and_rotate
+from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
+
+
+class EnabledAttention(EnabledModule):
+    """Mixin of a stock attention, or of another module that rotates (an indexer).
+
+    Attributes:
+        forms: of the functions that its methods call to rotate.
+        why_separate: why projections and rotation are not one call in its methods; empty where they are.
+        conditions: expressions of ``self`` that say whether a method rotates.
+    """
+
+    forms: tuple[Form, ...] = ()
+    why_separate: str = ""
+    conditions: tuple[CodeType, ...] = ()
+
+    @classmethod
+    def rotates(cls, module: nn.Module) -> bool:
+        """Whether ``module``, enabled or not, has a rotary embedding at all (SmolLM3 leaves it out of some layers)."""
+        return all(eval(test, {"self": module}) for test in cls.conditions)
+
+
+@functools.cache
+def stock_class(cls: type) -> type[nn.Module] | None:
+    """The class of transformers that ``cls`` is or is made from, if it is a rotary embedding or rotates; else None."""
+    for base in cls.__mro__:
+        if base.__module__.startswith(STOCK) and (is_rotary_embedding(base) or any(rotating_methods(base))):
+            return base
+    return None
+
+
+def is_rotary_embedding(cls: type) -> bool:
+    """Whether ``cls`` makes the tables of a rotary embedding: transformers says so in the names of such classes."""
+    return issubclass(cls, nn.Module) and "RotaryEmbedding" in cls.__name__
+
+
+@functools.cache
+def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
+    """The enabled class of a class that :func:`stock_class` returned; it names the class it replaces as ``stock``.
+
+    Raises:
+        Unsupported: a function that rotates is not of a known form.
+    """
+    body: dict[str, Any] = {
+        "__module__": _copy_name(stock.__module__),
+        "__doc__": f"``{stock.__name__}`` that runs this package's rotary embedding.",
+        "stock": stock,
+    }
+    if is_rotary_embedding(stock):
+        return type(f"Enabled{stock.__name__}", (EnabledRotaryEmbedding, stock), body)
+    forms: dict[str, Form] = {}
+    conditions, reasons = [], []
+    for base, method, functions in rotating_methods(stock):
+        file, copies = stock_file(base.__module__), _copies_of(base.__module__)
+        for name in functions:
+            forms[name] = file.form(name)
+            copies[name] = replacement(forms[name], file.function(name))
+        code, tree = None, file.methods[base.__name__, method]
+        if len(functions) == 1:
+            (name,) = functions
+            conditions.append(condition(tree, name))
+            fusion = fused(tree, name, file.path) if forms[name].can_be_fused else None
+            if fusion is not None:
+                code = fusion.code
+                copies[fusion.call] = functools.partial(
+                    project_and_rotate, forms[name], file.function(name), fusion.transposed
+                )
+        if code is None:
+            reasons.append(why_separate(tree, [forms[name] for name in functions]))
+        body[method] = _copied(vars(base)[method], copies, code)
+    body["forms"] = tuple(forms.values())
+    body["conditions"] = tuple(test for test in conditions if test is not None)
+    body["why_separate"] = reasons[0] if reasons else ""
+    return type(f"Enabled{stock.__name__}", (EnabledAttention, stock), body)
+
+
+def _copy_name(module: str) -> str:
+    return f"{__name__}.{module.removeprefix(STOCK)}"
+
+
+@functools.cache
+def _copies_of(stock_module: str) -> dict[str, Any]:
+    """The globals for copies of a stock file's functions.
+
+    They belong to a module that can be imported by its name, which is how torch.compile finds them.
+    """
+    stock = sys.modules[stock_module]
+    copies = ModuleType(_copy_name(stock_module))
+    own = {name: value for name, value in vars(stock).items() if not name.startswith("__")}
+    vars(copies).update(own, __builtins__=builtins, __file__=stock.__file__)
+    sys.modules[copies.__name__] = copies
+    return vars(copies)
+
+
+def _copied(function: FunctionType, copies: dict[str, Any], code: CodeType | None) -> FunctionType:
+    """A copy of a method with the globals ``copies``, and the code ``code`` if given; its decorators stay around it."""
+    inside = getattr(function, "__wrapped__", None)
+    new_inside = None if inside is None else _copied(inside, copies, code)
+    if inside is None:
+        new_code, own, closure = code or function.__code__, copies, None if code else function.__closure__
+    else:
+        cells = function.__closure__ or ()
+        if not any(_contents(cell) is inside for cell in cells):
+            raise Unsupported(
+                f"a decorator of {function.__qualname__} keeps what it wraps where it is not found"
+            )
+        new_code, own = function.__code__, function.__globals__
+        closure = tuple(CellType(new_inside) if _contents(cell) is inside else cell for cell in cells)
+    new = FunctionType(new_code, own, function.__name__, function.__defaults__, closure)
+    new.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(new, function)
+    if inside is None:
+        del new.__wrapped__
+    else:
+        new.__wrapped__ = new_inside
+    return new
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled
+        return None
