@@ -105,6 +105,11 @@ def unextendable(config: PretrainedConfig) -> str | None:
             "this version of transformers would scale the sliding layers of olmo3 too: from 5.13 on its types of "
             "layers have frequencies of their own"
         )
+    if config.__dict__.get("global_head_dim") not in (None, config.__dict__.get("head_dim")):
+        return (
+            f"this version of transformers computes a longrope of {kind} by the head_dim of its sliding layers: from "
+            "5.16 on types of layers may have head_dims of their own"
+        )
     try:
         extended_layers(config)
     except ValueError as error:
@@ -116,7 +121,8 @@ def _rotates_windows_only(config: PretrainedConfig) -> str | None:
     kind = getattr(config, "model_type", "")
     key = ROTATES_WINDOWS_ONLY.get(kind)
     window = getattr(config, key, None) if key else None
-    if not (window and _WINDOWS & set(getattr(config, "layer_types", None) or ())):
+    everywhere = kind == "recurrent_gemma"
+    if not window or not (everywhere or _WINDOWS & set(getattr(config, "layer_types", None) or ())):
         return None
     return (
         f"there is nothing to extend: {kind} rotates only the layers that see {window} tokens ({key}), and a longer "

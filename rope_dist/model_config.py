@@ -319,6 +319,9 @@ def extended_parameters(
     if config.__dict__.get("original_max_position_embeddings") is not None:
         # transformers prefers it to the one of the rotary parameters.
         entries["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
+    if layers is None and config.__dict__.get("partial_rotary_factor") is not None:
+        # Beside the rotary parameters, and preferred there by older versions (5.6).
+        entries["partial_rotary_factor"] = parameters["partial_rotary_factor"]
     if _heterogeneous(config):
         # Stock computes a longrope by the head_dim of the layer, but reads the model's to check the number of factors.
         entries["allow_global_per_layer_attribute_access"] = True
@@ -336,16 +339,16 @@ def _check_represented(
     layers: str | None,
     planned: PretrainedRope,
 ) -> None:
-    """``ValueError`` unless the model's own class computes ``planned`` from the changed config, to the last bit."""
+    """``ValueError`` unless stock computes ``planned`` from the config when it is saved and loaded, to the last bit."""
     from huggingface_hub.errors import StrictDataclassError
 
     name = type(config).__name__
     trial = copy.deepcopy(config)
     trial.__dict__.update(copy.deepcopy(entries))
     try:
-        found, scaling = stock_rotary.frequencies(trial, layers)
         with stock_rotary.without_remarks():
-            trial.validate()  # as saving and loading it do
+            loaded = type(trial).from_dict(trial.to_diff_dict())  # which also validates it
+        found, scaling = stock_rotary.frequencies(loaded, layers)
     except (StrictDataclassError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"stock transformers cannot run this plan in {name}: {_reason(error)}") from None
     if not torch.equal(found, planned.inv_freq):

@@ -21,27 +21,31 @@ if TYPE_CHECKING:
 _OTHER_TOWERS = ("Vision", "Audio")
 
 
+_REMARKS = {
+    # It does not know the keys for other engines, and counts factors by the wrong head where layers have several.
+    "transformers.modeling_rope_utils": (
+        "Unrecognized keys in `rope_parameters`",
+        "_factor field must have length",
+    ),
+    "transformers.integrations.heterogeneity.configuration_utils": ("Reading global config value",),
+}
+
+
 @contextlib.contextmanager
 def without_remarks() -> Iterator[None]:
-    """No remarks of transformers on rotary parameters.
-
-    It does not know the keys for other engines (``short_mscale``, ``long_mscale``), and compares the number of factors
-    with the wrong head where layers have several.
-    """
-    logger = logging.getLogger("transformers.modeling_rope_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        return not (
-            message.startswith("Unrecognized keys in `rope_parameters`")
-            or "_factor field must have length" in message
-        )
-
-    logger.addFilter(keep)
+    """No remarks of transformers on what a plan writes on purpose."""
+    loggers = {logging.getLogger(name): remarks for name, remarks in _REMARKS.items()}
+    filters = {
+        logger: lambda record, remarks=remarks: not any(r in record.getMessage() for r in remarks)
+        for logger, remarks in loggers.items()
+    }
+    for logger, keep in filters.items():
+        logger.addFilter(keep)
     try:
         yield
     finally:
-        logger.removeFilter(keep)
+        for logger, keep in filters.items():
+            logger.removeFilter(keep)
 
 
 def model_class(mapped: Any) -> Any:
