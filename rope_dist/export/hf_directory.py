@@ -182,7 +182,7 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
 def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) -> None:
     """``ValueError`` if ``plan`` is of another model, or no export for ``engines`` (or for any) can follow it."""
     text = model.text
-    reason = unextendable(model.text)
+    reason = unextendable(text)
     if reason is not None:
         raise ValueError(reason)
     check_plan(plan, text)

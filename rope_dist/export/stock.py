@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..layer_types import EXTENDED_LAYERS, rope_parameters
+from ..layer_types import rope_parameters, unextendable
 from ..model_config import load_config, pretrained_rope
 from ..stock_rotary import model_class, without_remarks
 from .engines import EngineConfig
@@ -68,13 +68,10 @@ class StockModel:
     @property
     def parameters(self) -> Mapping[str, Any]:
         """The rotary parameters that a plan extends; ``ValueError`` if there are none."""
-        name = type(self.text).__name__
-        if not getattr(self.text, "rope_parameters", None):
-            raise ValueError(f"{name} has no rotary embedding (no rope_parameters)")
-        try:
-            return rope_parameters(self.text)
-        except KeyError:
-            raise ValueError(f"{name} has no rotary parameters of {EXTENDED_LAYERS} layers") from None
+        reason = unextendable(self.text)
+        if reason is not None:
+            raise ValueError(reason)
+        return rope_parameters(self.text)
 
     @property
     def layer_typed(self) -> bool:

@@ -162,11 +162,12 @@ def _directory(
         before: PretrainedConfig | None = read_config(source)
     else:
         before = source
+    nothing = unextendable(model.text)
     checks = []
     for engine in ("transformers", *ENGINES):
-        reason = unable_model(engine, model) or unable(engine, plan)
+        reason = nothing or unable_model(engine, model) or unable(engine, plan)
         if reason is not None:
-            checks.append(Check(engine, reason, required=engine in engines))
+            checks.append(Check(engine, reason, required=engine in ("transformers", *engines)))
             continue
         if engine == "transformers":
             read = functools.partial(_installed_transformers, model, before)
@@ -177,9 +178,7 @@ def _directory(
 
 
 def _installed_transformers(model: StockModel, source: PretrainedConfig | None) -> EngineConfig:
-    reason = unextendable(model.text)
-    if reason is None and source is not None:
-        reason = changed(StockModel(source), model)
+    reason = None if source is None else changed(StockModel(source), model)
     if reason is not None:
         raise ValueError(reason)
     return model.engine_config()
@@ -188,9 +187,6 @@ def _installed_transformers(model: StockModel, source: PretrainedConfig | None) 
 def _by_formula(
     read_config: Callable[[Mapping[str, Any]], EngineConfig], file: Mapping[str, Any], model: StockModel
 ) -> EngineConfig:
-    reason = unextendable(model.text)
-    if reason is not None:
-        raise ValueError(reason)
     if model.part is not None:
         file = file.get(model.part, file)
     # A file may leave out the defaults of its config class.

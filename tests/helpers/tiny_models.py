@@ -24,7 +24,9 @@ SIZES = {
     **dict.fromkeys(["hidden_size", "n_embd", "d_model", "lru_width"], HIDDEN),
     **dict.fromkeys(["num_attention_heads", "n_head", "n_heads"], HEADS),
     **dict.fromkeys(["num_key_value_heads", "num_kv_heads", "kv_n_heads"], KV_HEADS),
-    **dict.fromkeys(["head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "kv_channels"], HEAD_DIM),
+    **dict.fromkeys(
+        ["head_dim", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "kv_channels"], HEAD_DIM
+    ),
     **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers"], LAYERS),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"], POSITIONS),
     "original_max_position_embeddings": ORIGINAL,
@@ -57,7 +59,9 @@ SIZES = {
     "index_n_heads": 2,
     "index_topk": 8,
     "use_sliding_window": True,
-    **dict.fromkeys(["sliding_window", "attention_window_size", "local_attention", "attention_chunk_size"], WINDOW),
+    **dict.fromkeys(
+        ["sliding_window", "attention_window_size", "local_attention", "attention_chunk_size"], WINDOW
+    ),
     # Linear attention and state space
     **dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], HEAD_DIM),
     "linear_num_key_heads": 2,
@@ -69,9 +73,19 @@ SIZES = {
     # Vision and audio towers
     **dict.fromkeys(["depth", "num_blocks"], LAYERS),
     **dict.fromkeys(["num_heads", "attention_heads"], HEADS),
-    **dict.fromkeys(["embed_dim", "out_hidden_size", "ext_pw_out_channel", "depthwise_separable_out_channel"], HIDDEN),
-    **dict.fromkeys(["nemo_conv_channels", "num_position_embeddings", "position_embedding_size"], 16),
-    **dict.fromkeys(["deepstack_visual_indexes", "fullatt_block_indexes", "intermediate_layers_indices"], [0]),
+    **dict.fromkeys(
+        ["embed_dim", "out_hidden_size", "ext_pw_out_channel", "depthwise_separable_out_channel"], HIDDEN
+    ),
+    **dict.fromkeys(
+        ["nemo_conv_channels", "num_position_embeddings", "position_embedding_size", "mm_posemb_size"], 16
+    ),
+    **{
+        key: [0]
+        for key in ["deepstack_visual_indexes", "fullatt_block_indexes", "intermediate_layers_indices"]
+    },
+    **dict.fromkeys(
+        ["mm_embed_dim", "output_proj_dims", "alignment_intermediate_size", "projector_hidden_size"], 64
+    ),
     "num_global_layers": 1,
     "vision_output_dim": HIDDEN * 2,
 }
@@ -102,7 +116,11 @@ GRANITE_SWA = {
 CHANGES: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"head_dim": HEAD_DIM},
-    "blt": {"num_hidden_layers": LAYERS, "encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "blt": {
+        "num_hidden_layers": LAYERS,
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_hash_byte_group_size": [3, 4],
+    },
     "blt_local_encoder": {"hidden_size_global": HIDDEN * 2},
     "blt_local_decoder": {"hidden_size_global": HIDDEN * 2},
     "blt_global_transformer": {"hidden_size": HIDDEN * 2, "num_attention_heads": 8, "num_key_value_heads": 4},
@@ -114,7 +132,16 @@ CHANGES: dict[str, dict] = {
             "full_attention": None,
         },
     },
-    "dbrx": {"attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 1.0, "rope_theta": 10000.0}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 1.0, "rope_theta": 10000.0},
+        # transformers 5.6 sizes the router by the hidden size of the experts.
+        "ffn_config": {
+            "hidden_size": HIDDEN,
+            "ffn_hidden_size": HIDDEN,
+            "moe_num_experts": EXPERTS,
+            "moe_top_k": EXPERTS,
+        },
+    },
     "deepseek_v4": {
         "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
         "mlp_layer_types": ["hash_moe", "moe", "moe"],
@@ -150,13 +177,20 @@ CHANGES: dict[str, dict] = {
     "gemma4_unified_text": GEMMA4,
     "glm4v_text": MROPE,
     "glm4v_moe_text": {
-        "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+        "rope_parameters": {
+            **MROPE["rope_parameters"],
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        }
     },
     "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
     "gpt_neox": QUARTER,
     "granite_swa": GRANITE_SWA,
     "granitemoe_swa": GRANITE_SWA,
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "position_embedding_type": "rope"},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "position_embedding_type": "rope",
+    },
     "hrm_text": {"num_hidden_layers": 1, "H_cycles": 1, "L_cycles": 2},
     "hy_v4": {"indexer_types": ["full", "shared"]},
     "laguna": {"num_attention_heads_per_layer": [2, 4]},
@@ -226,7 +260,7 @@ def _source(class_name: str) -> Path:
     return Path(transformers.__file__).parent.joinpath(*module.split(".")).with_suffix(".py")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _rotary_classes(file: Path) -> list[str]:
     names = re.findall(r"^class (\w*Rotary\w*)", file.read_text(encoding="utf-8"), re.MULTILINE)
     return [name for name in names if "Vision" not in name]
@@ -238,16 +272,13 @@ ROTARY_TYPES = sorted(
 
 
 # Composite models whose text tower has rotary attention.
-MULTIMODAL = [
-    kind
-    for kind in (
-        "aria aya_vision cohere2_vision cohere_compass deepseek_vl exaone4_5 fuyu gemma3 gemma4 gemma4_unified glm4v "
-        "glm4v_moe got_ocr2 idefics2 idefics3 internvl lfm2_vl llava llava_next llava_onevision minimax_m3_vl "
-        "mistral3 mllama ovis2 paligemma qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm "
-        "video_llama_3 video_llava vipllava"
-    ).split()
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-]
+_MULTIMODAL = """
+aria aya_vision cohere2_vision cohere_compass deepseek_vl exaone4_5 fuyu gemma3 gemma4 gemma4_unified glm4v
+glm4v_moe got_ocr2 idefics2 idefics3 internvl lfm2_vl llava llava_next llava_onevision minimax_m3_vl mistral3 mllama
+ovis2 paligemma qwen2_5_vl qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe smolvlm video_llama_3 video_llava
+vipllava
+"""
+MULTIMODAL = [kind for kind in _MULTIMODAL.split() if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES]
 
 
 def model_class(model_type: str) -> type:
@@ -260,7 +291,7 @@ def config_class(model_type: str) -> type:
     return wanted if "text_config" in own.sub_configs else own
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _default(cls: type) -> transformers.PretrainedConfig:
     return cls()
 
@@ -269,8 +300,15 @@ def _rope(parameters):
     """The default rope_parameters with the lengths of a tiny model."""
     if not isinstance(parameters, dict):
         return parameters
-    sizes = {"factor": POSITIONS / ORIGINAL, "original_max_position_embeddings": ORIGINAL, "max_position_embeddings": POSITIONS}
-    return {key: _rope(value) if isinstance(value, dict) else sizes.get(key, value) for key, value in parameters.items()}
+    sizes = {
+        "factor": POSITIONS / ORIGINAL,
+        "original_max_position_embeddings": ORIGINAL,
+        "max_position_embeddings": POSITIONS,
+    }
+    return {
+        key: _rope(value) if isinstance(value, dict) else sizes.get(key, value)
+        for key, value in parameters.items()
+    }
 
 
 def _layers(known: set[str], default: transformers.PretrainedConfig, changes: dict) -> dict:
@@ -286,11 +324,20 @@ def _layers(known: set[str], default: transformers.PretrainedConfig, changes: di
     }
 
 
+def _changes(default: transformers.PretrainedConfig) -> dict:
+    """``CHANGES`` of a config, with the names that the installed transformers has for its layers."""
+    changes = CHANGES.get(default.model_type, {})
+    if "mamba" in [kind for key in PER_LAYER for kind in getattr(default, key, None) or []]:
+        older = {"linear_attention": "mamba", "full_attention": "attention"}
+        return {k: [older.get(i, i) for i in v] if k in PER_LAYER else v for k, v in changes.items()}
+    return changes
+
+
 def _values(default: transformers.PretrainedConfig) -> dict:
     """What makes this config tiny, its parts (towers) included."""
     cls = type(default)
     known = {field.name for field in dataclasses.fields(cls)}
-    changes = CHANGES.get(cls.model_type, {})
+    changes = _changes(default)
     values = {**SIZES, **_layers(known, default, changes)}
     values["rope_parameters"] = _rope(getattr(default, "rope_parameters", None))
     if "kv_lora_rank" in known:  # the latent attention has as many keys as queries
@@ -324,7 +371,13 @@ def _built(cls: type, config: transformers.PretrainedConfig, dtype: torch.dtype,
     torch.manual_seed(0)
     model = cls(config)
     _randomise(model)
-    return model.to(dtype).eval()
+    tables = [
+        (m, n, b) for m in model.modules() if "Rotary" in type(m).__name__ for n, b in m.named_buffers()
+    ]
+    model.to(dtype)
+    for module, name, table in tables:  # float32, as from_pretrained leaves them
+        setattr(module, name, table)
+    return model.eval()
 
 
 def tiny_model(
