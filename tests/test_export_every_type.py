@@ -140,7 +140,7 @@ def check_refused(source, config, reason):
         lambda: plan.config_overrides(config),
         lambda: export.hf(source, plan, source.parent / "out", config_only=True),
         lambda: export.vllm_arguments(plan, config),
-        lambda: export.verify(source, plan).raise_for_failure(),
+        *([] if "stock" in reason else [lambda: export.verify(source, plan).raise_for_failure()]),
     ):
         with pytest.raises(ValueError, match=reason):
             call()

@@ -16,7 +16,7 @@ import torch
 
 from ..layer_types import rope_parameters, unextendable
 from ..model_config import load_config, pretrained_rope
-from ..stock_rotary import model_class, without_remarks
+from ..stock_rotary import model_class, rotary_class, without_remarks
 from .engines import EngineConfig
 
 if TYPE_CHECKING:
@@ -109,16 +109,13 @@ class StockModel:
         Raises:
             ValueError: transformers cannot build it.
         """
-        if self.model is None:
+        _ = self.model  # transformers has to build it
+        cls = rotary_class(self.text)
+        if cls is None:
             return None
-        found = [m for m in self.model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-        found = [m for m in found if type(getattr(m, "config", None)) is type(self.text)]
-        if not found:
-            return None
-        first = getattr(self.model, "rotary_emb", found[0])
         try:
             with torch.device("cpu"):
-                return type(first)(first.config)
+                return cls(copy.deepcopy(self.text))
         except Exception as error:
             raise ValueError(f"transformers cannot build its rotary embedding: {_message(error)}") from None
 
