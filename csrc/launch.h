@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#define ROPE_ABI 2
+#define ROPE_ABI 3
 
 #if defined(_WIN32)
 #define ROPE_EXPORT extern "C" __declspec(dllexport)
@@ -35,7 +35,9 @@ struct Call {
   int64_t dtype;
   int64_t batch, length, head_dim;
   int64_t num_pairs;  // rotated pairs of a head
-  int64_t interleaved, conjugate;
+  // Whether pairs are interleaved in what is read and in what is written; in place both are the same.
+  int64_t interleaved_in, interleaved_out;
+  int64_t conjugate;
   Heads q, k;  // k.heads 0: no keys
   // Tables [batch, rows, num_pairs], float64 for float64 heads and float32 otherwise, innermost stride 1; a token's
   // row is its position, and a token whose row is not there passes through.
@@ -58,7 +60,7 @@ struct Call {
 };
 
 static_assert(sizeof(void*) == 8, "the launchers are for 64-bit systems");
-static_assert(sizeof(Call) == 8 * 43, "a field is not eight bytes wide");
+static_assert(sizeof(Call) == 8 * 44, "a field is not eight bytes wide");
 
 // Of a token in no sequence; all others are within 32 bits.
 constexpr int64_t kNowhere = INT64_MIN;

@@ -124,21 +124,28 @@ struct ComputeOf<double> {
 };
 
 // 16-bit heads are rotated two elements at a time, as the halves of a word: widening to 32-bit lanes and
-// narrowing again would cost as much as the rotation. Of half-split tables that takes the even entries apart from
-// the odd ones.
-template <typename T, bool Interleaved>
+// narrowing again would cost as much as the rotation. Where halves are read or written, a word of them has members
+// of two pairs, which takes the even entries of the tables apart from the odd ones.
+//
+// In, Out: whether the pairs are interleaved in what is read and in what is written.
+template <typename T, bool In, bool Out>
 ROPE_INLINE bool in_words(int64_t num_pairs) {
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-  return sizeof(T) == 2 && (Interleaved || num_pairs % 2 == 0);
+  return sizeof(T) == 2 && ((In && Out) || num_pairs % 2 == 0);
 #else
   return false;
 #endif
 }
 
-template <typename T, bool Interleaved>
+template <typename T, bool In, bool Out>
+ROPE_INLINE bool tables_apart(int64_t num_pairs) {
+  return in_words<T, In, Out>(num_pairs) && !(In && Out);
+}
+
+template <typename T, bool In, bool Out>
 ROPE_INLINE void rotate_words(const T* in, T* out, const float* cos, const float* sin, int64_t num_pairs) {
   const T type{};
-  if (Interleaved) {
+  if (In && Out) {
     ROPE_VECTORIZE
     for (int64_t i = 0; i < num_pairs; ++i) {
       const uint32_t word = load_word(in + 2 * i);
@@ -152,60 +159,63 @@ ROPE_INLINE void rotate_words(const T* in, T* out, const float* cos, const float
   const float* odd_sin = sin + num_pairs / 2;
   ROPE_VECTORIZE
   for (int64_t i = 0; i < num_pairs / 2; ++i) {
-    const uint32_t a = load_word(in + 2 * i), b = load_word(in + num_pairs + 2 * i);
+    // Two pairs: halves have their first members in one word and their second ones in another.
+    const uint32_t a = load_word(in + (In ? 4 * i : 2 * i));
+    const uint32_t b = load_word(in + (In ? 4 * i + 2 : num_pairs + 2 * i));
     float first, second, odd_first, odd_second;
-    rotate(lower(type, a), lower(type, b), cos[i], sin[i], first, second);
-    rotate(upper(type, a), upper(type, b), odd_cos[i], odd_sin[i], odd_first, odd_second);
-    store_word(out + 2 * i, to_lower(type, first) | to_upper(type, odd_first));
-    store_word(out + num_pairs + 2 * i, to_lower(type, second) | to_upper(type, odd_second));
+    rotate(lower(type, a), In ? upper(type, a) : lower(type, b), cos[i], sin[i], first, second);
+    rotate(In ? lower(type, b) : upper(type, a), upper(type, b), odd_cos[i], odd_sin[i], odd_first,
+           odd_second);
+    store_word(out + (Out ? 4 * i : 2 * i), to_lower(type, first) | to_upper(type, Out ? second : odd_first));
+    store_word(out + (Out ? 4 * i + 2 : num_pairs + 2 * i),
+               to_lower(type, Out ? odd_first : second) | to_upper(type, odd_second));
   }
 }
 
-template <typename T, bool Interleaved, typename Compute>
+template <typename T, bool In, bool Out, typename Compute>
 ROPE_INLINE void rotate_pairs(const T* in, T* out, const Compute* cos, const Compute* sin,
                               int64_t num_pairs) {
   ROPE_VECTORIZE
   for (int64_t i = 0; i < num_pairs; ++i) {
-    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
     Compute first, second;
-    rotate(load(in, a), load(in, b), cos[i], sin[i], first, second);
-    store(out, a, first);
-    store(out, b, second);
+    rotate(load(in, first_of<In>(i)), load(in, second_of<In>(i, num_pairs)), cos[i], sin[i], first, second);
+    store(out, first_of<Out>(i), first);
+    store(out, second_of<Out>(i, num_pairs), second);
   }
 }
 
 // Without words, and with a bias.
-template <typename T, bool Interleaved, typename Compute>
+template <typename T, bool In, bool Out, typename Compute>
 ROPE_INLINE void rotate_biased(const T* in, T* out, const T* bias, const Compute* cos, const Compute* sin,
                                int64_t num_pairs, int64_t head_dim) {
-  const bool apart = in_words<T, Interleaved>(num_pairs) && !Interleaved;
+  const bool apart = tables_apart<T, In, Out>(num_pairs);
   for (int64_t i = 0; i < num_pairs; ++i) {
-    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
+    const int64_t a = first_of<In>(i), b = second_of<In>(i, num_pairs);
     const int64_t entry = apart ? i / 2 + i % 2 * (num_pairs / 2) : i;
     Compute first, second;
     rotate(load(in, a) + load(bias, a), load(in, b) + load(bias, b), cos[entry], sin[entry], first, second);
-    store(out, a, first);
-    store(out, b, second);
+    store(out, first_of<Out>(i), first);
+    store(out, second_of<Out>(i, num_pairs), second);
   }
   for (int64_t i = 2 * num_pairs; i < head_dim; ++i) store(out, i, load(in, i) + load(bias, i));
 }
 
 // One head. Its size is not a template's argument: 16 seconds of compilation bought nothing measurable.
-template <typename T, bool Interleaved, typename Compute>
+template <typename T, bool In, bool Out, typename Compute>
 ROPE_INLINE void rotate_head(const T* in, T* out, const T* bias, const Compute* cos, const Compute* sin,
                              int64_t num_pairs, int64_t head_dim) {
   if (bias) {
-    rotate_biased<T, Interleaved>(in, out, bias, cos, sin, num_pairs, head_dim);
+    rotate_biased<T, In, Out>(in, out, bias, cos, sin, num_pairs, head_dim);
     return;
   }
   if constexpr (sizeof(T) == 2) {
-    if (in_words<T, Interleaved>(num_pairs)) {
-      rotate_words<T, Interleaved>(in, out, cos, sin, num_pairs);
+    if (in_words<T, In, Out>(num_pairs)) {
+      rotate_words<T, In, Out>(in, out, cos, sin, num_pairs);
     } else {
-      rotate_pairs<T, Interleaved>(in, out, cos, sin, num_pairs);
+      rotate_pairs<T, In, Out>(in, out, cos, sin, num_pairs);
     }
   } else {
-    rotate_pairs<T, Interleaved>(in, out, cos, sin, num_pairs);
+    rotate_pairs<T, In, Out>(in, out, cos, sin, num_pairs);
   }
   if (in != out && 2 * num_pairs < head_dim) {
     std::memcpy(out + 2 * num_pairs, in + 2 * num_pairs,
@@ -229,7 +239,7 @@ ROPE_INLINE void prefetch(const T* x, int64_t count) {
 #endif
 }
 
-template <typename T, bool Interleaved, typename Compute>
+template <typename T, bool In, bool Out, typename Compute>
 ROPE_INLINE void rotate_block(const Call& call, const Heads& x, int64_t b, int64_t s, int64_t tokens,
                               const Compute* const* cos, const Compute* const* sin) {
   const T* in = static_cast<const T*>(x.in) + b * x.in_b + s * x.in_s;
@@ -246,22 +256,22 @@ ROPE_INLINE void rotate_block(const Call& call, const Heads& x, int64_t b, int64
       prefetch(in + (later < j + ahead ? i + 1 : i) * outer_step + later * inner_step, call.head_dim);
       const int64_t head = by_head ? i : j, token = by_head ? j : i;
       // A token without a row passes through: as one of which nothing is rotated.
-      rotate_head<T, Interleaved>(in + token * x.in_s + head * x.in_h, out + token * x.out_s + head * x.out_h,
-                                  bias ? bias + head * call.head_dim : nullptr, cos[token], sin[token],
-                                  cos[token] ? call.num_pairs : 0, call.head_dim);
+      rotate_head<T, In, Out>(in + token * x.in_s + head * x.in_h, out + token * x.out_s + head * x.out_h,
+                              bias ? bias + head * call.head_dim : nullptr, cos[token], sin[token],
+                              cos[token] ? call.num_pairs : 0, call.head_dim);
     }
   }
 }
 
 // A row of cosines or sines as the loops want it: as it lies, or in own (room for num_pairs entries) where it has to
 // be changed. For 16-bit heads NaN is made the plain one. Row is null for a token that is not rotated.
-template <typename T, bool Interleaved, typename Compute>
+template <typename T, bool In, bool Out, typename Compute>
 ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, int64_t num_pairs, Compute* own) {
   if (!row) return nullptr;
   if constexpr (sizeof(T) == 2) {
     const float nan = from_bits(0x7fc00000u);
     const float sign = negate ? -1.0f : 1.0f;
-    const bool apart = in_words<T, Interleaved>(num_pairs) && !Interleaved;
+    const bool apart = tables_apart<T, In, Out>(num_pairs);
     const int64_t step = apart ? 2 : 1, entries = apart ? num_pairs / 2 : num_pairs;
     for (int64_t i = 0; i < entries; ++i)
       own[i] = row[step * i] == row[step * i] ? sign * row[step * i] : nan;
@@ -276,7 +286,7 @@ ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, int64_t nu
 }
 
 // Tokens [first, last) of batch * length. Scratch holds 2 * kBlock * num_pairs elements.
-template <typename T, bool Interleaved>
+template <typename T, bool In, bool Out>
 ROPE_INLINE void rotate_tokens(const Call& call, int64_t first, int64_t last, void* scratch) {
   using Compute = typename ComputeOf<T>::type;
   const Compute* cos[kBlock];
@@ -294,21 +304,25 @@ ROPE_INLINE void rotate_tokens(const Call& call, int64_t first, int64_t last, vo
       const Compute* sin_row =
           static_cast<const Compute*>(call.sin) + (known ? b * call.sin_b + row * call.sin_s : 0);
       Compute* own = static_cast<Compute*>(scratch) + 2 * t * call.num_pairs;
-      cos[t] = table_row<T, Interleaved>(known ? cos_row : nullptr, false, call.num_pairs, own);
-      sin[t] = table_row<T, Interleaved>(known ? sin_row : nullptr, call.conjugate != 0, call.num_pairs,
-                                         own + call.num_pairs);
+      cos[t] = table_row<T, In, Out>(known ? cos_row : nullptr, false, call.num_pairs, own);
+      sin[t] = table_row<T, In, Out>(known ? sin_row : nullptr, call.conjugate != 0, call.num_pairs,
+                                     own + call.num_pairs);
     }
-    for (const Heads* x : {&call.q, &call.k}) rotate_block<T, Interleaved>(call, *x, b, s, tokens, cos, sin);
+    for (const Heads* x : {&call.q, &call.k}) rotate_block<T, In, Out>(call, *x, b, s, tokens, cos, sin);
     first += tokens;
   }
 }
 
 template <typename T>
 ROPE_INLINE void rotate_any(const Call& call, int64_t first, int64_t last, void* scratch) {
-  if (call.interleaved) {
-    rotate_tokens<T, true>(call, first, last, scratch);
+  if (call.interleaved_in && call.interleaved_out) {
+    rotate_tokens<T, true, true>(call, first, last, scratch);
+  } else if (call.interleaved_in) {
+    rotate_tokens<T, true, false>(call, first, last, scratch);
+  } else if (call.interleaved_out) {
+    rotate_tokens<T, false, true>(call, first, last, scratch);
   } else {
-    rotate_tokens<T, false>(call, first, last, scratch);
+    rotate_tokens<T, false, false>(call, first, last, scratch);
   }
 }
 

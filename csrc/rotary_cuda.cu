@@ -12,21 +12,21 @@
 namespace rope {
 namespace {
 
-template <typename T, bool Interleaved, int N, bool Bias>
+template <typename T, bool In, bool Out, int N, bool Bias>
 __global__ void __launch_bounds__(128) rotary_kernel(const __grid_constant__ Call call) {
-  rotate_thread<T, Interleaved, N, Bias>(call, blockIdx.x, threadIdx.x, threadIdx.y, blockDim.x, blockDim.y);
+  rotate_thread<T, In, Out, N, Bias>(call, blockIdx.x, threadIdx.x, threadIdx.y, blockDim.x, blockDim.y);
 }
 
 struct OnStream {
   const Call& call;
   cudaStream_t stream;
 
-  template <typename T, bool Interleaved, int N, bool Bias>
+  template <typename T, bool In, bool Out, int N, bool Bias>
   int run() {
     const Shape shape = shape_of(call, N);
     const dim3 block(static_cast<unsigned>(shape.columns), static_cast<unsigned>(shape.rows));
     const unsigned tokens = static_cast<unsigned>(call.batch * call.length);
-    rotary_kernel<T, Interleaved, N, Bias><<<tokens, block, 0, stream>>>(call);
+    rotary_kernel<T, In, Out, N, Bias><<<tokens, block, 0, stream>>>(call);
     return static_cast<int>(cudaGetLastError());
   }
 };

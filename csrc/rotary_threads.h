@@ -120,12 +120,13 @@ ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_
   for (int i = 0; i < N; ++i) sin[i] *= sign;
 }
 
-// N pairs of one head: adjacent ones, whose members are N elements in each half, or 2 N neighbours.
-template <typename T, bool Interleaved, int N>
+// N pairs of one head: adjacent ones, whose members are N elements in each half, or 2 N neighbours. In, Out: whether
+// pairs are interleaved in what is read and in what is written.
+template <typename T, bool In, bool Out, int N>
 ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, int64_t num_pairs,
                              const float* cos, const float* sin) {
   float x[2 * N], y[2 * N];
-  if (Interleaved) {
+  if (In) {
     load_some<2 * N>(in + 2 * pair, x);
   } else {
     load_some<N>(in + pair, x);
@@ -134,16 +135,16 @@ ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, i
   if (bias) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      x[Interleaved ? 2 * i : i] += to_float(bias[first_of<Interleaved>(pair + i)]);
-      x[Interleaved ? 2 * i + 1 : N + i] += to_float(bias[second_of<Interleaved>(pair + i, num_pairs)]);
+      x[In ? 2 * i : i] += to_float(bias[first_of<In>(pair + i)]);
+      x[In ? 2 * i + 1 : N + i] += to_float(bias[second_of<In>(pair + i, num_pairs)]);
     }
   }
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const int a = Interleaved ? 2 * i : i, b = Interleaved ? 2 * i + 1 : N + i;
-    rotate(x[a], x[b], cos[i], sin[i], y[a], y[b]);
+    rotate(x[In ? 2 * i : i], x[In ? 2 * i + 1 : N + i], cos[i], sin[i], y[Out ? 2 * i : i],
+           y[Out ? 2 * i + 1 : N + i]);
   }
-  if (Interleaved) {
+  if (Out) {
     store_some<2 * N>(out + 2 * pair, y);
   } else {
     store_some<N>(out + pair, y);
@@ -151,11 +152,12 @@ ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, i
   }
 }
 
-// The dimensions that pass through, shared by the threads of a row.
+// The dimensions from first on, which pass through, shared by the threads of a row.
 template <typename T>
-ROPE_INLINE void pass_rest(const Call& call, const T* in, T* out, const T* bias, int column, int columns) {
+ROPE_INLINE void pass_rest(const Call& call, const T* in, T* out, const T* bias, int64_t first, int column,
+                           int columns) {
   if (in == out && !bias) return;
-  for (int64_t i = 2 * call.num_pairs + column; i < call.head_dim; i += columns) {
+  for (int64_t i = first + column; i < call.head_dim; i += columns) {
     if (bias) {
       round_to(to_float(in[i]) + to_float(bias[i]), out[i]);
     } else {
@@ -165,20 +167,24 @@ ROPE_INLINE void pass_rest(const Call& call, const T* in, T* out, const T* bias,
 }
 
 // Thread (column, row) of columns x rows in the block of a token. Bias: some heads have one.
-template <typename T, bool Interleaved, int N, bool Bias>
+template <typename T, bool In, bool Out, int N, bool Bias>
 ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int row, int columns, int rows) {
   const int64_t b = token / call.length, s = token % call.length;
   const int64_t position = position_of(call, b, s);
   const int64_t heads = call.q.heads + call.k.heads;
+  // Angles of zero leave a token as it is where pairs stay in their places; elsewhere it has to be copied.
+  const bool known =
+      In == Out || (call.inv_freq_q64 ? position != kNowhere : position >= 0 && position < call.rows);
   // Wide heads take several rounds; the usual ones take one.
   for (int64_t pair = static_cast<int64_t>(column) * N;
        pair < call.num_pairs || pair == static_cast<int64_t>(column) * N;
        pair += static_cast<int64_t>(columns) * N) {
-    const bool rotated = pair < call.num_pairs;
+    const bool rotated = pair < call.num_pairs && known;
     const bool once = pair == static_cast<int64_t>(column) * N;
     float cos[N], sin[N];
     if (rotated) angles_of<N>(call, b, position, pair, cos, sin);
-#pragma unroll(Bias ? 1 : 2)
+    // Two heads at a time keep more accesses under way; with pairs that change their order registers would spill.
+#pragma unroll(Bias || In != Out ? 1 : 2)
     for (int64_t head = row; head < heads; head += rows) {
       const bool query = head < call.q.heads;
       const Heads& x = query ? call.q : call.k;
@@ -186,8 +192,8 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
       const T* in = static_cast<const T*>(x.in) + b * x.in_b + s * x.in_s + own * x.in_h;
       T* out = static_cast<T*>(x.out) + b * x.out_b + s * x.out_s + own * x.out_h;
       const T* bias = Bias && x.bias ? static_cast<const T*>(x.bias) + own * call.head_dim : nullptr;
-      if (rotated) rotate_some<T, Interleaved, N>(in, out, bias, pair, call.num_pairs, cos, sin);
-      if (once) pass_rest(call, in, out, bias, column, columns);
+      if (rotated) rotate_some<T, In, Out, N>(in, out, bias, pair, call.num_pairs, cos, sin);
+      if (once) pass_rest(call, in, out, bias, known ? 2 * call.num_pairs : 0, column, columns);
     }
   }
 }
@@ -196,7 +202,8 @@ ROPE_INLINE void rotate_thread(const Call& call, int64_t token, int column, int 
 template <typename T>
 inline bool wide(const Call& call) {
   constexpr int64_t kVector = 16 / sizeof(T);
-  bool fits = (call.interleaved ? 2 * call.num_pairs : call.num_pairs) % kVector == 0;
+  bool fits =
+      (call.interleaved_in && call.interleaved_out ? 2 * call.num_pairs : call.num_pairs) % kVector == 0;
   for (const Heads* x : {&call.q, &call.k}) {
     const int64_t all = x->in_b | x->in_s | x->in_h | x->out_b | x->out_s | x->out_h;
     fits = fits && all % kVector == 0 && reinterpret_cast<uintptr_t>(x->in) % 16 == 0 &&
@@ -219,22 +226,25 @@ inline Shape shape_of(const Call& call, int pairs) {
   return {static_cast<int>(columns), static_cast<int>(rows < 1 ? 1 : rows)};
 }
 
-// Calls launch.run<T, Interleaved, N, Bias>() with the variant for this call; other results of rope::Status.
-template <typename T, typename Launch>
+// Calls launch.run<T, In, Out, N, Bias>() with the variant for this call; other results of rope::Status.
+template <typename T, bool In, bool Out, typename Launch>
 int choose_for(const Call& call, Launch& launch) {
-  constexpr int kVector = 16 / sizeof(T);
+  constexpr int kVector = 16 / sizeof(T), kPairs = In && Out ? kVector / 2 : kVector;
   const bool bias = call.q.bias || call.k.bias;
-  const bool vectors = wide<T>(call);
-  if (call.interleaved) {
-    if (!vectors)
-      return bias ? launch.template run<T, true, 1, true>() : launch.template run<T, true, 1, false>();
-    return bias ? launch.template run<T, true, kVector / 2, true>()
-                : launch.template run<T, true, kVector / 2, false>();
+  if (!wide<T>(call))
+    return bias ? launch.template run<T, In, Out, 1, true>() : launch.template run<T, In, Out, 1, false>();
+  return bias ? launch.template run<T, In, Out, kPairs, true>()
+              : launch.template run<T, In, Out, kPairs, false>();
+}
+
+template <typename T, typename Launch>
+int choose_order(const Call& call, Launch& launch) {
+  if (call.interleaved_in) {
+    return call.interleaved_out ? choose_for<T, true, true>(call, launch)
+                                : choose_for<T, true, false>(call, launch);
   }
-  if (!vectors)
-    return bias ? launch.template run<T, false, 1, true>() : launch.template run<T, false, 1, false>();
-  return bias ? launch.template run<T, false, kVector, true>()
-              : launch.template run<T, false, kVector, false>();
+  return call.interleaved_out ? choose_for<T, false, true>(call, launch)
+                              : choose_for<T, false, false>(call, launch);
 }
 
 template <typename Launch>
@@ -244,11 +254,11 @@ int choose(const Call& call, Launch& launch) {
   if (tokens > 0x7fffffff) return kUnsupported;
   switch (call.dtype) {
     case kFloat32:
-      return choose_for<float>(call, launch);
+      return choose_order<float>(call, launch);
     case kFloat16:
-      return choose_for<__half>(call, launch);
+      return choose_order<__half>(call, launch);
     case kBFloat16:
-      return choose_for<__nv_bfloat16>(call, launch);
+      return choose_order<__nv_bfloat16>(call, launch);
     default:
       return kUnsupported;
   }

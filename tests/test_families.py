@@ -1,4 +1,7 @@
-"""Every family: what an enabled model computes is what stock computes, in the ways models are run."""
+"""Families of Llama's kind: an enabled model computes what stock computes, in whatever way models are run.
+
+The others are in test_every_model.py, without what takes long.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,11 @@ import pickle
 
 import pytest
 import torch
-import transformers
-from helpers.model_families import FAMILIES, TIER_A, TIER_B, TIER_C, config_of, model_of
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from helpers.model_families import FAMILIES, TIER_A, TIER_B, model_of
 
 import rope_dist
 from rope_dist import ops
 from rope_dist.hf import enabled_modules
-from rope_dist.hf.families import FAMILIES as ENTRIES
-from rope_dist.hf.families import REFUSED
 
 TOKENS = 40  # past the sliding windows of 16
 
@@ -39,11 +38,6 @@ def ids():
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_every_entry_is_tested():
-    assert rope_dist.supported() == [entry.name for entry in ENTRIES]
-    assert set(rope_dist.supported()) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
@@ -243,20 +237,3 @@ def test_report(name):
 
 def test_a_family_split_over_the_tiers():
     assert not set(TIER_A) & set(TIER_B)
-
-
-@pytest.mark.parametrize("name", TIER_C)
-def test_refused_with_the_reason(name):
-    config = config_of(name)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    before = [type(module) for module in model.modules()]
-    with pytest.raises(
-        ValueError, match=f"model_type {config.model_type}.*cannot be enabled: .*{TIER_C[name]}"
-    ):
-        rope_dist.enable(model)
-    assert [type(module) for module in model.modules()] == before
-
-
-def test_refusals_are_of_families_that_exist():
-    assert set(REFUSED) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

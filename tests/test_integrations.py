@@ -130,9 +130,9 @@ def test_rotated_in_place_where_nobody_can_see_it(ids, seen_by, monkeypatch):
     projection = enabled.model.layers[0].self_attn.q_proj
     places, outputs, hooks = [], [], []
 
-    def rotary(q, k, cos, sin, *, inplace):
+    def rotary(q, k, cos, sin, *, interleaved, inplace):
         places.append(inplace)
-        return rotate(q, k, cos, sin, inplace=inplace)
+        return rotate(q, k, cos, sin, interleaved=interleaved, inplace=inplace)
 
     def keep(module, arguments, output):
         if module is projection:

@@ -26,6 +26,7 @@ needs_library = pytest.mark.skipif(
     isinstance(native.load("cpu"), str), reason=f"no native CPU library: {native.load('cpu')}"
 )
 SIXTEEN = (torch.bfloat16, torch.float16)
+ORDERS = ({}, {"interleaved": True}, {"deinterleave": True})
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -79,20 +80,21 @@ def complex_rotation(x, cos, sin, interleaved):
     counts=st.sampled_from(((1, 1), (4, 2), (3, 5))),
     dim=st.sampled_from((2, 6, 34, 64, 80, 128, 130)),
     partial=st.sampled_from((0, 1, 2)),
-    interleaved=st.booleans(),
+    order=st.sampled_from(ORDERS),
     conjugate=st.booleans(),
     inplace=st.booleans(),
     own_tables=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_has_the_bits_of_the_reference(
-    dtype, layout, batch, length, counts, dim, partial, interleaved, conjugate, inplace, own_tables, seed
+    dtype, layout, batch, length, counts, dim, partial, order, conjugate, inplace, own_tables, seed
 ):
     q, k = (heads(layout, batch, length, count, dim, dtype, seed + count) for count in counts)
     half = max(1, dim // 2 - 7 * partial)
     cos, sin = tables(length, half, entries=batch if own_tables else 1, seed=seed)
-    angles = Angles(cos, sin, interleaved=interleaved, conjugate=conjugate)
+    angles = Angles(cos, sin, **order, conjugate=conjugate)
     expected = reference.rotate_tokens(q, k, angles)
+    inplace = inplace and not angles.deinterleave
     outs = (q, k) if inplace else (torch.empty(q.shape, dtype=dtype), torch.empty(k.shape, dtype=dtype))
     ROTATE(q, k, *outs, angles)
     for out, right in zip(outs, expected, strict=True):
@@ -116,21 +118,21 @@ def test_equals_complex_multiplication(dtype, rotated, interleaved):
 
 
 @needs_library
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("dtype", SIXTEEN)
-def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, interleaved):
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(dtype, order):
     """All 65536 patterns, subnormal, infinite and not a number; and factors that make any float32 of them."""
     x = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(dtype).reshape(1, 64, 8, 128)
     one, zero = torch.ones(1, 64, 64), torch.zeros(1, 64, 64)
     out = torch.empty_like(x)
-    ROTATE(x, None, out, None, Angles(one, zero, interleaved=interleaved))
-    assert same_bits(out, reference.rotate(x, one, zero, interleaved=interleaved))
+    ROTATE(x, None, out, None, Angles(one, zero, **order))
+    assert same_bits(out, reference.rotate(x, one, zero, **order))
     wild = torch.randint(-(2**31), 2**31, (2, 1, 64, 64), generator=torch.Generator().manual_seed(0))
     cos, sin = wild.to(torch.int32).view(torch.float32)  # any float32, NaN with every payload
     cos[0, 0, :4] = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e-45])
     cos.view(torch.int32)[0, 1, 0] = -1
     for conjugate in (False, True):
-        options = {"interleaved": interleaved, "conjugate": conjugate}
+        options = {**order, "conjugate": conjugate}
         ROTATE(x, None, out, None, Angles(cos, sin, **options))
         assert same_bits(out, reference.rotate(x, cos, sin, **options))
 
@@ -296,10 +298,10 @@ def threads_on_host(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("layout", ["BSHD", "BHSD", "slice"])
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN])
-def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dtype, layout, interleaved):
+def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dtype, layout, order):
     bounds = torch.tensor([0, 2, 2, 7])
     inv_freq_q64 = fixed_point.to_fixed_point(1.0 / 10000.0 ** (torch.arange(256) / 256))
     for dim, half, counts in (
@@ -312,9 +314,9 @@ def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dty
         q, k = (heads(layout, 1, 7, n, dim, dtype, seed=n) for n in counts)
         wide = tables(7, half + 3)
         for cos, sin in ((t[..., :half] for t in wide), tables(5, half)):
-            angles = Angles(cos, sin, cu_seqlens=bounds, offset=1, interleaved=interleaved, conjugate=True)
+            angles = Angles(cos, sin, cu_seqlens=bounds, offset=1, **order, conjugate=True)
             expected = reference.rotate_tokens(q, k, angles)
-            for inplace in (False, True):
+            for inplace in (False,) if angles.deinterleave else (False, True):
                 sources = (q.clone(), k.clone()) if inplace else (q, k)
                 outs = (
                     sources
@@ -328,7 +330,7 @@ def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dty
         positions = torch.tensor([[0, 1, 5, 16383, 131071, 1048575, -3]])
         bias = heads("BSHD", 1, 1, counts[0], dim, dtype, seed=3).flatten()
         biased = q.float() + bias.float().unflatten(0, (counts[0], dim))
-        angles = Angles(inv_freq_q64=own, positions=positions, scaling=1.25, interleaved=interleaved)
+        angles = Angles(inv_freq_q64=own, positions=positions, scaling=1.25, **order)
         expected = reference.rotate_tokens(biased, k.float(), angles)
         outs = torch.empty(q.shape, dtype=dtype), torch.empty(k.shape, dtype=dtype)
         assert threads_on_host(packed(q, k, *outs, angles, bias), 0) == 0
@@ -337,16 +339,16 @@ def test_the_gpu_kernels_threads_do_what_the_reference_does(threads_on_host, dty
             torch.testing.assert_close(out.float(), right, rtol=tolerance, atol=2e-6)
 
 
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("bounds", [[1, 4, 6], [3, 3, 7], [7, 7], [0, 2]])
-def test_the_gpu_kernels_threads_leave_tokens_of_no_sequence(threads_on_host, bounds, interleaved):
+def test_the_gpu_kernels_threads_leave_tokens_of_no_sequence(threads_on_host, bounds, order):
     q, k = (heads("BSHD", 1, 7, n, 16, torch.float32, seed=n) for n in (3, 1))
     cu_seqlens = torch.tensor(bounds)
     inv_freq_q64 = fixed_point.to_fixed_point(1.0 / 10000.0 ** (torch.arange(8) / 8))
     outside = torch.ones(7, dtype=torch.bool)
     outside[bounds[0] : bounds[-1]] = False
     for source in (Angles(inv_freq_q64=inv_freq_q64, scaling=1.25), Angles(*tables(9, 8))):
-        angles = source._replace(cu_seqlens=cu_seqlens, interleaved=interleaved)
+        angles = source._replace(cu_seqlens=cu_seqlens, **order)
         outs = torch.empty_like(q), torch.empty_like(k)
         assert threads_on_host(packed(q, k, *outs, angles), 0) == 0
         expected = reference.rotate_tokens(q, k, angles)

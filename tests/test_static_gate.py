@@ -26,7 +26,9 @@ def run(*arguments: str, code: str = "pass") -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("only", ["rotary 32+8 in place", "projection table", "decode 7B"])
+@pytest.mark.parametrize(
+    "only", ["rotary 32+8 in place", "rotary deinterleave", "projection table", "decode 7B"]
+)
 def test_passes_on_hopper(only):
     result = run("--target", "sm_90", "--only", only)
     assert result.returncode == 0, result.stdout + result.stderr

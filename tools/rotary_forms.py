@@ -89,9 +89,11 @@ FORMS = [
 
 def matching_form(function: Any) -> Form | None:
     """The form in which ``function`` rotates; None where it is in none of :data:`FORMS`."""
-    parameters = tuple(inspect.signature(function).parameters)
-    if parameters in REFUSED:
-        return Form(refused=REFUSED[parameters])
+    parameters = inspect.signature(function).parameters
+    if tuple(parameters) in REFUSED:
+        return Form(refused=REFUSED[tuple(parameters)])
+    if "position_ids" in parameters and parameters["position_ids"].default is inspect.Parameter.empty:
+        return Form(refused="it looks up its tables by position itself")
     return next((form for form in FORMS if agrees(function, form)), None)
 
 
@@ -128,7 +130,7 @@ def _agrees(function: Any, ours: Any, form: Form, parameters: list[str], head_di
         tensors = [x.transpose(1, 2).contiguous() for x in tensors]
     try:
         theirs = function(*tensors, *tables, *rest)
-    except (RuntimeError, IndexError):
+    except (RuntimeError, IndexError, TypeError):
         return None if head_dim != 8 else False
     if "mrope_section" in parameters:
         angles = torch.cat((angles[0, ..., :1], angles[1, ..., 1:3], angles[2, ..., 3:]), dim=-1)

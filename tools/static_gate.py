@@ -63,12 +63,12 @@ def _angles(tokens: int, rotary_dim: int, table: bool, **options: Any) -> Angles
 
 
 def _rotary(
-    q_heads, k_heads, head_dim, *, rotary_dim=None, table=False, bias=False, interleaved=False, inplace=True
+    q_heads, k_heads, head_dim, *, rotary_dim=None, table=False, bias=False, inplace=True, dtype=BF16, **order
 ):
     def call(arch: str) -> None:
-        q, k = _meta(1, 8192, q_heads, head_dim), _meta(1, 8192, k_heads, head_dim)
+        q, k = (_meta(1, 8192, heads, head_dim, dtype=dtype) for heads in (q_heads, k_heads))
         out = (q, k) if inplace else (torch.empty_like(q), torch.empty_like(k))
-        angles = _angles(8192, rotary_dim or head_dim, table, interleaved=interleaved)
+        angles = _angles(8192, rotary_dim or head_dim, table, **order)
         biases = (_meta(q_heads * head_dim), _meta(k_heads * head_dim)) if bias else ()
         triton_rotary.launch(q, k, *out, angles, *biases)
 
@@ -151,6 +151,11 @@ DECODE = {"registers": 80, "stack": 0, "shared": 76_800, "narrow copies": 0}
 DECODE_SM80 = {**DECODE, "registers": 96}
 ASYNC = {"HMMA": 16, "LDGSTS": 8}
 
+# Interleaved pairs in and halves out, or the other way: a thread keeps its elements. The conversions that are left are
+# between two names of one layout, and no instruction.
+MLA = {"deinterleave": True, "inplace": False}
+REORDERED = {**WIDE, "convert_layout": 4, "shuffles": 0}
+
 CASES = (
     Case("rotary 32+32 in place", _rotary(32, 32, 128), NVIDIA, WIDE, {"wide stores": 4}),
     Case("rotary 32+8 in place", _rotary(32, 8, 128), NVIDIA, WIDE, {"wide stores": 4}),
@@ -170,6 +175,44 @@ CASES = (
         {"wide stores": 6},
     ),
     Case("rotary interleaved", _rotary(32, 8, 128, interleaved=True), ("sm_90",), WIDE, {"wide stores": 2}),
+    Case("rotary deinterleave", _rotary(128, 1, 64, **MLA), NVIDIA, REORDERED, {"wide stores": 4}),
+    Case(
+        "rotary deinterleave table",
+        _rotary(16, 16, 64, table=True, **MLA),
+        ("sm_90",),
+        REORDERED,
+        {"wide stores": 4},
+    ),
+    Case(
+        "rotary deinterleave bias",
+        _rotary(64, 1, 64, bias=True, **MLA),
+        ("sm_90",),
+        REORDERED,
+        {"wide stores": 4},
+    ),
+    Case(
+        "rotary deinterleave float32",
+        _rotary(16, 16, 64, dtype=torch.float32, **MLA),
+        ("sm_90",),
+        REORDERED,
+        {"wide stores": 4},
+    ),
+    Case(
+        "rotary deinterleave partial",
+        _rotary(32, 32, 80, rotary_dim=32, **MLA),
+        ("sm_90",),
+        REORDERED,
+        {"wide stores": 6},
+    ),
+    Case(
+        "rotary deinterleave gradient",
+        _rotary(128, 1, 64, conjugate=True, **MLA),
+        NVIDIA,
+        REORDERED,
+        {"wide stores": 4},
+    ),
+    # A wave has 64 threads, each with half of that: neighbours exchange through shared memory.
+    Case("rotary deinterleave", _rotary(128, 1, 64, **MLA), ("gfx942",), {"stack": 0, "shared": 4096}),
     # The bounds are looked through by all threads together: a few bytes to add up what each found.
     Case(
         "rotary packed", _packed, ("sm_90",), {**WIDE, "shared": 128, "narrow loads": 8}, {"wide stores": 4}
@@ -261,6 +304,7 @@ def numbers(report: Report) -> dict[str, int]:
         "serialized": counts.get("serialized", 0),
         # Storing the tile for TMA is a matrix store (STSM); plain accesses are layout conversions.
         "shared accesses": total("LDS.", "STS.") + counts.get("LDS", 0) + counts.get("STS", 0),
+        "shuffles": total("SHFL"),
         "narrow loads": narrow("LDG."),
         "narrow stores": narrow("STG."),
         "wide stores": counts.get("STG.E.128", 0),

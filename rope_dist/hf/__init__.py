@@ -1,6 +1,17 @@
-"""Hugging Face models: :func:`enable`, :func:`disable`, :func:`report`."""
+"""Hugging Face models: :func:`enable`, :func:`disable`, :func:`report`, :func:`supported`."""
 
 from .patching import Enabled, disable, enable, enabled_modules
 from .reporting import LayerReport, report, summary
+from .support import ModelSupport, supported
 
-__all__ = ["Enabled", "LayerReport", "disable", "enable", "enabled_modules", "report", "summary"]
+__all__ = [
+    "Enabled",
+    "LayerReport",
+    "ModelSupport",
+    "disable",
+    "enable",
+    "enabled_modules",
+    "report",
+    "summary",
+    "supported",
+]

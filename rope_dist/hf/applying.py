@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -76,6 +77,8 @@ def _complex(form: Form, stock: Function) -> Function:
 
 def _sections(form: Form, stock: Function) -> Function:
     # Of transformers before 5.17: tables [3, B, S, R] of three position axes, of which each rotates a section.
+    once = dataclasses.replace(form, tables="once")
+
     def chosen(table: torch.Tensor, sections: list[int]) -> torch.Tensor:
         parts = table[..., : sum(sections)].split(sections, dim=-1)
         return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
@@ -85,7 +88,7 @@ def _sections(form: Form, stock: Function) -> Function:
             return stock(q, k, cos.to(q.dtype), sin.to(q.dtype), mrope_section, unsqueeze_dim)
 
         tables = chosen(cos, mrope_section), chosen(sin, mrope_section)
-        return rotate(form, stock_of_sections, q, k, *tables, unsqueeze_dim)
+        return rotate(once, stock_of_sections, q, k, *tables, unsqueeze_dim)
 
     return apply_multimodal_rotary_pos_emb
 
@@ -153,8 +156,7 @@ def _can_rotate(q: torch.Tensor, k: torch.Tensor | None, table: torch.Tensor, un
 def _first(form: Form, q, k, cos, sin, inplace=False):
     """The first R dimensions of each head."""
     if form.layout == "interleaved-to-half":
-        q, k = _deinterleaved(q), _deinterleaved(k) if k is not None else None
-        return ops.rotary(q, k, cos, sin)
+        return ops.rotary(q, k, cos, sin, deinterleave=True)
     return ops.rotary(q, k, cos, sin, interleaved=form.layout == "interleaved", inplace=inplace)
 
 
@@ -168,7 +170,3 @@ def _last(form: Form, q, k, cos, sin):
     (q_kept, q), (k_kept, k) = split(q), split(k)
     q, k = _first(form, q, k, cos, sin)
     return torch.cat((q_kept, q), dim=-1), torch.cat((k_kept, k), dim=-1) if k is not None else None
-
-
-def _deinterleaved(x: torch.Tensor) -> torch.Tensor:
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)

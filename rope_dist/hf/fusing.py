@@ -138,7 +138,7 @@ def _rotation(function: ast.FunctionDef, applies: str) -> tuple[int, ast.If | No
 
 
 def condition(function: ast.FunctionDef, applies: str) -> CodeType | None:
-    """The expression of ``self`` that decides whether a method rotates; None where it always does, or by its arguments."""
+    """The expression of ``self`` that decides whether a method rotates; None where none does."""
     where = _rotation(function, applies)
     if where is None or where[1] is None or set(_loaded(where[1].test)) != {"self"}:
         return None

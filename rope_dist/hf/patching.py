@@ -26,11 +26,11 @@ from ..model_config import GIVEN, pretrained_rope
 from ..planning import RopePlan, check_options
 from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
-from .enabled import EnabledAttention, enabled_class, is_rotary_embedding, stock_class
-from .forms import Form, NotRotary, Unsupported
+from .enabled import EnabledAttention, enabled_class
+from .finding import find
+from .forms import NotRotary, Unsupported
 from .reporting import LayerReport, report, summary
-from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding, check_tables, new_stock
-from .towers import language_modules
+from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
 
 _LOCK = threading.RLock()
 
@@ -147,11 +147,12 @@ def enable(
             return _enter_global(options)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        rotaries, attentions = _find(model)
+        rotaries, attentions = find(model)
         previous = copy.copy(_swap_of(rotaries[0]))
-        plans = [_plan_for(rotary, options) for rotary in rotaries]
-        for rotary, new in zip(rotaries, plans, strict=True):
-            _swap_rotary(model, rotary, new)
+        if any(targets):
+            _check_configs(model, rotaries)
+        plans = _plans_for(rotaries, options)
+        _swap_rotaries(model, rotaries, plans)
         for attention in attentions:
             if not isinstance(attention, EnabledAttention):
                 _set_class(attention, enabled_class(type(attention)))
@@ -187,60 +188,28 @@ def disable(model: nn.Module | None = None) -> None:
 _ENABLED_MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def _find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The rotary embeddings and attentions to swap; ``ValueError`` unless all of them can be."""
-    rotaries, attentions = [], []
-    for name, module in language_modules(model):
-        cls = type(module)
-        stock = stock_class(cls)
-        if stock is None:
-            continue
-        if cls is not stock and not isinstance(module, EnabledModule):
-            raise ValueError(
-                f"{name} is a {cls.__name__}, a changed {stock.__name__}: only the stock class is supported"
-            )
-        if "forward" in module.__dict__ and not hasattr(module, "_old_forward"):
-            raise ValueError(
-                f"the forward of {name} has been replaced on the instance: undo that before enable()"
-            )
-        if is_rotary_embedding(stock):
-            rotaries.append(module)
-        elif enabled_class(stock).rotates(module):
-            attentions.append(module)
-    if not rotaries or not attentions:
-        raise NotRotary(
-            f"{_described(model)} has no attention with a rotary embedding: there is nothing to enable"
-        )
-    _check_tables(rotaries, attentions)
-    return rotaries, attentions
-
-
-def _check_tables(rotaries: list[nn.Module], attentions: list[nn.Module]) -> None:
-    """``ValueError`` unless each rotary embedding makes tables for each form that the attentions of its file take."""
-    classes = {type(attention) for attention in attentions}
-    stocks = {stock_class(cls) for cls in classes}
-    forms: dict[str, set[Form]] = {}
-    for stock in stocks:
-        forms.setdefault(stock.__module__, set()).update(enabled_class(stock).forms)
-    made = {stock_class(type(rotary)).__module__ for rotary in rotaries}
-    if forms.keys() - made:
-        raise Unsupported(
-            f"no rotary embedding was found for the attention of {', '.join(sorted(forms.keys() - made))}"
-        )
-    for rotary in rotaries:
-        stock = stock_class(type(rotary))
-        new = new_stock(stock, rotary.config)
-        for form in forms.get(stock.__module__, ()):
-            check_tables(new, form)
-
-
-def _described(model: nn.Module) -> str:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return f"{type(model).__name__}{f' (model_type {kind})' if kind else ''}"
-
-
 def _swap_of(rotary: nn.Module) -> _Swap | None:
     return rotary.__dict__.get("_rope_dist_swap")
+
+
+def _check_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
+    """``ValueError`` where a rotary embedding's config is not a part of what ``save_pretrained`` writes."""
+    saved = {id(m.__dict__.get("config")) for m in model.modules() if m not in rotaries}
+    for rotary in rotaries:
+        if id(rotary.config) not in saved:
+            raise ValueError(
+                f"a {type(rotary).__name__} of the model has a config of its own (a theta for some layers), which "
+                "save_pretrained does not write: the model cannot be extended"
+            )
+
+
+def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | None]:
+    """The plan of each rotary embedding; those that have one config share it."""
+    made: dict[int, RopePlan | None] = {}
+    for rotary in rotaries:
+        if id(rotary.config) not in made:
+            made[id(rotary.config)] = _plan_for(rotary, options)
+    return [made[id(rotary.config)] for rotary in rotaries]
 
 
 def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
@@ -266,19 +235,31 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
     return plan
 
 
-def _swap_rotary(model: nn.Module, rotary: nn.Module, plan: RopePlan | None) -> None:
-    swap = _swap_of(rotary)
-    if swap is None:
-        dtypes = {name: buffer.dtype for name, buffer in rotary.named_buffers(recurse=False)}
-        swap = rotary._rope_dist_swap = _Swap(dtypes)
-        _set_class(rotary, enabled_class(type(rotary)))
-    if plan is not None and plan is not swap.plan:
-        if swap.plan is None:
+def _swap_rotaries(model: nn.Module, rotaries: list[nn.Module], plans: list[RopePlan | None]) -> None:
+    swaps = []
+    for rotary in rotaries:
+        swap = _swap_of(rotary)
+        if swap is None:
+            dtypes = {name: buffer.dtype for name, buffer in rotary.named_buffers(recurse=False)}
+            swap = rotary._rope_dist_swap = _Swap(dtypes)
+            _set_class(rotary, enabled_class(type(rotary)))
+        swaps.append(swap)
+    # Before any config changes: a model may have a rotary embedding in each layer, all with one config.
+    first = {
+        id(r.config): r.config
+        for r, swap, plan in zip(rotaries, swaps, plans, strict=True)
+        if plan and not swap.plan
+    }
+    for rotary, swap in zip(rotaries, swaps, strict=True):
+        if id(rotary.config) in first:
             swap.config_before = rotary.config
-            _give_own_config(model, rotary.config)
-        swap.plan = plan
-        rotary.config.__dict__.update(plan.config_overrides(swap.config_before))
-    rotary.reset_frequencies()
+    for config in first.values():
+        _give_own_config(model, config)
+    for rotary, swap, plan in zip(rotaries, swaps, plans, strict=True):
+        if plan is not None and plan is not swap.plan:
+            swap.plan = plan
+            rotary.config.__dict__.update(plan.config_overrides(swap.config_before))
+        rotary.reset_frequencies()
 
 
 def _give_own_config(model: nn.Module, config: PretrainedConfig) -> None:
@@ -314,7 +295,7 @@ def _restore_rotary(rotary: nn.Module) -> None:
             if key in swap.config_before.__dict__:
                 setattr(rotary.config, key, copy.deepcopy(getattr(swap.config_before, key)))
             else:
-                delattr(rotary.config, key)
+                rotary.config.__dict__.pop(key, None)  # gone already where rotary embeddings share the config
     rotary.reset_frequencies()
     for name, dtype in swap.dtypes_before.items():
         if name in rotary._buffers:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from .enabled import EnabledAttention, enabled_class, is_rotary_embedding, stock_class
+from .finding import language_modules
 from .fusing import PROJECTIONS
 from .projecting import projections, why_not_fused, why_not_its_weight
-from .towers import language_modules
 
 FUSED = "projection + rotary"
 ROTARY = "rotary"

@@ -5,14 +5,40 @@ The functions here check their arguments; ``reference.py`` defines the mathemati
 
 from .dispatch import backend_for
 from .dispatch import use as use_backend
-from .drop_in import apply_rotary_emb, apply_rotary_pos_emb
+from .drop_in import apply_rotary_pos_emb
+from .drop_in_engines import (
+    apply_rope,
+    apply_rope_inplace,
+    apply_rope_pos_ids,
+    apply_rope_pos_ids_inplace,
+    apply_rope_with_cos_sin_cache,
+    apply_rope_with_cos_sin_cache_inplace,
+    rotary_embedding,
+)
+from .drop_in_flash_attention import (
+    RotaryEmbedding,
+    apply_rotary_emb,
+    apply_rotary_emb_func,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qkv_,
+)
 from .fixed_point import to_fixed_point
 from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
 from .rotation import rotary, rotary_at
 
 __all__ = [
+    "RotaryEmbedding",
+    "apply_rope",
+    "apply_rope_inplace",
+    "apply_rope_pos_ids",
+    "apply_rope_pos_ids_inplace",
+    "apply_rope_with_cos_sin_cache",
+    "apply_rope_with_cos_sin_cache_inplace",
     "apply_rotary_emb",
+    "apply_rotary_emb_func",
+    "apply_rotary_emb_kv_",
+    "apply_rotary_emb_qkv_",
     "apply_rotary_pos_emb",
     "backend_for",
     "cos_sin",
@@ -21,6 +47,7 @@ __all__ = [
     "qkv_rotary",
     "rotary",
     "rotary_at",
+    "rotary_embedding",
     "to_fixed_point",
     "use_backend",
 ]

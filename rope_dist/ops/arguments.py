@@ -32,7 +32,10 @@ class Angles(NamedTuple):
         offset: added to every index.
         scaling: factor on cos and sin made from ``inv_freq_q64`` (YaRN's attention factor); a table has it in it.
         interleaved: pairs are dimensions ``(2i, 2i + 1)`` (GPT-J) instead of ``(i, i + R/2)`` (Hugging Face).
-        conjugate: rotate by the negative angles, which is the gradient of the rotation.
+        deinterleave: pairs are read interleaved and written as halves (multi-head latent attention), whatever
+            ``interleaved`` is. What is not rotated keeps its place.
+        conjugate: rotate by the negative angles, which is the gradient of the rotation: with ``deinterleave`` it
+            reads halves and writes interleaved pairs.
     """
 
     cos: torch.Tensor | None = None
@@ -44,12 +47,23 @@ class Angles(NamedTuple):
     offset: int = 0
     scaling: float = 1.0
     interleaved: bool = False
+    deinterleave: bool = False
     conjugate: bool = False
 
     @property
     def num_pairs(self) -> int:
         """``R/2``, the rotated pairs of a head."""
         return present(self.inv_freq_q64 if self.cos is None else self.cos).shape[-1]
+
+    @property
+    def interleaved_in(self) -> bool:
+        """Whether the pairs that are read are interleaved."""
+        return not self.conjugate if self.deinterleave else self.interleaved
+
+    @property
+    def interleaved_out(self) -> bool:
+        """Whether the pairs that are written are interleaved."""
+        return self.conjugate if self.deinterleave else self.interleaved
 
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The fields that hold tensors, which come first."""

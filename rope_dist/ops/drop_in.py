@@ -1,37 +1,70 @@
-"""The signatures of Hugging Face and flash-attention over these operators: change one import."""
+"""Hugging Face's ``apply_rotary_pos_emb`` over these operators: change one import.
+
+flash-attention's functions are in ``drop_in_flash_attention.py``, vLLM's and FlashInfer's in ``drop_in_engines.py``.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 
 from . import launch_cache, library, validation
 from .arguments import Angles, present
 
+TableLayout = Literal["cat", "repeat_interleave", "half"]
+"""How cos and sin were made of one value a pair: ``torch.cat((x, x), -1)``, ``x.repeat_interleave(2, -1)``, ``x``."""
+
 
 def apply_rotary_pos_emb(
-    q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    q: torch.Tensor | None,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    unsqueeze_dim: int = 1,
+    position_ids: None = None,
+    *,
+    interleaved: bool = False,
+    table_layout: TableLayout | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """As ``transformers.models.llama.modeling_llama.apply_rotary_pos_emb``, in one launch.
 
     Rotates in float32 and rounds once; the stock function rounds after every operation.
 
     Args:
-        q: ``[B, Hq, S, D]``, or ``[B, S, Hq, D]`` with ``unsqueeze_dim=2``.
+        q: ``[B, Hq, S, D]``, or ``[B, S, Hq, D]`` with ``unsqueeze_dim=2``; None rotates ``k`` alone.
         k: the same with its own heads; None rotates ``q`` alone.
-        cos, sin: ``[B or 1, S, R]`` floating, each pair's value twice, as the stock rotary embedding makes
-            them; of the two equal halves the first is read. Or ``[S, R]``, as vision towers have them.
+        cos, sin: ``[B or 1, S, width]`` or, as vision towers have them, ``[S, width]``, floating. The width is the
+            number R of rotated dimensions, the first of each head, or R/2 with ``table_layout="half"``.
         unsqueeze_dim: where ``cos`` gets an axis for the heads, as in the stock function: 1 or 2, and with
-            ``[S, R]`` 0 (``[B, H, S, D]``) or 1 (``[B, S, H, D]``, ``[S, H, D]``).
+            ``[S, width]`` 0 (``[B, H, S, D]``) or 1 (``[B, S, H, D]``, ``[S, H, D]``).
+        position_ids: must be None. transformers before 5 had it in fifth place: index the tables instead.
+        interleaved: pairs are ``(2i, 2i + 1)`` (GLM, Cohere, ERNIE 4.5) instead of ``(i, i + R/2)``.
+        table_layout: where each pair's value is in the tables. The values are not compared, since that would wait
+            for the device, so a wrong layout of a possible width rotates by wrong angles without an error.
+
+            - ``"cat"``: in both halves (Llama and most others, GLM, ERNIE 4.5); the first half is used.
+            - ``"repeat_interleave"``: in two neighbours (Cohere); only with ``interleaved``. The tables are copied.
+            - ``"half"``: once (gpt-oss).
+            - None: ``"cat"``. It must be given where another layout is as likely: with ``interleaved``, and where
+              the width is D/2, which is ``"half"`` for the whole head or ``"cat"`` for half of it.
 
     Returns:
-        Tensors shaped and typed as ``q`` and ``k``. Differentiable in both.
+        Tensors shaped and typed as ``q`` and ``k`` (None for None). Differentiable in both.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together.
+        ValueError: shapes, dtypes or devices that do not belong together, a width that the layout cannot have, a
+            layout that has to be given and is not, or ``position_ids``.
     """
-    if cos.ndim not in (2, 3) or cos.shape[-1] % 2 or cos.shape != sin.shape:
+    # Of a call in the old order, unsqueeze_dim has the positions.
+    if position_ids is not None or not isinstance(unsqueeze_dim, int):
         raise ValueError(
-            f"cos and sin must be [B or 1, S, R] or [S, R] with R even, got {list(cos.shape)} and {list(sin.shape)}"
+            "apply_rotary_pos_emb takes no position_ids (transformers before 5 did): make cos and sin those of the "
+            "tokens, cos[position_ids] and sin[position_ids] if they are not yet, and leave position_ids out"
+        )
+    if cos.ndim not in (2, 3) or cos.shape != sin.shape:
+        raise ValueError(
+            f"cos and sin must be [B or 1, S, width] or [S, width], got {list(cos.shape)} and {list(sin.shape)}"
         )
     # The axis of the heads, counted from the last: that of tokens and heads which comes first differs.
     axis = unsqueeze_dim - cos.ndim - 1 if unsqueeze_dim >= 0 else unsqueeze_dim
@@ -41,101 +74,75 @@ def apply_rotary_pos_emb(
             f"unsqueeze_dim must be {before} ([B, H, S, D]) or {before + 1} ([B, S, H, D]) for cos {list(cos.shape)}, "
             f"got {unsqueeze_dim}"
         )
-    axes = 3 if cos.ndim == 2 and q.ndim == 3 else 4
-    if q.ndim != axes or (k is not None and k.ndim != axes):
-        shapes = f"{list(q.shape)} and {list(k.shape) if k is not None else None}"
-        raise ValueError(f"q and k must have four axes (or three, with cos [S, R]), got {shapes}")
-    num_pairs = cos.shape[-1] // 2
+    if q is None and k is None:
+        raise ValueError("q and k are both None: there is nothing to rotate")
+    given = [x for x in (q, k) if x is not None]
+    axes = 3 if cos.ndim == 2 and given[0].ndim == 3 else 4
+    if any(x.ndim != axes for x in given):
+        shapes = " and ".join(str(None if x is None else list(x.shape)) for x in (q, k))
+        raise ValueError(f"q and k must have four axes (or three, with cos [S, width]), got {shapes}")
 
-    def moved(x: torch.Tensor | None) -> torch.Tensor | None:
-        x = x if x is None or axis == -2 else x.transpose(-3, -2)
-        return x if x is None or axes == 4 else x[None]
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        x = x if axis == -2 else x.transpose(-3, -2)
+        return x if axes == 4 else x[None]
 
-    q, k = present(moved(q)), moved(k)
-    angles = Angles(cos[..., :num_pairs], sin[..., :num_pairs])
-    launch, key = launch_cache.find("apply_rotary_pos_emb", (q, k), angles)
+    pairs = _pairs(cos.shape[-1], given[0].shape[-1], interleaved, table_layout)
+    first, second = moved(given[0]), moved(given[1]) if len(given) == 2 else None
+    cos, sin = cos[..., pairs], sin[..., pairs]
+    if pairs.step is not None:  # the kernels read whole rows, and a launch is kept for such only
+        cos, sin = cos.contiguous(), sin.contiguous()
+    angles = Angles(cos, sin, interleaved=interleaved)
+    launch, key = launch_cache.find("apply_rotary_pos_emb", (first, second), angles)
     if launch is not None:
-        rotated = launch(q, k, angles)
+        rotated = launch(first, second, angles)
     else:
-        validation.heads(q, k)
-        tables = validation.tables(q, cos[..., :num_pairs], sin[..., :num_pairs], rows=q.shape[1])
-        rotated = library.rotate(q, k, Angles(*tables), key=key)
+        validation.heads(first, second)
+        cos, sin = validation.tables(first, cos, sin, rows=first.shape[1])
+        angles = Angles(cos, sin, interleaved=interleaved)
+        rotated = library.rotate(first, second, angles, key=key)
 
     def back(x: torch.Tensor) -> torch.Tensor:
         x = x if axes == 4 else x[0]
         return x if axis == -2 else x.transpose(-3, -2)
 
-    q_out, k_out = rotated
-    return back(q_out), back(k_out) if k_out is not None else None
+    outputs = [back(present(x)) for x in rotated[: len(given)]]
+    return outputs.pop(0) if q is not None else None, outputs.pop(0) if k is not None else None
 
 
-def apply_rotary_emb(
-    x: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    interleaved: bool = False,
-    inplace: bool = False,
-    seqlen_offsets: int | torch.Tensor = 0,
-    cu_seqlens: torch.Tensor | None = None,
-    max_seqlen: int | None = None,
-) -> torch.Tensor:
-    """As ``flash_attn.layers.rotary.apply_rotary_emb``.
-
-    Args:
-        x: ``[B, S, H, D]``, or packed ``[T, H, D]`` with ``cu_seqlens``.
-        cos, sin: ``[rows, R/2]`` floating; a token's row is its place in its sequence plus the offset, and
-            a token past the last row is not rotated.
-        interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R/2)``.
-        inplace: change ``x`` and return it.
-        seqlen_offsets: added to the positions; one integer, or ``[sequences]`` integers on the device.
-        cu_seqlens: ``[sequences + 1]`` int32 or int64, not decreasing; tokens outside the bounds are not rotated.
-        max_seqlen: longest sequence in ``cu_seqlens``; only checked against the table.
-
-    Returns:
-        Shaped and typed as ``x``. Differentiable in ``x``.
+def _pairs(width: int, head_dim: int, interleaved: bool, layout: TableLayout | None) -> slice:
+    """Where tables of that width have the values of the pairs.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not belong together, or a table with fewer rows than
-            an integer offset and the length need.
+        ValueError: a width that the layout cannot have, a layout that is missing or does not exist.
     """
-    packed = cu_seqlens is not None
-    if x.ndim != (3 if packed else 4):
-        raise ValueError(
-            f"x must be {'[T, H, D] with cu_seqlens' if packed else '[B, S, H, D]'}, got {list(x.shape)}"
-        )
-    x = x[None] if packed else x
-    if cos.ndim != 2:
-        raise ValueError(f"cos and sin must be [rows, R/2], got {list(cos.shape)} and {list(sin.shape)}")
-    validation.heads(x, None)
-    validation.tables(x, cos[None], sin[None], rows=None)
-    sequences, length = x.shape[:2]
-    if cu_seqlens is not None:
-        validation.bounds(cu_seqlens, x.shape[1], x.device)
-        sequences, length = cu_seqlens.shape[0] - 1, max_seqlen or 0
-    offset, offsets = 0, None
-    if isinstance(seqlen_offsets, torch.Tensor):
-        offsets = seqlen_offsets
-        if offsets.shape != (sequences,):
-            raise ValueError(f"seqlen_offsets must be [{sequences}], got {list(offsets.shape)}")
-        validation.integers(offsets, "seqlen_offsets", x.device)
-    else:
-        offset = int(seqlen_offsets)
-        if offset < 0 or offset + length > cos.shape[0]:
+    if layout is None:
+        if interleaved:
             raise ValueError(
-                f"a length of {length} from {offset} needs {length + offset} rows of cos, got {cos.shape[0]}"
+                "interleaved needs table_layout: 'cat' (each pair's value in both halves: GLM, ERNIE 4.5), "
+                "'repeat_interleave' (in two neighbours: Cohere) or 'half' (once)"
             )
-    angles = Angles(
-        cos[None],
-        sin[None],
-        cu_seqlens=cu_seqlens,
-        seqlen_offsets=offsets,
-        offset=offset,
-        interleaved=interleaved,
-    )
-    launch, key = launch_cache.find("apply_rotary_emb", (x,), angles, inplace)
-    x, _ = (
-        launch(x, None, angles)
-        if launch is not None
-        else library.rotate(x, None, angles, inplace=inplace, key=key)
-    )
-    return x[0] if packed else x
+        if 2 * width == head_dim:
+            raise ValueError(
+                f"tables of width {width} for heads of {head_dim} have each pair's value once, or are for half of the "
+                "head: give table_layout='half' (gpt-oss) or table_layout='cat' (partial rotary)"
+            )
+        layout = "cat"
+    if layout not in ("cat", "repeat_interleave", "half"):
+        raise ValueError(f"table_layout must be 'cat', 'repeat_interleave' or 'half', got {layout!r}")
+    if layout == "repeat_interleave" and not interleaved:
+        raise ValueError(
+            "table_layout='repeat_interleave' belongs to interleaved pairs: give interleaved=True"
+        )
+    if layout == "half":
+        if 2 * width > head_dim:
+            raise ValueError(
+                f"tables of width {width} with table_layout='half' rotate {2 * width} dimensions, the heads have "
+                f"{head_dim}: with each pair's value twice give 'cat'"
+            )
+        return slice(None)
+    if width % 2 or width > head_dim:
+        raise ValueError(
+            f"tables that have each pair's value twice must have an even width up to the {head_dim} dimensions of the "
+            f"heads, got {width}: with each value once give table_layout='half'"
+        )
+    return slice(0, width // 2) if layout == "cat" else slice(0, width, 2)

@@ -35,7 +35,9 @@ def _rotate_impl(q, k, q_bias=None, k_bias=None, *flat) -> tuple[torch.Tensor, t
 
 
 def _rotate_in_place_impl(q, k, q_bias=None, k_bias=None, *flat) -> None:
-    _run("operator in place", q, k, Angles(*flat), q_bias, k_bias)
+    angles = Angles(*flat)
+    validation.same_order(angles)
+    _run("operator in place", q, k, angles, q_bias, k_bias)
 
 
 def _run(operation: str, q, k, angles: Angles, q_bias, k_bias) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -178,9 +180,11 @@ def rotate(
         key: of ``launch_cache.find``, which had no launch; None: the call goes through the operator.
 
     Raises:
-        ValueError: ``inplace`` and tensors that cannot be changed in place (:func:`validation.writable`).
+        ValueError: ``inplace`` and tensors that cannot be changed in place (:func:`validation.writable`), or
+            ``deinterleave``.
     """
     if inplace:
+        validation.same_order(angles)
         validation.writable(q, k)
     if key is not None:
         return dispatch.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
@@ -208,12 +212,13 @@ def rotate(
 
 def _split(flat: tuple) -> tuple[Projections, Angles, tuple]:
     """``flat`` arguments of an operator as the groups that they begin with, and the rest. Defaults may be left out."""
-    projections, angles = len(Projections._fields), len(Angles._fields)
-    return (
-        Projections(*flat[:projections]),
-        Angles(*flat[projections : projections + angles]),
-        flat[projections + angles :],
-    )
+    first, last = len(Projections._fields), len(Projections._fields) + len(Angles._fields)
+    projections, angles = Projections(*flat[:first]), Angles(*flat[first:last])
+    if angles.deinterleave:
+        raise ValueError(
+            "deinterleave is for heads that are there: project, then ops.rotary or ops.rotary_at"
+        )
+    return projections, angles, flat[last:]
 
 
 def _qkv_impl(x: torch.Tensor, *flat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -22,15 +22,15 @@ from . import fixed_point, reference
 from .arguments import Angles, present
 from .backend import Backend, Launch, NotBuilt
 
-ABI = 2
+ABI = 3
 FOLDER = Path(os.environ.get("ROPE_DIST_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native")
 """Where the libraries are; the variable names another folder, such as one of a build with sanitizers."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# One format for rope::Call: seven sizes, ten numbers each for q and k, the tables, the fixed-point
+# One format for rope::Call: eight sizes, ten numbers each for q and k, the tables, the fixed-point
 # frequencies with their factor, the positions. Packing takes a tenth of filling a ctypes.Structure.
-_CALL = struct.Struct("=7q 10q 10q 7q q d 7q")
+_CALL = struct.Struct("=8q 10q 10q 7q q d 7q")
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,10 @@ def _ready(q: torch.Tensor, angles: Angles) -> Angles:
         if cu_seqlens is not None:
             # A token's row is its place; one that is in no sequence has none.
             positions = torch.where(at == reference.NOWHERE, -1, torch.arange(q.shape[1]))
-        return Angles(
-            cos, sin, positions=positions, interleaved=angles.interleaved, conjugate=angles.conjugate
-        )
+        return angles._replace(
+            cos=cos, sin=sin, inv_freq_q64=None, positions=positions, cu_seqlens=None, seqlen_offsets=None,
+            offset=0,
+        )  # fmt: skip
     if cos is not None:
         cos, sin = (present(t).to(dtype) for t in (cos, sin))
         cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (cos, sin))
@@ -225,7 +226,8 @@ def packing(heads: tuple[torch.Tensor | None, ...], angles: Angles) -> Callable[
     cos, sin, positions, cu_seqlens = angles.cos, angles.sin, angles.positions, angles.cu_seqlens
     q = present(q)
     sizes = (
-        DTYPES[q.dtype], *q.shape[:2], q.shape[3], angles.num_pairs, angles.interleaved, angles.conjugate,
+        DTYPES[q.dtype], *q.shape[:2], q.shape[3], angles.num_pairs, angles.interleaved_in,
+        angles.interleaved_out, angles.conjugate,
     )  # fmt: skip
     q_sizes, k_sizes = _sizes(q, q_out), _sizes(k, k_out)
     cos_strides, sin_strides = _strides(cos, 2), _strides(sin, 2)

@@ -1,8 +1,8 @@
 """The definition of the rotation, in plain PyTorch. Every backend is tested against this file.
 
 Half-split pairs (``interleaved=False``, Hugging Face) join dimension ``i`` with ``i + R/2`` of the
-``R`` rotated dimensions; interleaved pairs (GPT-J) join ``2i`` with ``2i + 1``. Dimensions past ``R``
-pass through.
+``R`` rotated dimensions; interleaved pairs (GPT-J) join ``2i`` with ``2i + 1``; ``deinterleave`` reads these and
+writes those (multi-head latent attention). Dimensions past ``R`` pass through.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def rotate(
     sin: torch.Tensor,
     *,
     interleaved: bool = False,
+    deinterleave: bool = False,
     conjugate: bool = False,
 ) -> torch.Tensor:
     """Rotate the pairs of ``x`` by the angles of the tables.
@@ -45,7 +46,7 @@ def rotate(
     Args:
         x: ``[B, S, H, D]``, any strides.
         cos, sin: ``[B or 1, S, R/2]``, ``R <= D``.
-        interleaved: which dimensions make a pair.
+        interleaved, deinterleave: which dimensions make a pair, before and after; see :class:`Angles`.
         conjugate: rotate by the negative angles (the transpose, which is the gradient of the rotation).
 
     Returns:
@@ -55,16 +56,10 @@ def rotate(
     cos = cos[:, :, None, :].to(compute)
     sin = sin[:, :, None, :].to(compute)
     num_pairs = cos.shape[-1]
-    rotated = x[..., : 2 * num_pairs].to(compute)
-    if interleaved:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
-    else:
-        first, second = rotated[..., :num_pairs], rotated[..., num_pairs:]
+    order = Angles(interleaved=interleaved, deinterleave=deinterleave, conjugate=conjugate)
+    first, second = _members(x[..., : 2 * num_pairs].to(compute), order.interleaved_in)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if interleaved:
-        out_first, out_second = out[..., 0 : 2 * num_pairs : 2], out[..., 1 : 2 * num_pairs : 2]
-    else:
-        out_first, out_second = out[..., :num_pairs], out[..., num_pairs : 2 * num_pairs]
+    out_first, out_second = _members(out[..., : 2 * num_pairs], order.interleaved_out)
     # Subtraction of a product, as in q * cos + rotate_half(q) * sin: equal to stock to the last bit.
     if conjugate:
         out_first.copy_(first * cos + second * sin)
@@ -74,6 +69,14 @@ def rotate(
         out_second.copy_(second * cos + first * sin)
     out[..., 2 * num_pairs :] = x[..., 2 * num_pairs :]
     return out
+
+
+def _members(rotated: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the first and of the second members of all pairs."""
+    if interleaved:
+        return rotated[..., 0::2], rotated[..., 1::2]
+    half = rotated.shape[-1] // 2
+    return rotated[..., :half], rotated[..., half:]
 
 
 NOWHERE = -(2**63)
@@ -140,10 +143,11 @@ def rotate_tokens(
         New contiguous tensors; None for ``k`` None.
     """
     cos, sin, known = token_tables(angles, q)
+    order = {name: getattr(angles, name) for name in ("interleaved", "deinterleave", "conjugate")}
 
     def rotated(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         wide = x if bias is None else _add_bias(x, bias)
-        out = rotate(wide, cos, sin, interleaved=angles.interleaved, conjugate=angles.conjugate)
+        out = rotate(wide, cos, sin, **order)
         if known is not None:
             out = torch.where(known[:, :, None, None], out, wide).contiguous()
         return out.to(x.dtype)

@@ -16,6 +16,7 @@ def rotary(
     sin: torch.Tensor,
     *,
     interleaved: bool = False,
+    deinterleave: bool = False,
     inplace: bool = False,
     q_bias: torch.Tensor | None = None,
     k_bias: torch.Tensor | None = None,
@@ -28,6 +29,8 @@ def rotary(
         cos, sin: ``[B, S, R/2]``, ``[1, S, R/2]`` or ``[S, R/2]``, floating (float32 where ``q`` is 16-bit),
             ``R <= D`` rotated dimensions; see :func:`cos_sin`.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of Hugging Face's ``(i, i + R/2)``.
+        deinterleave: pairs are ``(2i, 2i + 1)`` of ``q`` and ``k`` and ``(i, i + R/2)`` of what is returned, as
+            multi-head latent attention has them (DeepSeek's ``rope_interleave``). Not in place.
         inplace: change ``q`` and ``k`` and return them.
         q_bias, k_bias: ``[Hq * D]`` and ``[Hk * D]`` in the dtype of ``q``, added first, 16-bit sums without
             rounding between: the end of a projection whose product was made without its bias.
@@ -39,16 +42,17 @@ def rotary(
     Raises:
         ValueError: shapes, dtypes or devices that do not belong together, tables that need a gradient (they
             are constants); in place, tensors that are expanded or share memory, and, where a gradient is
-            wanted, leaves and views that autograd cannot write to (of ``unbind``, ``split``, ``chunk``).
+            wanted, leaves and views that autograd cannot write to (of ``unbind``, ``split``, ``chunk``);
+            ``inplace`` and ``deinterleave`` together.
     """
-    angles = Angles(cos, sin, interleaved=interleaved)
+    angles = Angles(cos, sin, interleaved=interleaved, deinterleave=deinterleave)
     launch, key = launch_cache.find("rotary", (q, k, q_bias, k_bias), angles, inplace)
     if launch is not None:
         return launch(q, k, angles, q_bias, k_bias)
     validation.heads(q, k)
     cos, sin = validation.tables(q, cos, sin, rows=q.shape[1])
     validation.biases(q, k, q_bias, k_bias)
-    angles = Angles(cos, sin, interleaved=interleaved)
+    angles = angles._replace(cos=cos, sin=sin)
     return library.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
 
 
@@ -61,6 +65,7 @@ def rotary_at(  # noqa: PLR0913  (public)
     cu_seqlens: torch.Tensor | None = None,
     attention_scaling: float = 1.0,
     interleaved: bool = False,
+    deinterleave: bool = False,
     inplace: bool = False,
     q_bias: torch.Tensor | None = None,
     k_bias: torch.Tensor | None = None,
@@ -80,7 +85,7 @@ def rotary_at(  # noqa: PLR0913  (public)
             ``position_ids``. Tokens before the first bound and from the last on are in no sequence and are
             not rotated.
         attention_scaling: factor on the rotated dimensions (YaRN's temperature).
-        interleaved, inplace, q_bias, k_bias: as in :func:`rotary`.
+        interleaved, deinterleave, inplace, q_bias, k_bias: as in :func:`rotary`.
 
     Returns:
         As :func:`rotary`.
@@ -98,7 +103,7 @@ def rotary_at(  # noqa: PLR0913  (public)
     inv_freq_q64 = inv_freq if inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
     angles = Angles(
         inv_freq_q64=inv_freq_q64, positions=position_ids, cu_seqlens=cu_seqlens,
-        scaling=float(attention_scaling), interleaved=interleaved,
+        scaling=float(attention_scaling), interleaved=interleaved, deinterleave=deinterleave,
     )  # fmt: skip
     options = (inplace, packed, *launch_cache.metadata(inv_freq))
     launch, key = launch_cache.find("rotary_at", (q, k, q_bias, k_bias), angles, *options)

@@ -110,8 +110,12 @@ def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x if batch == 1 or length == 1 or x.stride(0) == length * x.stride(1) else x.contiguous()
 
 
+def _rows_of_16_bytes(table: torch.Tensor) -> bool:
+    return table.stride(2) == 1 and table.stride(1) % 4 == 0 and table.data_ptr() % 16 == 0
+
+
 def _ready(x: torch.Tensor, angles: Angles, path: str) -> Angles:
-    """``angles`` with contiguous float32 tables or positions of one row, or one for each batch, of ``x``."""
+    """``angles`` with float32 tables (rows equally far apart) or contiguous positions, of one row or one a batch."""
     from . import triton_projection
 
     batch, length = x.shape[:2]
@@ -122,10 +126,12 @@ def _ready(x: torch.Tensor, angles: Angles, path: str) -> Angles:
         inv_freq_q64 = present(angles.inv_freq_q64)
         ready = angles._replace(positions=positions.contiguous(), inv_freq_q64=inv_freq_q64.contiguous())
     else:
-        tables = [t.float().contiguous() for t in (angles.cos, angles.sin)]
+        tables = [_side_by_side(t.float()) for t in (angles.cos, angles.sin)]
         # A descriptor reads the rows of a tile at once: a tile must not run past the end of shared tables.
         if path == "triton_tma" and tables[0].shape[0] < batch and length % triton_projection.TMA_ROWS:
             tables = [t.expand(batch, -1, -1).contiguous() for t in tables]
-        tables = [t if t.data_ptr() % 16 == 0 else t.clone() for t in tables]
+        # Rows may lie apart: an enabled model hands the first half of wider tables.
+        if not all(_rows_of_16_bytes(t) and t.stride() == tables[0].stride() for t in tables):
+            tables = [t.clone(memory_format=torch.contiguous_format) for t in tables]
         ready = angles._replace(cos=tables[0], sin=tables[1])
     return angles if all(a is b for a, b in zip(ready.tensors(), angles.tensors(), strict=True)) else ready

@@ -18,7 +18,7 @@ from .arguments import Angles, Projections
 from .backend import Launch
 from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
 from .triton_launch import architecture
-from .triton_projection import angle_rows, three, token_stride
+from .triton_projection import angle_rows, table_stride, three, token_stride
 
 MAX_TOKENS = 16
 PAIRS = 16
@@ -27,8 +27,8 @@ PAIRS = 16
 @triton.jit
 def decode_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions, slots,
-    rows, depth, q_heads, k_heads, period, scaling, x_stride, q_stride, k_stride, v_stride,
-    k_token, k_head, v_token, v_head,
+    rows, depth, q_heads, k_heads, period, scaling, table_stride, x_stride, q_stride, k_stride,
+    v_stride, k_token, k_head, v_token, v_head,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
     PROGRAMS_A_HEAD: tl.constexpr, EVEN_DEPTH: tl.constexpr, INTERLEAVED: tl.constexpr, TABLE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HARDWARE: tl.constexpr,
@@ -91,7 +91,7 @@ def decode_kernel(
 
     is_rotary = is_rotary & (is_v == 0)
     if TABLE:
-        at = (token % period * NUM_PAIRS)[:, None] + pair[None, :]
+        at = (token % period).to(tl.int64)[:, None] * table_stride + pair[None, :]
         mask = here[:, None] & is_rotary[None, :]
         cos = tl.load(cos_table + at, mask=mask, other=1.0)
         sin = tl.load(sin_table + at, mask=mask, other=0.0)
@@ -149,8 +149,8 @@ def launch(
         for y, n in zip(outputs[1:], heads[1:], strict=True)
     ]
     numbers = (
-        rows, depth, heads[0], heads[1], angle_rows(angles), angles.scaling, token_stride(x),
-        *three([weight.stride(0) for weight in weights]), *strides[0], *strides[-1],
+        rows, depth, heads[0], heads[1], angle_rows(angles), angles.scaling, table_stride(angles),
+        token_stride(x), *three([weight.stride(0) for weight in weights]), *strides[0], *strides[-1],
     )  # fmt: skip
     options = {
         "ROWS": MAX_TOKENS, "BLOCK_K": block_k, "PAIRS": PAIRS, "HEAD_DIM": head_dim,

@@ -150,7 +150,7 @@ def descriptor_kernel(
 @triton.jit
 def pointer_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
-    rows, depth, n_q, n_k, n_v, period, scaling, x_stride, q_stride, k_stride, v_stride,
+    rows, depth, n_q, n_k, n_v, period, scaling, table_stride, x_stride, q_stride, k_stride, v_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
@@ -208,7 +208,7 @@ def pointer_kernel(
         if TABLE:
             pair = tl.arange(0, NUM_PAIRS)
             source = row % period if PERIODIC else row
-            at = source.to(tl.int64)[:, None] * NUM_PAIRS + pair[None, :]
+            at = source.to(tl.int64)[:, None] * table_stride + pair[None, :]
             known = row[:, None] < rows
             cos = tl.load(cos_table + at, mask=known, other=1.0)
             sin = tl.load(sin_table + at, mask=known, other=0.0)
@@ -283,8 +283,8 @@ def launch(
     Args:
         x: ``[B, S, K]`` float16 or bfloat16, not empty, tokens equally far apart, last axis contiguous.
         projections: weights ``[N, K]``, last axis contiguous, and a ``head_dim`` for which :func:`fits` holds.
-        angles: tables ``[B or 1, S, R/2]``, float32 and aligned to 16 bytes; or ``inv_freq_q64`` and positions
-            ``[B or 1, S]``; all contiguous. Those of one row serve every batch.
+        angles: tables ``[B or 1, S, R/2]``, float32, rows equally far apart and aligned to 16 bytes; or contiguous
+            ``inv_freq_q64`` and positions ``[B or 1, S]``. Those of one row serve every batch.
         outputs: contiguous ``[B, S, heads, head_dim]`` for each weight.
         tma: which kernel; needs :func:`fits_tma`, and of tables a row a token or a multiple of the tile's rows.
         arch, num_programs: instead of those of the device of ``x``.
@@ -308,7 +308,7 @@ def launch(
     numbers = (rows, depth, *widths, period, angles.scaling)
     if not tma:
         options["EVEN_DEPTH"] = depth % block_k == 0
-        numbers += (token_stride(x), *three([weight.stride(0) for weight in weights]))
+        numbers += (table_stride(angles), token_stride(x), *three([weight.stride(0) for weight in weights]))
 
         def pack(x, projections, angles, outputs) -> tuple[Any, ...]:
             weights, biases = three(projections.weights()), three(projections.biases())
@@ -325,7 +325,7 @@ def launch(
     read_x = Descriptor(x, (rows, depth), token_stride(x), (block_m, block_k))
     read = [Descriptor(w, w.shape, w.stride(0), (block_n, block_k)) for w in weights]
     write = [Descriptor(y, (rows, n), n, (block_m, block_n)) for y, n in zip(outputs, widths, strict=False)]
-    table = Descriptor(angles.cos, (period, angles.num_pairs), angles.num_pairs, (block_m, angles.num_pairs))
+    table = Descriptor(angles.cos, (period, angles.num_pairs), table_stride(angles), (block_m, angles.num_pairs))
 
     def describe(x, projections, angles, outputs) -> tuple[Any, ...]:
         loads = three([make(weight) for make, weight in zip(read, projections.weights(), strict=True)])
@@ -364,6 +364,11 @@ def three(items: list | None) -> tuple:
 def token_stride(x: torch.Tensor) -> int:
     """Elements between the tokens of ``x`` ``[B, S, K]``."""
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
+
+
+def table_stride(angles: Angles) -> int:
+    """Elements between the rows of the tables; 0 where there are none."""
+    return 0 if angles.cos is None else token_stride(angles.cos)
 
 
 def angle_rows(angles: Angles) -> int:

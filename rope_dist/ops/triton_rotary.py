@@ -19,16 +19,70 @@ from .arguments import Angles
 from .backend import Launch
 from .triton_angles import angle, cos_sin, rotate
 
+# Between interleaved pairs and halves: a thread whose 16 bytes of each half are the members of V pairs holds the 2 V
+# neighbours that they are, in two accesses of 16 bytes. So no element goes from one thread to another. All first
+# accesses come before all second ones, so that a thread's registers are in the order of its pairs.
+
+
+@triton.jit
+def _neighbours(
+    start, V: tl.constexpr, HEADS: tl.constexpr, NUM_PAIRS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Head, column and mask of the neighbours, ``[2 * CHUNK, WIDTH]``."""
+    row = tl.arange(0, 2 * CHUNK)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    head = start + row % CHUNK
+    column = column // V * (2 * V) + row // CHUNK * V + column % V
+    return head, column, (head < HEADS) & (column < 2 * NUM_PAIRS)
+
+
+@triton.jit
+def _load_pairs(
+    x, bias, start, stride_h, stride_d, BIAS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr, NUM_PAIRS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """First and second members ``[CHUNK, WIDTH]`` of interleaved pairs, float32."""
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    V: tl.constexpr = VECTOR if VECTOR < WIDTH else WIDTH
+    head, column, mask = _neighbours(start, V, HEADS, NUM_PAIRS, CHUNK, WIDTH)
+    pairs = tl.load(x + head.to(tl.int64) * stride_h + column.to(tl.int64) * stride_d, mask=mask).to(
+        tl.float32
+    )
+    if BIAS:
+        pairs += tl.load(bias + head * HEAD_DIM + column, mask=mask).to(tl.float32)
+    first, second = tl.split(tl.reshape(pairs, (2, CHUNK, WIDTH // V, V // 2, 2)))
+    first = tl.reshape(tl.permute(first, (1, 2, 0, 3)), (CHUNK, WIDTH))
+    second = tl.reshape(tl.permute(second, (1, 2, 0, 3)), (CHUNK, WIDTH))
+    return first, second
+
+
+@triton.jit
+def _store_pairs(
+    out, first, second, start, out_h, out_d,
+    HEADS: tl.constexpr, NUM_PAIRS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Store first and second members ``[CHUNK, WIDTH]`` as interleaved pairs."""
+    VECTOR: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
+    V: tl.constexpr = VECTOR if VECTOR < WIDTH else WIDTH
+    head, column, mask = _neighbours(start, V, HEADS, NUM_PAIRS, CHUNK, WIDTH)
+    first = tl.permute(tl.reshape(first, (CHUNK, WIDTH // V, 2, V // 2)), (2, 0, 1, 3))
+    second = tl.permute(tl.reshape(second, (CHUNK, WIDTH // V, 2, V // 2)), (2, 0, 1, 3))
+    pairs = tl.reshape(tl.join(first, second), (2 * CHUNK, WIDTH)).to(out.dtype.element_ty)
+    tl.store(out + head.to(tl.int64) * out_h + column.to(tl.int64) * out_d, pairs, mask=mask)
+
 
 @triton.jit
 def _heads(
     x, out, bias, batch, seq, cos, sin,
     stride_b, stride_s, stride_h, stride_d, out_b, out_s, out_h, out_d,
-    BIAS: tl.constexpr, HEADS: tl.constexpr, NUM_PAIRS: tl.constexpr, TAIL: tl.constexpr, INTERLEAVED: tl.constexpr,
-    VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, TAIL_WIDTH: tl.constexpr,
+    BIAS: tl.constexpr, HEADS: tl.constexpr, NUM_PAIRS: tl.constexpr, TAIL: tl.constexpr, IN: tl.constexpr,
+    OUT: tl.constexpr, VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, TAIL_WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rotate ``HEADS`` heads of a token; strides are in units of ``VEC`` but for the last axis's."""
+    """Rotate ``HEADS`` heads of a token; strides are in units of ``VEC`` but for the last axis's.
+
+    ``IN`` and ``OUT``: whether pairs are interleaved where they are read and where they are written.
+    """
     # A stride that is not a multiple of 16 loses Triton's hint and with it the wide accesses. The host
     # divides the strides by VEC; multiplied here, the compiler sees the divisor again.
     x += (batch * stride_b + seq * stride_s) * VEC
@@ -42,7 +96,7 @@ def _heads(
         target = out + head.to(tl.int64) * out_h * VEC
         added = bias + head * HEAD_DIM if BIAS else x
         if NUM_PAIRS > 0:
-            if INTERLEAVED:
+            if IN and OUT:
                 mask = known & (column < 2 * NUM_PAIRS)
                 pair = tl.load(source + wide * stride_d, mask=mask).to(tl.float32)
                 if BIAS:
@@ -53,15 +107,35 @@ def _heads(
                 tl.store(target + wide * out_d, pair.to(out.dtype.element_ty), mask=mask)
             else:
                 mask = known & (column < NUM_PAIRS)
-                first = tl.load(source + wide * stride_d, mask=mask).to(tl.float32)
-                if BIAS:
-                    first += tl.load(added + column, mask=mask).to(tl.float32)
-                second = tl.load(source + (wide + NUM_PAIRS) * stride_d, mask=mask).to(tl.float32)
-                if BIAS:
-                    second += tl.load(added + column + NUM_PAIRS, mask=mask).to(tl.float32)
+                if IN:
+                    first, second = _load_pairs(
+                        x,
+                        bias,
+                        start,
+                        stride_h * VEC,
+                        stride_d,
+                        BIAS,
+                        HEAD_DIM,
+                        HEADS,
+                        NUM_PAIRS,
+                        CHUNK,
+                        WIDTH,
+                    )
+                else:
+                    first = tl.load(source + wide * stride_d, mask=mask).to(tl.float32)
+                    if BIAS:
+                        first += tl.load(added + column, mask=mask).to(tl.float32)
+                    second = tl.load(source + (wide + NUM_PAIRS) * stride_d, mask=mask).to(tl.float32)
+                    if BIAS:
+                        second += tl.load(added + column + NUM_PAIRS, mask=mask).to(tl.float32)
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
-                tl.store(target + wide * out_d, first.to(out.dtype.element_ty), mask=mask)
-                tl.store(target + (wide + NUM_PAIRS) * out_d, second.to(out.dtype.element_ty), mask=mask)
+                if OUT:
+                    _store_pairs(
+                        out, first, second, start, out_h * VEC, out_d, HEADS, NUM_PAIRS, CHUNK, WIDTH
+                    )
+                else:
+                    tl.store(target + wide * out_d, first.to(out.dtype.element_ty), mask=mask)
+                    tl.store(target + (wide + NUM_PAIRS) * out_d, second.to(out.dtype.element_ty), mask=mask)
         if TAIL > 0:
             rest = 2 * NUM_PAIRS + tl.arange(0, TAIL_WIDTH)[None, :]
             mask = known & (rest < 2 * NUM_PAIRS + TAIL)
@@ -83,7 +157,7 @@ def rotary_kernel(
     Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr,
     NUM_PAIRS: tl.constexpr, TAIL: tl.constexpr, HEAD_DIM: tl.constexpr,
-    INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, TABLE: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, CONJUGATE: tl.constexpr, TABLE: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
     TAIL_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, SEQUENCES: tl.constexpr,
@@ -114,7 +188,7 @@ def rotary_kernel(
         if HAS_OFFSETS:
             position += tl.load(seqlen_offsets + sequence, mask=sequence >= 0, other=0).to(tl.int32)
 
-    PAIR_WIDTH: tl.constexpr = WIDTH // 2 if INTERLEAVED else WIDTH
+    PAIR_WIDTH: tl.constexpr = WIDTH // 2 if IN and OUT else WIDTH
     pair = tl.arange(0, PAIR_WIDTH)
     if TABLE:
         # Tokens past the table pass through, as in flash-attention: no access outside it.
@@ -135,19 +209,19 @@ def rotary_kernel(
     # Turned by nothing, an infinity would still make its partner NaN: what is not rotated is copied.
     if known_token:
         _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
-               Q_BIAS, Q_HEADS, NUM_PAIRS, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
+               Q_BIAS, Q_HEADS, NUM_PAIRS, TAIL, IN, OUT, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
         if K_HEADS > 0:
             _heads(k, k_out, k_bias, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
-                   K_BIAS, K_HEADS, NUM_PAIRS, TAIL, INTERLEAVED, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
+                   K_BIAS, K_HEADS, NUM_PAIRS, TAIL, IN, OUT, VEC, CHUNK, WIDTH, TAIL_WIDTH, HEAD_DIM)  # fmt: skip
     else:
         _heads(q, q_out, q_bias, batch, seq, cos, sin, q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d,
-               Q_BIAS, Q_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
+               Q_BIAS, Q_HEADS, 0, HEAD_DIM, IN, OUT, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
         if K_HEADS > 0:
             _heads(k, k_out, k_bias, batch, seq, cos, sin, k_b, k_s, k_h, k_d, ko_b, ko_s, ko_h, ko_d,
-                   K_BIAS, K_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
+                   K_BIAS, K_HEADS, 0, HEAD_DIM, IN, OUT, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
     if V_HEADS > 0:
         _heads(v, v_out, v, batch, seq, cos, sin, v_b, v_s, v_h, v_d, vo_b, vo_s, vo_h, vo_d,
-               False, V_HEADS, 0, HEAD_DIM, INTERLEAVED, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
+               False, V_HEADS, 0, HEAD_DIM, IN, OUT, VEC, CHUNK, WIDTH, V_WIDTH, HEAD_DIM)  # fmt: skip
 
 
 def blocks(most_heads: int, num_pairs: int, interleaved: bool, itemsize: int) -> dict[str, int]:
@@ -156,11 +230,12 @@ def blocks(most_heads: int, num_pairs: int, interleaved: bool, itemsize: int) ->
     Args:
         most_heads: heads of the tensor that has most.
         num_pairs: rotated pairs a head.
-        interleaved: pairs are adjacent, so that one access holds both members.
+        interleaved: pairs are adjacent where they are read and where they are written, so that one access holds
+            both members.
         itemsize: bytes an element.
     """
     vector = 16 // itemsize
-    width = triton.next_power_of_2(max(num_pairs, 1)) * (2 if interleaved else 1)
+    width = triton.next_power_of_2(2 * max(num_pairs, 1) if interleaved else max(num_pairs, 2))
     # At least two heads for each element of a vector, masked where there are fewer: the chunk then has more
     # threads than a row of angles has elements, and the compiler loads those where they are used. With
     # fewer it passes them through shared memory.
@@ -213,15 +288,16 @@ def launch(
         *scaled(q), *scaled(k), *scaled(v), *scaled(q_out), *scaled(k_out), *scaled(v_out),
         *_row_strides(cos), *_row_strides(angles.sin), *_row_strides(angles.positions),
     )  # fmt: skip
+    read, written = angles.interleaved_in, angles.interleaved_out
     options = {
         "Q_BIAS": q_bias is not None, "K_BIAS": k_bias is not None,
         "Q_HEADS": heads[0], "K_HEADS": heads[1], "V_HEADS": heads[2],
         "NUM_PAIRS": num_pairs, "TAIL": tail, "HEAD_DIM": head_dim,
-        "INTERLEAVED": angles.interleaved, "CONJUGATE": angles.conjugate, "TABLE": cos is not None,
+        "IN": read, "OUT": written, "CONJUGATE": angles.conjugate, "TABLE": cos is not None,
         "HAS_POSITIONS": angles.positions is not None, "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_OFFSETS": angles.seqlen_offsets is not None, "VEC": vec,
         "TAIL_WIDTH": triton.next_power_of_2(max(tail, 1)), "V_WIDTH": triton.next_power_of_2(head_dim),
-        "SEQUENCES": 128, **blocks(max(heads), num_pairs, angles.interleaved, q.element_size()),
+        "SEQUENCES": 128, **blocks(max(heads), num_pairs, read and written, q.element_size()),
     }  # fmt: skip
 
     def pack(q, k, q_out, k_out, angles, q_bias=None, k_bias=None, v=None, v_out=None) -> tuple[Any, ...]:

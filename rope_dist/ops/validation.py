@@ -7,6 +7,8 @@ import functools
 import torch
 from torch.autograd import forward_ad
 
+from .arguments import Angles
+
 
 def heads(q: torch.Tensor, k: torch.Tensor | None) -> None:
     """``q`` and ``k`` are ``[B, S, heads, D]`` of one shape (but for the heads), dtype and device."""
@@ -126,22 +128,31 @@ def values(integer: torch.Tensor | None, name: str) -> None:
         raise ValueError(f"{name} must be within int32, got values from {low} to {high}")
 
 
-def bounds(cu_seqlens: torch.Tensor, tokens: int, device: torch.device) -> None:
+def rows(positions: torch.Tensor, count: int, name: str) -> None:
+    """``positions``, where they can be read without waiting, are among the ``count`` rows of a table."""
+    if positions.numel() == 0 or not _readable(positions.device):
+        return
+    low, high = (int(x) for x in positions.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} must be rows of the table of {count}, got values from {low} to {high}")
+
+
+def bounds(cu_seqlens: torch.Tensor, tokens: int, device: torch.device, name: str = "cu_seqlens") -> None:
     """``cu_seqlens`` is ``[sequences + 1]`` integers, at least two; see :func:`bound_values`."""
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must be [sequences + 1], got {list(cu_seqlens.shape)}")
-    integers(cu_seqlens, "cu_seqlens", device)
-    bound_values(cu_seqlens, tokens)
+        raise ValueError(f"{name} must be [sequences + 1], got {list(cu_seqlens.shape)}")
+    integers(cu_seqlens, name, device)
+    bound_values(cu_seqlens, tokens, name)
 
 
-def bound_values(cu_seqlens: torch.Tensor | None, tokens: int) -> None:
+def bound_values(cu_seqlens: torch.Tensor | None, tokens: int, name: str = "cu_seqlens") -> None:
     """Bounds, where there are some on a CPU, are none below the one before it, and within the ``tokens``."""
     if cu_seqlens is None or not _readable(cu_seqlens.device):
         return
     ordered = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
     if not (cu_seqlens[0] >= 0 and cu_seqlens[-1] <= tokens and ordered):
         raise ValueError(
-            f"cu_seqlens must not decrease and be within 0 and {tokens} tokens, got {cu_seqlens.tolist()}"
+            f"{name} must not decrease and be within 0 and {tokens} tokens, got {cu_seqlens.tolist()}"
         )
 
 
@@ -161,6 +172,14 @@ def writable(*tensors: torch.Tensor | None, names: tuple[str, ...] = ("q", "k"))
                 f"{first} and {second} share memory: in place it would be rotated twice (give one tensor with "
                 f"{second}=None, or inplace=False)"
             )
+
+
+def same_order(angles: Angles) -> None:
+    """A rotation in place writes each pair where it read it."""
+    if angles.deinterleave:
+        raise ValueError(
+            "deinterleave writes a pair elsewhere than it reads it, so it cannot be done in place: give inplace=False"
+        )
 
 
 def changeable(x: torch.Tensor, name: str) -> None:

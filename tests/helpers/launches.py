@@ -60,6 +60,7 @@ def calls():
         "rotary": (two, lambda x, t: ops.rotary(*x, *t)),
         "in place": (two, lambda x, t: ops.rotary(*x, *t, inplace=True)),
         "bias": (bias, lambda x, b: ops.rotary(*x, *tables(5), q_bias=b[0], k_bias=b[1])),
+        "deinterleave": (two, lambda x, t: ops.rotary(*x, *t, deinterleave=True)),
         "queries": (two, lambda x, t: ops.rotary(x[0], None, *t)),
         "positions": (two, lambda x, t: ops.rotary_at(*x, **at(5))),
         "packed": (two, lambda x, t: ops.rotary_at(x[0][0], x[1][0], inv_freq, cu_seqlens=bounds)),

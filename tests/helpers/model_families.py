@@ -1,4 +1,4 @@
-"""Small random models of every family that can be enabled, and of families that are refused."""
+"""Small random models of Llama and the families closest to it."""
 
 from __future__ import annotations
 
@@ -48,15 +48,6 @@ TIER_B = {
     "Gemma3": {**SLIDING_THEN_FULL, **OWN_HEAD_DIM, "query_pre_attn_scalar": 20},
 }
 FAMILIES = {**TIER_A, **TIER_B}
-TIER_C = {
-    "Phi3": "one projection",
-    "Cohere": "interleaved",
-    "Glm": "interleaved",
-    "GptOss": "sinks",
-    "HunYuanDenseV1": "after the rotation",
-    "Exaone4": "sliding and full layers",
-    "Ministral3": "scaled by their position",
-}
 
 
 def config_of(name: str, **changes) -> transformers.PretrainedConfig:

@@ -9,13 +9,13 @@ namespace {
 struct OnHost {
   const rope::Call& call;
 
-  template <typename T, bool Interleaved, int N, bool Bias>
+  template <typename T, bool In, bool Out, int N, bool Bias>
   int run() {
     const rope::Shape shape = rope::shape_of(call, N);
     for (int64_t token = 0; token < call.batch * call.length; ++token) {
       for (int row = 0; row < shape.rows; ++row) {
         for (int column = 0; column < shape.columns; ++column) {
-          rope::rotate_thread<T, Interleaved, N, Bias>(call, token, column, row, shape.columns, shape.rows);
+          rope::rotate_thread<T, In, Out, N, Bias>(call, token, column, row, shape.columns, shape.rows);
         }
       }
     }

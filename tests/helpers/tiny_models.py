@@ -56,7 +56,7 @@ SIZES = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
     "index_head_dim": 32,
-    "index_n_heads": 2,
+    "index_n_heads": 8,  # with few heads many scores are zero after the ReLU, and the choice among them is arbitrary
     "index_topk": 8,
     "use_sliding_window": True,
     **dict.fromkeys(
@@ -112,7 +112,7 @@ GRANITE_SWA = {
     "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     "layer_rope_theta": [10000.0, 5000.0, 0],  # 0: a layer without rotation
 }
-# What a config needs beside its sizes, by the model type of the config or of the part of it.
+# What a config needs beside its sizes, by the model type of the config or of a part of a composite config.
 CHANGES: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
     "bailing_hybrid": {"head_dim": HEAD_DIM},
@@ -204,6 +204,7 @@ CHANGES: dict[str, dict] = {
         "layer_types": ["full_attention", "minimax_m3_sparse"],
         "mlp_layer_types": ["dense", "sparse"],
         "index_head_dim": HEAD_DIM,
+        "index_n_heads": KV_HEADS,
         "index_block_size": 4,
         "index_topk_blocks": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
@@ -224,7 +225,7 @@ CHANGES: dict[str, dict] = {
         "heads_per_ngram": 2,
         "make_ngram_vocab_size_divisible_by": 8,
         "split_ngram_parts": 2,
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 8,
         "indexer_kv_heads": 1,
         "indexer_head_dim": HEAD_DIM,
         "indexer_budget": 8,
@@ -383,7 +384,10 @@ def _built(cls: type, config: transformers.PretrainedConfig, dtype: torch.dtype,
 def tiny_model(
     model_type: str, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa", **changes
 ) -> transformers.PreTrainedModel:
-    """A seeded causal language model of the type in evaluation mode."""
+    """A seeded causal language model of the type in evaluation mode; eager attention where it has no sdpa.
+
+    ``changes`` are keys of its config. Buffers of rotary embeddings stay float32 whatever ``dtype`` is.
+    """
     return _built(model_class(model_type), tiny_config(model_type, **changes), dtype, attn_implementation)
 
 

@@ -243,6 +243,27 @@ def test_tables_at_any_address(triton_backend, device, path):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("path", ["auto", *PATHS, "decode"])
+def test_tables_with_rows_apart(triton_backend, device, path, batch):
+    """The first half of tables that have each value twice, as enabled models hand them, and every second of pairs."""
+    if path not in ("auto", "separate", "decode", *possible_paths(device)):
+        pytest.skip("this GPU has no descriptors")
+    x, weights, _ = problem(device, torch.bfloat16, length=4, depth=32, heads=(1, 1, 1))
+    x = x.expand(2, -1, -1)
+    positions = torch.arange(4 * batch, device=device).view(batch, 4)
+    tables = exact_tables(frequencies(64).to(device), positions)
+    want = ops.qkv_rotary(x, *weights, head_dim=64, cos=tables[0], sin=tables[1], path=path)
+    for twice in (
+        [torch.cat((t, torch.full_like(t, 7)), dim=-1)[..., :32] for t in tables],
+        [torch.stack((t, torch.full_like(t, 7)), dim=-1)[..., 0] for t in tables],
+    ):
+        assert not twice[0].is_contiguous()
+        got = ops.qkv_rotary(x, *weights, head_dim=64, cos=twice[0], sin=twice[1], path=path)
+        for actual, expected in zip(got, want, strict=True):
+            assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("inside", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("path", ["auto", "separate"])

@@ -1,0 +1,112 @@
+"""What :func:`rope_dist.enable` does with each model type of the installed transformers: :func:`supported`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+
+from .enabled import enabled_class, is_rotary_embedding, stock_class
+from .forms import Form, Unsupported
+from .reporting import FUSED, ROTARY
+from .rotary_embedding import check_tables, new_stock
+
+REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class ModelSupport:
+    """One model type.
+
+    Attributes:
+        model_type: as in a ``config.json``.
+        path: ``"projection + rotary"`` (one launch where the Triton kernels run), ``"rotary"`` (one launch after the
+            layer's own projections and norms) or ``"refused"``.
+        reason: why not the first; empty where it is.
+    """
+
+    model_type: str
+    path: str
+    reason: str = ""
+
+
+def supported(*model_types: str) -> dict[str, ModelSupport]:
+    """Every language model type of transformers with a rotary embedding, and what ``enable()`` does with it.
+
+    Nothing is built or downloaded: the model files of the installed transformers are imported and read, which takes
+    some seconds for all of them. A model with parts (Llava) that has no attention of its own is what its language
+    model is.
+
+    Args:
+        model_types: those only.
+
+    Raises:
+        ValueError: transformers has no language model of such a type, or one without a rotary embedding.
+    """
+    classes = _classes()
+    unknown = [name for name in model_types if name not in classes]
+    if unknown:
+        raise ValueError(
+            f"transformers {transformers.__version__} has no language model of type {', '.join(unknown)}"
+        )
+    found = {name: _support(name, classes[name]) for name in model_types or sorted(classes)}
+    without = [name for name in model_types if found[name] is None]
+    if without:
+        raise ValueError(f"{', '.join(without)} has no attention with a rotary embedding of its own")
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _classes() -> dict[str, str]:
+    """Names of the classes that generate text, by model type."""
+    names = (
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        | modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    )
+    return {kind: name[0] if isinstance(name, tuple) else name for kind, name in names.items()}
+
+
+def _support(model_type: str, model_class: str) -> ModelSupport | None:
+    try:
+        module = sys.modules[getattr(transformers, model_class).__module__]
+    except (ImportError, AttributeError):  # a package that it needs is not installed
+        return None
+    own = [
+        cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__
+    ]
+    stocks = [cls for cls in own if stock_class(cls) is cls and not _OTHER_TOWERS.search(cls.__name__)]
+    rotaries = [cls for cls in stocks if is_rotary_embedding(cls)]
+    attentions = [cls for cls in stocks if not is_rotary_embedding(cls)]
+    if not rotaries or not attentions:
+        return None
+    try:
+        enabled = [enabled_class(cls) for cls in attentions]
+        for rotary in rotaries:
+            _check_tables(model_type, rotary, {form for cls in enabled for form in cls.forms})
+    except Unsupported as error:
+        return ModelSupport(model_type, REFUSED, str(error))
+    reasons = [cls.why_separate for cls in enabled]
+    return ModelSupport(model_type, ROTARY, reasons[0]) if all(reasons) else ModelSupport(model_type, FUSED)
+
+
+_OTHER_TOWERS = re.compile("Vision|Audio")
+
+
+def _check_tables(model_type: str, rotary: type[nn.Module], forms: set[Form]) -> None:
+    """Of a rotary embedding with the type's default config, in which sections of position axes may be missing."""
+    try:
+        config = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
+        parameters = config.rope_parameters
+        if "mrope_section" in inspect.getsource(rotary) and not parameters.get("mrope_section"):
+            pairs = new_stock(rotary, config).inv_freq.numel()
+            parameters["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+        new = new_stock(rotary, config)
+    except Exception:  # no config of defaults, or not of this class: enable() looks at the model's own
+        return
+    for form in forms:
+        check_tables(new, form)

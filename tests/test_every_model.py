@@ -1,0 +1,181 @@
+"""Every rotary language model type of the installed transformers: enabled it is stock, to the last bit of float32."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers.stock import classes
+from helpers.tiny_models import MULTIMODAL, NOT_BUILT, ROTARY_TYPES, tiny_model, tiny_multimodal
+
+import rope_dist
+from rope_dist.hf import enabled_modules, projecting, reporting
+
+REFUSED = {"codegen": "made once for a fixed length", "gptj": "made once for a fixed length"}
+"""Types that enable() does not take, and words of the reason."""
+TYPES = [name for name in ROTARY_TYPES if name not in (*REFUSED, *NOT_BUILT)]
+COMPLEX = ("deepseek_v2", "llama4", "llama4_text")
+"""Types that multiply complex numbers: torch's products may be fused with the sums, by processor and by strides."""
+IDS = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))  # past the sliding windows of 16
+
+pytestmark = [
+    pytest.mark.usefixtures("stock_again"),
+    # Of transformers' own code, in models that few run.
+    pytest.mark.filterwarnings("ignore::UserWarning:transformers", "ignore::FutureWarning:transformers"),
+]
+
+
+@pytest.fixture
+def projected_at_once(monkeypatch):
+    """Projections and rotation in one call wherever a model's code allows it, in float32 on the CPU too."""
+    for module in (projecting, reporting):
+        monkeypatch.setattr(module, "why_not_fused", lambda attention, x: None)
+
+
+def equal(name, found, expected):
+    if name in COMPLEX:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(found, expected)
+
+
+def both(name, **options):
+    """A stock model and the same one enabled."""
+    stock = tiny_model(name, **options)
+    enabled = copy.deepcopy(stock)
+    rope_dist.enable(enabled)
+    return stock, enabled
+
+
+def generated(model):
+    """Six tokens after a padded batch, with the cache, and their logits."""
+    mask = torch.ones_like(IDS)
+    mask[1, :7] = 0
+    return model.generate(
+        IDS, attention_mask=mask, max_new_tokens=6, do_sample=False, output_logits=True, eos_token_id=None,
+        return_dict_in_generate=True, pad_token_id=0, disable_compile=True,
+    )  # fmt: skip
+
+
+def gradients(model):
+    model.train()
+    torch.manual_seed(5)  # some drop out
+    loss = model(IDS, labels=IDS, use_cache=False).loss
+    loss.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TYPES)
+@torch.no_grad()
+def test_logits(name, attention):
+    stock, enabled = both(name, attn_implementation=attention)
+    assert list(enabled_modules(enabled))
+    equal(name, enabled(IDS).logits, stock(IDS).logits)
+    rope_dist.disable(enabled)
+    assert classes(enabled) == classes(stock)
+    assert torch.equal(enabled(IDS).logits, stock(IDS).logits)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@torch.no_grad()
+def test_decoding_with_left_padding(name):
+    stock, enabled = both(name)
+    a, b = generated(stock), generated(enabled)
+    assert torch.equal(a.sequences, b.sequences)
+    for x, y in zip(a.logits, b.logits, strict=True):
+        equal(name, y, x)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_loss_and_gradients(name):
+    (a, expected), (b, found) = (gradients(model) for model in both(name))
+    equal(name, b, a)
+    assert expected.keys() == found.keys()
+    for parameter, gradient in expected.items():
+        # Autograd sums a rotated pair's two contributions in another order.
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-5, atol=1e-6, msg=parameter)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_projections_and_rotation_in_one_call(name, projected_at_once):
+    stock, enabled = both(name)
+    paths = {layer.path for layer in rope_dist.report(enabled)} - {"untouched"}
+    if paths == {"rotary"}:
+        reasons = {layer.reason for layer in rope_dist.report(enabled) if layer.path == "rotary"}
+        assert all(reasons)
+        return
+    assert paths == {"projection + rotary"}
+    with torch.no_grad():
+        assert torch.equal(enabled(IDS).logits, stock(IDS).logits)
+    (a, expected), (b, found) = (gradients(model) for model in (stock, enabled))
+    assert a.item() == b.item()
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-5, atol=1e-6, msg=parameter)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@torch.no_grad()
+def test_bfloat16(name):
+    """The same dtype, and about as far from float32 as stock: other rounding is the greater part."""
+    exact = tiny_model(name, dtype=torch.bfloat16).float()(IDS).logits
+    model = tiny_model(name, dtype=torch.bfloat16)
+    stock = model(IDS).logits
+    rope_dist.enable(model)
+    ours = model(IDS).logits
+    assert ours.dtype == stock.dtype
+    error, limit = ((logits.float() - exact).square().mean().sqrt() for logits in (ours, stock))
+    assert error <= 1.2 * limit
+
+
+@pytest.mark.parametrize("name", TYPES)
+@torch.no_grad()
+def test_extended_saved_and_read_by_stock(name, tmp_path):
+    model = tiny_model(name)
+    own = model(IDS).logits
+    try:
+        enabled = rope_dist.enable(model, factor=4)
+    except ValueError as error:
+        assert any(words in str(error) for words in NO_PLAN), error
+        assert classes(model) == classes(tiny_model(name))
+        return
+    extended = model(IDS).logits
+    assert not torch.allclose(extended, own, atol=1e-4), enabled
+    model.save_pretrained(tmp_path)
+    rope_dist.disable(model)
+    assert torch.equal(model(IDS).logits, own)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(IDS).logits, extended, rtol=1e-5, atol=1e-5)
+
+
+NO_PLAN = ("there is nothing to extend", "has a config of its own", "which factors cannot express", "which of them sees whole texts is not known")
+"""Words of the reasons for which a model's frequencies cannot be planned."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason(name):
+    model = tiny_model(name)
+    before = classes(model)
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        rope_dist.enable(model)
+    assert classes(model) == before
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+@torch.no_grad()
+def test_the_language_model_of_a_multimodal_model(name, tmp_path):
+    model = tiny_multimodal(name)
+    before = dict(zip((n for n, _ in model.named_modules()), classes(model), strict=True))
+    own = model(IDS).logits
+    rope_dist.enable(model)
+    assert torch.equal(model(IDS).logits, own)
+    changed = [n for n, module in model.named_modules() if type(module) is not before[n]]
+    assert changed
+    assert not [n for n in changed if "vision" in n or "visual" in n]
+    rope_dist.enable(model, factor=4)
+    extended = model(IDS).logits
+    assert not torch.allclose(extended, own, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(IDS).logits, extended, rtol=1e-5, atol=1e-5)
