@@ -347,7 +347,7 @@ def _check_represented(
     trial.__dict__.update(copy.deepcopy(entries))
     try:
         with stock_rotary.without_remarks():
-            loaded = type(trial).from_dict(trial.to_diff_dict())  # which also validates it
+            loaded = type(trial)(**trial.to_diff_dict())  # which also validates it
         found, scaling = stock_rotary.frequencies(loaded, layers)
     except (StrictDataclassError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"stock transformers cannot run this plan in {name}: {_reason(error)}") from None

@@ -86,10 +86,12 @@ def _modeling_module(config: PretrainedConfig) -> ModuleType | None:
             return sys.modules[model_class(mapping[type(config)]).__module__]
         except (KeyError, ImportError):
             continue  # not there, custom code, or a package that it needs is missing
-    folder, _, name = type(config).__module__.rpartition(".")
+    name = type(config).__module__
+    if not name.startswith("transformers.models."):
+        return None
     try:
         # Some language models have no class of their own.
-        return importlib.import_module(f"{folder}.{name.replace('configuration_', 'modeling_')}")
+        return importlib.import_module(name.replace(".configuration_", ".modeling_"))
     except ImportError:
         return None
 

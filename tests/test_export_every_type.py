@@ -18,6 +18,7 @@ from helpers.tiny_models import (
 
 import rope_dist
 from rope_dist import export
+from rope_dist.cli import main
 from rope_dist.layer_types import extended_layers
 
 VERSION = tuple(int(n) for n in transformers.__version__.split(".")[:2])
@@ -145,6 +146,7 @@ def check_refused(source, config, reason):
         with pytest.raises(ValueError, match=reason):
             call()
     assert not (source.parent / "out").exists()
+    assert main(["plan", str(source), "--factor", "2"]) == 2
 
 
 @pytest.mark.parametrize("model_type", MULTIMODAL)

@@ -129,6 +129,60 @@ class TestDynamic:
         assert "plain numbers" not in str(raised.value)
 
 
+class TestOtherConfigs:
+    def test_custom_code_is_planned_by_the_formulas_of_transformers(self):
+        """Its config has no model class in transformers: nothing is imported for it."""
+
+        class MineConfig(transformers.LlamaConfig):
+            model_type = "mine"
+
+        config = MineConfig(**SMALL, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5})
+        assert stock_rotary.rotary_class(config) is None
+        made = rope_dist.plan(config, factor=2, strategy="pi")
+        assert (made.rotary_dim, made.head_dim) == (6, 12)
+        expected = 1e4 ** (-torch.arange(0, 6, 2, dtype=torch.float64) / 6) / 2
+        torch.testing.assert_close(made.inv_freq.double(), expected, rtol=3e-7, atol=0.0)
+
+    def test_what_users_keep_on_a_config(self):
+        config = llama_config()
+        expected = rope_dist.plan(config, factor=2)
+        config.quantization_config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        config.dtype = torch.bfloat16
+        config.of_a_trainer = object()
+        assert rope_dist.plan(config, factor=2) == expected
+
+    @pytest.mark.parametrize(
+        ("kind", "changes", "reason"),
+        [
+            ("Falcon", {"alibi": True}, "its alibi is True, not False"),
+            ("Zamba2", {"use_mem_rope": False}, "its use_mem_rope is False, not True"),
+        ],
+    )
+    def test_without_a_rotary_embedding(self, kind, changes, reason):
+        config = getattr(transformers, f"{kind}Config")
+        with pytest.raises(ValueError, match=f"{kind}Config has no rotary embedding: {reason}"):
+            rope_dist.plan(config(**changes), factor=2)
+        (key, value), *_ = changes.items()
+        assert rope_dist.plan(config(**{key: not value}), factor=2).scale == 2
+
+    def test_layers_with_bases_of_their_own(self):
+        if not hasattr(transformers, "GraniteSWAConfig"):
+            pytest.skip(f"transformers {transformers.__version__} has no granite_swa")
+        layers = {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        }
+
+        def config(*bases):
+            return transformers.GraniteSWAConfig(layer_rope_theta=list(bases), **layers)
+
+        with pytest.raises(ValueError, match=r"bases of their own \(layer_rope_theta: 5000, 10000\)"):
+            rope_dist.plan(config(5000.0, 10000.0, 0), factor=2)
+        with pytest.raises(ValueError, match="nothing to extend: the full attention"):
+            rope_dist.plan(config(10000.0, 0, 0), factor=2)
+        assert rope_dist.plan(config(10000.0, 10000.0, 0), factor=2).scale == 2
+
+
 NO_ROTARY = r"^\w+ has no rotary embedding that a plan can extend \(no rope_parameters\)$"
 WITHOUT_PARAMETERS = {"codegen", "gptj", "cohere_compass", "cohere_compass_text"}
 """Model types with a rotary embedding but nothing of it in their default config."""
