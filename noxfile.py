@@ -6,8 +6,8 @@ import nox
 
 nox.options.reuse_existing_virtualenvs = True
 VERSIONS = ("5.6.0", "5.17.0", "5.19.0", "5.20.1", "5.24.0", "newest")
-"""The first is the lower bound in pyproject.toml, and 5.20.1 what SGLang and axolotl pin; the key/value cache has another
-name from 5.24 on. The last is installed without a version."""
+"""The first is the lower bound in pyproject.toml, 5.20.1 what SGLang and axolotl pin; from 5.24 on the key/value cache
+has another name. The last is installed without a version."""
 TORCH = "torch==2.13.0"
 TESTS = (
     "tests/test_enable.py",
