@@ -108,7 +108,7 @@ def unextendable(config: PretrainedConfig) -> str | None:
     if config.__dict__.get("global_head_dim") not in (None, config.__dict__.get("head_dim")):
         return (
             f"this version of transformers computes a longrope of {kind} by the head_dim of its sliding layers: from "
-            "5.16 on types of layers may have head_dims of their own"
+            "5.15 on types of layers may have head_dims of their own"
         )
     try:
         extended_layers(config)

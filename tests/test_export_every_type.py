@@ -50,7 +50,7 @@ REFUSED = {
     "cohere_compass": NO_POSITIONS.format("CohereCompassTextConfig"),
     "exaone4_5": WINDOWS.format("exaone4", "sliding_window"),
 }
-if VERSION < (5, 16):
+if VERSION < (5, 15):
     HEADS = "this version of transformers computes a longrope of gemma4_text by the head_dim of its sliding layers"
     REFUSED |= {"gemma4": HEADS, "gemma4_text": HEADS}
 if VERSION < (5, 13):

@@ -207,7 +207,7 @@ OLDER = {
     "gemma4_text": "this version of transformers computes a longrope of gemma4_text by the head_dim",
     "olmo3": "this version of transformers would scale the sliding layers of olmo3 too",
 }
-"""The same for transformers before 5.16."""
+"""The same for transformers before 5.15."""
 
 
 def test_every_family_computes_as_read_and_as_planned(monkeypatch):
@@ -252,7 +252,7 @@ def test_every_family_computes_as_read_and_as_planned(monkeypatch):
         "ministral3",
         "qwen2_5_vl",
     } <= set(right)
-    expected = {**REFUSED, **(OLDER if VERSION < (5, 16) else {})}
+    expected = {**REFUSED, **(OLDER if VERSION < (5, 15) else {})}
     for model_type, (text_type, reason, classes) in refused.items():
         if text_type in ROTATES_WINDOWS_ONLY:
             assert f"{text_type} rotates only the layers that see" in reason
