@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import defaults
-from .hf import enable, report, summary
-from .hf.families import FAMILIES
-from .hf.reporting import FUSED, ROTARY
+from .export.architectures import unable_model, unextendable
+from .export.engines import ENGINES
+from .export.stock import StockModel
+from .hf import enable, report, summary, supported
+from .hf.forms import Unsupported
 from .machine import describe
 from .ops import autotune, dispatch, native
 from .planning import load_config
@@ -20,18 +22,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def info(model: str | None = None) -> dict[str, dict[str, str]]:
-    """Versions, native libraries, the backend of each device with its reason, and the model families.
+def info(model: str | None = None, *, models: bool = False) -> dict[str, dict[str, str]]:
+    """Versions, native libraries, and the backend of each device with its reason.
 
     Args:
         model: a preset, a directory with a ``config.json`` or a hub id: adds what each layer would do once the
-            model is enabled on this machine's first device. No weight is read; of a preset, nothing is downloaded.
+            model is enabled on this machine's first device, and which engines read an extension of it. No weight is
+            read; of a preset, nothing is downloaded.
+        models: add what ``enable()`` does with every model type of the installed transformers (some seconds).
 
     Returns:
         Sections of named texts, in the order in which :func:`text` prints them.
 
     Raises:
-        ValueError: no such model, or none that can be enabled.
+        ValueError: no such model.
     """
     here = describe()
     return {
@@ -43,7 +47,7 @@ def info(model: str | None = None) -> dict[str, dict[str, str]]:
         "native libraries": {"CPU library": _built("cpu"), "CUDA library": _built("cuda")},
         "backends": {str(device): _backends(device) for device in (torch.device("cpu"), *_gpus())},
         "autotune cache": _autotuned(),
-        "models": _families(),
+        **({"models": _types()} if models else {}),
         **({model: _model(model)} if model is not None else {}),
     }
 
@@ -58,11 +62,10 @@ def text(found: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def _families() -> dict[str, str]:
-    paths: dict[str, list[str]] = {FUSED: [], ROTARY: []}
-    for family in FAMILIES:
-        paths[FUSED if family.attention.pre_rotary_norm is None else ROTARY].append(family.name)
-    return {path: ", ".join(names) for path, names in paths.items()}
+def _types() -> dict[str, str]:
+    return {
+        name: f"{one.path}{f' ({one.reason})' if one.reason else ''}" for name, one in supported().items()
+    }
 
 
 def _model(model: str) -> dict[str, str]:
@@ -91,10 +94,25 @@ def _preset(name: str) -> dict[str, str]:
 def _layers(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, str]:
     with torch.device("meta"):
         empty = _model_class(config)._from_config(config)
-    enable(empty)
     device = (_gpus() or [torch.device("cpu")])[0]
+    where = f"{str(dtype).removeprefix('torch.')} on {device}"
+    try:
+        enable(empty)
+    except Unsupported as error:
+        return {where: f"refused ({error})"}
     layers = report(empty, dtype=dtype, device=device)
-    return {f"{str(dtype).removeprefix('torch.')} on {device}": summary(layers).replace("\n", "; ")}
+    return {where: summary(layers).replace("\n", "; "), "extensions": _engines(config)}
+
+
+def _engines(config: PretrainedConfig) -> str:
+    """Which engines run an extension of a model, as far as is known, and why the others do not."""
+    model = StockModel(config)
+    nothing = unextendable(model)
+    if nothing is not None:
+        return nothing
+    reasons = {engine: unable_model(engine, model) for engine in ("transformers", *ENGINES)}
+    able = ", ".join(engine for engine, reason in reasons.items() if reason is None)
+    return "; ".join([able, *(f"not {engine}: {reason}" for engine, reason in reasons.items() if reason)])
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:

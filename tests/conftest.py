@@ -55,6 +55,15 @@ def stock_again():
 
 
 @pytest.fixture
+def one_thread():
+    """For many small models: threads of a pool wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def make_llama():
     """Random LLaMAs in evaluation mode: ``make_llama(**config_changes)``."""
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers.stock import classes
 from helpers.tiny_models import MULTIMODAL, NOT_BUILT, ROTARY_TYPES, tiny_model, tiny_multimodal
 
 import rope_dist
 from rope_dist.hf import enabled_modules, projecting, reporting
 
-REFUSED = {"codegen": "made once for a fixed length", "gptj": "made once for a fixed length"}
+ROOT = Path(__file__).resolve().parent.parent
+REFUSED = {name: "made once for a fixed length" for name in ("codegen", "gptj") if name in ROTARY_TYPES}
 """Types that enable() does not take, and words of the reason."""
 TYPES = [name for name in ROTARY_TYPES if name not in (*REFUSED, *NOT_BUILT)]
 COMPLEX = ("deepseek_v2", "llama4", "llama4_text")
 """Types that multiply complex numbers: torch's products may be fused with the sums, by processor and by strides."""
-IDS = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))  # past the sliding windows of 16
+IDS = torch.randint(
+    3, 90, (2, 24), generator=torch.Generator().manual_seed(1)
+)  # past the sliding windows of 16
 
 pytestmark = [
-    pytest.mark.usefixtures("stock_again"),
+    pytest.mark.usefixtures("stock_again", "one_thread"),
     # Of transformers' own code, in models that few run.
     pytest.mark.filterwarnings("ignore::UserWarning:transformers", "ignore::FutureWarning:transformers"),
 ]
@@ -102,6 +108,7 @@ def test_loss_and_gradients(name):
 def test_projections_and_rotation_in_one_call(name, projected_at_once):
     stock, enabled = both(name)
     paths = {layer.path for layer in rope_dist.report(enabled)} - {"untouched"}
+    assert paths == {rope_dist.supported(name)[name].path}
     if paths == {"rotary"}:
         reasons = {layer.reason for layer in rope_dist.report(enabled) if layer.path == "rotary"}
         assert all(reasons)
@@ -126,7 +133,7 @@ def test_bfloat16(name):
     ours = model(IDS).logits
     assert ours.dtype == stock.dtype
     error, limit = ((logits.float() - exact).square().mean().sqrt() for logits in (ours, stock))
-    assert error <= 1.2 * limit
+    assert error <= 1.5 * limit  # a few thousand logits: their mean error varies by a quarter
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -134,14 +141,11 @@ def test_bfloat16(name):
 def test_extended_saved_and_read_by_stock(name, tmp_path):
     model = tiny_model(name)
     own = model(IDS).logits
-    try:
-        enabled = rope_dist.enable(model, factor=4)
-    except ValueError as error:
-        assert any(words in str(error) for words in NO_PLAN), error
+    if not extend(model):
         assert classes(model) == classes(tiny_model(name))
         return
     extended = model(IDS).logits
-    assert not torch.allclose(extended, own, atol=1e-4), enabled
+    assert not torch.allclose(extended, own, atol=1e-4)
     model.save_pretrained(tmp_path)
     rope_dist.disable(model)
     assert torch.equal(model(IDS).logits, own)
@@ -149,8 +153,24 @@ def test_extended_saved_and_read_by_stock(name, tmp_path):
     torch.testing.assert_close(loaded(IDS).logits, extended, rtol=1e-5, atol=1e-5)
 
 
-NO_PLAN = ("there is nothing to extend", "has a config of its own", "which factors cannot express", "which of them sees whole texts is not known")
+NO_PLAN = (
+    "there is nothing to extend",
+    "has a config of its own",
+    "which factors cannot express",
+    "which of them sees whole texts is not known",
+)
 """Words of the reasons for which a model's frequencies cannot be planned."""
+
+
+def extend(model):
+    """Extend ``model`` fourfold; False where that is refused for one of the known reasons."""
+    try:
+        rope_dist.enable(model, factor=4)
+    except ValueError as error:
+        if not any(words in str(error) for words in NO_PLAN):
+            raise
+        return False
+    return True
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -173,9 +193,43 @@ def test_the_language_model_of_a_multimodal_model(name, tmp_path):
     changed = [n for n, module in model.named_modules() if type(module) is not before[n]]
     assert changed
     assert not [n for n in changed if "vision" in n or "visual" in n]
-    rope_dist.enable(model, factor=4)
+    if not extend(model):
+        return
     extended = model(IDS).logits
     assert not torch.allclose(extended, own, atol=1e-4)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(IDS).logits, extended, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MULTIMODAL if name.startswith(("qwen", "glm4v"))])
+@torch.no_grad()
+def test_positions_in_time_height_and_width(name):
+    stock = tiny_multimodal(name)
+    enabled = copy.deepcopy(stock)
+    rope_dist.enable(enabled)
+    axes = torch.tensor([1, 2, 5])[:, None, None]
+    positions = (torch.arange(IDS.shape[1]) * axes).expand(3, 2, -1)
+    expected = stock(IDS, position_ids=positions).logits
+    assert not torch.allclose(expected, stock(IDS).logits, atol=1e-4)
+    assert torch.equal(enabled(IDS, position_ids=positions).logits, expected)
+
+
+@pytest.mark.skipif("gptj" not in REFUSED, reason="before 5.24 GPT-J has no rotary embedding of its own")
+def test_a_global_enable_leaves_what_it_does_not_know(tmp_path):
+    tiny_model("gptj").save_pretrained(tmp_path)
+    with rope_dist.enable():
+        with pytest.warns(
+            UserWarning, match="GPTJForCausalLM is left as it is: .*made once for a fixed length"
+        ):
+            model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert not list(enabled_modules(model))
+
+
+def test_the_page_of_models():
+    """docs/models.md has what supported() says."""
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    if f"transformers {transformers.__version__} " not in page:
+        pytest.skip(f"docs/models.md is of another transformers than {transformers.__version__}")
+    written = dict(re.findall(r"^\| `(\S+)` +\| ([^|]*?) +\|", page, re.M))
+    assert written == {name: one.path for name, one in rope_dist.supported().items()}

@@ -5,8 +5,7 @@ import functools
 import pytest
 import torch
 import transformers
-
-from tests.helpers.tiny_models import (
+from helpers.tiny_models import (
     MULTIMODAL,
     NOT_BUILT,
     PER_LAYER,
@@ -16,6 +15,8 @@ from tests.helpers.tiny_models import (
     tiny_model,
     tiny_multimodal,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUILT = [kind for kind in ROTARY_TYPES if kind not in NOT_BUILT]
 IDS = torch.randint(3, 96, (2, 24), generator=torch.Generator().manual_seed(1))

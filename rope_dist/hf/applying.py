@@ -70,7 +70,7 @@ def _complex(form: Form, stock: Function) -> Function:
         return stock(q, k, torch.complex(cos, sin))
 
     def apply_rotary_emb(xq, xk, freqs_cis):
-        return rotate(form, stock_of_two, xq, xk, freqs_cis.real, freqs_cis.imag, form.heads_axis)
+        return rotate(form, stock_of_two, xq, xk, *_parts(freqs_cis), form.heads_axis)
 
     return apply_rotary_emb
 
@@ -102,11 +102,41 @@ _SIGNATURES: dict[tuple[str, ...], Callable[[Form, Function], Function]] = {
 }
 
 
-def pairs_of(form: Form, table: torch.Tensor) -> torch.Tensor:
-    """Each value of a table once: ``[B or 1, S, R/2]``."""
-    if form.tables == "twice":
+def pairs_of(tables: str, table: torch.Tensor) -> torch.Tensor:
+    """``[B or 1, S, R/2]``, each value once, of a real table that holds it as ``Form.tables`` says."""
+    if tables == "twice":
         return table.narrow(-1, 0, table.shape[-1] // 2)
-    return table[..., ::2] if form.tables == "pairs" else table
+    return table[..., ::2] if tables == "pairs" else table
+
+
+_KEPT = "_rope_dist_pairs"
+
+
+def keep_pairs(tables: str, made: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+    """Give stock's tables, as an attribute, what the kernels read of them: made once a forward pass, not in each layer.
+
+    A copy of a table (on another device, say) has no such attribute, and each layer takes it apart again.
+    """
+    if tables == "complex":
+        setattr(made, _KEPT, (made.real.contiguous(), made.imag.contiguous()))
+    elif tables != "once":
+        for table in made:
+            setattr(table, _KEPT, pairs_of(tables, table).contiguous())
+
+
+def kept_pairs(tables: str, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin ``[B or 1, S, R/2]`` of stock's real tables."""
+    if not torch.compiler.is_compiling():
+        kept_cos, kept_sin = getattr(cos, _KEPT, None), getattr(sin, _KEPT, None)
+        if kept_cos is not None and kept_sin is not None:
+            return kept_cos, kept_sin
+    return pairs_of(tables, cos), pairs_of(tables, sin)
+
+
+def _parts(freqs_cis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of a complex table."""
+    kept = None if torch.compiler.is_compiling() else getattr(freqs_cis, _KEPT, None)
+    return kept or (freqs_cis.real, freqs_cis.imag)
 
 
 def rotate(
@@ -128,7 +158,7 @@ def rotate(
     """
     if not _can_rotate(q, k, cos, unsqueeze_dim):
         return stock(q, k, cos.to(q.dtype), sin.to(q.dtype), unsqueeze_dim)
-    cos, sin = pairs_of(form, cos), pairs_of(form, sin)
+    cos, sin = kept_pairs(form.tables, cos, sin)
     if form.negative:
         sin = -sin
     if unsqueeze_dim == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -12,8 +13,28 @@ from .forms import Form, NotRotary, Unsupported
 from .rotary_embedding import EnabledModule, check_tables, new_stock
 
 
-def find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The rotary embeddings and attentions to swap; ``ValueError`` unless all of them can be."""
+@dataclass(frozen=True)
+class Found:
+    """What there is to swap.
+
+    Attributes:
+        rotaries, attentions: modules of the language model, in its order.
+        tables: for the file (module) of each rotary embedding, how its tables hold their values (:class:`Form`).
+    """
+
+    rotaries: list[nn.Module]
+    attentions: list[nn.Module]
+    tables: dict[str, str]
+
+
+def find(model: nn.Module) -> Found:
+    """The rotary embeddings and attentions of ``model``.
+
+    Raises:
+        NotRotary: there are none.
+        Unsupported: a function that rotates, or the tables it takes, are not known.
+        ValueError: a class or a forward was changed by somebody else.
+    """
     rotaries, attentions = [], []
     for name, module in language_modules(model):
         cls = type(module)
@@ -36,27 +57,24 @@ def find(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         raise NotRotary(
             f"{_described(model)} has no attention with a rotary embedding: there is nothing to enable"
         )
-    _check_tables(rotaries, attentions)
-    return rotaries, attentions
+    return Found(rotaries, attentions, _checked_tables(rotaries, attentions))
 
 
-def _check_tables(rotaries: list[nn.Module], attentions: list[nn.Module]) -> None:
-    """``ValueError`` unless each rotary embedding makes tables for each form that the attentions of its file take."""
-    classes = {type(attention) for attention in attentions}
-    stocks = {stock_class(cls) for cls in classes}
+def _checked_tables(rotaries: list[nn.Module], attentions: list[nn.Module]) -> dict[str, str]:
+    """How the tables of each file hold their values, once they are seen to be of the forms that its attentions take."""
     forms: dict[str, set[Form]] = {}
-    for stock in stocks:
+    for stock in {stock_class(type(attention)) for attention in attentions}:
         forms.setdefault(stock.__module__, set()).update(enabled_class(stock).forms)
-    made = {stock_class(type(rotary)).__module__ for rotary in rotaries}
-    if forms.keys() - made:
-        raise Unsupported(
-            f"no rotary embedding was found for the attention of {', '.join(sorted(forms.keys() - made))}"
-        )
-    for rotary in rotaries:
+    without = forms.keys() - {stock_class(type(rotary)).__module__ for rotary in rotaries}
+    if without:
+        raise Unsupported(f"no rotary embedding was found for the attention of {', '.join(sorted(without))}")
+    for rotary in {(type(rotary), id(rotary.config)): rotary for rotary in rotaries}.values():
         stock = stock_class(type(rotary))
         new = new_stock(stock, rotary.config)
-        for form in forms.get(stock.__module__, ()):
+        for form in forms.setdefault(stock.__module__, set()):
             check_tables(new, form)
+    kinds = {file: {form.tables for form in own} for file, own in forms.items()}
+    return {file: kind.pop() if len(kind) == 1 else "once" for file, kind in kinds.items()}
 
 
 def _described(model: nn.Module) -> str:

@@ -27,7 +27,7 @@ from ..planning import RopePlan, check_options
 from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
 from .enabled import EnabledAttention, enabled_class
-from .finding import find
+from .finding import Found, find
 from .forms import NotRotary, Unsupported
 from .reporting import LayerReport, report, summary
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
@@ -37,9 +37,13 @@ _LOCK = threading.RLock()
 
 @dataclass
 class _Swap:
-    """Kept on an enabled rotary embedding: what to restore. Plain values, so that it copies and pickles."""
+    """Kept on an enabled rotary embedding: what to restore, and how its tables hold their values.
+
+    Plain values, so that it copies and pickles.
+    """
 
     dtypes_before: dict[str, torch.dtype]
+    tables: str
     plan: RopePlan | None = None
     config_before: PretrainedConfig | None = None
 
@@ -147,12 +151,13 @@ def enable(
             return _enter_global(options)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        rotaries, attentions = find(model)
+        found = find(model)
+        rotaries, attentions = found.rotaries, found.attentions
         previous = copy.copy(_swap_of(rotaries[0]))
         if any(targets):
             _check_configs(model, rotaries)
         plans = _plans_for(rotaries, options)
-        _swap_rotaries(model, rotaries, plans)
+        _swap_rotaries(model, found, plans)
         for attention in attentions:
             if not isinstance(attention, EnabledAttention):
                 _set_class(attention, enabled_class(type(attention)))
@@ -235,13 +240,13 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
     return plan
 
 
-def _swap_rotaries(model: nn.Module, rotaries: list[nn.Module], plans: list[RopePlan | None]) -> None:
-    swaps = []
+def _swap_rotaries(model: nn.Module, found: Found, plans: list[RopePlan | None]) -> None:
+    rotaries, swaps = found.rotaries, []
     for rotary in rotaries:
         swap = _swap_of(rotary)
         if swap is None:
             dtypes = {name: buffer.dtype for name, buffer in rotary.named_buffers(recurse=False)}
-            swap = rotary._rope_dist_swap = _Swap(dtypes)
+            swap = rotary._rope_dist_swap = _Swap(dtypes, found.tables[type(rotary).__module__])
             _set_class(rotary, enabled_class(type(rotary)))
         swaps.append(swap)
     # Before any config changes: a model may have a rotary embedding in each layer, all with one config.

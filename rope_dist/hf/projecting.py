@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from .applying import pairs_of, rotate
+from .applying import kept_pairs, rotate
 from .forms import Form
 from .fusing import PROJECTIONS
 
@@ -38,7 +38,7 @@ def project_and_rotate(
         # Parameters in their dictionaries: by attribute each takes nn.Module longer than a tensor's view.
         parameters = [projection._parameters for projection in projections(attention)]
         weights, biases = [p["weight"] for p in parameters], [p["bias"] for p in parameters]
-        cos, sin = pairs_of(form, cos), pairs_of(form, sin)
+        cos, sin = kept_pairs(form.tables, cos, sin)
         q, k, v = ops.qkv_rotary(
             x, *weights, *biases, head_dim=head_dim, cos=cos, sin=-sin if form.negative else sin,
             interleaved=form.layout == "interleaved",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from .applying import pairs_of
+from .applying import keep_pairs, pairs_of
 from .forms import Form, Unsupported
 
 
@@ -72,7 +72,10 @@ class EnabledRotaryEmbedding(EnabledModule):
         """As stock, but in float32: its tables take dtype and device of ``x``, and nothing else."""
         if x.dtype != torch.float32:
             x = torch.empty(0, dtype=torch.float32, device=x.device)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        made = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if not torch.compiler.is_compiling():
+            keep_pairs(self._rope_dist_swap.tables, made)
+        return made
 
 
 def new_stock(stock: type[nn.Module], config: PretrainedConfig) -> nn.Module:
@@ -96,7 +99,7 @@ def check_tables(rotary: nn.Module, form: Form) -> None:
     for layer_type in layer_types(rotary):
         cos, sin = _sample_tables(rotary, layer_type)
         for table in (cos, sin):
-            first = pairs_of(form, table)
+            first = pairs_of(form.tables, table)
             both = {"twice": torch.cat((first, first), -1), "pairs": first.repeat_interleave(2, -1)}
             if not torch.equal(table, both.get(form.tables, first)):
                 raise Unsupported(

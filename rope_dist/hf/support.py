@@ -82,6 +82,9 @@ def _support(model_type: str, model_class: str) -> ModelSupport | None:
     stocks = [cls for cls in own if stock_class(cls) is cls and not _OTHER_TOWERS.search(cls.__name__)]
     rotaries = [cls for cls in stocks if is_rotary_embedding(cls)]
     attentions = [cls for cls in stocks if not is_rotary_embedding(cls)]
+    attentions.sort(
+        key=lambda cls: "Attention" not in cls.__name__
+    )  # before indexers, whose reasons matter less
     if not rotaries or not attentions:
         return None
     try:

@@ -63,6 +63,7 @@ def rotary_at(  # noqa: PLR0913  (public)
     position_ids: torch.Tensor | None = None,
     *,
     cu_seqlens: torch.Tensor | None = None,
+    seqlen_offsets: torch.Tensor | None = None,
     attention_scaling: float = 1.0,
     interleaved: bool = False,
     deinterleave: bool = False,
@@ -84,6 +85,8 @@ def rotary_at(  # noqa: PLR0913  (public)
         cu_seqlens: ``[sequences + 1]`` int32 or int64, bounds of packed sequences, not decreasing; only without
             ``position_ids``. Tokens before the first bound and from the last on are in no sequence and are
             not rotated.
+        seqlen_offsets: ``[sequences]`` (``[B]`` without ``cu_seqlens``) int32 or int64: the position of the first token
+            of each sequence, what its key/value cache holds already; only without ``position_ids``.
         attention_scaling: factor on the rotated dimensions (YaRN's temperature).
         interleaved, deinterleave, inplace, q_bias, k_bias: as in :func:`rotary`.
 
@@ -103,26 +106,33 @@ def rotary_at(  # noqa: PLR0913  (public)
     inv_freq_q64 = inv_freq if inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
     angles = Angles(
         inv_freq_q64=inv_freq_q64, positions=position_ids, cu_seqlens=cu_seqlens,
-        scaling=float(attention_scaling), interleaved=interleaved, deinterleave=deinterleave,
+        seqlen_offsets=seqlen_offsets, scaling=float(attention_scaling),
+        interleaved=interleaved, deinterleave=deinterleave,
     )  # fmt: skip
     options = (inplace, packed, *launch_cache.metadata(inv_freq))
     launch, key = launch_cache.find("rotary_at", (q, k, q_bias, k_bias), angles, *options)
     if launch is not None:
         # What is looked at on a CPU only: the values.
         validation.values(position_ids, "position_ids")
+        validation.values(seqlen_offsets, "seqlen_offsets")
         validation.bound_values(cu_seqlens, q.shape[1])
         out = launch(q, k, angles, q_bias, k_bias)
     else:
         validation.heads(q, k)
         validation.frequencies(inv_freq, q.shape[3], q.device)
         if position_ids is not None:
-            if cu_seqlens is not None:
-                raise ValueError("give position_ids or cu_seqlens, not both")
+            if cu_seqlens is not None or seqlen_offsets is not None:
+                raise ValueError("give position_ids, or cu_seqlens and seqlen_offsets, not both")
             validation.positions(position_ids, q.shape[0], q.shape[1], q.device)
         if cu_seqlens is not None:
             if not packed:
                 raise ValueError(f"cu_seqlens needs packed q and k [T, heads, D], got {list(q.shape)}")
             validation.bounds(cu_seqlens, q.shape[1], q.device)
+        if seqlen_offsets is not None:
+            sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            if seqlen_offsets.shape != (sequences,):
+                raise ValueError(f"seqlen_offsets must be [{sequences}], got {list(seqlen_offsets.shape)}")
+            validation.integers(seqlen_offsets, "seqlen_offsets", q.device)
         validation.biases(q, k, q_bias, k_bias)
         out = library.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
     return (out[0][0], out[1][0] if out[1] is not None else None) if packed else out

@@ -325,7 +325,9 @@ def launch(
     read_x = Descriptor(x, (rows, depth), token_stride(x), (block_m, block_k))
     read = [Descriptor(w, w.shape, w.stride(0), (block_n, block_k)) for w in weights]
     write = [Descriptor(y, (rows, n), n, (block_m, block_n)) for y, n in zip(outputs, widths, strict=False)]
-    table = Descriptor(angles.cos, (period, angles.num_pairs), table_stride(angles), (block_m, angles.num_pairs))
+    table = Descriptor(
+        angles.cos, (period, angles.num_pairs), table_stride(angles), (block_m, angles.num_pairs)
+    )
 
     def describe(x, projections, angles, outputs) -> tuple[Any, ...]:
         loads = three([make(weight) for make, weight in zip(read, projections.weights(), strict=True)])

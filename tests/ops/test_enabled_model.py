@@ -112,3 +112,37 @@ def test_compiles_whole(model, ids):
         compiled = torch.compile(model.model, fullgraph=True, backend="aot_eager")
         got = compiled(ids).last_hidden_state
         torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt_oss",
+        "glm4",
+        "cohere2",
+        "ernie4_5",
+        "nanochat",
+        "ministral3",
+        "deepseek_v3",
+        "llama4_text",
+        "gemma4_text",
+    ],
+)
+@torch.no_grad()
+def test_other_forms_of_rotation(device, ids, name):
+    """Half tables, interleaved and partial heads, the other direction, latent attention, complex tables, one tensor."""
+    from helpers.tiny_models import ROTARY_TYPES, tiny_model
+
+    if name not in ROTARY_TYPES:
+        pytest.skip(f"this transformers has no {name}")
+    model = tiny_model(name, dtype=torch.bfloat16).to(device)
+    logits, counts = [], []
+    with rope_dist.enable(model):
+        layers = rope_dist.supported(name)[name]
+        for backend in ("triton", "reference"):
+            with ops.use_backend(backend):
+                found, count = run(model, ids)
+            logits.append(found)
+            counts.append(count)
+    assert (counts[0] > 0, counts[1]) == (layers.path == "projection + rotary", 0)
+    assert (logits[0] - logits[1]).norm() < 0.03 * logits[1].norm()

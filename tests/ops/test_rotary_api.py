@@ -89,6 +89,32 @@ def test_operators_keep_their_contracts(backend, device):
     torch.library.opcheck(torch.ops.rope_dist.rotate_, (q.detach(), k, *none, *none, inv_freq_q64, positions))
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_offsets_are_the_positions_of_first_tokens(backend, device, packed):
+    torch.manual_seed(4)
+    starts, lengths = [7, 0, 100_000], [3, 3, 3]
+    inv_freq = frequencies(32).to(device)
+    q, k = (torch.randn(3, 3, heads, 32, device=device) for heads in (4, 1))
+    positions = torch.tensor([[start + i for i in range(3)] for start in starts], device=device)
+    want = ops.rotary_at(q, k, inv_freq, positions)
+    offsets = torch.tensor(starts, device=device)
+    for _ in range(2):  # the second time by the launch that was kept
+        if packed:
+            bounds = torch.tensor([0, *lengths], device=device).cumsum(0)
+            got = ops.rotary_at(
+                q.flatten(0, 1), k.flatten(0, 1), inv_freq, cu_seqlens=bounds, seqlen_offsets=offsets
+            )
+            got = [x.unflatten(0, (3, 3)) for x in got]
+        else:
+            got = ops.rotary_at(q, k, inv_freq, seqlen_offsets=offsets)
+        for actual, expected in zip(got, want, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"seqlen_offsets must be \[3\], got \[2\]"):
+        ops.rotary_at(q, k, inv_freq, seqlen_offsets=offsets[:2])
+    with pytest.raises(ValueError, match="position_ids, or cu_seqlens and seqlen_offsets, not both"):
+        ops.rotary_at(q, k, inv_freq, positions, seqlen_offsets=offsets)
+
+
 # Axes of q, the shape of the tables, and where those get the axis of the heads.
 HUGGING_FACE = [
     ("BHSD", "BSR", 1),

@@ -1,0 +1,88 @@
+"""Writes ``docs/models.md``: what ``enable()`` does with each model type: ``python -m tools.models_page``.
+
+From the installed transformers and the engines that the export knows. Engines are asked about the tiny configs of the
+tests, so that nothing large is built.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import transformers
+from tabulate import tabulate
+
+from rope_dist.export.architectures import unable_model, unextendable
+from rope_dist.export.stock import StockModel
+from rope_dist.files import write_text
+from rope_dist.hf import supported
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "models.md"
+ENGINES = {"transformers-4": "transformers 4.57", "vllm": "vLLM", "sglang": "SGLang", "mlx": "MLX"}
+
+INTRODUCTION = """\
+# Models
+
+What `rope_dist.enable()` does with each model type of transformers {version} that has a rotary embedding, and which
+engines read the factors of an extension. Written by `python -m tools.models_page`; `rope_dist.supported()` and
+`rope-dist info --models` say the same of the transformers that you have, `rope-dist info MODEL` of one model.
+
+- **projection + rotary**: queries, keys and values are projected and rotated in one launch, forward and backward, where
+  the Triton kernels run and each projection is a plain `nn.Linear` in 16 bits; else as below.
+- **rotary**: queries and keys are rotated in one launch, after the layer's own projections and norms.
+- **refused**: `enable()` raises a `ValueError` with the reason, and changes nothing.
+
+In every case all else is the model's own code: norms, gates, sinks, windows, caches, latent attention, layers without a
+rotary embedding. A model with parts (Llava, Mistral 3, InternVL) is enabled in its language model; its vision and audio
+towers are left as they are.
+
+How the model is recognised: each model file of transformers has its own function that applies the rotation. Its source,
+without names of variables, is looked up in a table of {forms} known forms (`rope_dist/hf/rotary_forms.json`). A function
+that is not in the table is refused.
+
+Engines: "tried" where an extension was computed by that version of transformers, bit for bit; "no" where it is known that
+the engine does not read the factors of this type (`rope-dist info MODEL` says why); empty where neither is known.
+"""
+
+
+def rows() -> list[list[str]]:
+    from helpers.tiny_models import tiny_config
+
+    found = []
+    for name, one in supported().items():
+        engines = [""] * len(ENGINES)
+        try:
+            model = StockModel(tiny_config(name))
+            if one.path != "refused" and unextendable(model) is None:
+                engines = [_engine(engine, model) for engine in ENGINES]
+        except (ValueError, KeyError, AttributeError):  # a composite type, whose text config has another type
+            pass
+        reason = one.reason.rpartition(" cannot be replaced: ")[2]
+        found.append([f"`{name}`", one.path, reason, *engines])
+    return found
+
+
+def _engine(engine: str, model: StockModel) -> str:
+    reason = unable_model(engine, model)
+    if reason is None:
+        return "tried" if engine == "transformers-4" else ""
+    return "" if "not tried" in reason or "not known" in reason else "no"
+
+
+def page() -> str:
+    from rope_dist.hf.forms import known_forms
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    transformers.logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = tabulate(rows(), ["model type", "enable()", "because", *ENGINES.values()], tablefmt="github")
+    known = sum(not form.refused for form in known_forms().values())
+    return f"{INTRODUCTION.format(version=transformers.__version__, forms=known)}\n{table}\n"
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    write_text(PAGE, page())
