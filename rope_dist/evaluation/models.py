@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -63,7 +63,8 @@ def load_model(
     from safetensors import SafetensorError
 
     _check_device(device)
-    source, options, tokenizer_options = name_or_path, {}, {}
+    source, tokenizer_options = name_or_path, {}
+    options: dict[str, Any] = {}
     packaged = PACKAGED_MODELS.get(name_or_path)
     if packaged is not None:
         # Located, not imported: importing it needs llama.cpp.

@@ -6,6 +6,7 @@ types known to work are listed instead: tested for transformers 4, from the sour
 
 from __future__ import annotations
 
+from .. import layer_types
 from .stock import StockModel
 
 TRANSFORMERS_4 = frozenset((
@@ -45,6 +46,11 @@ MLX = frozenset((
     "mistral", "olmo2", "olmoe", "qwen2", "qwen3", "seed_oss", "smollm3",
 ))  # fmt: skip
 """``model_type`` whose model in mlx-lm 0.32 hands ``rope_scaling`` to a rotary embedding that knows longrope (read)."""
+
+
+def unextendable(model: StockModel) -> str | None:
+    """Why no config makes an engine run this model by a plan, or None if one can."""
+    return layer_types.unextendable(model.text)
 
 
 def unable_model(engine: str, model: StockModel) -> str | None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ..files import check_target, copy_bytes, new_directory
-from ..layer_types import layer_typed, unextendable
+from ..layer_types import layer_typed
 from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
-from .architectures import unable_model
+from .architectures import unable_model, unextendable
 from .engines import check_engines
 from .stock import StockModel, changed, read_config
 from .verification import CONFIG, check_weights, read_json, verify
@@ -182,7 +182,7 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
 def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) -> None:
     """``ValueError`` if ``plan`` is of another model, or no export for ``engines`` (or for any) can follow it."""
     text = model.text
-    reason = unextendable(text)
+    reason = unextendable(model)
     if reason is not None:
         raise ValueError(reason)
     check_plan(plan, text)

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tabulate import tabulate
 
-from ..layer_types import unextendable
 from ..planning import RopePlan
 from ..strategies import default_inv_freq
-from .architectures import unable_model
+from .architectures import unable_model, unextendable
 from .engines import ENGINES, EngineConfig, check_engines, unable
 from .gguf_reading import read as read_gguf
 from .stock import StockModel, changed, read_config
@@ -162,7 +161,7 @@ def _directory(
         before: PretrainedConfig | None = read_config(source)
     else:
         before = source
-    nothing = unextendable(model.text)
+    nothing = unextendable(model)
     checks = []
     for engine in ("transformers", *ENGINES):
         reason = nothing or unable_model(engine, model) or unable(engine, plan)
