@@ -5,19 +5,25 @@ from __future__ import annotations
 import nox
 
 nox.options.reuse_existing_virtualenvs = True
-VERSIONS = ("5.17.0", "5.23.0", "5.24.0")
-"""The first is the lower bound in pyproject.toml; the key/value cache has another name since the last."""
+VERSIONS = ("5.6.0", "5.17.0", "5.19.0", "5.20.1", "5.24.0", "newest")
+"""The first is the lower bound in pyproject.toml, 5.20.1 what SGLang and axolotl pin; from 5.24 on the key/value cache
+has another name. The last is installed without a version."""
 TORCH = "torch==2.13.0"
 TESTS = (
     "tests/test_enable.py",
     "tests/test_enable_configs.py",
+    "tests/test_every_model.py",
+    "tests/test_export_every_type.py",
+    "tests/test_export_families.py",
     "tests/test_export_hf.py",
     "tests/test_export_models.py",
     "tests/test_families.py",
     "tests/test_model_config.py",
+    "tests/test_model_types.py",
     "tests/test_passkey.py",
     "tests/test_planning.py",
     "tests/test_progress.py",
+    "tests/test_tiny_models.py",
     "tests/test_integrations.py",
 )
 
@@ -25,7 +31,8 @@ TESTS = (
 def _run(session: nox.Session, version: str) -> None:
     # The pinned torch has a build without CUDA; it comes first, or transformers would choose another.
     session.install("--quiet", TORCH)
-    session.install("--quiet", f"transformers=={version}", "--editable", ".[test]")
+    transformers = ("--upgrade", "transformers") if version == "newest" else (f"transformers=={version}",)
+    session.install("--quiet", *transformers, "--editable", ".[test]")
     session.run("python", "-m", "pytest", "-n", "2", *(session.posargs or TESTS))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,51 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import stock_rotary
+from .layer_types import EXTENDED_LAYERS, extended_layers, rope_parameters, unextendable
 from .messages import unknown
 from .presets import PRESETS
-from .strategies import PretrainedRope, check_length, check_number, check_rotary_dim
+from .strategies import (
+    STILL,
+    PretrainedRope,
+    check_length,
+    check_number,
+    check_rotary_dim,
+    default_inv_freq,
+)
 from .trained_length import LENGTH_KEYS, recorded_extension, trained_length
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-EXTENDED_LAYERS = "full_attention"
-"""The layers whose frequencies a plan is for, where a model has a rotary embedding per layer type (Gemma3, OLMo3).
-The others see a sliding window of positions, which does not grow with the text."""
-
 GIVEN = "given as original_length"
 """``length_from`` of a trained length that the caller gave beside a model."""
-
-REFUSED: dict[str, str] = {
-    "cohere": "its pairs are interleaved",
-    "cohere2": "its pairs are interleaved",
-    "deepseek_v3": "it rotates a part of the queries and one key that all heads share (MLA)",
-    "exaone4": "its sliding and full layers use the rotary embedding differently",
-    "glm": "its pairs are interleaved and only a part of each head is rotated",
-    "glm4": "its pairs are interleaved and only a part of each head is rotated",
-    "gpt_neox": "queries, keys and values are one projection, and only a part of each head is rotated",
-    "gpt_oss": "its attention has sinks and its rotary embedding another layout",
-    "helium": "its pairs are interleaved",
-    "hunyuan_v1_dense": "queries and keys are normalised after the rotation",
-    "hunyuan_v1_moe": "queries and keys are normalised after the rotation",
-    "llama4": "its pairs are interleaved, as complex numbers",
-    "ministral3": "queries are scaled by their position after the rotation",
-    "phi3": "queries, keys and values are one projection, and only a part of each head may be rotated",
-}
-"""``model_type`` of families that look like LLaMA but that ``enable()`` refuses, and why."""
-
-ROTATES_WINDOWS_ONLY: dict[str, str] = {
-    "afmoe": "sliding_window",
-    "cohere2": "sliding_window",
-    "cohere2_moe": "sliding_window",
-    "exaone4": "sliding_window",
-    "exaone4_5_text": "sliding_window",
-    "exaone_moe": "sliding_window",
-    "flint": "sliding_window",
-    "kolibri1": "sliding_window",
-    "llama4_text": "attention_chunk_size",
-}
-"""``model_type`` of families whose full attention has no rotary embedding, and the key of their window's size."""
 
 # Keys of the rotary parameters that determine the frequencies: an extension replaces them. All others
 # (mrope_section, llama_4_scaling_beta, mscale_all_dim, ...) are read elsewhere in a model and stay.
@@ -155,38 +128,6 @@ def _reason(error: Exception) -> str:
     return lines[-1].partition(" Errors: ")[0].partition("Error: ")[2][:300] or lines[-1][:300]
 
 
-def layer_typed(parameters: Mapping[str, Any]) -> bool:
-    """Whether rotary parameters are given per layer type."""
-    return any(isinstance(value, Mapping) for value in parameters.values())
-
-
-def extended_layers(config: PretrainedConfig) -> str | None:
-    """The layer type that a plan extends, or None where all layers have the same rotary parameters."""
-    parameters = config.rope_parameters
-    if not layer_typed(parameters):
-        return None
-    types = [key for key, value in parameters.items() if isinstance(value, Mapping)]
-    if EXTENDED_LAYERS in types:
-        return EXTENDED_LAYERS
-    if EXTENDED_LAYERS in parameters:
-        raise ValueError(
-            f"there is nothing to extend: the full attention of {type(config).__name__} has no positions"
-        )
-    full = [key for key in types if "sliding" not in key]
-    if len(full) == 1:
-        return full[0]
-    raise ValueError(
-        f"{type(config).__name__} has a rotary embedding per layer type ({', '.join(parameters)}), and "
-        f"which of them sees whole texts is not known; plan from plain numbers: theta, head_dim and original_length"
-    )
-
-
-def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
-    """The rotary parameters of a transformers 5 config that a plan extends: the only ones, or the full layers'."""
-    layers = extended_layers(config)
-    return config.rope_parameters if layers is None else config.rope_parameters[layers]
-
-
 def pretrained_rope(
     config: PretrainedConfig, original_length: int | None = None
 ) -> tuple[PretrainedRope, int]:
@@ -212,49 +153,36 @@ def read_rope(config: PretrainedConfig, original_length: int | None = None) -> M
     """
     text = _text_config(config)
     name = type(text).__name__
-    nothing = rotates_windows_only(text)
-    if nothing is not None:
-        raise ValueError(nothing)
     layers = extended_layers(text)
     parameters = rope_parameters(text)
     kind = parameters.get("rope_type", "default")
     theta = _number(parameters, "rope_theta", name)
     head_dim = _head_dim(text, layers)
     if kind not in _ROPE_TYPES:
-        raise ValueError(
-            f"the rope_type {kind!r} of {name} is not known ({', '.join(_ROPE_TYPES)} are); plan from plain numbers: "
-            "theta, head_dim and original_length"
-        )
-    loss = None
-    notes = [
-        f"enable() does not take this family: {REFUSED[t]}" for t in _model_types(config) if t in REFUSED
-    ]
+        raise ValueError(f"the rope_type {kind!r} of {name} is not known ({', '.join(_ROPE_TYPES)} are)")
+    share = parameters.get("partial_rotary_factor")
+    share = 1.0 if share is None else check_number(share, f"partial_rotary_factor of {name}")
+    if not 0 < share <= 1:
+        raise ValueError(f"partial_rotary_factor of {name} must be above 0 and at most 1, got {share:g}")
     if original_length is None:
         length, length_from = trained_length(config, text, parameters, per_layer_type=layers is not None)
     else:
         length, length_from = check_length(original_length, "original_length"), GIVEN
-    rotary_dim = _rotary_dim(text, parameters, layers, head_dim)
-    plain = PretrainedRope(theta, rotary_dim, length)
-    if kind == "default":
-        rope = plain
-    elif kind == "dynamic":
-        if parameters.get("alpha"):
-            raise ValueError(
-                f"{name} has a dynamic rope_type with alpha, which changes theta; plan from plain numbers: "
-                "theta, head_dim and original_length"
-            )
-        rope = plain
+    rope = _trained(text, parameters, layers, theta, length)
+    loss, notes = None, []
+    if kind == "dynamic" and not parameters.get("alpha"):
         notes.append(
             "the plan replaces the model's dynamic NTK scaling, which starts past the trained length"
         )
-    else:
-        rope = _scaled(text, parameters, kind, layers, plain)
-        if kind == "longrope" and list(parameters["short_factor"]) != list(parameters["long_factor"]):
-            loss = (
-                "the model's short_factor is discarded: texts of up to "
-                f"{parameters['original_max_position_embeddings']} tokens too are read with the extension of its "
-                "long_factor"
-            )
+    if kind == "longrope" and list(parameters["short_factor"]) != list(parameters["long_factor"]):
+        loss = (
+            "the model's short_factor is discarded: texts of up to "
+            f"{parameters['original_max_position_embeddings']} tokens too are read with the extension of its "
+            "long_factor"
+        )
+    still = sum(factor == STILL for factor in rope.factors or ())
+    if still:
+        notes.append(f"{still} of the {rope.pairs} pairs of a head do not rotate, and stay so")
     recorded = recorded_extension(text) if original_length is None else None
     if recorded is not None and recorded < length:
         notes.append(
@@ -265,28 +193,10 @@ def read_rope(config: PretrainedConfig, original_length: int | None = None) -> M
 
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
     text = config.get_text_config(decoder=True)
-    if not getattr(text, "rope_parameters", None) or not hasattr(text, "max_position_embeddings"):
-        raise ValueError(
-            f"{type(text).__name__} has no rotary embedding (no rope_parameters or max_position_embeddings)"
-        )
+    reason = unextendable(text)
+    if reason is not None:
+        raise ValueError(reason)
     return text
-
-
-def _model_types(config: PretrainedConfig) -> list[str]:
-    return list(dict.fromkeys((config.model_type, config.get_text_config(decoder=True).model_type)))
-
-
-def rotates_windows_only(config: PretrainedConfig) -> str | None:
-    """Why there is nothing to extend in a model of :data:`ROTATES_WINDOWS_ONLY`; None for every other model."""
-    key = ROTATES_WINDOWS_ONLY.get(config.model_type)
-    window = getattr(config, key, None) if key else None
-    windowed = {"sliding_attention", "chunked_attention"} & set(getattr(config, "layer_types", None) or ())
-    if not (window and windowed):
-        return None
-    return (
-        f"there is nothing to extend: {config.model_type} rotates only the layers that see {window} tokens "
-        f"({key}), and its full attention has no positions; a longer text needs no other frequencies"
-    )
 
 
 def _number(values: Mapping[str, Any], key: str, name: str, default: Any = None) -> float:
@@ -313,75 +223,16 @@ def _head_dim(config: PretrainedConfig, layers: str | None) -> int:
     return check_rotary_dim(head_dim, f"head_dim of {type(config).__name__}")
 
 
-def _rotary_dim(
-    config: PretrainedConfig, parameters: Mapping[str, Any], layers: str | None, head_dim: int
-) -> int:
-    """Rotated dimensions of a head, as the model's own class has them: some families ignore partial_rotary_factor."""
-    name = type(config).__name__
-    share = parameters.get("partial_rotary_factor")
-    share = 1.0 if share is None else check_number(share, f"partial_rotary_factor of {name}")
-    if not 0 < share <= 1:
-        raise ValueError(f"partial_rotary_factor of {name} must be above 0 and at most 1, got {share:g}")
-    kind = parameters.get("rope_type", "default")
-    if share == 1:
-        return head_dim
-    if kind == "proportional":
-        raise ValueError(
-            f"{name} is of rope_type 'proportional' with partial_rotary_factor {share:g}: its other pairs do not "
-            "rotate, which factors cannot express"
-        )
-    own = _own_inv_freq(config, layers)
-    rotary_dim = int(head_dim * share)
-    if own is not None and 2 * own.numel() != rotary_dim:
-        if 2 * own.numel() != head_dim or kind not in ("default", "dynamic"):
-            raise ValueError(
-                f"partial_rotary_factor {share:g} of {name} gives {rotary_dim} rotated dimensions of {head_dim}, the "
-                f"model's own code {2 * own.numel()}"
-            )
-        rotary_dim = head_dim
-    return check_rotary_dim(rotary_dim, f"the rotated part of head_dim of {name}")
-
-
-def _own_inv_freq(config: PretrainedConfig, layers: str | None) -> torch.Tensor | None:
-    """Frequencies without scaling by the model's own class, ``[pairs]``; None where it has no such function."""
-    from transformers import MODEL_MAPPING
-
-    try:
-        model = MODEL_MAPPING[type(config)]
-    except (KeyError, ImportError):
-        return None  # custom code, or a package that it needs is missing
-    module = sys.modules[model_class(model).__module__]
-    for name, value in vars(module).items():
-        if name.endswith("RotaryEmbedding") and hasattr(value, "compute_default_rope_parameters"):
-            with torch.device("cpu"):
-                return value.compute_default_rope_parameters(config, **_layer_option(layers))[0]
-    return None
-
-
-def model_class(mapped: Any) -> Any:
-    """The class in an entry of transformers' ``MODEL_MAPPING``: some (Funnel) are a tuple of two."""
-    return mapped[0] if isinstance(mapped, tuple) else mapped
-
-
-def _layer_option(layers: str | None) -> dict[str, str]:
-    # transformers' functions take the type of layers where there are several.
-    return {} if layers is None else {"layer_type": layers}
-
-
-def _scaled(
-    config: PretrainedConfig,
-    parameters: Mapping[str, Any],
-    kind: str,
-    layers: str | None,
-    plain: PretrainedRope,
+def _trained(
+    config: PretrainedConfig, parameters: Mapping[str, Any], layers: str | None, theta: float, length: int
 ) -> PretrainedRope:
-    """The embedding of a model that was trained with a scaling of its own."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
+    """The embedding that the model's own class computes, as factors of the plain one of as many pairs."""
+    kind = parameters.get("rope_type", "default")
     name = type(config).__name__
     try:
-        with torch.device("cpu"):
-            inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, **_layer_option(layers))
+        inv_freq, scaling = stock_rotary.frequencies(config, layers)
+        plain = default_inv_freq(theta, 2 * inv_freq.numel())
+        factors: torch.Tensor | None = None
         if kind == "longrope":
             original = parameters["original_max_position_embeddings"]
             key = "long_factor" if config.max_position_embeddings > original else "short_factor"
@@ -389,16 +240,16 @@ def _scaled(
             if config.model_type == "phimoe":
                 # It has its own keys for the attention scaling.
                 scaling = parameters[key.replace("factor", "mscale")]
-        else:
-            factors = (plain.inv_freq.double() / inv_freq.double()).float().double()
-        return PretrainedRope(
-            plain.theta, plain.rotary_dim, plain.length, tuple(factors.tolist()), float(scaling)
-        )
+        elif not torch.allclose(inv_freq, plain, rtol=1e-6, atol=0.0):
+            factors = (plain.double() / inv_freq.double()).float().double()
+            factors[inv_freq == 0] = STILL
+        given = None if factors is None else tuple(factors.tolist())
+        return PretrainedRope(theta, 2 * inv_freq.numel(), length, given, float(scaling))
     except KeyError as error:
         raise ValueError(
             f"the rotary parameters of {name} lack {error.args[0]!r}, rope_type {kind!r}"
         ) from None
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise ValueError(
             f"the rotary parameters of {name} are not what rope_type {kind!r} takes: {_reason(error)}"
         ) from None
@@ -468,10 +319,17 @@ def extended_parameters(
     if config.__dict__.get("original_max_position_embeddings") is not None:
         # transformers prefers it to the one of the rotary parameters.
         entries["original_max_position_embeddings"] = parameters["original_max_position_embeddings"]
-    # Stock's longrope multiplies a head_dim that is there but None (Mixtral).
-    if not _heterogeneous(config) and getattr(config, "head_dim", 0) is None:
+    if layers is None and config.__dict__.get("partial_rotary_factor") is not None:
+        # Beside the rotary parameters, and preferred there by older versions (5.6).
+        entries["partial_rotary_factor"] = parameters["partial_rotary_factor"]
+    if _heterogeneous(config):
+        # Stock computes a longrope by the head_dim of the layer, but reads the model's to check the number of factors.
+        entries["allow_global_per_layer_attribute_access"] = True
+    elif getattr(config, "head_dim", 0) is None:
+        # Stock's longrope multiplies a head_dim that is there but None (Mixtral).
         entries["head_dim"] = head_dim
-    _check_represented(config, entries, layers, theta, rotary_dim, target_length, factors)
+    planned = PretrainedRope(theta, rotary_dim, target_length, tuple(factors), attention_scaling)
+    _check_represented(config, entries, layers, planned)
     return entries
 
 
@@ -479,23 +337,24 @@ def _check_represented(
     config: PretrainedConfig,
     entries: dict[str, Any],
     layers: str | None,
-    theta: float,
-    rotary_dim: int,
-    target_length: int,
-    factors: list[float],
+    planned: PretrainedRope,
 ) -> None:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    """``ValueError`` unless stock computes ``planned`` from the config when it is saved and loaded, to the last bit."""
+    from huggingface_hub.errors import StrictDataclassError
 
     name = type(config).__name__
-    if _heterogeneous(config):
-        raise ValueError(f"{name} has layers of several head_dims, for which stock's longrope has no form")
     trial = copy.deepcopy(config)
     trial.__dict__.update(copy.deepcopy(entries))
-    planned = PretrainedRope(theta, rotary_dim, target_length, tuple(factors)).inv_freq
     try:
-        with torch.device("cpu"):
-            found, _ = ROPE_INIT_FUNCTIONS["longrope"](trial, seq_len=target_length, **_layer_option(layers))
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        with stock_rotary.without_remarks():
+            loaded = type(trial)(**trial.to_diff_dict())  # which also validates it
+        found, scaling = stock_rotary.frequencies(loaded, layers)
+    except (StrictDataclassError, LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"stock transformers cannot run this plan in {name}: {_reason(error)}") from None
-    if not torch.equal(found, planned):
+    if not torch.equal(found, planned.inv_freq):
         raise ValueError(f"stock transformers would compute other frequencies from {name} than planned")
+    if not math.isclose(scaling, planned.attention_scaling, rel_tol=1e-6):
+        raise ValueError(
+            f"stock transformers would scale cos and sin of {name} by {scaling:.6g}, the plan by "
+            f"{planned.attention_scaling:.6g}"
+        )

@@ -31,17 +31,15 @@ from .distribution import (
     disturbances,
 )
 from .files import write_text
+from .layer_types import EXTENDED_LAYERS, rope_parameters
 from .messages import one_line
 from .model_config import (
-    EXTENDED_LAYERS,
     GIVEN,
-    REFUSED,
     ModelRope,
     extended_parameters,
     load_config,
     pretrained_rope,
     read_rope,
-    rope_parameters,
 )
 from .presets import PRESETS
 from .strategies import (
@@ -64,7 +62,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTENDED_LAYERS",
-    "REFUSED",
     "RopePlan",
     "check_plan",
     "check_same_model",
@@ -161,8 +158,9 @@ class RopePlan:
 
     @property
     def disturbance(self) -> float:
-        """Mean over pairs of :attr:`disturbance_per_pair`, the paper's figure for a model (nats)."""
-        return math.fsum(self.disturbance_per_pair) / len(self.disturbance_per_pair)
+        """Mean over rotating pairs of :attr:`disturbance_per_pair`, the paper's figure for a model (nats)."""
+        rotating = self.pretrained.rotating().pairs
+        return math.fsum(self.disturbance_per_pair[:rotating]) / rotating
 
     @property
     def interpolated_dims(self) -> int:
@@ -196,7 +194,10 @@ class RopePlan:
         factors = [f / b for f, b in zip(self.factors, base, strict=True)]
         wavelengths = (2 * math.pi / self.pretrained.inv_freq.double()).tolist()
         rows = []
-        for factor, run in itertools.groupby(range(len(factors)), key=lambda i: factors[i]):
+        rotating = self.pretrained.rotating().pairs
+        for (factor, _), run in itertools.groupby(
+            range(len(factors)), key=lambda i: (factors[i], i < rotating)
+        ):
             pairs = list(run)
             first, last = pairs[0], pairs[-1]
             rows.append(
@@ -353,8 +354,8 @@ def _resolve(
     head_dim: int | None,
     rotary_dim: int | None,
     original_length: int | None,
-) -> tuple[ModelRope, str | None]:
-    """The rotary embedding to extend, and the name of the source."""
+) -> tuple[ModelRope, str | None, PretrainedConfig | None]:
+    """The rotary embedding to extend, the name of the source, and the config where it is a model."""
     numbers = {"theta": theta, "head_dim": head_dim, "rotary_dim": rotary_dim}
     if source is None:
         needed = {**numbers, "original_length": original_length}
@@ -367,7 +368,8 @@ def _resolve(
         head_dim = check_rotary_dim(head_dim, "head_dim")
         rotary_dim = head_dim if rotary_dim is None else check_rotary_dim(rotary_dim, "rotary_dim")
         length = check_length(original_length, "original_length")
-        return ModelRope(PretrainedRope(check_number(theta, "theta"), rotary_dim, length), head_dim), None
+        rope = PretrainedRope(check_number(theta, "theta"), rotary_dim, length)
+        return ModelRope(rope, head_dim), None, None
     given = [k for k, v in numbers.items() if v is not None]
     if given:
         raise ValueError(f"{', '.join(given)} come from the model; give a model or plain numbers, not both")
@@ -376,10 +378,11 @@ def _resolve(
             rope = PRESETS[str(source)]
             if original_length is not None:
                 rope = replace(rope, length=check_length(original_length, "original_length"))
-            return ModelRope(rope, rope.rotary_dim, None if original_length is None else GIVEN), str(source)
+            length_from = None if original_length is None else GIVEN
+            return ModelRope(rope, rope.rotary_dim, length_from), str(source), None
         config = load_config(source)
         try:
-            return read_rope(config, original_length), str(source)
+            return read_rope(config, original_length), str(source), config
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
     config = getattr(source, "config", source)
@@ -388,7 +391,7 @@ def _resolve(
             f"cannot plan from a {type(source).__name__}: expected a preset, a path, a hub id, a transformers "
             "config or model"
         )
-    return read_rope(config, original_length), getattr(config, "_name_or_path", None) or None
+    return read_rope(config, original_length), getattr(config, "_name_or_path", None) or None, config
 
 
 def check_options(
@@ -486,7 +489,7 @@ def plan(  # noqa: PLR0913  (public)
         TypeError: ``source`` is of another kind.
     """
     factor, given = check_options(strategy, target_length, factor, settings, more_settings)
-    found, name = _resolve(source, theta, head_dim, rotary_dim, original_length)
+    found, name, config = _resolve(source, theta, head_dim, rotary_dim, original_length)
     rope = found.rope
     if found.loss is not None:
         warnings.warn(found.loss, stacklevel=2)
@@ -501,11 +504,12 @@ def plan(  # noqa: PLR0913  (public)
     # A strategy that looks at the disturbance looks at the one that is reported.
     measure = {"intervals": intervals, "divergence": divergence, "dtype": dtype}
     given.update({name: measure[name] for name in MEASURE_SETTINGS if name in STRATEGY_SETTINGS[strategy]})
-    scaling = get_strategy(strategy)(rope, target_length, **given)
+    rotating = rope.rotating()
+    scaling = get_strategy(strategy)(rotating, target_length, **given)
     per_pair = scaling.disturbance
     if per_pair is None:
         (per_pair,) = disturbances(
-            rope.inv_freq,
+            rope.inv_freq[: rotating.pairs],
             rope.length,
             [scaling.factors],
             target_length,
@@ -513,7 +517,9 @@ def plan(  # noqa: PLR0913  (public)
             divergence=divergence,
             dtype=dtype,
         )
-    return RopePlan(
+    factors = rope.base_factors.clone()
+    factors[: rotating.pairs] *= scaling.factors
+    made = RopePlan(
         strategy=strategy,
         settings=scaling.settings,
         theta=rope.theta,
@@ -521,9 +527,9 @@ def plan(  # noqa: PLR0913  (public)
         rotary_dim=rope.rotary_dim,
         original_length=rope.length,
         target_length=target_length,
-        factors=tuple((rope.base_factors * scaling.factors).float().tolist()),
+        factors=tuple(factors.float().tolist()),
         attention_scaling=rope.attention_scaling * scaling.attention_scaling,
-        disturbance_per_pair=tuple(per_pair.tolist()),
+        disturbance_per_pair=(*per_pair.tolist(), *[0.0] * (rope.pairs - rotating.pairs)),
         intervals=intervals,
         divergence=divergence,
         dtype=str(dtype).removeprefix("torch."),
@@ -532,3 +538,6 @@ def plan(  # noqa: PLR0913  (public)
         original_length_from=found.length_from,
         notes=(*found.notes, *([found.loss] if found.loss else [])),
     )
+    if config is not None:
+        made.config_overrides(config)  # raises where stock could not run it
+    return made

@@ -116,8 +116,8 @@ def directory(tmp_path):
 
 def numbers_plan(config, **options):
     """A plan for a model from numbers: some models are refused by plan() itself."""
-    rope = StockModel(config).parameters
     text = config.get_text_config()
+    rope = text.rope_parameters
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     numbers = {
         "theta": rope["rope_theta"],
@@ -189,16 +189,27 @@ class TestComposite:
             assert "factors are missing" in found.checks[1].reason
 
     def test_positions_in_time_height_and_width(self, directory, tmp_path, capsys):
+        """As on the hub: flat, which transformers 5 reads but does not write."""
         source = directory(qwen_vl_as_on_the_hub())
-        plan = numbers_plan(transformers.AutoConfig.from_pretrained(source))
-        plan.save(tmp_path / "plan.json")
-        for command in (("hf", source, "-o", tmp_path / "out"), ("vllm", source)):
-            arguments = ("export", *command, "--plan", tmp_path / "plan.json")
-            assert main([str(a) for a in arguments]) == 2
-            assert "positions in time, height and width (mrope_section)" in capsys.readouterr().err
-        found = reasons(source, plan)
-        assert "factors are missing" in found["transformers"]
+        plan = rope_dist.plan(source, factor=2, strategy="dprope")
+        out = hf(source, plan, tmp_path / "out")
+        file = json.loads((out / "config.json").read_text())
+        assert file["text_config"]["rope_parameters"]["mrope_section"] == [2, 2, 2]
+        loaded = transformers.AutoConfig.from_pretrained(out)
+        assert (
+            loaded.vision_config.to_dict()
+            == transformers.AutoConfig.from_pretrained(source).vision_config.to_dict()
+        )
+        found = reasons(out, plan, source=source)
+        assert found["transformers"] is None
         assert "mrope_section" in found["vllm"]
+        assert "factors are missing" in reasons(source, plan)["transformers"]
+        # vLLM has no longrope for them.
+        plan.save(tmp_path / "plan.json")
+        assert main(["export", "vllm", str(source), "--plan", str(tmp_path / "plan.json")]) == 2
+        assert "positions in time, height and width (mrope_section)" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="vllm cannot run qwen2_5_vl"):
+            hf(source, plan, tmp_path / "required", engines=["vllm"])
 
     def test_a_language_model_that_only_the_whole_model_builds(self):
         """PaddleOCR-VL's text config has no class of its own: its rotary embedding says what its positions are."""
@@ -207,13 +218,6 @@ class TestComposite:
         assert type(text) not in transformers.MODEL_MAPPING
         assert "mrope_section" not in text.rope_parameters
         assert StockModel(config).multimodal_positions
-
-    def test_a_flat_file_of_an_earlier_version(self, directory, tmp_path):
-        """The language model's entries are not where transformers 5 would read them first."""
-        flat = {**qwen_vl_as_on_the_hub(), "rope_scaling": None}
-        config = transformers.AutoConfig.from_pretrained(directory(flat))
-        with pytest.raises(ValueError, match=r"entries at the top.*save it with transformers 5"):
-            export.hf_directory.extended_config(flat, numbers_plan(config), config)
 
 
 class TestKept:
@@ -249,20 +253,25 @@ class TestKept:
         assert reason == f"layers.0.self_attn.scaling is {now:.6g}, {was:.6g} in the model"
         assert changed(StockModel(deepseek()), StockModel(deepseek())) is None
 
-    def test_queries_scaled_by_their_position(self, directory, tmp_path):
-        """The plan would have to move the length at which that begins."""
+    @pytest.mark.parametrize("strategy", ["dprope", "yarn"])
+    def test_queries_scaled_by_their_position(self, strategy, directory, tmp_path):
+        """Ministral 3 scales them by the original length of its YaRN, which stays."""
         source = directory(ministral3())
-        plan = numbers_plan(ministral3())
-        for call in (
-            lambda: hf(source, rope_dist.plan(source, factor=2), tmp_path / "out"),
-            lambda: export.vllm_arguments(rope_dist.plan(source, factor=2), ministral3()),
-        ):
-            with pytest.raises(ValueError, match="llama_4_scaling_beta"):
-                call()
-        file = json.loads((source / "config.json").read_text())
-        with_beta = {**export.config_entries(plan)["rope_parameters"], "llama_4_scaling_beta": 0.1}
-        (source / "config.json").write_text(json.dumps({**file, "rope_parameters": with_beta}))
-        assert "llama_4_scaling_beta" in reasons(source, plan)["transformers"]
+        plan = rope_dist.plan(source, factor=2, strategy=strategy)
+        out = hf(source, plan, tmp_path / "out")
+        rope = transformers.AutoConfig.from_pretrained(out).rope_parameters
+        assert rope["llama_4_scaling_beta"] == 0.1
+        assert rope["original_max_position_embeddings"] == 64
+        found = reasons(out, plan, source=source)
+        # These derive the scaling of cos and sin from the original length, where they are not told.
+        assert [found[e] for e in ("transformers", "vllm", "sglang")] == [None] * 3
+        assert "0.1" in export.vllm_arguments(plan, ministral3())
+        naive = {
+            **json.loads((out / "config.json").read_text()),
+            "rope_parameters": {**rope, "llama_4_scaling_beta": 0},
+        }
+        (out / "config.json").write_text(json.dumps({**naive, "rope_scaling": None}))
+        assert "llama_4_scaling_beta" in reasons(out, plan, source=source)["transformers"]
 
     def test_a_class_with_scalings_of_its_own(self, tmp_path):
         """PhiMoE's config wants short_mscale and long_mscale whatever the plan."""
@@ -363,14 +372,28 @@ class TestEngines:
 
     @pytest.mark.parametrize("kind", HUB)
     def test_frequencies_per_layer_type_as_on_the_hub(self, kind, directory, tmp_path, capsys):
-        source = directory({"model_type": kind, **SMALL, **HUB[kind]})
-        rope_dist.plan(source, factor=2, strategy="dprope").save(tmp_path / "plan.json")
-        for command in (("hf", source, "-o", tmp_path / "out"), ("vllm", source)):
-            arguments = ("export", *command, "--plan", tmp_path / "plan.json")
-            assert main([str(a) for a in arguments]) == 2
-            error = capsys.readouterr().err
-            assert f"{kind} has a rotary embedding per layer type" in error
-            assert "save_pretrained()" in error
+        """For transformers 5 alone: the full layers are extended, the others keep theirs."""
+        file = {"model_type": kind, **SMALL, **HUB[kind]}
+        source = directory({**file, "rope_scaling": {"rope_type": "linear", "factor": 4.0}})
+        before = transformers.AutoConfig.from_pretrained(source)
+        if kind == "olmo3" and "full_attention" not in before.rope_parameters:
+            pytest.skip(f"transformers {transformers.__version__} scales all layers of olmo3")
+        plan = rope_dist.plan(source, factor=2, strategy="yarn")
+        out = hf(source, plan, tmp_path / "out")
+        assert "rope_scaling" not in json.loads((out / "config.json").read_text())
+        after = transformers.AutoConfig.from_pretrained(out)
+        assert after.rope_parameters["sliding_attention"] == before.rope_parameters["sliding_attention"]
+        assert after.rope_parameters["full_attention"]["long_factor"] == list(plan.factors)
+        verification = export.verify(out, plan, source=source)
+        assert verification.ok
+        assert all("per layer type" in check.reason for check in verification.checks[1:])
+        with pytest.raises(ValueError, match="transformers-4 cannot run"):
+            hf(source, plan, tmp_path / "required", engines=["transformers-4"])
+        plan.save(tmp_path / "plan.json")
+        assert main(["export", "vllm", str(source), "--plan", str(tmp_path / "plan.json")]) == 2
+        assert f"vllm cannot run {kind} by a plan: the model has a rotary embedding per layer type" in (
+            capsys.readouterr().err
+        )
 
     @pytest.mark.parametrize("path", other_versions())
     def test_transformers_4_agrees(self, path, tmp_path):

@@ -2,19 +2,17 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import torch
 import transformers
 from conftest import llama_config
 from helpers.model_families import SMALL
-from huggingface_hub.errors import StrictDataclassError
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 import rope_dist
-from rope_dist.model_config import ROTATES_WINDOWS_ONLY, extended_layers, load_config, read_rope
+from rope_dist.layer_types import ROTATES_WINDOWS_ONLY
+from rope_dist.model_config import load_config, read_rope
 from rope_dist.trained_length import LENGTH_KEYS
 
 
@@ -103,6 +101,7 @@ class TestTrainedLength:
         config = transformers.Gemma3TextConfig(
             **{**SMALL, "max_position_embeddings": 131072},
             head_dim=16,
+            layer_types=["sliding_attention", "full_attention"],
             rope_scaling={"rope_type": "linear", "factor": 8.0},
         )
         rope = read_rope(config).rope
@@ -293,16 +292,6 @@ class TestFamilies:
         config = text_config("Exaone4Config", sliding_window=None, layer_types=["full_attention"] * 2)
         assert rope_dist.plan(config, factor=2).target_length == 128
 
-    def test_families_that_are_not_enabled_say_why(self):
-        made = rope_dist.plan(text_config("CohereConfig"), factor=2)
-        assert made.notes == ("enable() does not take this family: its pairs are interleaved",)
-
-    def test_gemma4_has_pairs_that_do_not_turn(self):
-        if not hasattr(transformers, "Gemma4TextConfig"):
-            pytest.skip(f"transformers {transformers.__version__} has no Gemma 4")
-        with pytest.raises(ValueError, match=r"'proportional' with partial_rotary_factor 0\.25"):
-            rope_dist.plan(transformers.Gemma4TextConfig(), factor=2)
-
     def test_proportional_frequencies_of_whole_heads(self):
         if "proportional" not in transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS:
             pytest.skip(f"transformers {transformers.__version__} has no proportional frequencies")
@@ -316,13 +305,6 @@ class TestFamilies:
         )
         made = rope_dist.plan(config, factor=2, strategy="pi")
         assert made.factors == (4.0,) * 8
-
-    def test_a_layer_type_of_another_name(self):
-        config = llama_config()
-        default = {"rope_type": "default", "rope_theta": 1e4}
-        config.rope_parameters = {"hybrid": default, "hybrid_sliding": {**default, "rope_theta": 2e4}}
-        made = rope_dist.plan(config, factor=2)
-        assert made == rope_dist.plan(llama_config(), factor=2)
 
     def test_a_config_without_a_head_size(self):
         config = llama_config()
@@ -413,45 +395,3 @@ def test_a_broken_file_is_named(tmp_path):
         rope_dist.plan(tmp_path, factor=2)
     with pytest.raises(ValueError, match="'llama2-7b' is a preset, which has no config"):
         load_config("llama2-7b")
-
-
-def test_every_family_computes_as_read_and_as_planned(monkeypatch):
-    """By its own class: the frequencies before are those that are read, and after are the plan's to the last bit."""
-    monkeypatch.setattr(
-        rope_dist.planning, "disturbances", lambda inv_freq, *a, **k: torch.zeros(1, len(inv_freq))
-    )
-    right, wrong = [], []
-    for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        try:
-            config = transformers.CONFIG_MAPPING[model_type]()
-        except StrictDataclassError:  # it takes no config of defaults
-            continue
-        text = config.get_text_config(decoder=True)
-        try:
-            found = read_rope(config)
-            made = rope_dist.plan(config, factor=2, strategy="yarn", beta_fast=8)
-            after = copy.deepcopy(text)
-            after.__dict__.update(made.config_overrides(config))
-        except ValueError:
-            continue
-        layers = extended_layers(text)
-        name, scaling = (f"{layers}_{n}" if layers else n for n in ("inv_freq", "attention_scaling"))
-        for cls in rotary_classes(text):
-            own, extended = cls(text), cls(after)
-            same = torch.allclose(getattr(own, name), found.rope.inv_freq, rtol=1e-6, atol=0.0)
-            planned = torch.equal(getattr(extended, name), made.inv_freq)
-            planned &= getattr(extended, scaling) == made.attention_scaling
-            (right if same and planned else wrong).append(model_type)
-    assert not wrong
-    assert {"llama", "qwen3", "gemma3", "phi3", "deepseek_v3", "glm4", "gpt_oss", "ministral3"} <= set(right)
-
-
-def rotary_classes(config) -> list[type]:
-    """The rotary embeddings in the file of a config's model."""
-    try:
-        model = transformers.MODEL_MAPPING[type(config)]
-    except KeyError:
-        return []
-    file = (model[0] if isinstance(model, tuple) else model).__module__
-    classes = (c for n, c in vars(sys.modules[file]).items() if n.endswith("RotaryEmbedding"))
-    return [c for c in classes if c.__module__ == file and "Vision" not in c.__name__]

@@ -185,7 +185,7 @@ class TestSources:
         assert overrides["full_attention"]["rope_type"] == "longrope"
         assert overrides["sliding_attention"] == layered.rope_parameters["sliding_attention"]
         layered.rope_parameters = {"sliding_attention": full}
-        with pytest.raises(ValueError, match="per layer type"):
+        with pytest.raises(ValueError, match="nothing to extend"):
             rope_dist.plan(layered, factor=2)
         layered.rope_parameters = {"sliding_attention": full, "full_attention": None}
         with pytest.raises(ValueError, match="nothing to extend"):

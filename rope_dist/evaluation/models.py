@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -59,11 +59,12 @@ def load_model(
         MissingPackageError: the packaged model, ``gguf`` or ``accelerate`` is not installed.
         ValueError: there is no such model or device, or the model's files are damaged.
     """
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, GgufConfig
 
     _check_device(device)
-    source, options, tokenizer_options = name_or_path, {}, {}
+    source, tokenizer_options = name_or_path, {}
+    options: dict[str, Any] = {}
     packaged = PACKAGED_MODELS.get(name_or_path)
     if packaged is not None:
         # Located, not imported: importing it needs llama.cpp.
@@ -74,7 +75,9 @@ def load_model(
         require("accelerate", "eval", f"loading {packaged.title}")
         source = str(Path(found.origin).parent)
         tokenizer_options = {"gguf_file": packaged.file}
-        options = {"gguf_file": packaged.file, "quantization_config": GgufConfig(dequantize=True)}
+        options = {"gguf_file": packaged.file}
+        if hasattr(transformers, "GgufConfig"):  # the versions before it always dequantize
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
@@ -82,7 +85,7 @@ def load_model(
         tokenizer = _load_tokenizer(source, tokenizer_options)
         # The bars of a large model are useful on a terminal.
         with _without_bars() if packaged or not sys.stderr.isatty() else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
         return model.eval().to(device), tokenizer
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load {name_or_path}: {one_line(error)}") from None

@@ -6,7 +6,7 @@ types known to work are listed instead: tested for transformers 4, from the sour
 
 from __future__ import annotations
 
-from ..model_config import rotates_windows_only
+from .. import layer_types
 from .stock import StockModel
 
 TRANSFORMERS_4 = frozenset((
@@ -50,16 +50,7 @@ MLX = frozenset((
 
 def unextendable(model: StockModel) -> str | None:
     """Why no config makes an engine run this model by a plan, or None if one can."""
-    text = model.text
-    nothing = rotates_windows_only(text)
-    if nothing is not None:
-        return nothing
-    if model.parameters.get("llama_4_scaling_beta"):
-        return (
-            f"{text.model_type} scales queries by their position over original_max_position_embeddings "
-            "(llama_4_scaling_beta), which a plan has to set to its target length"
-        )
-    return None
+    return layer_types.unextendable(model.text)
 
 
 def unable_model(engine: str, model: StockModel) -> str | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from ..files import check_target, copy_bytes, new_directory
+from ..layer_types import layer_typed
 from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
 from .architectures import unable_model, unextendable
@@ -35,17 +36,21 @@ def config_entries(plan: RopePlan, config: PretrainedConfig | None = None) -> di
     """Top-level entries of a ``config.json`` from which transformers 4 and 5 and the engines compute the plan.
 
     ``rope_parameters`` is read by transformers 5, ``rope_theta`` with ``rope_scaling`` by transformers 4 (which would
-    silently take a file with the former alone for a model without scaling). Where cos and sin are scaled,
-    ``short_mscale`` and ``long_mscale`` repeat ``attention_factor`` for vLLM and SGLang, which do not read it.
+    silently take a file with the former alone for a model without scaling). Rotary parameters per layer type have no
+    form but the former. Where the scaling of cos and sin is not what vLLM and SGLang derive, ``short_mscale`` and
+    ``long_mscale`` repeat ``attention_factor``, which they do not read.
 
     Args:
         plan: the extension.
         config: of the language model that is extended; its other rotary parameters are kept.
     """
     entries = plan.config_overrides(config)
+    if layer_typed(entries["rope_parameters"]):
+        return entries
     rope = entries["rope_parameters"] = dict(entries["rope_parameters"])
     # PhiMoE's config requires them.
-    if plan.attention_scaling != 1 or getattr(config, "model_type", None) == "phimoe":
+    derived = plan.attention_scaling == 1 and rope["original_max_position_embeddings"] == plan.target_length
+    if not derived or getattr(config, "model_type", None) == "phimoe":
         rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
     entries["rope_theta"] = rope["rope_theta"]
     if "partial_rotary_factor" in rope:
@@ -154,26 +159,24 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
         plan: the extension.
         config: the config that transformers reads from it. The entries go where its language model's are.
 
-    Raises:
-        ValueError: the language model's entries are not in the file where transformers 5 keeps them.
     """
     model = StockModel(config)
     text, part = model.text, model.part
     if part is not None:
         if not isinstance(file.get(part), Mapping):
-            raise ValueError(
-                f"config.json has the language model's entries at the top, in a form of earlier versions: load the "
-                f"{config.model_type} model and save it with transformers 5, which writes {part}, then export that"
-            )
+            # Flat, as earlier versions wrote it: transformers 5 saves it with its parts.
+            file = json.loads(config.to_json_string())
         return {**file, part: extended_config(file[part], plan, text)}
-    new = {k: v for k, v in file.items() if k != "original_max_position_embeddings"}
+    entries = config_entries(plan, text)
+    new = {k: v for k, v in file.items() if k not in ("original_max_position_embeddings", "rope_scaling")}
     for key in LENGTH_KEYS:
         if isinstance(new.get(key), int):
             new[key] = max(new[key], plan.target_length)
-    if new.get("head_dim") is None and not isinstance(getattr(type(text), "head_dim", None), property):
-        # transformers' longrope would multiply None (Mixtral).
+    derived = isinstance(getattr(type(text), "head_dim", None), property)
+    if new.get("head_dim") is None and "rope_scaling" in entries and not derived:
+        # The longrope of transformers 4 would multiply None (Mixtral).
         new["head_dim"] = plan.head_dim
-    return {**new, **config_entries(plan, text)}
+    return {**new, **entries}
 
 
 def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) -> None:
@@ -183,16 +186,6 @@ def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) 
     if reason is not None:
         raise ValueError(reason)
     check_plan(plan, text)
-    if model.layer_typed:
-        raise ValueError(
-            f"{text.model_type} has a rotary embedding per layer type, for which engines have no common form: enable() "
-            "it and save_pretrained(), which transformers 5 reads"
-        )
-    if model.multimodal_positions:
-        raise ValueError(
-            f"{text.model_type} gives a token positions in time, height and width (mrope_section), for which engines "
-            "have no longrope"
-        )
     # The plan applied to a copy shows what else it would change in the stock model.
     after = StockModel(copy.deepcopy(model.config))
     after.text.__dict__.update(plan.config_overrides(text))

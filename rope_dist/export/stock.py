@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..model_config import EXTENDED_LAYERS, load_config, model_class, pretrained_rope, rope_parameters
+from ..layer_types import rope_parameters, unextendable
+from ..model_config import load_config, pretrained_rope
+from ..stock_rotary import model_class, rotary_class, without_remarks
 from .engines import EngineConfig
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def read_config(source: str | os.PathLike[str]) -> PretrainedConfig:
     """:func:`rope_dist.planning.load_config`, without transformers' warning about keys for other engines."""
-    with _no_warning_of_keys():
+    with without_remarks():
         return load_config(source)
 
 
@@ -67,13 +68,10 @@ class StockModel:
     @property
     def parameters(self) -> Mapping[str, Any]:
         """The rotary parameters that a plan extends; ``ValueError`` if there are none."""
-        name = type(self.text).__name__
-        if not getattr(self.text, "rope_parameters", None):
-            raise ValueError(f"{name} has no rotary embedding (no rope_parameters)")
-        try:
-            return rope_parameters(self.text)
-        except KeyError:
-            raise ValueError(f"{name} has no rotary parameters of {EXTENDED_LAYERS} layers") from None
+        reason = unextendable(self.text)
+        if reason is not None:
+            raise ValueError(reason)
+        return rope_parameters(self.text)
 
     @property
     def layer_typed(self) -> bool:
@@ -96,7 +94,7 @@ class StockModel:
                     continue
                 try:
                     # Not by from_config, which a global enable() changes.
-                    with torch.device("meta"), _no_warning_of_keys():
+                    with torch.device("meta"), without_remarks():
                         return model_class(mapping[type(config)])(copy.deepcopy(config))
                 except Exception as error:
                     if config is not self.text:
@@ -111,16 +109,13 @@ class StockModel:
         Raises:
             ValueError: transformers cannot build it.
         """
-        if self.model is None:
+        _ = self.model  # transformers has to build it
+        cls = rotary_class(self.text)
+        if cls is None:
             return None
-        found = [m for m in self.model.modules() if type(m).__name__.endswith("RotaryEmbedding")]
-        found = [m for m in found if type(getattr(m, "config", None)) is type(self.text)]
-        if not found:
-            return None
-        first = getattr(self.model, "rotary_emb", found[0])
         try:
             with torch.device("cpu"):
-                return type(first)(first.config)
+                return cls(copy.deepcopy(self.text))
         except Exception as error:
             raise ValueError(f"transformers cannot build its rotary embedding: {_message(error)}") from None
 
@@ -166,7 +161,7 @@ class StockModel:
     @property
     def multimodal_positions(self) -> bool:
         """Whether a token has positions in time, height and width (Qwen2-VL), each rotating some of the pairs."""
-        return "mrope_section" in self.parameters or hasattr(self.rotary, "mrope_section")
+        return "mrope_section" in self.parameters or (self.rotary is not None and _axes(self.rotary) > 1)
 
     def _tables(self, rotary: nn.Module, position: int) -> tuple[torch.Tensor, float]:
         """``inv_freq`` after a forward pass over a text that ends at ``position``, and the factor of cos and sin."""
@@ -175,8 +170,9 @@ class StockModel:
             if parameters is self.parameters:
                 prefix, options = f"{layer_type}_", {"layer_type": layer_type}
         positions = torch.tensor([[0, position]])
-        if hasattr(rotary, "mrope_section"):
-            positions = positions.expand(3, 1, 2)
+        axes = _axes(rotary, **options)
+        if axes > 1:
+            positions = positions.expand(axes, 1, 2)
         try:
             with torch.no_grad():
                 tables = rotary(torch.zeros(1), positions, **options)
@@ -190,6 +186,18 @@ class StockModel:
             if not math.isclose(at_zero, scaling, rel_tol=1e-6):
                 scaling = at_zero
         return getattr(rotary, f"{prefix}inv_freq").clone(), scaling
+
+
+def _axes(rotary: nn.Module, **options: str) -> int:
+    """The number of positions that a token has to this rotary embedding."""
+    if hasattr(rotary, "mrope_section"):
+        return 3
+    for axes in (1, 3, 4):
+        positions = torch.zeros(1, 2, dtype=torch.long)
+        with contextlib.suppress(Exception), torch.no_grad():
+            rotary(torch.zeros(1), positions.expand(axes, 1, 2) if axes > 1 else positions, **options)
+            return axes
+    return 1
 
 
 SUPERSEDED = frozenset((
@@ -221,18 +229,3 @@ def changed(before: StockModel, after: StockModel) -> str | None:
 
 def _message(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _no_warning_of_keys() -> Iterator[None]:
-    # short_mscale and long_mscale are for vLLM and SGLang; transformers warns that it does not know them.
-    logger = logging.getLogger("transformers.modeling_rope_utils")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Unrecognized keys in `rope_parameters`")
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)

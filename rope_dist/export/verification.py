@@ -161,11 +161,12 @@ def _directory(
         before: PretrainedConfig | None = read_config(source)
     else:
         before = source
+    nothing = unextendable(model)
     checks = []
     for engine in ("transformers", *ENGINES):
-        reason = unable_model(engine, model) or unable(engine, plan)
+        reason = nothing or unable_model(engine, model) or unable(engine, plan)
         if reason is not None:
-            checks.append(Check(engine, reason, required=engine in engines))
+            checks.append(Check(engine, reason, required=engine in ("transformers", *engines)))
             continue
         if engine == "transformers":
             read = functools.partial(_installed_transformers, model, before)
@@ -176,9 +177,7 @@ def _directory(
 
 
 def _installed_transformers(model: StockModel, source: PretrainedConfig | None) -> EngineConfig:
-    reason = unextendable(model)
-    if reason is None and source is not None:
-        reason = changed(StockModel(source), model)
+    reason = None if source is None else changed(StockModel(source), model)
     if reason is not None:
         raise ValueError(reason)
     return model.engine_config()
@@ -187,9 +186,6 @@ def _installed_transformers(model: StockModel, source: PretrainedConfig | None) 
 def _by_formula(
     read_config: Callable[[Mapping[str, Any]], EngineConfig], file: Mapping[str, Any], model: StockModel
 ) -> EngineConfig:
-    reason = unextendable(model)
-    if reason is not None:
-        raise ValueError(reason)
     if model.part is not None:
         file = file.get(model.part, file)
     # A file may leave out the defaults of its config class.

@@ -25,6 +25,7 @@ from ..messages import unknown
 from .auto import auto
 from .base import (
     MAX_LENGTH,
+    STILL,
     PretrainedRope,
     Scaling,
     Strategy,
@@ -63,6 +64,7 @@ __all__ = [
     "DEFAULT_STRATEGY",
     "DPROPE_THRESHOLDS",
     "MAX_LENGTH",
+    "STILL",
     "STRATEGIES",
     "PretrainedRope",
     "Scaling",

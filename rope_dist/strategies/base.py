@@ -34,6 +34,11 @@ def default_inv_freq(theta: float, rotary_dim: int, factors: torch.Tensor | None
     return 1.0 / wavelengths
 
 
+STILL = float(torch.finfo(torch.float32).max)
+"""Factor of a pair that does not rotate (Gemma 4): its wavelength overflows in float32 and its frequency is exactly 0.
+A finite number, unlike infinity, is in the JSON of every engine."""
+
+
 @dataclass(frozen=True)
 class PretrainedRope:
     """The rotary embedding that a model was trained with.
@@ -43,7 +48,8 @@ class PretrainedRope:
         rotary_dim: rotated dimensions of a head, even.
         length: trained length in tokens (``max_position_embeddings``).
         factors: per-pair factors that are part of the trained model already (Llama 3.1's
-            scaling, a YaRN checkpoint), or None for all ones.
+            scaling, a YaRN checkpoint), or None for all ones; :data:`STILL` for the last pairs where they do
+            not rotate.
         attention_scaling: the factor of cos and sin in the trained model.
 
     Raises:
@@ -84,6 +90,15 @@ class PretrainedRope:
     def inv_freq(self) -> torch.Tensor:
         """``[pairs]`` float32, radians per token."""
         return default_inv_freq(self.theta, self.rotary_dim, self.base_factors if self.factors else None)
+
+    def rotating(self) -> PretrainedRope:
+        """The pairs that rotate, alone: they have these frequencies by a smaller base."""
+        pairs = sum(f != STILL for f in self.factors or ()) or self.pairs
+        if pairs == self.pairs:
+            return self
+        base = self.theta ** (pairs / self.pairs)
+        factors = None if self.factors is None else self.factors[:pairs]
+        return PretrainedRope(base, 2 * pairs, self.length, factors, self.attention_scaling)
 
 
 @dataclass(frozen=True)
