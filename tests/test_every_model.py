@@ -155,11 +155,11 @@ def test_extended_saved_and_read_by_stock(name, tmp_path):
 
 NO_PLAN = (
     "there is nothing to extend",
-    "has a config of its own",
-    "which factors cannot express",
-    "which of them sees whole texts is not known",
+    "layers of Granite",
+    "this version of transformers",
+    "its config reloads",
 )
-"""Words of the reasons for which a model's frequencies cannot be planned."""
+"""Words of the reasons for which a model's frequencies cannot be planned; test_model_types.py has each."""
 
 
 def extend(model):
@@ -171,6 +171,22 @@ def extend(model):
             raise
         return False
     return True
+
+
+@pytest.mark.skipif("granite_swa" not in TYPES, reason="this transformers has no granite_swa")
+@torch.no_grad()
+def test_a_rotary_embedding_with_a_copy_of_the_config(tmp_path):
+    model = tiny_model("granite_swa", layer_rope_theta=[10000.0, 0.0, 10000.0])
+    assert model.model.rotary_embs[0].config is not model.config
+    before = copy.deepcopy(model)
+    assert extend(model)
+    extended = model(IDS).logits
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        type(model).from_pretrained(tmp_path)(IDS).logits, extended, rtol=1e-5, atol=1e-5
+    )
+    rope_dist.disable(model)
+    assert torch.equal(model(IDS).logits, before(IDS).logits)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -156,9 +156,9 @@ def enable(
         found = find(model)
         rotaries, attentions = found.rotaries, found.attentions
         previous = copy.copy(_swap_of(rotaries[0]))
-        if any(targets):
-            _check_configs(model, rotaries)
         plans = _plans_for(rotaries, options)
+        if any(targets):
+            _share_configs(model, rotaries)
         _swap_rotaries(model, found, plans)
         for attention in attentions:
             if not isinstance(attention, EnabledAttention):
@@ -199,15 +199,24 @@ def _swap_of(rotary: nn.Module) -> _Swap | None:
     return rotary.__dict__.get("_rope_dist_swap")
 
 
-def _check_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
-    """``ValueError`` where a rotary embedding's config is not a part of what ``save_pretrained`` writes."""
-    saved = {id(m.__dict__.get("config")) for m in model.modules() if m not in rotaries}
+def _share_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
+    """Give rotary embeddings that have a copy of the model's config the config itself, which is what is saved.
+
+    Raises:
+        ValueError: the copy differs.
+    """
+    configs = {
+        id(c): c for m in model.modules() if m not in rotaries and _is_config(c := m.__dict__.get("config"))
+    }
     for rotary in rotaries:
-        if id(rotary.config) not in saved:
-            raise ValueError(
-                f"a {type(rotary).__name__} of the model has a config of its own (a theta for some layers), which "
-                "save_pretrained does not write: the model cannot be extended"
-            )
+        if id(rotary.config) not in configs:
+            same = [c for c in configs.values() if c.to_dict() == rotary.config.to_dict()]
+            if not same:
+                raise ValueError(
+                    f"a {type(rotary).__name__} of the model has a config of its own, which save_pretrained does not "
+                    "write: the model cannot be extended"
+                )
+            rotary.config = same[0]
 
 
 def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | None]:
