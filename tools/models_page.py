@@ -29,8 +29,8 @@ What `rope_dist.enable()` does with each model type of transformers {version} th
 engines read the factors of an extension. Written by `python -m tools.models_page`; `rope_dist.supported()` and
 `rope-dist info --models` say the same of the transformers that you have, `rope-dist info MODEL` of one model.
 
-- **projection + rotary**: projections and rotation in one launch, forward and backward, where the Triton kernels run and
-  each projection is a plain `nn.Linear` in 16 bits; else as below.
+- **projection + rotary**: projections and rotation in one launch, forward and backward, where the Triton kernels run
+  and each projection is a plain `nn.Linear` in 16 bits; else as below.
 - **rotary**: queries and keys are rotated in one launch, after the layer's own projections and norms.
 - **refused**: `enable()` raises a `ValueError` with the reason, and changes nothing.
 
@@ -38,9 +38,9 @@ In every case all else is the model's own code: norms, gates, sinks, windows, ca
 rotary embedding. A model with parts (Llava, Mistral 3, InternVL) is enabled in its language model; its vision and audio
 towers are left as they are.
 
-How the model is recognised: each model file of transformers has its own function that applies the rotation. Its source,
-without names of variables, is looked up in a table of {forms} known forms (`rope_dist/hf/rotary_forms.json`). A function
-that is not in the table is refused.
+How the model is recognised: each model file of transformers has its own function that applies the rotation. Its
+source, without names of variables, is looked up in a table of {forms} known forms
+(`rope_dist/hf/rotary_forms.json`). A function that is not in the table is refused.
 
 Engines: "tried" where that version of transformers computed an extension, bit for bit; "no" where it is known that the
 engine does not read the factors of this type (`rope-dist info MODEL` says why); empty where neither is known.
