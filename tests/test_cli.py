@@ -300,7 +300,7 @@ def test_info_says_what_is_built_and_used(out):
     printed = out("info")
     data = json.loads(out("info", "--json"))
     assert list(data) == [
-        "versions", "machine", "native libraries", "backends", "autotune cache", "models"
+        "versions", "machine", "native libraries", "backends", "autotune cache"
     ]  # fmt: skip
     assert set(data["native libraries"]) == {"CPU library", "CUDA library"}
     assert data["backends"]["cpu"].startswith(("native for float32", "reference for float32"))
