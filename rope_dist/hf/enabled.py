@@ -11,13 +11,14 @@ from __future__ import annotations
 import builtins
 import functools
 import sys
-from types import CellType, CodeType, FunctionType, ModuleType
+from collections.abc import Mapping
+from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from .applying import replacement
-from .forms import STOCK, Form, Unsupported, rotating_methods, stock_file
+from .forms import STOCK, UNDO, Form, Unsupported, functions_called, rotating_methods, stock_file
 from .fusing import condition, fused, why_separate
 from .projecting import project_and_rotate
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
@@ -30,11 +31,13 @@ class EnabledAttention(EnabledModule):
         forms: of the functions that its methods call to rotate.
         why_separate: why projections and rotation are not one call in its methods; empty where they are.
         conditions: expressions of ``self`` that say whether a method rotates.
+        copied: stock's methods.
     """
 
     forms: tuple[Form, ...] = ()
     why_separate: str = ""
     conditions: tuple[CodeType, ...] = ()
+    copied: Mapping[tuple[type, str], FunctionType] = MappingProxyType({})
 
     @classmethod
     def rotates(cls, module: nn.Module) -> bool:
@@ -56,6 +59,16 @@ def is_rotary_embedding(cls: type) -> bool:
     return issubclass(cls, nn.Module) and "RotaryEmbedding" in cls.__name__
 
 
+def check_unchanged(enabled: type[EnabledAttention]) -> None:
+    """:class:`Unsupported` where somebody has replaced a stock method or function since ``enabled`` was made."""
+    for (base, method), function in enabled.copied.items():
+        file = stock_file(base.__module__)
+        if vars(base)[method] is not function:
+            raise Unsupported(f"{base.__name__}.{method} of {base.__module__} has been replaced: {UNDO}")
+        for name in functions_called(function, base, method):
+            file.check_own(name)
+
+
 @functools.cache
 def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The enabled class of a class that :func:`stock_class` returned; it names the class it replaces as ``stock``.
@@ -71,11 +84,14 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
     if is_rotary_embedding(stock):
         return type(f"Enabled{stock.__name__}", (EnabledRotaryEmbedding, stock), body)
     forms: dict[str, Form] = {}
+    copied: dict[tuple[type, str], FunctionType] = {}
     conditions, reasons = [], []
     for base, method, functions in rotating_methods(stock):
-        file, copies = stock_file(base.__module__), _copies_of(base.__module__)
+        file = stock_file(base.__module__)
+        file.check_own_method(base, method)
+        forms.update({name: file.form(name) for name in functions})
+        copies = _copies_of(base.__module__)  # kept: not of a file that somebody else has changed
         for name in functions:
-            forms[name] = file.form(name)
             copies[name] = replacement(forms[name], file.function(name))
         code, tree = None, file.methods[base.__name__, method]
         if len(functions) == 1:
@@ -90,6 +106,8 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
         if code is None:
             reasons.append(why_separate(tree, [forms[name] for name in functions]))
         body[method] = _copied(vars(base)[method], copies, code)
+        copied[base, method] = vars(base)[method]
+    body["copied"] = copied
     body["forms"] = tuple(forms.values())
     body["conditions"] = tuple(test for test in conditions if test is not None)
     body["why_separate"] = reasons[0] if reasons else ""
