@@ -100,7 +100,8 @@ REWRITTEN = {
         LLAMA, ("    return", "    query_states = self.q_norm(query_states) * scale\n    return")
     ),
     "annotated, with a docstring": changed(
-        LLAMA, ("scale=2.0):", '*, scale: float = 2.0) -> "T":\n    """It."""'), ("hidden_states, p", "hidden_states: object, p")
+        LLAMA, ("scale=2.0):", '*, scale: float = 2.0) -> "T":\n    """It."""'),
+        ("hidden_states, p", "hidden_states: object, p"),
     ),
 }  # fmt: skip
 
