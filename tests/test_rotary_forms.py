@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import json
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,30 @@ def negated(function):
         assert "no form" in lines[0]
         assert "negative=True" in lines[1]
         assert FILE.read_bytes() == before
+
+    def test_the_tool_adds_what_it_knows_to_be_a_form(self, make_copy, monkeypatch, tmp_path):
+        scaled, turned = make_copy(*MUTATIONS["a factor"]), make_copy(*MUTATIONS["the other direction"])
+        table = tmp_path / FILE.name
+        table.write_bytes(FILE.read_bytes())
+        for module in (forms, rotary_forms):
+            monkeypatch.setattr(module, "FILE", table)
+        monkeypatch.setattr(sys, "argv", ["rotary_forms", "--write"])
+        files = [forms.stock_file(turned.__name__)]
+        monkeypatch.setattr(rotary_forms, "stock_files", lambda: iter(files))
+        before = json.loads(table.read_text(encoding="utf-8"))
+        known_forms.cache_clear()
+        try:
+            assert rotary_forms.main() == 0
+            after = json.loads(table.read_text(encoding="utf-8"))
+            (entry,) = [after[key] for key in after.keys() - before.keys()]
+            assert before.items() <= after.items()
+            assert (entry["layout"], entry["tables"], entry["negative"]) == ("half", "twice", True)
+            assert_enabled_equals_stock(tiny(turned))
+            files.append(forms.stock_file(scaled.__name__))
+            assert rotary_forms.main() == 1
+            assert json.loads(table.read_text(encoding="utf-8")) == after
+        finally:
+            known_forms.cache_clear()
 
     def test_the_tool_names_a_wrong_entry(self, make_copy, monkeypatch):
         module = make_copy(*MUTATIONS["the other direction"])
