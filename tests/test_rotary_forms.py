@@ -23,6 +23,8 @@ IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
 HALF = "def rotate_half(x):"
 CAT = "return torch.cat((-x2, x1), dim=-1)"
 HEAD = "def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):"
+CALL = "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)"
+TURN = "def turn(q, k, cos, sin):\n    return apply_rotary_pos_emb(q, k, cos, sin)"
 SUM = "q_embed = (q * cos) + (rotate_half(q) * sin)"
 
 pytestmark = pytest.mark.usefixtures("stock_again")
@@ -256,6 +258,27 @@ def negated(function):
         other = f"def other(q, k, cos, sin, unsqueeze_dim=1):\n    return q, k\n\n\n{line}\n\n\n"
         module = make_copy(("class LlamaMLP(nn.Module):", f"{other}class LlamaMLP(nn.Module):"))
         assert_refused(tiny(module), f"{line.split()[0]} of {module.__name__} has been replaced")
+
+    @pytest.mark.parametrize(
+        ("changes", "name"),
+        [
+            (
+                [
+                    (
+                        CALL,
+                        "query_states = query_states * cos[:, None] + rotate_half(query_states) * sin[:, None]",
+                    )
+                ],
+                "rotate_half",
+            ),
+            ([(CALL, CALL.replace("apply_rotary_pos_emb", "turn")), (HALF, f"{TURN}\n\n\n{HALF}")], "turn"),
+            ([("apply_rotary_pos_emb", "apply_rope"), ("q_embed = (q", "q_embed = -(q")], "apply_rope"),
+        ],
+        ids=["in the method", "by another function", "under another name"],
+    )
+    def test_a_rotation_elsewhere_is_refused(self, changes, name, make_copy):
+        module = make_copy(*changes)
+        assert_refused(tiny(module), f"{name} of {module.__name__}")
 
     def test_what_a_function_takes_from_other_files_is_refused(self, make_copy, monkeypatch):
         """Even where somebody has put it into the table: its source is not seen."""

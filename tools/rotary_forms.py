@@ -52,7 +52,7 @@ REFUSED = {
     ): "it rotates the patches of an image and leaves other tokens as they are",
 }
 """Parameters of functions that this package does not apply, and why."""
-OF_TOWERS = re.compile("vision|_2d|_time_")
+OF_TOWERS = re.compile("vision|_2d|_time_|multidimensional")
 """Functions of image, video and audio towers, which are left as they are."""
 
 

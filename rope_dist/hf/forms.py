@@ -32,7 +32,7 @@ STOCK = "transformers.models."
 
 UNDO = "undo what another package did before enable()"
 
-_APPLIES = re.compile(r"apply_(\w+_)?rotary_")
+_APPLIES = re.compile(r"apply_(\w+_)?(rotary_|rope)|rotate_")
 """Names of functions that apply a rotation, known or not."""
 
 
@@ -306,21 +306,35 @@ def rotating_methods(cls: type) -> Iterator[tuple[type, str, list[str]]]:
 
 
 def functions_called(function: FunctionType, cls: type, method: str) -> list[str]:
-    """Names of functions of the file that apply a rotation, in a function or in what its decorators wrap."""
+    """Names of functions of the file that apply a rotation, in a function or in what its decorators wrap.
+
+    One that calls such a function is one too: it is not copied with the method, and will not be known.
+    """
     file = vars(sys.modules[cls.__module__])
     function = inspect.unwrap(function)
     if isinstance(function, FunctionType) and function.__globals__ is file:
-        names = _applying(function.__code__)
+        names = _names(function.__code__)
     else:
         node = stock_file(cls.__module__).methods.get((cls.__name__, method))
         names = [n.id for n in _body(node) if isinstance(n, ast.Name)] if node is not None else []
-        names = [name for name in names if _APPLIES.search(name)]
-    return list(dict.fromkeys(name for name in names if name in file))
+    return [name for name in dict.fromkeys(names) if name in file and _applies(name, file)]
 
 
-def _applying(code: CodeType) -> list[str]:
-    found = [name for name in code.co_names if _APPLIES.search(name)]
+def _applies(name: str, file: Mapping[str, Any]) -> bool:
+    if _APPLIES.search(name):
+        return True
+    function = file[name]
+    return (
+        isinstance(function, FunctionType)
+        and function.__globals__ is file
+        and any(_APPLIES.search(inner) and inner in file for inner in _names(function.__code__))
+    )
+
+
+def _names(code: CodeType) -> list[str]:
+    """Globals and attributes that a function and those within it use."""
+    found = list(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found += _applying(constant)
+            found += _names(constant)
     return found
