@@ -2,11 +2,13 @@
 
 import ast
 import functools
+import inspect
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 
 import rope_dist
 from rope_dist.hf import forms
+from rope_dist.hf.enabled import EnabledAttention
 from rope_dist.hf.forms import FILE, Form, Unsupported, digest, known_forms
 from tools import rotary_forms
 
@@ -387,6 +390,23 @@ class TestReplacedAtRunTime:
             assert_refused(model, f"LlamaAttention.forward of {module.__name__} has been replaced")
         assert_enabled_equals_stock(model)
 
+    def test_another_function_of_the_file_is_called(self, make_copy, monkeypatch):
+        """Which has nothing to do with the rotation: before enable(), and after one that was undone."""
+        module = make_copy()
+        model = tiny(module)
+        model.set_attn_implementation("eager")
+        assert_enabled_equals_stock(model)
+        stock, calls = module.eager_attention_forward, []
+
+        def counted(*args, **kwargs):
+            calls.append(type(args[0]))
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(module, "eager_attention_forward", counted)
+        assert_enabled_equals_stock(model)
+        assert len(calls) == 2 * 2
+        assert [issubclass(cls, EnabledAttention) for cls in calls] == [False] * 2 + [True] * 2
+
     def test_a_method_that_is_wrapped_stays_wrapped(self, make_copy, monkeypatch):
         module = make_copy()
         inner, calls = module.LlamaAttention.forward, []
@@ -400,6 +420,13 @@ class TestReplacedAtRunTime:
         model = tiny(module)
         assert_enabled_equals_stock(model)
         assert len(calls) == 2 * 2
+
+
+def test_a_file_without_source_is_refused(make_copy, monkeypatch):
+    module = make_copy()
+    model = tiny(module)
+    monkeypatch.setattr(inspect, "getsource", Mock(side_effect=OSError("could not get source code")))
+    assert_refused(model, f"the source of {module.__name__} is not installed")
 
 
 class TestKernelsLibrary:

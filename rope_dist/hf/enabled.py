@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import functools
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
 from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
@@ -60,13 +61,17 @@ def is_rotary_embedding(cls: type) -> bool:
 
 
 def check_unchanged(enabled: type[EnabledAttention]) -> None:
-    """:class:`Unsupported` where somebody has replaced a stock method or function since ``enabled`` was made."""
+    """:class:`Unsupported` where somebody has replaced a stock method or function since ``enabled`` was made.
+
+    What else has been replaced in the stock file (an attention function, say) is what ``enabled`` calls from now on.
+    """
     for (base, method), function in enabled.copied.items():
         file = stock_file(base.__module__)
         if vars(base)[method] is not function:
             raise Unsupported(f"{base.__name__}.{method} of {base.__module__} has been replaced: {UNDO}")
         for name in functions_called(function, base, method):
             file.check_own(name)
+        _copies_of(base.__module__).update(_others(base.__module__))
 
 
 @functools.cache
@@ -93,6 +98,7 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
         copies = _copies_of(base.__module__)  # kept: not of a file that somebody else has changed
         for name in functions:
             copies[name] = replacement(forms[name], file.function(name))
+            _REPLACED[base.__module__].add(name)
         code, tree = None, file.methods[base.__name__, method]
         if len(functions) == 1:
             (name,) = functions
@@ -118,18 +124,29 @@ def _copy_name(module: str) -> str:
     return f"{__name__}.{module.removeprefix(STOCK)}"
 
 
+_REPLACED: dict[str, set[str]] = defaultdict(set)
+"""Names of functions of each stock file in whose place copies call this package's."""
+
+
 @functools.cache
 def _copies_of(stock_module: str) -> dict[str, Any]:
     """The globals for copies of a stock file's functions.
 
     They belong to a module that can be imported by its name, which is how torch.compile finds them.
     """
-    stock = sys.modules[stock_module]
     copies = ModuleType(_copy_name(stock_module))
-    own = {name: value for name, value in vars(stock).items() if not name.startswith("__")}
-    vars(copies).update(own, __builtins__=builtins, __file__=stock.__file__)
+    vars(copies).update(
+        _others(stock_module), __builtins__=builtins, __file__=sys.modules[stock_module].__file__
+    )
     sys.modules[copies.__name__] = copies
     return vars(copies)
+
+
+def _others(stock_module: str) -> dict[str, Any]:
+    """What copies have of the globals of their stock file."""
+    mine = _REPLACED[stock_module]
+    stock = vars(sys.modules[stock_module])
+    return {name: value for name, value in stock.items() if not name.startswith("__") and name not in mine}
 
 
 def _copied(function: FunctionType, copies: dict[str, Any], code: CodeType | None) -> FunctionType:

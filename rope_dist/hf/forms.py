@@ -194,7 +194,13 @@ class StockFile:
     methods: dict[tuple[str, str], ast.FunctionDef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for node in ast.parse(inspect.getsource(self.module)).body:
+        try:
+            source = inspect.getsource(self.module)
+        except OSError as error:
+            raise Unsupported(
+                f"the source of {self.module.__name__} is not installed: how it rotates cannot be told"
+            ) from error
+        for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef):
                 self.functions[node.name] = node
             elif isinstance(node, ast.ClassDef):

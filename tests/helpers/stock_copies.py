@@ -10,7 +10,13 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
-SOURCE = Path(modeling_llama.__file__).read_text(encoding="utf-8")
+# Without what the kernels library makes of the function, where it is installed.
+SOURCE = re.sub(
+    r'^@use_kernel\w*\(("rotary_pos_emb"|apply_rotary_pos_emb)\)\n',
+    "",
+    Path(modeling_llama.__file__).read_text(encoding="utf-8"),
+    flags=re.M,
+)
 _NUMBER = itertools.count()
 
 
