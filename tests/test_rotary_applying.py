@@ -1,7 +1,6 @@
 """Every known form of rotation against its definition, and the tables that rotary embeddings make."""
 
 import copy
-import importlib
 import inspect
 
 import pytest
@@ -9,13 +8,12 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, LlamaConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
-from transformers.models.hunyuan_vl import configuration_hunyuan_vl, modeling_hunyuan_vl
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import rope_dist
 from rope_dist import ops
 from rope_dist.hf.applying import keep_pairs, kept_pairs, replacement, rotate
-from rope_dist.hf.forms import Form, Unsupported, known_forms
+from rope_dist.hf.forms import Form, Unsupported, known_forms, stock_file
 from rope_dist.hf.projecting import project_and_rotate
 from rope_dist.hf.rotary_embedding import check_tables
 
@@ -311,11 +309,12 @@ class TestTables:
 
     def test_hunyuan_vl_gives_a_pair_two_positions(self):
         """Its sections go over the whole head: of three axes that differ the pairs get two."""
-        config = configuration_hunyuan_vl.HunYuanVLTextConfig(
+        stock = pytest.importorskip("transformers.models.hunyuan_vl.modeling_hunyuan_vl")
+        config = stock.HunYuanVLTextConfig(
             hidden_size=64, num_attention_heads=4, head_dim=16,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2, 2]},
         )  # fmt: skip
-        rotary = modeling_hunyuan_vl.HunYuanVLRotaryEmbedding(config)
+        rotary = stock.HunYuanVLRotaryEmbedding(config)
         tokens = torch.arange(3) + 1
         cos, _ = rotary(torch.zeros(1), torch.stack([tokens * (axis + 1) for axis in range(4)])[:, None])
         assert not torch.equal(cos[..., :8], cos[..., 8:])
@@ -324,22 +323,24 @@ class TestTables:
         assert rope_dist.supported("hunyuan_vl")["hunyuan_vl"].path == "refused"
 
     @pytest.mark.parametrize(
-        ("model_type", "class_name", "form"),
+        ("model_type", "class_name"),
         [
-            ("qwen2_vl", "Qwen2VLRotaryEmbedding", Form()),
-            ("qwen2_5_vl", "Qwen2_5_VLRotaryEmbedding", Form()),
-            ("qwen3_vl", "Qwen3VLTextRotaryEmbedding", Form()),
-            ("qwen3_5", "Qwen3_5TextRotaryEmbedding", Form()),
-            ("glm4v", "Glm4vTextRotaryEmbedding", Form("interleaved", "pairs")),
+            ("qwen2_vl", "Qwen2VLRotaryEmbedding"),
+            ("qwen2_5_vl", "Qwen2_5_VLRotaryEmbedding"),
+            ("qwen3_vl", "Qwen3VLTextRotaryEmbedding"),
+            ("qwen3_5", "Qwen3_5TextRotaryEmbedding"),
+            ("glm4v", "Glm4vTextRotaryEmbedding"),
         ],
     )
-    def test_of_several_position_axes(self, model_type, class_name, form):
-        module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    def test_of_several_position_axes(self, model_type, class_name):
+        module = pytest.importorskip(f"transformers.models.{model_type}.modeling_{model_type}")
         config = CONFIG_MAPPING[f"{model_type}_text"]()
         pairs = getattr(module, class_name)(config).inv_freq.numel()
         config.rope_parameters["mrope_section"] = [pairs // 2, pairs // 4, pairs // 4]
         rotary = getattr(module, class_name)(config)
-        check_tables(rotary, form)
+        file = stock_file(module.__name__)
+        (name,) = {"apply_rotary_pos_emb", "apply_multimodal_rotary_pos_emb"} & file.functions.keys()
+        check_tables(rotary, file.form(name))
         # They do use the axes.
         tokens = torch.arange(4)
         one, three = (
