@@ -103,7 +103,7 @@ _SIGNATURES: dict[tuple[str, ...], Callable[[Form, Function], Function]] = {
 
 
 def pairs_of(tables: str, table: torch.Tensor) -> torch.Tensor:
-    """Each value of a real table once, ``[B or 1, S, R/2]``: of one that holds it ``"twice"``, in ``"pairs"`` or once."""
+    """Each value once, ``[B or 1, S, R/2]``, of a real table that holds it ``"twice"``, in ``"pairs"`` or once."""
     if tables == "twice":
         return table.narrow(-1, 0, table.shape[-1] // 2)
     return table[..., ::2] if tables == "pairs" else table
