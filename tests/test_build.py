@@ -282,6 +282,7 @@ class TestArchives:
     def test_a_wheel_serves_every_python_of_one_platform(self, source, tools, tmp_path):
         pytest.importorskip("pip")
         tools("c++", COMPILER)
+        files_of_package = {str(f.relative_to(source)) for f in source.glob("rope_dist/**/*") if f.is_file()}
         run(
             ["-m", "pip", "wheel", "--quiet", *OFFLINE, "-w", tmp_path / "dist", source],
             source,
@@ -297,7 +298,7 @@ class TestArchives:
         native = {n for n in names if n.startswith("rope_dist/_native/")}
         files = ("__init__.py", "build.json", f"librope_dist_cpu{SUFFIX}")
         assert native == {f"rope_dist/_native/{file}" for file in files}
-        assert "rope_dist/py.typed" in names
+        assert {"rope_dist/py.typed", "rope_dist/hf/rotary_forms.json"} <= files_of_package <= names
         assert {n.split("/")[0] for n in names} == {"rope_dist", f"{name}-{version}.dist-info"}
 
     def test_a_source_distribution_is_complete_and_builds(self, tools, tmp_path):

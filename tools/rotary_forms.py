@@ -2,7 +2,8 @@
 
 Prints, for each function of a model file that applies a rotation, whether its form is known, new or changed (another
 model has an older form of that name), and tries every known form on numbers: float64, against the definition of the
-rotation. ``--write`` adds what it found out of new ones by trying all forms; look at them before you commit.
+rotation. ``--write`` adds what it found out of new ones by trying all forms; look at them before you commit. It exits
+with 1 where something is (still) new or wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ import transformers.models
 
 from rope_dist.hf.applying import replacement
 from rope_dist.hf.enabled import is_rotary_embedding
-from rope_dist.hf.forms import FILE, Form, StockFile, digest, known_forms, rotating_methods, stock_file
+from rope_dist.hf.forms import (
+    FILE,
+    Form,
+    StockFile,
+    Unsupported,
+    digest,
+    known_forms,
+    rotating_methods,
+    stock_file,
+)
 
 REFUSED = {
     (
@@ -42,7 +52,7 @@ REFUSED = {
     ): "it rotates the patches of an image and leaves other tokens as they are",
 }
 """Parameters of functions that this package does not apply, and why."""
-OF_TOWERS = re.compile("vision|_2d|_time_")
+OF_TOWERS = re.compile("vision|_2d|_time_|multidimensional")
 """Functions of image, video and audio towers, which are left as they are."""
 
 
@@ -181,6 +191,11 @@ def compare() -> tuple[dict[str, dict[str, Any]], list[str]]:
         model = file.module.__name__.rpartition(".modeling_")[2]
         for name in applied(file):
             key, where = digest(name, file.functions), f"{model}.{name}"
+            try:
+                file.check_own(name)
+            except Unsupported as error:
+                lines.append(f"{where}: {error}")
+                continue
             if key in known:
                 form = known[key]
                 if form.refused or agrees(file.function(name), form):
@@ -214,8 +229,12 @@ def main() -> int:
     if options.write:
         old = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
         merged = {**found, **old}
-        text = json.dumps(dict(sorted(merged.items(), key=lambda item: item[1]["example"])), indent=2)
+        text = json.dumps(
+            dict(sorted(merged.items(), key=lambda item: (item[1]["example"], item[0]))), indent=2
+        )
         FILE.write_text(text + "\n", encoding="utf-8")
+        known_forms.cache_clear()
+        lines = compare()[1]
     return 1 if lines else 0
 
 

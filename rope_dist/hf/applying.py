@@ -66,10 +66,10 @@ def _one(form: Form, stock: Function) -> Function:
 
 
 def _complex(form: Form, stock: Function) -> Function:
-    def stock_of_two(q, k, cos, sin, unsqueeze_dim):
-        return stock(q, k, torch.complex(cos, sin))
-
     def apply_rotary_emb(xq, xk, freqs_cis):
+        def stock_of_two(q, k, cos, sin, unsqueeze_dim):
+            return stock(q, k, freqs_cis)  # complex numbers of 16 bits there are none
+
         return rotate(form, stock_of_two, xq, xk, *_parts(freqs_cis), form.heads_axis)
 
     return apply_rotary_emb
@@ -84,7 +84,7 @@ def _sections(form: Form, stock: Function) -> Function:
         return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
 
     def apply_multimodal_rotary_pos_emb(q, k, cos, sin, mrope_section, unsqueeze_dim=1):
-        def stock_of_sections(q, k, *rest):
+        def stock_of_sections(q, k, *tables, unsqueeze_dim):
             return stock(q, k, cos.to(q.dtype), sin.to(q.dtype), mrope_section, unsqueeze_dim)
 
         tables = chosen(cos, mrope_section), chosen(sin, mrope_section)
@@ -103,7 +103,7 @@ _SIGNATURES: dict[tuple[str, ...], Callable[[Form, Function], Function]] = {
 
 
 def pairs_of(tables: str, table: torch.Tensor) -> torch.Tensor:
-    """``[B or 1, S, R/2]``, each value once, of a real table that holds it as ``Form.tables`` says."""
+    """Each value once, ``[B or 1, S, R/2]``, of a real table that holds it ``"twice"``, in ``"pairs"`` or once."""
     if tables == "twice":
         return table.narrow(-1, 0, table.shape[-1] // 2)
     return table[..., ::2] if tables == "pairs" else table
@@ -157,7 +157,7 @@ def rotate(
         inplace: ``q`` and ``k`` may be changed.
     """
     if not _can_rotate(q, k, cos, unsqueeze_dim):
-        return stock(q, k, cos.to(q.dtype), sin.to(q.dtype), unsqueeze_dim)
+        return stock(q, k, cos.to(q.dtype), sin.to(q.dtype), unsqueeze_dim=unsqueeze_dim)
     cos, sin = kept_pairs(form.tables, cos, sin)
     if form.negative:
         sin = -sin

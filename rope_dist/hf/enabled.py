@@ -12,13 +12,15 @@ import builtins
 import functools
 import inspect
 import sys
-from types import CellType, CodeType, FunctionType, ModuleType
+from collections import defaultdict
+from collections.abc import Mapping
+from types import CellType, CodeType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from .applying import replacement
-from .forms import STOCK, Form, Unsupported, rotating_methods, stock_file
+from .forms import STOCK, UNDO, Form, Unsupported, functions_called, rotating_methods, stock_file
 from .fusing import condition, fused, why_separate
 from .projecting import project_and_rotate
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
@@ -31,11 +33,13 @@ class EnabledAttention(EnabledModule):
         forms: of the functions that its methods call to rotate.
         why_separate: why projections and rotation are not one call in its methods; empty where they are.
         conditions: expressions of ``self`` that say whether a method rotates.
+        copied: stock's methods.
     """
 
     forms: tuple[Form, ...] = ()
     why_separate: str = ""
     conditions: tuple[CodeType, ...] = ()
+    copied: Mapping[tuple[type, str], FunctionType] = MappingProxyType({})
 
     @classmethod
     def rotates(cls, module: nn.Module) -> bool:
@@ -57,6 +61,20 @@ def is_rotary_embedding(cls: type) -> bool:
     return issubclass(cls, nn.Module) and "RotaryEmbedding" in cls.__name__
 
 
+def check_unchanged(enabled: type[EnabledAttention]) -> None:
+    """:class:`Unsupported` where somebody has replaced a stock method or function since ``enabled`` was made.
+
+    What else has been replaced in the stock file (an attention function, say) is what ``enabled`` calls from now on.
+    """
+    for (base, method), function in enabled.copied.items():
+        file = stock_file(base.__module__)
+        if vars(base)[method] is not function:
+            raise Unsupported(f"{base.__name__}.{method} of {base.__module__} has been replaced: {UNDO}")
+        for name in functions_called(function, base, method):
+            file.check_own(name)
+        _copies_of(base.__module__).update(_others(base.__module__))
+
+
 @functools.cache
 def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
     """The enabled class of a class that :func:`stock_class` returned; it names the class it replaces as ``stock``.
@@ -73,12 +91,16 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
         body["tables_of"] = inspect.unwrap(stock.forward)
         return type(f"Enabled{stock.__name__}", (EnabledRotaryEmbedding, stock), body)
     forms: dict[str, Form] = {}
+    copied: dict[tuple[type, str], FunctionType] = {}
     conditions, reasons = [], []
     for base, method, functions in rotating_methods(stock):
-        file, copies = stock_file(base.__module__), _copies_of(base.__module__)
+        file = stock_file(base.__module__)
+        file.check_own_method(base, method)
+        forms.update({name: file.form(name) for name in functions})
+        copies = _copies_of(base.__module__)  # kept: not of a file that somebody else has changed
         for name in functions:
-            forms[name] = file.form(name)
             copies[name] = replacement(forms[name], file.function(name))
+            _REPLACED[base.__module__].add(name)
         code, tree = None, file.methods[base.__name__, method]
         if len(functions) == 1:
             (name,) = functions
@@ -92,6 +114,8 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
         if code is None:
             reasons.append(why_separate(tree, [forms[name] for name in functions]))
         body[method] = _copied(vars(base)[method], copies, code)
+        copied[base, method] = vars(base)[method]
+    body["copied"] = copied
     body["forms"] = tuple(forms.values())
     body["conditions"] = tuple(test for test in conditions if test is not None)
     body["why_separate"] = reasons[0] if reasons else ""
@@ -102,18 +126,29 @@ def _copy_name(module: str) -> str:
     return f"{__name__}.{module.removeprefix(STOCK)}"
 
 
+_REPLACED: dict[str, set[str]] = defaultdict(set)
+"""Names of functions of each stock file in whose place copies call this package's."""
+
+
 @functools.cache
 def _copies_of(stock_module: str) -> dict[str, Any]:
     """The globals for copies of a stock file's functions.
 
     They belong to a module that can be imported by its name, which is how torch.compile finds them.
     """
-    stock = sys.modules[stock_module]
     copies = ModuleType(_copy_name(stock_module))
-    own = {name: value for name, value in vars(stock).items() if not name.startswith("__")}
-    vars(copies).update(own, __builtins__=builtins, __file__=stock.__file__)
+    vars(copies).update(
+        _others(stock_module), __builtins__=builtins, __file__=sys.modules[stock_module].__file__
+    )
     sys.modules[copies.__name__] = copies
     return vars(copies)
+
+
+def _others(stock_module: str) -> dict[str, Any]:
+    """What copies have of the globals of their stock file."""
+    mine = _REPLACED[stock_module]
+    stock = vars(sys.modules[stock_module])
+    return {name: value for name, value in stock.items() if not name.startswith("__") and name not in mine}
 
 
 def _copied(function: FunctionType, copies: dict[str, Any], code: CodeType | None) -> FunctionType:

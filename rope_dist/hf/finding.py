@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .enabled import enabled_class, is_rotary_embedding, stock_class
+from .enabled import check_unchanged, enabled_class, is_rotary_embedding, stock_class
 from .forms import Form, NotRotary, Unsupported
 from .rotary_embedding import EnabledModule, check_tables, new_stock
 
@@ -36,6 +36,7 @@ def find(model: nn.Module) -> Found:
         ValueError: a class or a forward was changed by somebody else.
     """
     rotaries, attentions = [], []
+    checked: set[type] = set()
     for name, module in language_modules(model):
         cls = type(module)
         stock = stock_class(cls)
@@ -51,7 +52,12 @@ def find(model: nn.Module) -> Found:
             )
         if is_rotary_embedding(stock):
             rotaries.append(module)
-        elif enabled_class(stock).rotates(module):
+            continue
+        enabled = enabled_class(stock)
+        if cls is stock and stock not in checked:
+            check_unchanged(enabled)
+            checked.add(stock)
+        if enabled.rotates(module):
             attentions.append(module)
     if not rotaries or not attentions:
         raise NotRotary(

@@ -10,6 +10,7 @@ with an installed transformers, and tries each entry on numbers.
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import hashlib
 import inspect
@@ -22,13 +23,16 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 FILE = Path(__file__).with_name("rotary_forms.json")
 STOCK = "transformers.models."
 """Modules of which a class may be enabled."""
 
-_APPLIES = re.compile(r"apply_(\w+_)?rotary_")
+UNDO = "undo what another package did before enable()"
+
+_APPLIES = re.compile(r"apply_(\w+_)?(rotary_|rope)|rotate_")
 """Names of functions that apply a rotation, known or not."""
 
 
@@ -82,15 +86,41 @@ def digest(name: str, functions: Mapping[str, ast.FunctionDef]) -> str:
     """Of the normal form of the function ``name`` of a file, together with those of the file that it calls."""
     order = [name]
     texts = []
-    for current in order:  # grows as calls are met
-        called = [
-            node.func.id
-            for node in ast.walk(functions[current])
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in functions
-        ]
-        order += [function for function in dict.fromkeys(called) if function not in order]
+    for current in order:  # grows as functions are met
+        used = [n.id for n in _body(functions[current]) if isinstance(n, ast.Name) and n.id in functions]
+        order += [function for function in dict.fromkeys(used) if function not in order]
         texts.append(_normal_form(functions[current], order, keep_parameters=current == name))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def globals_used(name: str, functions: Mapping[str, ast.FunctionDef]) -> dict[str, set[str]]:
+    """Names that the function ``name`` of a file, and those of the file that it uses, take from elsewhere.
+
+    By the function of the file that takes them; functions of the file are left out, built-in ones too.
+    """
+    used: dict[str, set[str]] = {}
+    order = [name]
+    for current in order:
+        nodes = list(_body(functions[current]))
+        own = {n.arg for n in nodes if isinstance(n, ast.arg)}
+        own |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        own |= {n.name for n in nodes if isinstance(n, ast.FunctionDef) and n is not functions[current]}
+        free = {n.id for n in nodes if isinstance(n, ast.Name)} - own - vars(builtins).keys()
+        order += [function for function in sorted(free & functions.keys()) if function not in order]
+        used[current] = free - functions.keys()
+    return used
+
+
+def _body(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """The nodes that a function computes with, in the order of ``ast.walk``: not its decorators and annotations."""
+    nodes: list[ast.AST] = [function]
+    for node in nodes:  # grows
+        yield node
+        for key, value in ast.iter_fields(node):
+            if key not in _LEFT_OUT:
+                nodes += [
+                    n for n in (value if isinstance(value, list) else [value]) if isinstance(n, ast.AST)
+                ]
 
 
 def _normal_form(function: ast.FunctionDef, files_own: list[str], *, keep_parameters: bool) -> str:
@@ -164,7 +194,13 @@ class StockFile:
     methods: dict[tuple[str, str], ast.FunctionDef] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for node in ast.parse(inspect.getsource(self.module)).body:
+        try:
+            source = inspect.getsource(self.module)
+        except OSError as error:
+            raise Unsupported(
+                f"the source of {self.module.__name__} is not installed: how it rotates cannot be told"
+            ) from error
+        for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef):
                 self.functions[node.name] = node
             elif isinstance(node, ast.ClassDef):
@@ -180,8 +216,11 @@ class StockFile:
                 any more.
         """
         where = f"{name} of {self.module.__name__}"
-        if name not in self.functions or self.function(name).__module__ != self.module.__name__:
-            raise Unsupported(f"{where} has been replaced by another package's: undo that before enable()")
+        if name not in self.functions:
+            raise Unsupported(
+                f"{where} is not defined in that file: only functions of the model's file are known"
+            )
+        self.check_own(name)
         form = known_forms().get(digest(name, self.functions))
         if form is None:
             raise Unsupported(
@@ -191,9 +230,33 @@ class StockFile:
             raise Unsupported(f"{where} cannot be replaced: {form.refused}")
         return form
 
+    def check_own(self, name: str) -> None:
+        """:class:`Unsupported` unless ``name``, and what it uses, are what the source of the file says."""
+        for used, elsewhere in globals_used(name, self.functions).items():
+            function, node = self.function(used), self.functions[used]
+            if not self._is_compiled(function, node):
+                raise Unsupported(f"{used} of {self.module.__name__} has been replaced: {UNDO}")
+            if foreign := [n for n in sorted(elsewhere) if getattr(self.module, n, None) is not torch]:
+                raise Unsupported(
+                    f"{used} of {self.module.__name__} computes with {', '.join(foreign)}, of which the source "
+                    "is not known"
+                )
+
     def function(self, name: str) -> Callable[..., Any]:
         """The function ``name`` itself, without what the kernels library may have put around it."""
-        return _own(getattr(self.module, name))
+        return _own(getattr(self.module, name, None))
+
+    def check_own_method(self, cls: type, name: str) -> None:
+        """:class:`Unsupported` unless a method of a class of the file is what its source says, perhaps wrapped."""
+        node = self.methods.get((cls.__name__, name))
+        if node is None or not self._is_compiled(inspect.unwrap(vars(cls)[name]), node):
+            raise Unsupported(f"{cls.__name__}.{name} of {self.module.__name__} has been replaced: {UNDO}")
+
+    def _is_compiled(self, function: Any, node: ast.FunctionDef) -> bool:
+        if not isinstance(function, FunctionType) or function.__globals__ is not vars(self.module):
+            return False
+        first = min(part.lineno for part in (node, *node.decorator_list))
+        return (function.__code__.co_name, function.__code__.co_firstlineno) == (node.name, first)
 
     @property
     def path(self) -> str:
@@ -201,10 +264,27 @@ class StockFile:
 
 
 def _own(function: Any) -> Any:
-    """The function inside what the kernels library made of it (a module that calls it)."""
-    if isinstance(function, nn.Module):
-        function = type(function).forward
-    return inspect.unwrap(function)
+    """What is inside of the wrappers of torch, transformers and the kernels library; others stay around it."""
+    while True:
+        inside = _inside(function)
+        if inside is None:
+            return function
+        function = inside
+
+
+def _inside(wrapper: Any) -> Any:
+    if isinstance(wrapper, nn.Module):
+        # Of use_kernel_forward_from_hub: its forward calls the function, which is in its closure.
+        module, closure = type(wrapper).__module__, getattr(type(wrapper).forward, "__closure__", None) or ()
+        found = [cell.cell_contents for cell in closure if isinstance(cell.cell_contents, FunctionType)]
+        inside = found[0] if len(found) == 1 else None
+    else:
+        inside = getattr(wrapper, "__wrapped__", None)
+        module = getattr(wrapper, "__globals__", {}).get("__name__", "")
+    return inside if _WRAPS.match(module) and not module.startswith(STOCK) else None
+
+
+_WRAPS = re.compile(r"(torch|transformers|kernels)(\.|$)")
 
 
 @functools.cache
@@ -214,7 +294,10 @@ def stock_file(module: str) -> StockFile:
 
 
 def rotating_methods(cls: type) -> Iterator[tuple[type, str, list[str]]]:
-    """``(class, method, functions)`` of every method of a stock class that calls functions which apply a rotation."""
+    """``(class, method, functions)`` of every method of a stock class that calls functions which apply a rotation.
+
+    A method that another package has replaced counts too, by the source of the one that it replaces.
+    """
     seen: set[str] = set()
     for base in cls.__mro__:
         if not base.__module__.startswith(STOCK):
@@ -223,22 +306,41 @@ def rotating_methods(cls: type) -> Iterator[tuple[type, str, list[str]]]:
             if name in seen or not isinstance(function, FunctionType):
                 continue
             seen.add(name)
-            functions = _functions_called(function, base.__module__)
+            functions = functions_called(function, base, name)
             if functions:
                 yield base, name, functions
 
 
-def _functions_called(function: FunctionType, module: str) -> list[str]:
-    """Names of functions of the file that apply a rotation, in a function or in what its decorators wrap."""
+def functions_called(function: FunctionType, cls: type, method: str) -> list[str]:
+    """Names of functions of the file that apply a rotation, in a function or in what its decorators wrap.
+
+    One that calls such a function is one too: it is not copied with the method, and will not be known.
+    """
+    file = vars(sys.modules[cls.__module__])
     function = inspect.unwrap(function)
-    if not isinstance(function, FunctionType) or function.__globals__["__name__"] != module:
-        return []
-    return list(dict.fromkeys(name for name in _applying(function.__code__) if name in function.__globals__))
+    if isinstance(function, FunctionType) and function.__globals__ is file:
+        names = _names(function.__code__)
+    else:
+        node = stock_file(cls.__module__).methods.get((cls.__name__, method))
+        names = [n.id for n in _body(node) if isinstance(n, ast.Name)] if node is not None else []
+    return [name for name in dict.fromkeys(names) if name in file and _applies(name, file)]
 
 
-def _applying(code: CodeType) -> list[str]:
-    found = [name for name in code.co_names if _APPLIES.search(name)]
+def _applies(name: str, file: Mapping[str, Any]) -> bool:
+    if _APPLIES.search(name):
+        return True
+    function = file[name]
+    return (
+        isinstance(function, FunctionType)
+        and function.__globals__ is file
+        and any(_APPLIES.search(inner) and inner in file for inner in _names(function.__code__))
+    )
+
+
+def _names(code: CodeType) -> list[str]:
+    """Globals and attributes that a function and those within it use."""
+    found = list(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found += _applying(constant)
+            found += _names(constant)
     return found

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import re
 from dataclasses import dataclass
 from types import CodeType
 
@@ -65,7 +66,7 @@ def fused(function: ast.FunctionDef, applies: str, filename: str) -> Fused | Non
         filename: of the file, for tracebacks.
     """
     function = copy.deepcopy(function)
-    if "super" in _loaded(function):  # needs the class that the stock function was written in
+    if _needs_its_class(function):
         return None
     where = _rotation(function, applies)
     if where is None:
@@ -77,6 +78,7 @@ def fused(function: ast.FunctionDef, applies: str, filename: str) -> Fused | Non
         None in (q, k, *tables)
         or len(tables) != 2
         or q == k
+        or len(rotation.targets) != 1
         or [_name(t) for t in _targets(rotation)] != [q, k]
     ):
         return None
@@ -100,10 +102,19 @@ def fused(function: ast.FunctionDef, applies: str, filename: str) -> Fused | Non
         return None
     chain_statements = [s for s in before if set(_stored(s)) & set(names)]
     others = [s for s in before if s not in chain_statements]
-    begin = before.index(chain_statements[0])
-    if any(name in names for s in others for name in _loaded(s)):
+    between = list(others)
+    if condition is not None:
+        between += [condition.test, *condition.body[: condition.body.index(rotation)]]
+    if any(name in names for s in between for name in (*_loaded(s), *_stored(s))):
         return None
-    if any(first.x in _stored(s) for s in before[begin:]):
+    # Sizes may have been taken from x at any time before.
+    if any(first.x in _stored(s) for s in before):
+        return None
+    # The statements between now come first: what the projections read must not change in them.
+    begin = before.index(chain_statements[0])
+    moved = [s for s in between if s not in before[:begin]]
+    read = {name for s in chain_statements for name in _loaded(s)} - {*names, "self"}
+    if any(read & set(_stored(s)) or _may_write(s, {first.x, "self"}) for s in moved):
         return None
     arguments = [
         ast.Name("self", ast.Load()),
@@ -118,6 +129,29 @@ def fused(function: ast.FunctionDef, applies: str, filename: str) -> Fused | Non
         condition.orelse = copy.deepcopy(chain_statements)
     function.body[:index] = others
     return Fused(_compiled(function, filename), name, first.transposed)
+
+
+def _needs_its_class(function: ast.FunctionDef) -> bool:
+    """Whether a function means something else outside of its class: ``super()``, ``__class__``, ``self.__private``."""
+    names = [
+        n.id if isinstance(n, ast.Name) else n.attr
+        for n in ast.walk(function)
+        if hasattr(n, "id") or hasattr(n, "attr")
+    ]
+    return any(n in ("super", "__class__") or (n.startswith("__") and not n.endswith("__")) for n in names)
+
+
+def _may_write(node: ast.AST, names: set[str]) -> bool:
+    """Whether a statement may change something of ``names`` in place."""
+    for part in ast.walk(node):
+        if isinstance(part, (ast.Subscript, ast.Attribute)) and not isinstance(part.ctx, ast.Load):
+            if names & set(_loaded(part.value)):
+                return True
+        elif isinstance(part, ast.Call) and names & set(_loaded(part)):
+            called = part.func.attr if isinstance(part.func, ast.Attribute) else _name(part.func) or ""
+            if called.endswith("_") or any(keyword.arg in ("out", "inplace") for keyword in part.keywords):
+                return True
+    return False
 
 
 def _rotation(function: ast.FunctionDef, applies: str) -> tuple[int, ast.If | None, ast.Assign] | None:
@@ -142,6 +176,8 @@ def condition(function: ast.FunctionDef, applies: str) -> CodeType | None:
     where = _rotation(function, applies)
     if where is None or where[1] is None or set(_loaded(where[1].test)) != {"self"}:
         return None
+    if any(getattr(n, "attr", "") == "training" for n in ast.walk(where[1].test)):  # it changes
+        return None
     return compile(ast.Expression(where[1].test), "<condition>", "eval")
 
 
@@ -162,8 +198,11 @@ def why_separate(function: ast.FunctionDef, forms: list[Form]) -> str:
 def _chain(name: str, statements: list[ast.stmt]) -> _Chain | None:
     """How the variable ``name`` is made by ``statements``; None where by more than a projection and views."""
     steps: list[ast.Call] = []  # from the last to the first
-    for statement in reversed([s for s in statements if name in _stored(s)]):
+    made = [s for s in statements if name in _stored(s)]
+    for statement in reversed(made):
         if not isinstance(statement, ast.Assign) or [_name(t) for t in statement.targets] != [name]:
+            return None
+        if _stored(statement) != [name]:  # a walrus inside
             return None
         value = statement.value
         while (
@@ -175,17 +214,26 @@ def _chain(name: str, statements: list[ast.stmt]) -> _Chain | None:
             value = value.func.value
         if _name(value) == name:
             continue
-        if not isinstance(value, ast.Call) or value.keywords or len(value.args) != 1:
+        if (
+            statement is not made[0]
+            or not isinstance(value, ast.Call)
+            or value.keywords
+            or len(value.args) != 1
+        ):
             return None
-        if not isinstance(value.func, ast.Attribute) or _name(value.args[0]) is None:
+        x = _name(value.args[0])
+        if not isinstance(value.func, ast.Attribute) or x is None:
             return None
-        shape = _views(steps, statements)
-        return None if shape is None else _Chain(value.func.attr, _name(value.args[0]), *shape)
+        shape = _views(steps, x, statements)
+        return None if shape is None else _Chain(value.func.attr, x, *shape)
     return None
 
 
-def _views(steps: list[ast.Call], statements: list[ast.stmt]) -> tuple[str, bool] | None:
-    """The head size and whether heads come first, of ``.view(..., head_dim)`` and perhaps ``.transpose(1, 2)``."""
+def _views(steps: list[ast.Call], x: str, statements: list[ast.stmt]) -> tuple[str, bool] | None:
+    """The head size and whether heads come first, of ``.view(B, S, H, head_dim)`` and perhaps ``.transpose(1, 2)``.
+
+    B and S have to be those of ``x``.
+    """
     methods = [step.func.attr for step in reversed(steps)]
     if methods not in (["view"], ["view", "transpose"], ["reshape"], ["reshape", "transpose"]):
         return None
@@ -193,25 +241,61 @@ def _views(steps: list[ast.Call], statements: list[ast.stmt]) -> tuple[str, bool
     shape = view.args
     if len(shape) == 1 and isinstance(shape[0], ast.Starred):
         shape = [shape[0].value]
-    if len(shape) == 1:
-        assigned = [
-            s.value
-            for s in statements
-            if isinstance(s, ast.Assign) and _name(s.targets[0]) == _name(shape[0])
-        ]
-        if len(assigned) != 1 or not isinstance(assigned[0], ast.Tuple):
-            return None
-        shape = assigned[0].elts
-    head_dim = ast.unparse(shape[-1])
-    if (
-        view.keywords
-        or not all(part.isidentifier() for part in head_dim.split("."))
-        or not head_dim.startswith("self.")
-    ):
+    if len(shape) == 1 and isinstance(shape[0], ast.Name):
+        shape = [_assigned(shape[0].id, statements)]
+    if len(shape) == 1 and isinstance(shape[0], ast.Tuple):
+        shape = shape[0].elts
+    *tokens, heads, head_dim = [_resolved(size, statements) for size in shape] if len(shape) > 2 else [""] * 3
+    of_x = (
+        [f"*{x}.shape[:-1]"],
+        [f"*{x}.shape[:2]"],
+        [f"{x}.shape[0]", f"{x}.shape[1]"],
+        [f"{x}.shape[0]", "-1"],
+    )
+    if view.keywords or tokens not in of_x or ("-1" in tokens and heads == "-1"):
+        return None
+    if (heads != "-1" and not _is_attribute(heads)) or not _is_attribute(head_dim):
         return None
     if len(methods) == 2 and ast.unparse(steps[0]).rpartition(".")[2] != "transpose(1, 2)":
         return None
     return head_dim, len(methods) == 2
+
+
+def _is_attribute(text: str) -> bool:
+    """Of ``self``, such as ``self.head_dim`` and ``self.config.head_dim``."""
+    first, *rest = text.split(".")
+    return first == "self" and bool(rest) and all(part.isidentifier() for part in rest)
+
+
+def _assigned(name: str, statements: list[ast.stmt]) -> ast.expr | None:
+    """The expression of a variable that is assigned once in all."""
+    made = [s for s in statements if name in _stored(s)]
+    if len(made) != 1 or not isinstance(made[0], ast.Assign) or _stored(made[0]).count(name) != 1:
+        return None
+    (target, *more), value = made[0].targets, made[0].value
+    if more:
+        return None
+    if _name(target) == name:
+        return value
+    # bsz, q_len, _ = hidden_states.size()
+    if not isinstance(target, ast.Tuple) or any(_name(t) is None for t in target.elts):
+        return None
+    index = [_name(t) for t in target.elts].index(name)
+    return ast.parse(f"{_shape(ast.unparse(value))}[{index}]", mode="eval").body
+
+
+def _resolved(size: ast.expr, statements: list[ast.stmt]) -> str:
+    """The text of one entry of a shape, with the expression of a variable in its place."""
+    starred = isinstance(size, ast.Starred)
+    value = size.value if starred else size
+    if isinstance(value, ast.Name):
+        value = _assigned(value.id, statements) or value
+    return "*" * starred + _shape(ast.unparse(value))
+
+
+def _shape(text: str) -> str:
+    """``x.size()`` and ``x.size(0)`` as ``x.shape`` and ``x.shape[0]``."""
+    return re.sub(r"\.size\((\d?)\)", lambda m: ".shape" + (f"[{m[1]}]" if m[1] else ""), text)
 
 
 def _heads_axis(call: ast.Call) -> int | None:
@@ -233,7 +317,8 @@ def _name(node: ast.AST) -> str | None:
 
 
 def _stored(node: ast.AST) -> list[str]:
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    """Names that a statement assigns or deletes."""
+    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
 
 
 def _loaded(node: ast.AST) -> list[str]:

@@ -150,5 +150,8 @@ def _sample_tables(rotary: nn.Module, layer_type: str | None) -> tuple[torch.Ten
             tables = rotary(torch.zeros(1, device="cpu"), positions if axes > 1 else positions[0], **options)
         except Exception:  # another number of axes
             continue
-        return (tables.real, tables.imag) if isinstance(tables, torch.Tensor) else tables
+        cos, sin = (tables.real, tables.imag) if isinstance(tables, torch.Tensor) else tables
+        # [B, S, R], or [3, B, S, R] before transformers 5.17: else the axes were taken for something else.
+        if cos.shape[:-1] in ((1, len(tokens)), (axes, 1, len(tokens))):
+            return cos, sin
     raise Unsupported(f"{type(rotary).__name__} makes no tables from positions")
