@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from transformers.models.auto import modeling_auto
 from .enabled import enabled_class, is_rotary_embedding, stock_class
 from .forms import Form, Unsupported
 from .reporting import FUSED, ROTARY
-from .rotary_embedding import check_tables, new_stock
+from .rotary_embedding import check_tables, layer_types, new_stock, sample_tables
 
 REFUSED = "refused"
 
@@ -101,15 +100,22 @@ _OTHER_TOWERS = re.compile("Vision|Audio")
 
 
 def _check_tables(model_type: str, rotary: type[nn.Module], forms: set[Form]) -> None:
-    """Of a rotary embedding with the type's default config, in which sections of position axes may be missing."""
+    """Of a rotary embedding with the type's default config, which may lack the sections of position axes."""
     try:
         config = CONFIG_MAPPING[model_type]().get_text_config(decoder=True)
-        parameters = config.rope_parameters
-        if "mrope_section" in inspect.getsource(rotary) and not parameters.get("mrope_section"):
-            pairs = new_stock(rotary, config).inv_freq.numel()
-            parameters["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
         new = new_stock(rotary, config)
+        if not _makes_tables(new):
+            pairs = new.inv_freq.numel()
+            config.rope_parameters["mrope_section"] = [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3]
+            new = new_stock(rotary, config)
     except Exception:  # no config of defaults, or not of this class: enable() looks at the model's own
         return
     for form in forms:
         check_tables(new, form)
+
+
+def _makes_tables(rotary: nn.Module) -> bool:
+    try:
+        return all(sample_tables(rotary, layer_type) for layer_type in layer_types(rotary))
+    except Unsupported:
+        return False
