@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -147,10 +148,13 @@ def sample_tables(rotary: nn.Module, layer_type: str | None) -> tuple[torch.Tens
     """cos and sin of a stock rotary embedding on the CPU; :class:`Unsupported` if it makes none from positions."""
     options = {} if layer_type is None else {"layer_type": layer_type}
     tokens = torch.tensor(_POSITIONS, device="cpu")
+    forward = inspect.unwrap(type(rotary).forward)  # by the frequencies that are there, whatever the length
     for axes in (4, 3, 2, 1):
         positions = torch.stack([tokens * (axis + 1) for axis in range(axes)])[:, None]
         try:
-            tables = rotary(torch.zeros(1, device="cpu"), positions if axes > 1 else positions[0], **options)
+            tables = forward(
+                rotary, torch.zeros(1, device="cpu"), positions if axes > 1 else positions[0], **options
+            )
         except Exception:  # another number of axes
             continue
         cos, sin = (tables.real, tables.imag) if isinstance(tables, torch.Tensor) else tables
