@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
-_OTHER_TOWERS = ("Vision", "Audio")
-
+OTHER_TOWERS = ("Vision", "Audio")
+"""What transformers has in the names of classes that are not a language model's."""
 
 _REMARKS = {
     # It does not know the keys for other engines, and counts factors by the wrong head where layers have several.
@@ -63,7 +63,7 @@ def rotary_class(config: PretrainedConfig) -> type[nn.Module] | None:
         for name, value in vars(module).items()
         if name.endswith("RotaryEmbedding")
         and getattr(value, "__module__", None) == module.__name__
-        and not any(tower in name for tower in _OTHER_TOWERS)
+        and not any(tower in name for tower in OTHER_TOWERS)
     ]
     # A file may have several: the one that says it takes this config, else the one of the model around it.
     return min(found, key=lambda cls: _distance(cls, config), default=None)

@@ -15,15 +15,7 @@ from rope_dist.hf import enabled_modules, projecting, reporting
 
 IDS = torch.randint(3, 90, (2, 24), generator=torch.Generator().manual_seed(1))
 
-pytestmark = pytest.mark.usefixtures("stock_again")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("stock_again", "one_thread")
 
 
 @torch.no_grad()

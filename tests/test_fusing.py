@@ -12,6 +12,8 @@ from rope_dist.hf.forms import Form
 from rope_dist.hf.fusing import condition, fused, why_separate
 from rope_dist.hf.projecting import project_and_rotate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 APPLY = "apply_rotary_pos_emb"
 SHAPE = """
     input_shape = hidden_states.shape[:-1]
@@ -233,14 +235,6 @@ def tables():
 
     rotary = LlamaRotaryEmbedding(LlamaConfig(head_dim=8, hidden_size=32, num_attention_heads=4))
     return rotary(torch.zeros(1), torch.tensor([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("use_rope", [True, False])

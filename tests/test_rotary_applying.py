@@ -17,16 +17,10 @@ from rope_dist.hf.forms import Form, Unsupported, known_forms, stock_file
 from rope_dist.hf.projecting import project_and_rotate
 from rope_dist.hf.rotary_embedding import check_tables
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FORMS = [form for form in dict.fromkeys(known_forms().values()) if not form.refused]
 BATCH, HEADS, KV_HEADS, TOKENS, PAIRS = 2, 4, 2, 5, 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def stock_of_two(q, k, cos, sin, unsqueeze_dim=1):

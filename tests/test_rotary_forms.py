@@ -30,15 +30,7 @@ CALL = "query_states, key_states = apply_rotary_pos_emb(query_states, key_states
 TURN = "def turn(q, k, cos, sin):\n    return apply_rotary_pos_emb(q, k, cos, sin)"
 SUM = "q_embed = (q * cos) + (rotate_half(q) * sin)"
 
-pytestmark = pytest.mark.usefixtures("stock_again")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("stock_again", "one_thread")
 
 
 @pytest.fixture

@@ -158,7 +158,6 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
         file: the contents of the file.
         plan: the extension.
         config: the config that transformers reads from it. The entries go where its language model's are.
-
     """
     model = StockModel(config)
     text, part = model.text, model.part

@@ -112,9 +112,9 @@ def enable(
     cos and sin are computed as stock does, from positions times frequencies in float32.
 
     Args:
-        model: a ``transformers`` model of a supported family, or a module that holds one (a PEFT model).
-            None: every such model that ``from_pretrained`` or ``from_config`` builds from now on, until
-            :func:`disable`.
+        model: a ``transformers`` model with a rotary embedding (:func:`rope_dist.supported`), or a module that holds
+            one (a PEFT model). None: every such model that ``from_pretrained`` or ``from_config`` builds from now
+            on, until :func:`disable`.
         target_length: tokens to read; the plan is made from the model's config.
         factor: instead, its multiple of the trained length; as in :func:`rope_dist.plan`, it counts from the length
             before where the model is loaded extended.
@@ -126,7 +126,7 @@ def enable(
         What was done; leaving it as a context manager undoes it.
 
     Raises:
-        ValueError: the family is not supported, the plan is not for this model, or the target is bad.
+        ValueError: how the model rotates is not known, the plan is not for this model, or the target is bad.
             The model is then as it was.
         TypeError: ``model`` is not a module or ``plan`` not a :class:`RopePlan`.
     """
@@ -172,7 +172,7 @@ def disable(model: nn.Module | None = None) -> None:
 
     Args:
         model: an enabled model; one that is not enabled is left alone. None: stop swapping new models and
-            restore every model that is enabled.
+            restore every model that :func:`enable` was given (a copy of one is restored by its own call).
     """
     with _LOCK:
         if model is None:
@@ -208,6 +208,7 @@ def _share_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
     configs = {
         id(c): c for m in model.modules() if m not in rotaries and _is_config(c := m.__dict__.get("config"))
     }
+    shared = []
     for rotary in rotaries:
         if id(rotary.config) not in configs:
             same = [c for c in configs.values() if c.to_dict() == rotary.config.to_dict()]
@@ -216,7 +217,9 @@ def _share_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
                     f"a {type(rotary).__name__} of the model has a config of its own, which save_pretrained does not "
                     "write: the model cannot be extended"
                 )
-            rotary.config = same[0]
+            shared.append((rotary, same[0]))
+    for rotary, config in shared:
+        rotary.config = config
 
 
 def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | None]:
@@ -236,9 +239,7 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
         return swap.plan if swap else None
     config = swap.config_before if swap and swap.plan else rotary.config
     if plan is None:
-        plan = make_plan(config, **{k: v for k, v in options.items() if k != "plan"})
-        plan.config_overrides(config)  # raises where stock could not read what is saved
-        return plan
+        return make_plan(config, **{k: v for k, v in options.items() if k != "plan"})
     check_plan(plan, config, any_length=True)
     if not is_applied(plan, config) and plan.original_length_from != GIVEN:
         length = pretrained_rope(config)[0].length

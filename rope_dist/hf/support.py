@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
+from ..stock_rotary import OTHER_TOWERS, model_class
 from .enabled import enabled_class, is_rotary_embedding, stock_class
 from .forms import Form, Unsupported
 from .reporting import FUSED, ROTARY
@@ -67,23 +67,26 @@ def _classes() -> dict[str, str]:
         modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         | modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     )
-    return {kind: name[0] if isinstance(name, tuple) else name for kind, name in names.items()}
+    return {kind: model_class(name) for kind, name in names.items()}
 
 
-def _support(model_type: str, model_class: str) -> ModelSupport | None:
+def _support(model_type: str, class_name: str) -> ModelSupport | None:
     try:
-        module = sys.modules[getattr(transformers, model_class).__module__]
+        module = sys.modules[getattr(transformers, class_name).__module__]
     except (ImportError, AttributeError):  # a package that it needs is not installed
         return None
     own = [
         cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__
     ]
-    stocks = [cls for cls in own if stock_class(cls) is cls and not _OTHER_TOWERS.search(cls.__name__)]
+    stocks = [
+        cls
+        for cls in own
+        if stock_class(cls) is cls and not any(tower in cls.__name__ for tower in OTHER_TOWERS)
+    ]
     rotaries = [cls for cls in stocks if is_rotary_embedding(cls)]
     attentions = [cls for cls in stocks if not is_rotary_embedding(cls)]
-    attentions.sort(
-        key=lambda cls: "Attention" not in cls.__name__
-    )  # before indexers, whose reasons matter less
+    # Before indexers, whose reasons matter less.
+    attentions.sort(key=lambda cls: "Attention" not in cls.__name__)
     if not rotaries or not attentions:
         return None
     try:
@@ -94,9 +97,6 @@ def _support(model_type: str, model_class: str) -> ModelSupport | None:
         return ModelSupport(model_type, REFUSED, str(error))
     reasons = [cls.why_separate for cls in enabled]
     return ModelSupport(model_type, ROTARY, reasons[0]) if all(reasons) else ModelSupport(model_type, FUSED)
-
-
-_OTHER_TOWERS = re.compile("Vision|Audio")
 
 
 def _check_tables(model_type: str, rotary: type[nn.Module], forms: set[Form]) -> None:
