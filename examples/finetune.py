@@ -199,10 +199,13 @@ def main(
     trainer.save_state()
     if arguments.process_index == 0:
         print(f"mean loss {result.training_loss:.4f}; saved to {output}")
-    # gloo's threads need the interpreter to let go of the last tensors they sent: a process that ends or closes the
-    # group at that moment aborts or hangs. Waiting for the one that saves gives them the time.
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    # DistributedDataParallel must not outlive the group: the last reference to a gloo group, if it is dropped by the
+    # model, joins gloo's threads while they wait for the interpreter, and the process hangs.
+    del trainer
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
