@@ -75,7 +75,9 @@ class Angles(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """The RMS norms of queries and keys (Zhang and Sennrich 2019): ``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``.
+    """The RMS norms of queries and keys (Zhang and Sennrich 2019).
+
+    ``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``.
 
     Attributes:
         q_weight, k_weight: ``[D]``, then each head is normalised by itself; or ``[heads * D]``, all heads of a token

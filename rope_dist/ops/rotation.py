@@ -78,8 +78,8 @@ def rotary_at(  # noqa: PLR0913  (public)
 
     Args:
         q, k: ``[B, S, heads, D]``, any strides, or packed ``[T, heads, D]``; ``k`` None rotates ``q`` alone.
-        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.to_fixed_point` made of them, which saves its
-            few small launches a call.
+        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.to_fixed_point` made of them, which
+            saves its few small launches a call.
         position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, values within int32.
             None: tokens count from 0, in each sequence of ``cu_seqlens`` if given.
         cu_seqlens: ``[sequences + 1]`` int32 or int64, bounds of packed sequences, not decreasing; only without
