@@ -22,7 +22,7 @@ from .drop_in_flash_attention import (
     apply_rotary_emb_kv_,
     apply_rotary_emb_qkv_,
 )
-from .fixed_point import to_fixed_point
+from .fixed_point import mrope_frequencies, to_fixed_point
 from .norm_rotation import norm_rotary, norm_rotary_at
 from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
@@ -44,6 +44,7 @@ __all__ = [
     "backend_for",
     "cos_sin",
     "decode_rotary",
+    "mrope_frequencies",
     "norm_rotary",
     "norm_rotary_at",
     "projection_paths",

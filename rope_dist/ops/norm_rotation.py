@@ -98,10 +98,11 @@ def norm_rotary_at(  # noqa: PLR0913  (public)
     Raises:
         ValueError: as :func:`norm_rotary` and :func:`rope_dist.ops.rotary_at`.
     """
-    q, k, position_ids, packed = one_batch(q, k, position_ids)
+    inv_freq_q64 = as_fixed_point(inv_freq)
+    q, k, position_ids, packed = one_batch(q, k, position_ids, inv_freq_q64)
     norms = Norms(q_weight, k_weight, float(eps), float(weight_offset), norm_after)
     angles = Angles(
-        inv_freq_q64=as_fixed_point(inv_freq), positions=position_ids, cu_seqlens=cu_seqlens,
+        inv_freq_q64=inv_freq_q64, positions=position_ids, cu_seqlens=cu_seqlens,
         seqlen_offsets=seqlen_offsets, scaling=float(attention_scaling), interleaved=interleaved,
     )  # fmt: skip
     options = (inplace, packed, *launch_cache.metadata(inv_freq))

@@ -78,9 +78,10 @@ def rotary_at(  # noqa: PLR0913  (public)
 
     Args:
         q, k: ``[B, S, heads, D]``, any strides, or packed ``[T, heads, D]``; ``k`` None rotates ``q`` alone.
-        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.to_fixed_point` made of them, which
-            saves its few small launches a call.
-        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, values within int32.
+        inv_freq: ``[R/2]`` floating radians a token, or ``[axes, R/2]`` of :func:`rope_dist.ops.mrope_frequencies`; or
+            what :func:`rope_dist.ops.to_fixed_point` made of them, which saves its few small launches a call.
+        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, values within int32; of several axes
+            ``[axes, B or 1, S]`` (packed: ``[axes, T]``), whose angles are summed.
             None: tokens count from 0, in each sequence of ``cu_seqlens`` if given.
         cu_seqlens: ``[sequences + 1]`` int32 or int64, bounds of packed sequences, not decreasing; only without
             ``position_ids``. Tokens before the first bound and from the last on are in no sequence and are
@@ -97,9 +98,10 @@ def rotary_at(  # noqa: PLR0913  (public)
         ValueError: as :func:`rotary`; positions outside int32 and bounds that decrease or are outside the tokens
             (looked at on CPU tensors only: elsewhere it would wait for the device).
     """
-    q, k, position_ids, packed = one_batch(q, k, position_ids)
+    inv_freq_q64 = as_fixed_point(inv_freq)
+    q, k, position_ids, packed = one_batch(q, k, position_ids, inv_freq_q64)
     angles = Angles(
-        inv_freq_q64=as_fixed_point(inv_freq), positions=position_ids, cu_seqlens=cu_seqlens,
+        inv_freq_q64=inv_freq_q64, positions=position_ids, cu_seqlens=cu_seqlens,
         seqlen_offsets=seqlen_offsets, scaling=float(attention_scaling),
         interleaved=interleaved, deinterleave=deinterleave,
     )  # fmt: skip
@@ -117,14 +119,14 @@ def rotary_at(  # noqa: PLR0913  (public)
 
 
 def one_batch(
-    q: torch.Tensor, k: torch.Tensor | None, position_ids: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor | None, position_ids: torch.Tensor | None, inv_freq_q64: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]:
-    """Packed ``[T, heads, D]`` and positions ``[T]`` with an axis of one batch before them, and whether they were."""
+    """Packed ``[T, heads, D]`` and positions ``[T]`` or ``[axes, T]`` as of one batch, and whether they were packed."""
     packed = q.ndim == 3 and (k is None or k.ndim == 3)
     if packed:
         q, k = q[None], k[None] if k is not None else None
-        if position_ids is not None and position_ids.ndim == 1:
-            position_ids = position_ids[None]
+        if position_ids is not None and position_ids.ndim == inv_freq_q64.ndim - 1:
+            position_ids = position_ids.unsqueeze(-2)
     return q, k, position_ids, packed
 
 
