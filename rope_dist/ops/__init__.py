@@ -26,7 +26,7 @@ from .fixed_point import mrope_frequencies, to_fixed_point
 from .norm_rotation import norm_rotary, norm_rotary_at
 from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
-from .rotation import rotary, rotary_at
+from .rotation import rerotate_, rotary, rotary_at
 
 __all__ = [
     "RotaryEmbedding",
@@ -49,6 +49,7 @@ __all__ = [
     "norm_rotary_at",
     "projection_paths",
     "qkv_rotary",
+    "rerotate_",
     "rotary",
     "rotary_at",
     "rotary_embedding",

@@ -43,6 +43,15 @@ def as_fixed_point(inv_freq: torch.Tensor) -> torch.Tensor:
     return inv_freq if inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
 
 
+def difference(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """The frequencies ``new - old``, exactly; both as :func:`to_fixed_point` made them, of one shape."""
+    upper, lower = (new.to(torch.int64) - old.to(torch.int64)).unbind(-2)
+    # Modulo 2^64, as int64 wraps; then the halves anew, the lower one signed.
+    value = upper * 2**32 + lower
+    lower = ((value + 2**31) & 0xFFFFFFFF) - 2**31
+    return torch.stack(((value - lower) >> 32, lower), dim=-2).to(torch.int32)
+
+
 def angles(inv_freq_q64: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Angles in 2^-32 revolutions, as the kernels compute them.
 

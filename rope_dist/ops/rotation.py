@@ -1,10 +1,13 @@
-"""The rotation of queries and keys that are there: :func:`rotary` by tables, :func:`rotary_at` by positions."""
+"""The rotation of queries and keys that are there: :func:`rotary` by tables, :func:`rotary_at` by positions.
+
+:func:`rerotate_` corrects keys that were rotated by other frequencies.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from . import launch_cache, library, validation
+from . import fixed_point, launch_cache, library, validation
 from .arguments import Angles
 from .fixed_point import as_fixed_point
 
@@ -116,6 +119,48 @@ def rotary_at(  # noqa: PLR0913  (public)
         validation.biases(q, k, q_bias, k_bias)
         out = library.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
     return without_batch(out) if packed else out
+
+
+def rerotate_(
+    k: torch.Tensor,
+    inv_freq: torch.Tensor,
+    new_inv_freq: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    seqlen_offsets: torch.Tensor | None = None,
+    attention_scaling: float = 1.0,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """Correct the keys of a cache in place: rotated by ``inv_freq``, they become what ``new_inv_freq`` would have made.
+
+    A key at position ``p`` is rotated by ``p * (new_inv_freq - inv_freq)``: the difference is taken in fixed point, so
+    that the angle is as right as that of a first rotation. A 16-bit cache is rounded once more each time.
+
+    Args:
+        k: ``[B, S, Hk, D]``, any strides (of a Hugging Face cache ``keys.transpose(1, 2)``), or packed ``[T, Hk, D]``.
+        inv_freq, new_inv_freq: of one shape and dtype; see :func:`rotary_at`.
+        position_ids, cu_seqlens, seqlen_offsets: positions of the keys, as in :func:`rotary_at`.
+        attention_scaling: the new factor on the rotated dimensions divided by the old one.
+        interleaved: as the keys were rotated.
+
+    Returns:
+        ``k``.
+
+    Raises:
+        ValueError: as :func:`rotary_at` in place, and frequencies that differ in shape or dtype.
+    """
+    if inv_freq.shape != new_inv_freq.shape or inv_freq.dtype != new_inv_freq.dtype:
+        raise ValueError(
+            f"inv_freq and new_inv_freq must have one shape and dtype, got {list(inv_freq.shape)} {inv_freq.dtype} and "
+            f"{list(new_inv_freq.shape)} {new_inv_freq.dtype}"
+        )
+    turn = fixed_point.difference(as_fixed_point(new_inv_freq), as_fixed_point(inv_freq))
+    rotary_at(
+        k, None, turn, position_ids, cu_seqlens=cu_seqlens, seqlen_offsets=seqlen_offsets,
+        attention_scaling=attention_scaling, interleaved=interleaved, inplace=True,
+    )  # fmt: skip
+    return k
 
 
 def one_batch(
