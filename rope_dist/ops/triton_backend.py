@@ -36,7 +36,9 @@ class Triton(Backend):
 
         return triton_rotary.launch(q, k, q_out, k_out, angles, q_bias, k_bias)
 
-    def norm_rotate(self, q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=None) -> Launch | None:
+    def norm_rotate(
+        self, q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=None
+    ) -> Launch | None:
         if q.shape[3] % 2:  # the kernel takes dimensions in pairs
             return super().norm_rotate(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds)
         from . import triton_norm_rotary

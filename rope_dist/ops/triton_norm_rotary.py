@@ -1,9 +1,9 @@
 """RMS norm and rotary embedding in one pass: queries and keys in one launch, in place or not.
 
-As in ``triton_rotary.py`` one program takes one token, and every thread 16 bytes of each half of a chunk of heads. The
-norm needs no second look at them: of one head it is a sum over a few threads of a warp, of all heads together over
-the one chunk that they then are. Dimensions that are not rotated are taken in pairs as well, so that a head is two blocks of
-one layout whatever is rotated of it.
+As in ``triton_rotary.py`` one program takes one token, and every thread 16 bytes of each half of a chunk of heads. The norm
+needs no second look at them: of one head it is a sum over a few threads of a warp, of all heads together one over the
+single chunk that they then are. Dimensions that are not rotated are taken in pairs too: whatever is rotated of it, a
+head is two blocks of one layout.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def launch(
     rstds: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> Launch | None:
     """As :meth:`Backend.norm_rotate` for float16, bfloat16 and float32 and an even ``D``."""
-    batch, length, _, head_dim = q.shape
+    batch, length = q.shape[:2]
     if q.numel() == 0 and (k is None or k.numel() == 0):
         return None
     vec = triton_launch.common_vector(q, k, q_out, k_out)
@@ -249,7 +249,9 @@ def launch(
         **constants(q, k, norms, angles, q_bias, k_bias), "SAVE": rstds is not None, "VEC": vec
     }  # fmt: skip
 
-    def pack(q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=(None, None)) -> tuple[Any, ...]:
+    def pack(
+        q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=(None, None)
+    ) -> tuple[Any, ...]:
         heads = (q, k, q_out, k_out, *norms[:2], q_bias, k_bias, *rstds)
         return *heads, *angles[:6], length, sequences, angles.offset, *numbers
 
