@@ -45,6 +45,13 @@ class Triton(Backend):
 
         return triton_norm_rotary.launch(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds)
 
+    def norm_rotate_backward(self, grads, heads, rstds, norms, angles, q_bias=None, k_bias=None):
+        if heads[0].shape[3] % 2:
+            return super().norm_rotate_backward(grads, heads, rstds, norms, angles, q_bias, k_bias)
+        from . import triton_norm_backward
+
+        return triton_norm_backward.launch(grads, heads, rstds, norms, angles, q_bias, k_bias)
+
     def pack_gradients(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, angles: Angles
     ) -> torch.Tensor:

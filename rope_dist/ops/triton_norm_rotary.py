@@ -1,7 +1,7 @@
 """RMS norm and rotary embedding in one pass: queries and keys in one launch, in place or not.
 
-As in ``triton_rotary.py`` one program takes one token, and every thread 16 bytes of each half of a chunk of heads. The norm
-needs no second look at them: of one head it is a sum over a few threads of a warp, of all heads together one over the
+As in ``triton_rotary.py`` one program takes one token, and every thread 16 bytes of each half of a chunk of heads. The
+norm needs no second look at them: of one head it is a sum over a few threads of a warp, of all heads together over the
 single chunk that they then are. Dimensions that are not rotated are taken in pairs too: whatever is rotated of it, a
 head is two blocks of one layout.
 """
