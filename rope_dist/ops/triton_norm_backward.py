@@ -15,9 +15,8 @@ import triton.language as tl
 
 from . import triton_launch
 from .arguments import Angles, Norms, present
-from .triton_angles import token_cos_sin, token_position
 from .triton_launch import row_strides
-from .triton_norm_rotary import constants, load_heads, load_weight, store_heads, turn
+from .triton_norm_rotary import constants, load_heads, load_weight, store_heads, token_angles, turn
 from .triton_projection import programs
 
 
@@ -98,15 +97,11 @@ def _tokens(
         token = program.to(tl.int64) + step * programs
         batch = token // length
         seq = token % length
-        position, known = token_position(
-            batch, seq, positions, cu_seqlens, seqlen_offsets, sequences, offset, pos_b, pos_s,
-            HAS_POSITIONS, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES,
+        cos, sin, is_rotary = token_angles(
+            batch, seq, cos_table, sin_table, inv_freq_q64, positions, cu_seqlens, seqlen_offsets,
+            sequences, offset, table_rows, scaling, cos_b, cos_s, sin_b, sin_s, pos_b, pos_s,
+            NUM_PAIRS, WIDTH, CONJUGATE, TABLE, HAS_POSITIONS, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES,
         )  # fmt: skip
-        cos, sin, known = token_cos_sin(
-            batch, position, known, cos_table, sin_table, inv_freq_q64, table_rows, scaling,
-            cos_b, cos_s, sin_b, sin_s, NUM_PAIRS, WIDTH, CONJUGATE, TABLE,
-        )  # fmt: skip
-        is_rotary = known & (tl.arange(0, WIDTH)[None, :] < NUM_PAIRS)
         first_sum, second_sum = _heads(
             grad, x, out, bias, weight, rstds, first_sum, second_sum, token, batch, seq, cos, sin, is_rotary,
             weight_offset, grad_b, grad_s, grad_h, grad_d, stride_b, stride_s, stride_h, stride_d,

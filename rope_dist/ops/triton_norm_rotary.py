@@ -94,6 +94,25 @@ def load_weight(
 
 
 @triton.jit
+def token_angles(
+    batch, seq, cos_table, sin_table, inv_freq_q64, positions, cu_seqlens, seqlen_offsets,
+    sequences, offset, table_rows, scaling, cos_b, cos_s, sin_b, sin_s, pos_b, pos_s,
+    NUM_PAIRS: tl.constexpr, WIDTH: tl.constexpr, CONJUGATE: tl.constexpr, TABLE: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """cos and sin ``[WIDTH]`` of a token's pairs, and which of them are rotated ``[1, WIDTH]``."""
+    position, known = token_position(
+        batch, seq, positions, cu_seqlens, seqlen_offsets, sequences, offset, pos_b, pos_s,
+        HAS_POSITIONS, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES,
+    )  # fmt: skip
+    cos, sin, known = token_cos_sin(
+        batch, position, known, cos_table, sin_table, inv_freq_q64, table_rows, scaling,
+        cos_b, cos_s, sin_b, sin_s, NUM_PAIRS, WIDTH, CONJUGATE, TABLE,
+    )  # fmt: skip
+    return cos, sin, known & (tl.arange(0, WIDTH)[None, :] < NUM_PAIRS)
+
+
+@triton.jit
 def turn(first, second, cos, sin, is_rotary):
     """The pairs rotated by their angles, and as they are where ``is_rotary`` is not set.
 
@@ -173,15 +192,11 @@ def norm_rotary_kernel(
     token = tl.program_id(0).to(tl.int64)
     batch = token // length
     seq = token % length
-    position, known = token_position(
-        batch, seq, positions, cu_seqlens, seqlen_offsets, sequences, offset, pos_b, pos_s,
-        HAS_POSITIONS, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES,
+    cos, sin, is_rotary = token_angles(
+        batch, seq, cos_table, sin_table, inv_freq_q64, positions, cu_seqlens, seqlen_offsets,
+        sequences, offset, table_rows, scaling, cos_b, cos_s, sin_b, sin_s, pos_b, pos_s,
+        NUM_PAIRS, WIDTH, CONJUGATE, TABLE, HAS_POSITIONS, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES,
     )  # fmt: skip
-    cos, sin, known = token_cos_sin(
-        batch, position, known, cos_table, sin_table, inv_freq_q64, table_rows, scaling,
-        cos_b, cos_s, sin_b, sin_s, NUM_PAIRS, WIDTH, CONJUGATE, TABLE,
-    )  # fmt: skip
-    is_rotary = known & (tl.arange(0, WIDTH)[None, :] < NUM_PAIRS)
     _heads(q, q_out, q_bias, q_weight, q_rstd, token, batch, seq, cos, sin, is_rotary, eps, weight_offset,
            q_b, q_s, q_h, q_d, qo_b, qo_s, qo_h, qo_d, Q_BIAS, Q_WEIGHT, Q_JOINT, AFTER, SAVE,
            Q_HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, VEC, CHUNK, WIDTH)  # fmt: skip
