@@ -31,15 +31,17 @@ def _heads(
     """Gradients of ``HEADS`` heads of a token, and the sums with those of the weights added."""
     grad += (batch * grad_b + seq * grad_s) * VEC
     x += (batch * stride_b + seq * stride_s) * VEC
+    grad_h = tl.cast(grad_h, tl.int64) * VEC
+    stride_h = tl.cast(stride_h, tl.int64) * VEC
     out += token * HEADS * HEAD_DIM
     for start in range(0, HEADS, CHUNK):
         index = start + tl.arange(0, CHUNK)
         head = index[:, None]
         first_grad, second_grad = load_heads(
-            grad, head, grad_h * VEC, grad_d, HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, WIDTH
+            grad, head, grad_h, grad_d, HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, WIDTH
         )
         first, second = load_heads(
-            x, head, stride_h * VEC, stride_d, HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, WIDTH
+            x, head, stride_h, stride_d, HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, WIDTH
         )
         if BIAS:
             first_bias, second_bias = load_heads(

@@ -133,11 +133,13 @@ def _heads(
     """Normalise and rotate ``HEADS`` heads of a token; strides as of :func:`triton_launch.head_strides`."""
     x += (batch * stride_b + seq * stride_s) * VEC
     out += (batch * out_b + seq * out_s) * VEC
+    stride_h = tl.cast(stride_h, tl.int64) * VEC
+    out_h = tl.cast(out_h, tl.int64) * VEC
     for start in range(0, HEADS, CHUNK):
         index = start + tl.arange(0, CHUNK)
         head = index[:, None]
         first, second = load_heads(
-            x, head, stride_h * VEC, stride_d, HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, WIDTH
+            x, head, stride_h, stride_d, HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, WIDTH
         )
         if BIAS:
             first_bias, second_bias = load_heads(
@@ -168,9 +170,7 @@ def _heads(
             second *= second_weight
         if not AFTER:
             first, second = turn(first, second, cos, sin, is_rotary)
-        store_heads(
-            out, first, second, head, out_h * VEC, out_d, HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, WIDTH
-        )
+        store_heads(out, first, second, head, out_h, out_d, HEADS, HEAD_DIM, NUM_PAIRS, INTERLEAVED, WIDTH)
 
 
 # An offset that is a multiple of 16 one day and not the next would be compiled twice.
