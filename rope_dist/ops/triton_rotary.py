@@ -87,13 +87,15 @@ def _heads(
     """
     x += (batch * stride_b + seq * stride_s) * VEC
     out += (batch * out_b + seq * out_s) * VEC
+    stride_h = tl.cast(stride_h, tl.int64) * VEC
+    out_h = tl.cast(out_h, tl.int64) * VEC
     column = tl.arange(0, WIDTH)[None, :]
     wide = column.to(tl.int64)
     for start in range(0, HEADS, CHUNK):
         head = start + tl.arange(0, CHUNK)[:, None]
         known = head < HEADS
-        source = x + head.to(tl.int64) * stride_h * VEC
-        target = out + head.to(tl.int64) * out_h * VEC
+        source = x + head.to(tl.int64) * stride_h
+        target = out + head.to(tl.int64) * out_h
         added = bias + head * HEAD_DIM if BIAS else x
         if NUM_PAIRS > 0:
             if IN and OUT:
@@ -112,7 +114,7 @@ def _heads(
                         x,
                         bias,
                         start,
-                        stride_h * VEC,
+                        stride_h,
                         stride_d,
                         BIAS,
                         HEAD_DIM,
@@ -130,9 +132,7 @@ def _heads(
                         second += tl.load(added + column + NUM_PAIRS, mask=mask).to(tl.float32)
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
                 if OUT:
-                    _store_pairs(
-                        out, first, second, start, out_h * VEC, out_d, HEADS, NUM_PAIRS, CHUNK, WIDTH
-                    )
+                    _store_pairs(out, first, second, start, out_h, out_d, HEADS, NUM_PAIRS, CHUNK, WIDTH)
                 else:
                     tl.store(target + wide * out_d, first.to(out.dtype.element_ty), mask=mask)
                     tl.store(target + (wide + NUM_PAIRS) * out_d, second.to(out.dtype.element_ty), mask=mask)

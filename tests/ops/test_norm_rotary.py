@@ -206,23 +206,23 @@ def test_gradients_of_any_number_of_programs(triton_backend, device, kinds):
     from rope_dist.ops.arguments import Angles, Norms
 
     torch.manual_seed(6)
-    q, k = (torch.randn(2, 5, n, 80, device=device) for n in (20, 4))
+    q, k = (torch.randn(2, 2, n, 80, device=device) for n in (20, 4))
     weights = [weight_of(kind, n, 80, device) for kind, n in zip(kinds, (20, 4), strict=True)]
-    cos, sin = exact_tables(frequencies(80).to(device), torch.arange(5, device=device)[None])
+    cos, sin = exact_tables(frequencies(80).to(device), torch.arange(2, device=device)[None])
     norms, angles = Norms(*weights), Angles(cos.float(), sin.float())
     wide = [x.double().requires_grad_() for x in (q, k, *weights)]
     want = [plain(x, w, cos, sin) for x, w in zip(wide[:2], wide[2:], strict=True)]
     grads = tuple(torch.randn_like(x) for x in (q, k))
     expected = torch.autograd.grad(want, wide, [g.double() for g in grads])
     rstds = torch.ops.rope_dist.norm_rotate(q, k, None, None, *norms, *angles)[2:]
-    for programs in (1, 3, 7, 100):
-        first, again = (
-            triton_norm_backward.launch(grads, (q, k), rstds, norms, angles, num_programs=programs)
-            for _ in range(2)
-        )
-        for actual, repeated, right in zip(first, again, expected, strict=True):
-            assert torch.equal(actual, repeated)
+    found = [
+        triton_norm_backward.launch(grads, (q, k), rstds, norms, angles, num_programs=programs)
+        for programs in (1, 5, 5, 100)
+    ]
+    for gradients in found:
+        for actual, right in zip(gradients, expected, strict=True):
             torch.testing.assert_close(actual.double(), right, rtol=2e-5, atol=2e-5)
+    assert all(torch.equal(first, again) for first, again in zip(*found[1:3], strict=True))
 
 
 @pytest.mark.parametrize("axis", range(4))
