@@ -36,6 +36,22 @@ class Triton(Backend):
 
         return triton_rotary.launch(q, k, q_out, k_out, angles, q_bias, k_bias)
 
+    def norm_rotate(
+        self, q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=None
+    ) -> Launch | None:
+        if q.shape[3] % 2:  # the kernel takes dimensions in pairs
+            return super().norm_rotate(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds)
+        from . import triton_norm_rotary
+
+        return triton_norm_rotary.launch(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds)
+
+    def norm_rotate_backward(self, grads, heads, rstds, norms, angles, q_bias=None, k_bias=None):
+        if heads[0].shape[3] % 2:
+            return super().norm_rotate_backward(grads, heads, rstds, norms, angles, q_bias, k_bias)
+        from . import triton_norm_backward
+
+        return triton_norm_backward.launch(grads, heads, rstds, norms, angles, q_bias, k_bias)
+
     def pack_gradients(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, angles: Angles
     ) -> torch.Tensor:

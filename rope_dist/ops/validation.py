@@ -86,7 +86,7 @@ def frequencies(inv_freq: torch.Tensor, head_dim: int, device: torch.device) -> 
     """``inv_freq`` is ``[R/2]`` or ``[axes, R/2]`` floating, or int32 fixed point of it, with ``R <= head_dim``."""
     fixed_point = inv_freq.dtype == torch.int32 and inv_freq.ndim in (2, 3) and inv_freq.shape[-2] == 2
     floating = inv_freq.dtype.is_floating_point and inv_freq.ndim in (1, 2)
-    if not (fixed_point or floating) or inv_freq.shape[0] == 0:
+    if not (fixed_point or floating) or 0 in inv_freq.shape[:-1]:
         raise ValueError(
             "inv_freq must be [R/2] or [axes, R/2] floating, or the int32 that rope_dist.ops.to_fixed_point makes of "
             f"it, got {list(inv_freq.shape)} {inv_freq.dtype}"

@@ -267,6 +267,8 @@ def test_elements_past_two_to_the_31(triton_backend, device):
         positions = torch.full(shape[:2], 123, device=device)
         want = exact(values, *exact_tables(inv_freq, positions))
         assert_rounded(ops.rotary_at(q, values.clone(), inv_freq, positions)[0], want)
+        halves = exact(values.unflatten(-1, (32, 2)).mT.flatten(-2), *exact_tables(inv_freq, positions))
+        assert_rounded(ops.rotary_at(q, None, inv_freq, positions, deinterleave=True)[0], halves)
         ops.rotary_at(q, values.clone(), inv_freq, positions, inplace=True)
         assert_rounded(q.clone(), want)
     # Dimensions outermost: no stride, but three of them, are past it. Pairs, and what passes through.
