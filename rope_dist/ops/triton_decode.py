@@ -16,12 +16,12 @@ import triton.language as tl
 from . import triton_launch
 from .arguments import Angles, Projections
 from .backend import Launch
+from .configurations import DECODE, Configuration
 from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
 from .triton_launch import architecture
 from .triton_projection import angle_rows, table_stride, three, token_stride
 
 MAX_TOKENS = 16
-PAIRS = 16
 
 
 @triton.jit
@@ -124,6 +124,8 @@ def launch(
     angles: Angles,
     outputs: list[torch.Tensor],
     slots: torch.Tensor | None = None,
+    *,
+    configuration: Configuration = DECODE,
     arch: str | None = None,
 ) -> Launch | None:
     """Project and rotate up to 16 tokens. Checks nothing.
@@ -141,8 +143,8 @@ def launch(
     weights, biases, head_dim = projections.weights(), projections.biases(), projections.head_dim
     rows, depth = x.shape[0] * x.shape[1], x.shape[2]
     heads = [weight.shape[0] // head_dim for weight in weights]
-    a_head = triton.cdiv(head_dim // 2, PAIRS)
-    block_k = 256
+    _, pairs, block_k = configuration[:3]
+    a_head = triton.cdiv(head_dim // 2, pairs)
     # Strides of an entry and of a head: a cache's own, or of tokens side by side.
     strides = [
         (y.stride(0), y.stride(1)) if slots is not None else (n * head_dim, head_dim)
@@ -153,11 +155,11 @@ def launch(
         token_stride(x), *three([weight.stride(0) for weight in weights]), *strides[0], *strides[-1],
     )  # fmt: skip
     options = {
-        "ROWS": MAX_TOKENS, "BLOCK_K": block_k, "PAIRS": PAIRS, "HEAD_DIM": head_dim,
+        "ROWS": MAX_TOKENS, "BLOCK_K": block_k, "PAIRS": pairs, "HEAD_DIM": head_dim,
         "NUM_PAIRS": angles.num_pairs, "PROGRAMS_A_HEAD": a_head, "EVEN_DEPTH": depth % block_k == 0,
         "INTERLEAVED": angles.interleaved, "TABLE": angles.cos is not None, "HAS_BIAS": biases is not None,
         "HAS_SLOTS": slots is not None, "HARDWARE": has_hardware(arch or architecture(x.device)),
-        "num_warps": 4, "num_stages": 4,
+        **configuration.compiled(),
     }  # fmt: skip
 
     def pack(x, projections, angles, outputs, slots=None) -> tuple[Any, ...]:

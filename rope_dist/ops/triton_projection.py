@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import triton_launch
 from .arguments import Angles, Projections, present
 from .backend import Launch
+from .configurations import Configuration, candidates
 from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
 from .triton_launch import architecture
 
@@ -85,16 +86,16 @@ def _angles(
     return cos, sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "period"])
 def descriptor_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
     rows, depth, n_q, n_k, n_v, period, scaling,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
+    HALVES: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: ``PROGRAMS``, each taking every ``PROGRAMS``-th tile. Arguments are in :func:`launch`."""
+    """Grid: any number of programs, which take the tiles in turn. Arguments are in :func:`launch`."""
     q_tiles = tl.cdiv(n_q, BLOCK_N)
     k_tiles = tl.cdiv(n_k, BLOCK_N)
     n_tiles = q_tiles + k_tiles
@@ -102,7 +103,7 @@ def descriptor_kernel(
         n_tiles += tl.cdiv(n_v, BLOCK_N)
     m_tiles = tl.cdiv(rows, BLOCK_M)
     k_steps = tl.cdiv(depth, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, PROGRAMS, flatten=False):
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0), flatten=False):
         m, n = _tile(tile, m_tiles, n_tiles, GROUP)
         weight = w_q
         out = q
@@ -144,10 +145,17 @@ def descriptor_kernel(
                     inv_freq_q64, positions, row, rows, period, scaling, NUM_PAIRS, SCALED, PERIODIC, HARDWARE
                 )
             acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, NUM_PAIRS, INTERLEAVED)
-        out.store([m * BLOCK_M, n * BLOCK_N], acc.to(out.dtype))
+        if HALVES:
+            # One after the other through half the shared memory, which then has room for another stage of the loop.
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            out.store([m * BLOCK_M, n * BLOCK_N], left.to(out.dtype))
+            out.store([m * BLOCK_M, n * BLOCK_N + BLOCK_N // 2], right.to(out.dtype))
+        else:
+            out.store([m * BLOCK_M, n * BLOCK_N], acc.to(out.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "period"])
 def pointer_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
     rows, depth, n_q, n_k, n_v, period, scaling, table_stride, x_stride, q_stride, k_stride, v_stride,
@@ -246,22 +254,6 @@ def has_tma(arch: str, head_dim: int) -> bool:
     return arch == "sm_90" or (arch in ("sm_100", "sm_103") and head_dim <= 128)
 
 
-TMA_ROWS = 128
-"""Rows of a tile of the descriptor kernel."""
-
-
-def configuration(arch: str, tma: bool, head_dim: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Block sizes (rows, columns, depth) for ``arch``, and its warps and stages: those that the static gate checks."""
-    if tma and arch == "sm_90":
-        return (TMA_ROWS, 256, 64), {"num_warps": 8, "num_stages": 3}
-    if tma:
-        return (TMA_ROWS, 128, 64), {"num_warps": 8, "num_stages": 4}
-    rows = 64 if head_dim > 128 else 128
-    if arch.startswith("gfx"):
-        return (rows, max(128, head_dim), 64), {"num_warps": 4, "num_stages": 2}
-    return (rows, max(128, head_dim), 32), {"num_warps": 8, "num_stages": 4}
-
-
 @functools.cache
 def programs(device: torch.device) -> int:
     """Multiprocessors of ``device``; a few in the interpreter."""
@@ -275,6 +267,7 @@ def launch(
     outputs: list[torch.Tensor],
     *,
     tma: bool,
+    configuration: Configuration | None = None,
     arch: str | None = None,
     num_programs: int | None = None,
 ) -> Launch | None:
@@ -287,6 +280,7 @@ def launch(
             ``inv_freq_q64`` and positions ``[B or 1, S]``. Those of one row serve every batch.
         outputs: contiguous ``[B, S, heads, head_dim]`` for each weight.
         tma: which kernel; needs :func:`fits_tma`, and of tables a row a token or a multiple of the tile's rows.
+        configuration: how it is compiled; None: as it is unmeasured.
         arch, num_programs: instead of those of the device of ``x``.
 
     Returns:
@@ -295,15 +289,17 @@ def launch(
     weights, biases, head_dim = projections.weights(), projections.biases(), projections.head_dim
     rows, depth = x.shape[0] * x.shape[1], x.shape[2]
     arch = arch or architecture(x.device)
-    (block_m, block_n, block_k), compiled = configuration(arch, tma, head_dim)
+    if configuration is None:
+        configuration = candidates("triton_tma" if tma else "triton", arch, head_dim, rows)[0]
+    block_m, block_n, block_k = configuration[:3]
     widths = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     tiles = triton.cdiv(rows, block_m) * sum(triton.cdiv(width, block_n) for width in widths)
     period = angle_rows(angles)
     options = {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": 8,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": configuration.group,
         "HEAD_DIM": head_dim, "NUM_PAIRS": angles.num_pairs, "INTERLEAVED": angles.interleaved,
         "TABLE": angles.cos is not None, "SCALED": angles.scaling != 1.0, "PERIODIC": period != rows,
-        "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch), **compiled,
+        "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch), **configuration.compiled(),
     }  # fmt: skip
     numbers = (rows, depth, *widths, period, angles.scaling)
     if not tma:
@@ -318,13 +314,11 @@ def launch(
             pointer_kernel, tiles, x.device, pack, (x, projections, angles, outputs), options
         )
 
-    if arch == "sm_90" and head_dim <= 128:
-        # Left alone the compiler takes up to 212 for a longer schedule; at 192 it spills nothing either.
-        options["maxnreg"] = 192
-    options["PROGRAMS"] = min(num_programs or programs(x.device), tiles)
+    options["HALVES"] = configuration.halves
+    stored = (block_m, block_n // 2 if configuration.halves else block_n)
     read_x = Descriptor(x, (rows, depth), token_stride(x), (block_m, block_k))
     read = [Descriptor(w, w.shape, w.stride(0), (block_n, block_k)) for w in weights]
-    write = [Descriptor(y, (rows, n), n, (block_m, block_n)) for y, n in zip(outputs, widths, strict=False)]
+    write = [Descriptor(y, (rows, n), n, stored) for y, n in zip(outputs, widths, strict=False)]
     table = Descriptor(
         angles.cos, (period, angles.num_pairs), table_stride(angles), (block_m, angles.num_pairs)
     )
@@ -335,8 +329,9 @@ def launch(
         tables = (table(angles.cos), table(angles.sin), *angles[2:4])
         return read_x(x), *loads, *stores, *three(projections.biases()), *tables, *numbers
 
+    grid = min(num_programs or programs(x.device), tiles)
     return triton_launch.launch(
-        descriptor_kernel, options["PROGRAMS"], x.device, describe, (x, projections, angles, outputs), options
+        descriptor_kernel, grid, x.device, describe, (x, projections, angles, outputs), options
     )
 
 
