@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import reference
-from .arguments import Angles, Projections
+from . import reference, reference_norm
+from .arguments import Angles, Norms, Projections
 
 Launch = Callable[..., None]
 """Called as :meth:`Backend.rotate`, for tensors of the same metadata as those it was made for."""
@@ -87,6 +87,46 @@ class Backend:
             alignment to 16 bytes with these; None where there is no such thing.
         """
         raise NotImplementedError
+
+    def norm_rotate(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        q_out: torch.Tensor,
+        k_out: torch.Tensor | None,
+        norms: Norms,
+        angles: Angles,
+        q_bias: torch.Tensor | None = None,
+        k_bias: torch.Tensor | None = None,
+        rstds: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> Launch | None:
+        """:meth:`rotate` with RMS norms; see :class:`Norms`.
+
+        Args:
+            rstds: where the reciprocal norms ``[B, S, heads or 1]`` are written; None: nowhere.
+
+        Returns:
+            As :meth:`rotate`, called as ``launch(q, k, q_out, k_out, norms, angles, q_bias, k_bias)``.
+        """
+        *found, q_rstd, k_rstd = reference_norm.norm_rotate_tokens(q, k, norms, angles, q_bias, k_bias)
+        targets = (q_out, k_out, *(rstds or ()))
+        for out, new in zip(targets, (*found, q_rstd, k_rstd), strict=False):
+            if out is not None and new is not None:
+                out.copy_(new)
+        return None
+
+    def norm_rotate_backward(
+        self,
+        grads: tuple[torch.Tensor, torch.Tensor | None],
+        heads: tuple[torch.Tensor, torch.Tensor | None],
+        rstds: tuple[torch.Tensor, torch.Tensor | None],
+        norms: Norms,
+        angles: Angles,
+        q_bias: torch.Tensor | None = None,
+        k_bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of queries, keys and the norms' weights; see :func:`reference_norm.norm_rotate_backward`."""
+        return reference_norm.norm_rotate_backward(grads, heads, rstds, norms, angles, q_bias, k_bias)
 
     def pack_gradients(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, angles: Angles

@@ -52,7 +52,7 @@ def rotate(
     Returns:
         ``[B, S, H, D]`` contiguous, in the dtype of ``x``.
     """
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     cos = cos[:, :, None, :].to(compute)
     sin = sin[:, :, None, :].to(compute)
     num_pairs = cos.shape[-1]
@@ -146,7 +146,7 @@ def rotate_tokens(
     order = {name: getattr(angles, name) for name in ("interleaved", "deinterleave", "conjugate")}
 
     def rotated(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        wide = x if bias is None else _add_bias(x, bias)
+        wide = x if bias is None else add_bias(x, bias)
         out = rotate(wide, cos, sin, **order)
         if known is not None:
             out = torch.where(known[:, :, None, None], out, wide).contiguous()
@@ -155,13 +155,13 @@ def rotate_tokens(
     return rotated(q, q_bias), rotated(k, k_bias) if k is not None else None
 
 
-def _add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``x`` ``[B, S, H, D]`` with ``bias`` ``[H * D]`` added, in the type that the rotation computes in."""
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     return x.to(compute) + bias.to(compute).unflatten(0, x.shape[2:])
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """16-bit tensors are computed in float32, others in their own type."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
@@ -174,7 +174,7 @@ def qkv_rotary(
     Returns:
         ``[B, S, heads, head_dim]`` each; None for values that are left out.
     """
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     heads = []
     for weight, bias in projections.pairs():
         bias = bias.to(compute) if bias is not None else None
