@@ -23,8 +23,9 @@ import torch
 import triton
 from tabulate import tabulate
 
-from rope_dist.ops import triton_decode, triton_projection, triton_rotary
+from rope_dist.ops import configurations, triton_decode, triton_projection, triton_rotary
 from rope_dist.ops.arguments import Angles, Projections
+from rope_dist.ops.configurations import Configuration
 
 from . import static_compile
 from .static_compile import Report
@@ -101,26 +102,33 @@ def _projections(heads: tuple[int, ...], head_dim: int, bias: bool) -> Projectio
 
 
 def _projection(
-    heads, head_dim, *, rotary_dim=None, table=False, bias=False, interleaved=False, tma=True, batch=1
-):
+    heads, head_dim, *, rotary_dim=None, table=False, bias=False, interleaved=False, tma=True, batch=1,
+    configuration=None,
+):  # fmt: skip
     def call(arch: str) -> None:
         projections = _projections(heads, head_dim, bias)
         angles = _angles(8192 // batch, rotary_dim or head_dim, table, interleaved=interleaved)
         outputs = [_meta(batch, 8192 // batch, h, head_dim) for h in heads]
         x = _meta(batch, 8192 // batch, 4096)
-        triton_projection.launch(x, projections, angles, outputs, tma=tma, arch=arch, num_programs=132)
+        how = {"tma": tma, "configuration": configuration, "arch": arch, "num_programs": 132}
+        triton_projection.launch(x, projections, angles, outputs, **how)
 
     return call
 
 
-def _decode(q_heads, k_heads, head_dim, *, bias=False, slots=False, tokens=16):
+def _decode(
+    q_heads, k_heads, head_dim, *, bias=False, slots=False, tokens=16, configuration=configurations.DECODE
+):
     def call(arch: str) -> None:
         projections = _projections((q_heads, k_heads, k_heads), head_dim, bias)
         q = _meta(1, tokens, q_heads, head_dim)
         others = [_meta(*((tokens,) if slots else (1, tokens)), k_heads, head_dim) for _ in range(2)]
         angles = _angles(tokens, head_dim, False)
         entries = _meta(tokens, dtype=torch.int64) if slots else None
-        triton_decode.launch(_meta(1, tokens, 4096), projections, angles, [q, *others], entries, arch)
+        triton_decode.launch(
+            _meta(1, tokens, 4096), projections, angles, [q, *others], entries,
+            configuration=configuration, arch=arch,
+        )  # fmt: skip
 
     return call
 
@@ -150,6 +158,47 @@ DECODE = {"registers": 80, "stack": 0, "shared": 76_800, "narrow copies": 0}
 # Held to 80 registers it spills there. Shared memory lets two programs on a multiprocessor, so 96 cost nothing.
 DECODE_SM80 = {**DECODE, "registers": 96}
 ASYNC = {"HMMA": 16, "LDGSTS": 8}
+
+# The other configurations of the projection. That of two halves is held to no 192 registers (one program fills a
+# multiprocessor whatever they are), and its second store takes 70 instructions more, with a bias one more conversion.
+HALVES = {**HOPPER, "registers": 224, "instructions": 1_300}
+HALVES_BIAS = {**HALVES, "instructions": 1_600, "convert_layout": 2, "shared accesses": 32}
+HALVES_WIDE_HEAD = {**HALVES, "registers": 255, "instructions": 1_700}
+# Of 64 x 128 a multiprocessor takes two programs, of 128 x 128 and 64 x 256 one.
+FEW_ROWS = {**HOPPER, "registers": 168}
+# Pointers on Hopper: the angles of a table are laid out as the accumulator is by way of shared memory, and the tile
+# as rows of 16 bytes.
+POINTERS = {
+    "registers": 192,
+    "stack": 0,
+    "narrow copies": 0,
+    "narrow stores": 0,
+    "convert_layout": 3,
+    "shared accesses": 90,
+}
+POINTERS_WIDE_HEAD = {**POINTERS, "shared accesses": 160}
+NARROW_DECODE = {"registers": 72, "stack": 0, "shared": 81_920, "narrow copies": 0}
+
+
+def _configured(configuration: Configuration, most: dict[str, int], bias_most: dict[str, int]) -> list[Case]:
+    """The descriptor kernel of one configuration."""
+    name, least = f"projection {configuration.name}", {**TENSOR, "UTMALDG": 2 * configuration.num_stages}
+    if configuration.halves:
+        least["UTMASTG"] = 2
+    if configuration.columns < 256:
+        least = {("HGMMA.64x128x16" if key == "HGMMA.64x256x16" else key): n for key, n in least.items()}
+    how, hopper = {"configuration": configuration}, ("sm_90",)
+    table = {**least, "UTMALDG": least["UTMALDG"] + 2}
+    return [
+        Case(f"{name} 8B", _projection((32, 8, 8), 128, **how), hopper, most, least),
+        Case(f"{name} head 64", _projection((32, 8, 8), 64, **how), hopper, most, least),
+        Case(f"{name} partial", _projection((32, 8, 8), 128, rotary_dim=64, **how), hopper, most, least),
+        Case(
+            f"{name} table", _projection((32, 8, 8), 128, table=True, **how), hopper, {**most, **TABLE}, table
+        ),
+        Case(f"{name} bias", _projection((32, 8, 8), 128, bias=True, **how), hopper, bias_most, least),
+    ]
+
 
 # Interleaved pairs in and halves out, or the other way: a thread keeps its elements. The conversions that are left are
 # between two names of one layout, and no instruction.
@@ -273,6 +322,80 @@ CASES = (
     ),
     Case("projection head 256", _projection((16, 8, 8), 256, tma=False), ("sm_80",), AMPERE, ASYNC),
     Case("projection 8B", _projection((32, 8, 8), 128, tma=False), ("gfx942",), {"stack": 0}),
+    *_configured(configurations.HALVES, HALVES, HALVES_BIAS),
+    *_configured(configurations.SMALL, FEW_ROWS, {**FEW_ROWS, "convert_layout": 1, "shared accesses": 16}),
+    *_configured(configurations.WIDE, HALVES, {**HALVES, "instructions": 1_600, "convert_layout": 1}),
+    *_configured(configurations.SQUARE, FEW_ROWS, FEW_ROWS),
+    Case(
+        "projection 128x256x64/4g16 8B",
+        _projection((32, 8, 8), 128, configuration=configurations.HALVES_16),
+        ("sm_90",),
+        HALVES,
+        {**TENSOR, "UTMALDG": 8, "UTMASTG": 2},
+    ),
+    *(
+        Case(
+            f"projection {configuration.name} head 256",
+            _projection((16, 8, 8), 256, configuration=configuration),
+            ("sm_90",),
+            HALVES_WIDE_HEAD,
+            TENSOR,
+        )
+        for configuration in configurations.every("triton_tma", "sm_90", 256)
+    ),
+    *(
+        Case(
+            f"projection {configuration.name} {name}",
+            _projection((32, 8, 8), 128, configuration=configuration, **form),
+            ("sm_100",),
+            {"stack": 0},
+            {"UTCHMMA": 4, "UTMASTG": 1},
+        )
+        for configuration in configurations.every("triton_tma", "sm_100", 128)
+        for name, form in (("8B", {}), ("table", {"table": True}), ("bias", {"bias": True}))
+    ),
+    *(
+        Case(
+            f"projection pointers {configuration.name} {name}",
+            _projection((32, 8, 8), 128, tma=False, configuration=configuration, **form),
+            ("sm_90",),
+            POINTERS,
+            {"HGMMA": 2, "LDGSTS": 8},
+        )
+        for configuration in configurations.every("triton", "sm_90", 128)
+        for name, form in (("8B", {}), ("table", {"table": True}), ("bias", {"bias": True}))
+    ),
+    Case(
+        "projection pointers head 256",
+        _projection((16, 8, 8), 256, tma=False),
+        ("sm_90",),
+        POINTERS_WIDE_HEAD,
+        {"HGMMA": 2, "LDGSTS": 8},
+    ),
+    *(
+        Case(
+            f"projection pointers 64x128x64/4 {name}",
+            _projection((32, 8, 8), 128, tma=False, configuration=configurations.POINTERS_SMALL, **form),
+            ("sm_80", "sm_89"),
+            AMPERE,
+            ASYNC,
+        )
+        for name, form in (("8B", {}), ("table", {"table": True}), ("bias", {"bias": True}))
+    ),
+    *(
+        Case(
+            f"decode 8 pairs {name}",
+            _decode(8, 1, head_dim, configuration=configurations.DECODE_NARROW, **form),
+            ("sm_80", "sm_89", "sm_90", "sm_100"),
+            NARROW_DECODE,
+            ASYNC,
+        )
+        for name, head_dim, form in (
+            ("70B of 8", 128, {}),
+            ("bias cache", 128, {"bias": True, "slots": True}),
+            ("head 80", 80, {}),
+        )
+    ),
     Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_90", "sm_100"), DECODE, ASYNC),
     Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_80",), DECODE_SM80, ASYNC),
     Case(
@@ -313,7 +436,16 @@ def numbers(report: Report) -> dict[str, int]:
         ),
         **{
             prefix: total(prefix)
-            for prefix in ("HGMMA.64x256x16", "UTMALDG", "UTMASTG", "UTCHMMA", "HMMA", "LDGSTS")
+            for prefix in (
+                "HGMMA",
+                "HGMMA.64x256x16",
+                "HGMMA.64x128x16",
+                "UTMALDG",
+                "UTMASTG",
+                "UTCHMMA",
+                "HMMA",
+                "LDGSTS",
+            )
         },
     }
 
@@ -365,7 +497,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             report, short = check(case, target)
             found = numbers(report)
-            tensor = next((n for n in ("HGMMA.64x256x16", "UTCHMMA", "HMMA") if found[n]), "")
+            tensor = next((n for n in ("HGMMA", "UTCHMMA", "HMMA") if found[n]), "")
             row = [case.name, target, report.registers, report.stack, report.shared, report.instructions]
             row += [found["convert_layout"], found["wide stores"], tensor, "short" if short else "ok"]
             rows.append(row)

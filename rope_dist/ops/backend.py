@@ -142,10 +142,22 @@ class Backend:
         """Names of the fused projections that can serve these tensors, the most specialised last."""
         return []
 
+    def configurations(
+        self, path: str, x: torch.Tensor, projections: Projections, every: bool = False
+    ) -> list[str]:
+        """Names of the configurations of one of :meth:`paths` that are worth measuring for these tensors.
+
+        The first is taken where ``path`` stands alone; ``path:name`` names another.
+
+        Args:
+            every: all that can serve them instead.
+        """
+        return [""]
+
     def project(
         self, path: str, x: torch.Tensor, projections: Projections, angles: Angles
     ) -> tuple[list[torch.Tensor], Launch | None]:
-        """Project ``x`` ``[B, S, K]`` and rotate by one of :meth:`paths`.
+        """Project ``x`` ``[B, S, K]`` and rotate by one of :meth:`paths`, or ``path:configuration``.
 
         Returns:
             Queries, keys and, where they have a weight, values ``[B, S, heads, head_dim]``; and what does the

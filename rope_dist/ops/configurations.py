@@ -41,9 +41,11 @@ class Configuration(NamedTuple):
         return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
-# Left alone the compiler takes up to 212 registers for a longer schedule; at 192 it spills nothing either.
+# One program fills a multiprocessor, whatever its registers. Left alone the compiler takes up to 212 for a longer
+# schedule; at 192 it spills nothing either.
 WHOLE = Configuration(128, 256, 64, 8, 3, maxnreg=192)
-HALVES = Configuration(128, 256, 64, 8, 4, halves=True, maxnreg=192)
+# Not held to 192: with a bias Triton 3.6 would spill 8 bytes there.
+HALVES = Configuration(128, 256, 64, 8, 4, halves=True)
 # More rows share a weight: of a long prompt less is read again from memory that does not fit the cache.
 HALVES_16 = HALVES._replace(group=16)
 # For few rows, where tiles of 128 x 256 are fewer than multiprocessors.
@@ -57,21 +59,28 @@ POINTERS_SMALL = Configuration(64, 128, 64, 4, 4)
 POINTERS_WIDE_HEAD = Configuration(64, 256, 32, 8, 4)
 CDNA = Configuration(128, 128, 64, 4, 2)
 CDNA_WIDE_HEAD = Configuration(64, 256, 64, 4, 2)
-# A program takes 16 pairs of one head, or 8 where programs would be fewer than multiprocessors: then twice as many read,
-# and with 6 stages each has nearly as much of its weights on the way.
+# A program takes 16 pairs of one head, or 8 where programs would be fewer than multiprocessors (70B under tensor
+# parallelism has 40): twice as many read, and with 6 stages each has 40 KB of its weights on the way instead of 48.
 DECODE = Configuration(16, 16, 256, 4, 4)
 DECODE_NARROW = Configuration(16, 8, 256, 4, 6)
 
 
-def candidates(path: str, arch: str, head_dim: int, rows: int) -> list[Configuration]:
+def candidates(
+    path: str, arch: str, head_dim: int, rows: int, multiprocessors: int = 0, heads: int = 0
+) -> list[Configuration]:
     """The configurations of ``path`` that are measured for ``rows`` tokens, the one that is taken unmeasured first.
 
     Few: each is compiled and timed in the first call of a class of rows. Their limits are powers of two, as those of
     the classes are.
+
+    Args:
+        multiprocessors: of the GPU, for ``"decode"``; ``heads`` of queries, keys and values together.
     """
     wide_head = head_dim > 128
     if path == "decode":
-        return [DECODE, DECODE_NARROW]
+        few = heads * -(-head_dim // (2 * DECODE.columns)) < multiprocessors
+        # AMD's tensor instructions take no 8 columns.
+        return [DECODE_NARROW, DECODE] if few and not arch.startswith("gfx") else [DECODE]
     if path == "triton_tma":
         if arch != "sm_90":
             return [SQUARE] if rows > 512 else [SQUARE, SMALL]
@@ -89,3 +98,13 @@ def candidates(path: str, arch: str, head_dim: int, rows: int) -> list[Configura
     if wide_head:
         return [POINTERS_WIDE_HEAD]
     return [POINTERS] if rows > 512 else [POINTERS, POINTERS_SMALL]
+
+
+def every(path: str, arch: str, head_dim: int) -> list[Configuration]:
+    """The configurations of ``path`` that can be asked for by name."""
+    found = {
+        configuration.name: configuration
+        for rows in (64, 512, 1024, 2048)
+        for configuration in candidates(path, arch, head_dim, rows, multiprocessors=1)
+    }
+    return list(found.values())

@@ -16,6 +16,7 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Queries, keys and values ``[B, S, heads, head_dim]``; values None where they have no weight."""
 
 PATHS = ("auto", "separate", "triton", "triton_tma", "decode")
+"""Of a kernel that has several configurations, ``"triton_tma:64x128x64/4"`` names one (``configurations.py``)."""
 
 
 def qkv_rotary(
@@ -28,7 +29,7 @@ def qkv_rotary(
     """As :func:`rope_dist.ops.reference.qkv_rotary`.
 
     Args:
-        path: one of :data:`PATHS`.
+        path: one of :data:`PATHS`, or one with a configuration.
         key: of the launch cache, where the launch is to be kept.
     """
     backend = dispatch.projecting(x)
@@ -100,15 +101,16 @@ def choose(backend: Backend, x: torch.Tensor, projections: Projections, angles: 
     Returns:
         The path, and whether later calls like this one take it too: not where it could not be measured.
     """
+    num_pairs = angles.num_pairs
     fixed = autotune.fixed()
     if fixed is not None:
-        if fixed not in PATHS[1:]:
+        if fixed.partition(":")[0] not in PATHS[1:]:
             raise ValueError(f"ROPE_DIST_PATH={fixed!r} is no path; there are {', '.join(PATHS[1:])}")
-        return (fixed if fixed in candidates(backend, x, projections, angles.num_pairs) else "separate"), True
+        return (fixed if serves(backend, fixed, x, projections, num_pairs) else "separate"), True
     if torch.are_deterministic_algorithms_enabled():
         # A measured choice may differ between processes, and with it the rounding.
         return "separate", True
-    possible = candidates(backend, x, projections, angles.num_pairs)
+    possible = candidates(backend, x, projections, num_pairs)
     if len(possible) == 1 or not x.is_cuda:
         # Without a GPU nothing is timed: the interpreter runs the kernel that is the most special.
         return possible[-1], True
@@ -128,7 +130,10 @@ def choose(backend: Backend, x: torch.Tensor, projections: Projections, angles: 
         rotary_dim=2 * angles.num_pairs,
         form="+".join(name for name, used in forms.items() if used),
     )
-    calls = {path: functools.partial(run, backend, path, x, projections, angles) for path in possible}
+    calls = {
+        path: functools.partial(run, backend, path, x, projections, angles)
+        for path in configured(backend, possible, x, projections)
+    }
     with torch.cuda.device(x.device):
         path = autotune.choose(problem, calls)
     return path, autotune.cache().get(problem) == path
@@ -137,6 +142,25 @@ def choose(backend: Backend, x: torch.Tensor, projections: Projections, angles: 
 def candidates(backend: Backend, x: torch.Tensor, projections: Projections, num_pairs: int) -> list[str]:
     """The paths that can serve these tensors, the one that is taken unmeasured last."""
     return ["separate", *backend.paths(x, projections, num_pairs)]
+
+
+def configured(
+    backend: Backend, paths: list[str], x: torch.Tensor, projections: Projections, every: bool = False
+) -> list[str]:
+    """``paths``, each followed by its other configurations that are worth measuring, or by all of them."""
+    found = []
+    for path in paths:
+        names = backend.configurations(path, x, projections, every) if path != "separate" else []
+        found += [path, *(f"{path}:{name}" for name in (names if every else names[1:]))]
+    return found
+
+
+def serves(backend: Backend, path: str, x: torch.Tensor, projections: Projections, num_pairs: int) -> bool:
+    """Whether ``path``, which may name a configuration, can serve these tensors."""
+    possible = candidates(backend, x, projections, num_pairs)
+    return path in (
+        possible if ":" not in path else configured(backend, possible, x, projections, every=True)
+    )
 
 
 def decode_cached(

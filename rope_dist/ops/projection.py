@@ -44,7 +44,8 @@ def qkv_rotary(  # noqa: PLR0913  (public)
         attention_scaling: factor on the rotated dimensions, with ``inv_freq``; tables carry it in them.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R/2)``.
         path: ``"auto"``, or ``"separate"`` (matrix products, then a rotary pass), ``"triton"``,
-            ``"triton_tma"`` (the fused kernels) or ``"decode"`` (at most 16 tokens).
+            ``"triton_tma"`` (the fused kernels) or ``"decode"`` (at most 16 tokens). A kernel's configuration may be
+            named, as ``rope-dist info`` prints it: ``"triton_tma:128x256x64/4"``.
 
     Returns:
         ``q``, ``k``, ``v``: ``[B, S, heads, head_dim]`` (packed: ``[T, heads, head_dim]``), contiguous; ``v``
@@ -116,13 +117,24 @@ def _checked(
         heads = x.new_empty(batch, length, 0, head_dim)
         cos, sin = validation.tables(heads, present(angles.cos), present(angles.sin), rows=length)
         angles = angles._replace(cos=cos, sin=sin)
-    if path not in dispatch_projection.PATHS:
-        raise ValueError(f"no such path {path!r}; there are {', '.join(dispatch_projection.PATHS)}")
-    if path not in ("auto", "separate"):
-        possible = projection_paths(x, *projections[:3], head_dim=head_dim, rotary_dim=2 * angles.num_pairs)
-        if path not in possible:
-            raise ValueError(f"path {path!r} cannot serve these tensors; {', '.join(possible)} can")
+    check_path(x, projections, angles.num_pairs, path)
     return angles
+
+
+def check_path(x: torch.Tensor, projections: Projections, num_pairs: int, path: str) -> None:
+    """``ValueError`` where ``path`` is none or cannot serve these tensors."""
+    name, _, configuration = path.partition(":")
+    if name not in dispatch_projection.PATHS:
+        raise ValueError(f"no such path {path!r}; there are {', '.join(dispatch_projection.PATHS)}")
+    if path in ("auto", "separate"):
+        return
+    backend = dispatch.projecting(x)
+    if dispatch_projection.serves(backend, path, x, projections, num_pairs):
+        return
+    possible = dispatch_projection.candidates(backend, x, projections, num_pairs)
+    if configuration and name in possible:
+        possible = dispatch_projection.configured(backend, [name], x, projections, every=True)
+    raise ValueError(f"path {path!r} cannot serve these tensors; {', '.join(possible)} can")
 
 
 def decode_rotary(  # noqa: PLR0913  (public)

@@ -7,8 +7,10 @@ import sys
 
 import torch
 
+from . import configurations
 from .arguments import Angles, Projections, present
 from .backend import Backend, Launch, packed_heads
+from .configurations import Configuration
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -64,17 +66,27 @@ class Triton(Backend):
             found.append("decode")
         return found
 
+    def configurations(
+        self, path: str, x: torch.Tensor, projections: Projections, every: bool = False
+    ) -> list[str]:
+        return [found.name for found in _configurations(path, x, projections, every)]
+
     def project(
         self, path: str, x: torch.Tensor, projections: Projections, angles: Angles
     ) -> tuple[list[torch.Tensor], Launch | None]:
         from . import triton_decode, triton_projection
 
-        rows, ready = _side_by_side(x), _ready(x, angles, path)
+        path, configuration = _configuration(path, x, projections)
+        tile_rows = configuration.rows if path == "triton_tma" else 1
+        rows, ready = _side_by_side(x), _ready(x, angles, tile_rows)
         outputs = empty_heads(x, projections)
         if path == "decode":
-            again = triton_decode.launch(rows, projections, ready, outputs)
+            again = triton_decode.launch(rows, projections, ready, outputs, configuration=configuration)
         else:
-            again = triton_projection.launch(rows, projections, ready, outputs, tma=path == "triton_tma")
+            tma = path == "triton_tma"
+            again = triton_projection.launch(
+                rows, projections, ready, outputs, tma=tma, configuration=configuration
+            )
         return outputs, again if rows is x and ready is angles else None
 
     def decode(
@@ -91,10 +103,13 @@ class Triton(Backend):
             return None
         from . import triton_decode
 
-        rows, ready = _side_by_side(x), _ready(x, angles, "decode")
+        rows, ready = _side_by_side(x), _ready(x, angles)
         q = empty_heads(x, projections)[0]
         slots_ready = slots.contiguous()
-        again = triton_decode.launch(rows, projections, ready, [q, *caches], slots_ready)
+        _, configuration = _configuration("decode", x, projections)
+        again = triton_decode.launch(
+            rows, projections, ready, [q, *caches], slots_ready, configuration=configuration
+        )
         return q, again if rows is x and ready is angles and slots_ready is slots else None
 
 
@@ -102,6 +117,28 @@ def empty_heads(x: torch.Tensor, projections: Projections) -> list[torch.Tensor]
     """What projections of ``x`` are written to: ``[B, S, heads, head_dim]`` for each weight that is there."""
     head_dim = projections.head_dim
     return [x.new_empty(*x.shape[:2], w.shape[0] // head_dim, head_dim) for w in projections.weights()]
+
+
+def _configurations(
+    path: str, x: torch.Tensor, projections: Projections, every: bool = False
+) -> list[Configuration]:
+    """Those of ``path`` worth measuring for ``x``, the one that is taken unmeasured first; or all that there are."""
+    from . import triton_projection
+
+    arch, head_dim = triton_projection.architecture(x.device), projections.head_dim
+    if every:
+        return configurations.every(path, arch, head_dim)
+    heads = sum(weight.shape[0] for weight in projections.weights()) // head_dim
+    multiprocessors = triton_projection.programs(x.device)
+    return configurations.candidates(path, arch, head_dim, x.shape[0] * x.shape[1], multiprocessors, heads)
+
+
+def _configuration(path: str, x: torch.Tensor, projections: Projections) -> tuple[str, Configuration]:
+    """``path`` without and with its configuration: the one that it names, else the one that is taken unmeasured."""
+    path, _, name = path.partition(":")
+    if not name:
+        return path, _configurations(path, x, projections)[0]
+    return path, next(c for c in _configurations(path, x, projections, every=True) if c.name == name)
 
 
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:
@@ -114,10 +151,12 @@ def _rows_of_16_bytes(table: torch.Tensor) -> bool:
     return table.stride(2) == 1 and table.stride(1) % 4 == 0 and table.data_ptr() % 16 == 0
 
 
-def _ready(x: torch.Tensor, angles: Angles, path: str) -> Angles:
-    """``angles`` with float32 tables (rows equally far apart) or contiguous positions, of one row or one a batch."""
-    from . import triton_projection
+def _ready(x: torch.Tensor, angles: Angles, tile_rows: int = 1) -> Angles:
+    """``angles`` with float32 tables (rows equally far apart) or contiguous positions, of one row or one a batch.
 
+    Args:
+        tile_rows: tokens whose rows of the tables are read at once, whatever sequences they are of.
+    """
     batch, length = x.shape[:2]
     if angles.cos is None or angles.sin is None:
         positions = angles.positions
@@ -128,7 +167,7 @@ def _ready(x: torch.Tensor, angles: Angles, path: str) -> Angles:
     else:
         tables = [_side_by_side(t.float()) for t in (angles.cos, angles.sin)]
         # A descriptor reads the rows of a tile at once: a tile must not run past the end of shared tables.
-        if path == "triton_tma" and tables[0].shape[0] < batch and length % triton_projection.TMA_ROWS:
+        if tables[0].shape[0] < batch and length % tile_rows:
             tables = [t.expand(batch, -1, -1).contiguous() for t in tables]
         # Rows may lie apart: an enabled model hands the first half of wider tables.
         if not all(_rows_of_16_bytes(t) and t.stride() == tables[0].stride() for t in tables):

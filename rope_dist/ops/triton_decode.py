@@ -1,8 +1,9 @@
 """Projection and rotation of 1 to 16 tokens in one launch, optionally writing the key/value cache.
 
-Decoding is bound by reading the weights once. A program takes 16 pairs of one head, the 16 weight rows of
-their first and the 16 of their second members, over the whole depth: no two programs share a weight and
-none has to add up partial sums. Tokens are padded to 16, the least the tensor cores take.
+Decoding is bound by reading the weights once. A program takes 16 (or 8) pairs of one head, the weight rows of
+their first and of their second members, over the whole depth: no two programs share a weight and none has to
+add up partial sums. Tokens are padded to 16, the least the tensor cores take; of those that are not there nothing
+is read.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from .triton_projection import angle_rows, table_stride, three, token_stride
 MAX_TOKENS = 16
 
 
-@triton.jit
+# Compiled once for any number of tokens.
+@triton.jit(do_not_specialize=["rows", "period"])
 def decode_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions, slots,
     rows, depth, q_heads, k_heads, period, scaling, table_stride, x_stride, q_stride, k_stride,
@@ -135,6 +137,7 @@ def launch(
         outputs: queries, contiguous ``[B, S, Hq, D]``; keys and, with their weight, values ``[B, S, Hk, D]``,
             contiguous too, or with ``slots`` caches ``[entries, Hk, D]``, last axis contiguous.
         slots: ``[B * S]`` integers: token ``m`` writes entry ``slots[m]``, and nothing where that is negative.
+        configuration: of :mod:`rope_dist.ops.configurations`; its columns are pairs of a head.
         arch: instead of that of the device of ``x``.
 
     Returns:

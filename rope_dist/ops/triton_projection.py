@@ -86,6 +86,7 @@ def _angles(
     return cos, sin
 
 
+# Compiled once for any number of tokens.
 @triton.jit(do_not_specialize=["rows", "period"])
 def descriptor_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
@@ -155,6 +156,7 @@ def descriptor_kernel(
             out.store([m * BLOCK_M, n * BLOCK_N], acc.to(out.dtype))
 
 
+# Compiled once for any number of tokens.
 @triton.jit(do_not_specialize=["rows", "period"])
 def pointer_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
@@ -299,7 +301,8 @@ def launch(
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": configuration.group,
         "HEAD_DIM": head_dim, "NUM_PAIRS": angles.num_pairs, "INTERLEAVED": angles.interleaved,
         "TABLE": angles.cos is not None, "SCALED": angles.scaling != 1.0, "PERIODIC": period != rows,
-        "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch), **configuration.compiled(),
+        "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch),
+        **configuration.compiled(),
     }  # fmt: skip
     numbers = (rows, depth, *widths, period, angles.scaling)
     if not tma:
