@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_launch
-from .arguments import Angles, Projections, present
+from .arguments import Angles, Norms, Projections, present
 from .backend import Launch
 from .configurations import Configuration, candidates
 from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
@@ -67,6 +67,21 @@ def _rotate_tile(
 
 
 @triton.jit
+def _norm_tile(
+    acc, weight, eps, offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """RMS norm of each head of ``acc`` ``[BLOCK_M, BLOCK_N]``; ``weight`` is None or points to ``[HEAD_DIM]``."""
+    heads = tl.reshape(acc, (BLOCK_M, BLOCK_N // HEAD_DIM, HEAD_DIM))
+    # A row of a head is in four neighbouring threads.
+    mean = tl.sum(heads * heads, axis=2) * (1.0 / HEAD_DIM)
+    heads *= tl.expand_dims(tl.rsqrt(mean + eps), 2)
+    if weight is not None:
+        heads *= (tl.load(weight + tl.arange(0, HEAD_DIM)).to(tl.float32) + offset)[None, None, :]
+    return tl.reshape(heads, (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
 def _angles(
     inv_freq_q64, positions, row, rows, period, scaling,
     NUM_PAIRS: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr, HARDWARE: tl.constexpr,
@@ -90,11 +105,12 @@ def _angles(
 @triton.jit(do_not_specialize=["rows", "period"])
 def descriptor_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
-    rows, depth, n_q, n_k, n_v, period, scaling,
+    q_norm, k_norm, rows, depth, n_q, n_k, n_v, period, scaling, eps, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     HALVES: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, HARDWARE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, NORM: tl.constexpr, NORM_AFTER: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, which take the tiles in turn. Arguments are in :func:`launch`."""
     q_tiles = tl.cdiv(n_q, BLOCK_N)
@@ -110,6 +126,7 @@ def descriptor_kernel(
         out = q
         bias = b_q
         width = n_q
+        norm = q_norm
         rotates = True
         # Chosen here, once a tile: a choice inside the loop over the depth would end its pipelining.
         if n >= q_tiles:
@@ -117,6 +134,7 @@ def descriptor_kernel(
             out = k
             bias = b_k
             width = n_k
+            norm = k_norm
             n -= q_tiles
             if HAS_V and n >= k_tiles:
                 weight = w_v
@@ -134,6 +152,8 @@ def descriptor_kernel(
             column = n * BLOCK_N + tl.arange(0, BLOCK_N)
             acc += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
         if rotates:
+            if NORM and not NORM_AFTER:
+                acc = _norm_tile(acc, norm, eps, offset, BLOCK_M, BLOCK_N, HEAD_DIM)
             if TABLE:
                 row = m * BLOCK_M
                 if PERIODIC:
@@ -146,6 +166,8 @@ def descriptor_kernel(
                     inv_freq_q64, positions, row, rows, period, scaling, NUM_PAIRS, SCALED, PERIODIC, HARDWARE
                 )
             acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, NUM_PAIRS, INTERLEAVED)
+            if NORM and NORM_AFTER:
+                acc = _norm_tile(acc, norm, eps, offset, BLOCK_M, BLOCK_N, HEAD_DIM)
         if HALVES:
             # One after the other through half the shared memory, which then has room for another stage of the loop.
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
@@ -160,11 +182,12 @@ def descriptor_kernel(
 @triton.jit(do_not_specialize=["rows", "period"])
 def pointer_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
-    rows, depth, n_q, n_k, n_v, period, scaling, table_stride, x_stride, q_stride, k_stride, v_stride,
+    q_norm, k_norm, rows, depth, n_q, n_k, n_v, period, scaling, eps, offset, table_stride, x_stride, q_stride, k_stride, v_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
     INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, HARDWARE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, NORM: tl.constexpr, NORM_AFTER: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program a tile. ``q_stride`` and its like are the weights' row strides."""
     q_tiles = tl.cdiv(n_q, BLOCK_N)
@@ -181,6 +204,9 @@ def pointer_kernel(
     width = tl.where(is_k, n_k, n_q)
     if HAS_BIAS:
         bias = tl.where(is_k, b_k, b_q)
+    norm = q_norm
+    if NORM and q_norm is not None:
+        norm = tl.where(is_k, k_norm, q_norm)
     n = tl.where(is_k, n - q_tiles, n)
     rotates = True
     if HAS_V:
@@ -215,6 +241,8 @@ def pointer_kernel(
     if HAS_BIAS:
         acc += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     if rotates:
+        if NORM and not NORM_AFTER:
+            acc = _norm_tile(acc, norm, eps, offset, BLOCK_M, BLOCK_N, HEAD_DIM)
         if TABLE:
             pair = tl.arange(0, NUM_PAIRS)
             source = row % period if PERIODIC else row
@@ -227,6 +255,8 @@ def pointer_kernel(
                 inv_freq_q64, positions, row, rows, period, scaling, NUM_PAIRS, SCALED, PERIODIC, HARDWARE
             )
         acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, NUM_PAIRS, INTERLEAVED)
+        if NORM and NORM_AFTER:
+            acc = _norm_tile(acc, norm, eps, offset, BLOCK_M, BLOCK_N, HEAD_DIM)
     out_at = out + row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < width))
 
@@ -245,6 +275,21 @@ def fits_tma(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
         y.data_ptr() % 16 == 0 and stride * y.element_size() % 16 == 0
         for y, stride in zip((x, *weights), strides, strict=True)
     )
+
+
+def fits_norms(norms: Norms, head_dim: int) -> bool:
+    """Whether norms can be made in a tile: of each head by itself, with contiguous weights of one dtype or without."""
+    weights = norms.weights()
+    if weights[0] is None or weights[1] is None:
+        return weights[0] is weights[1]
+    return weights[0].dtype == weights[1].dtype and all(
+        w.shape == (head_dim,) and w.stride(0) == 1 for w in weights
+    )
+
+
+def norm_weights(norms: Norms | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of queries and keys; None where there are no norms, or norms without weights."""
+    return (None, None) if norms is None else norms.weights()
 
 
 def has_tma(arch: str, head_dim: int) -> bool:
@@ -267,6 +312,7 @@ def launch(
     projections: Projections,
     angles: Angles,
     outputs: list[torch.Tensor],
+    norms: Norms | None = None,
     *,
     tma: bool,
     configuration: Configuration | None = None,
@@ -281,12 +327,13 @@ def launch(
         angles: tables ``[B or 1, S, R/2]``, float32, rows equally far apart and aligned to 16 bytes; or contiguous
             ``inv_freq_q64`` and positions ``[B or 1, S]``. Those of one row serve every batch.
         outputs: contiguous ``[B, S, heads, head_dim]`` for each weight.
+        norms: of each head of queries and keys, for which :func:`fits_norms` holds.
         tma: which kernel; needs :func:`fits_tma`, and of tables a row a token or a multiple of the tile's rows.
         configuration: how it is compiled; None: as it is unmeasured.
         arch, num_programs: instead of those of the device of ``x``.
 
     Returns:
-        What does the same again, called as ``launch(x, projections, angles, outputs)``.
+        What does the same again, called as ``launch(x, projections, angles, outputs, norms)``.
     """
     weights, biases, head_dim = projections.weights(), projections.biases(), projections.head_dim
     rows, depth = x.shape[0] * x.shape[1], x.shape[2]
@@ -302,20 +349,21 @@ def launch(
         "HEAD_DIM": head_dim, "NUM_PAIRS": angles.num_pairs, "INTERLEAVED": angles.interleaved,
         "TABLE": angles.cos is not None, "SCALED": angles.scaling != 1.0, "PERIODIC": period != rows,
         "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch),
+        "NORM": norms is not None, "NORM_AFTER": norms is not None and norms.norm_after,
         **configuration.compiled(),
     }  # fmt: skip
-    numbers = (rows, depth, *widths, period, angles.scaling)
+    eps, offset = (norms.eps, norms.weight_offset) if norms is not None else (0.0, 0.0)
+    numbers = (rows, depth, *widths, period, angles.scaling, eps, offset)
+    tensors = (x, projections, angles, outputs, norms)
     if not tma:
         options["EVEN_DEPTH"] = depth % block_k == 0
         numbers += (table_stride(angles), token_stride(x), *three([weight.stride(0) for weight in weights]))
 
-        def pack(x, projections, angles, outputs) -> tuple[Any, ...]:
+        def pack(x, projections, angles, outputs, norms=None) -> tuple[Any, ...]:
             weights, biases = three(projections.weights()), three(projections.biases())
-            return x, *weights, *three(outputs), *biases, *angles[:4], *numbers
+            return x, *weights, *three(outputs), *biases, *angles[:4], *norm_weights(norms), *numbers
 
-        return triton_launch.launch(
-            pointer_kernel, tiles, x.device, pack, (x, projections, angles, outputs), options
-        )
+        return triton_launch.launch(pointer_kernel, tiles, x.device, pack, tensors, options)
 
     options["HALVES"] = configuration.halves
     stored = (block_m, block_n // 2 if configuration.halves else block_n)
@@ -326,16 +374,15 @@ def launch(
         angles.cos, (period, angles.num_pairs), table_stride(angles), (block_m, angles.num_pairs)
     )
 
-    def describe(x, projections, angles, outputs) -> tuple[Any, ...]:
+    def describe(x, projections, angles, outputs, norms=None) -> tuple[Any, ...]:
         loads = three([make(weight) for make, weight in zip(read, projections.weights(), strict=True)])
         stores = three([make(output) for make, output in zip(write, outputs, strict=True)])
         tables = (table(angles.cos), table(angles.sin), *angles[2:4])
-        return read_x(x), *loads, *stores, *three(projections.biases()), *tables, *numbers
+        rest = (*norm_weights(norms), *numbers)
+        return read_x(x), *loads, *stores, *three(projections.biases()), *tables, *rest
 
     grid = min(num_programs or programs(x.device), tiles)
-    return triton_launch.launch(
-        descriptor_kernel, grid, x.device, describe, (x, projections, angles, outputs), options
-    )
+    return triton_launch.launch(descriptor_kernel, grid, x.device, describe, tensors, options)
 
 
 class Descriptor:
