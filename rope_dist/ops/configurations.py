@@ -66,7 +66,14 @@ DECODE_NARROW = Configuration(16, 8, 256, 4, 6)
 
 
 def candidates(
-    path: str, arch: str, head_dim: int, rows: int, multiprocessors: int = 0, heads: int = 0
+    path: str,
+    arch: str,
+    head_dim: int,
+    rows: int,
+    norm: bool = False,
+    *,
+    multiprocessors: int = 0,
+    heads: int = 0,
 ) -> list[Configuration]:
     """The configurations of ``path`` that are measured for ``rows`` tokens, the one that is taken unmeasured first.
 
@@ -74,6 +81,7 @@ def candidates(
     the classes are.
 
     Args:
+        norm: heads are normalised too.
         multiprocessors: of the GPU, for ``"decode"``; ``heads`` of queries, keys and values together.
     """
     wide_head = head_dim > 128
@@ -83,16 +91,21 @@ def candidates(
         return [DECODE_NARROW, DECODE] if few and not arch.startswith("gfx") else [DECODE]
     if path == "triton_tma":
         if arch != "sm_90":
-            return [SQUARE] if rows > 512 else [SQUARE, SMALL]
+            # With a norm a thread of the small tile spills.
+            return [SQUARE] if rows > 512 or norm else [SQUARE, SMALL]
+        # A wide head's angles and a norm's weights take more than 192 registers.
+        whole = WHOLE._replace(maxnreg=None) if wide_head or norm else WHOLE
+        if wide_head and norm:
+            # In two halves it spills.
+            return [whole] if rows <= 1024 else [whole, whole._replace(group=16)]
+        if rows > 1024:
+            return [whole, HALVES, HALVES_16]
         if wide_head:
-            # Of its angles a thread has twice as many: 192 registers would not do. A tile of 64 rows spills.
-            found = [WHOLE, HALVES] if rows <= 1024 else [WHOLE, HALVES, HALVES_16]
-            return [configuration._replace(maxnreg=None) for configuration in found]
-        if rows <= 64:
-            return [SMALL, WIDE]
-        if rows <= 512:
-            return [SQUARE, WIDE, SMALL, HALVES]
-        return [WHOLE, HALVES, SQUARE] if rows <= 1024 else [WHOLE, HALVES, HALVES_16]
+            # A tile of 64 rows, whose threads have twice as many angles, spills.
+            return [whole, HALVES]
+        if rows > 512:
+            return [whole, HALVES, SQUARE]
+        return [SQUARE, WIDE, SMALL, HALVES] if rows > 64 else [SMALL, WIDE]
     if arch.startswith("gfx"):
         return [CDNA_WIDE_HEAD if wide_head else CDNA]
     if wide_head:
@@ -100,11 +113,11 @@ def candidates(
     return [POINTERS] if rows > 512 else [POINTERS, POINTERS_SMALL]
 
 
-def every(path: str, arch: str, head_dim: int) -> list[Configuration]:
+def every(path: str, arch: str, head_dim: int, norm: bool = False) -> list[Configuration]:
     """The configurations of ``path`` that can be asked for by name."""
     found = {
         configuration.name: configuration
         for rows in (64, 512, 1024, 2048)
-        for configuration in candidates(path, arch, head_dim, rows, multiprocessors=1)
+        for configuration in candidates(path, arch, head_dim, rows, norm, multiprocessors=1)
     }
     return list(found.values())

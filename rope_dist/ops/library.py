@@ -7,6 +7,8 @@ straight to ``dispatch.py``, which chooses the backend of both; ``launch_cache.f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import autotune, dispatch, dispatch_projection, launch_cache, validation
@@ -287,11 +289,22 @@ def _qkv_setup(ctx, inputs, output) -> None:
 def _qkv_backward(ctx, grad_q, grad_k, grad_v):
     *tensors, x, w_q, w_k, w_v = ctx.saved_tensors
     weights = [w for w in (w_q, w_k, w_v) if w is not None]
-    widths = [w.shape[0] for w in weights]
     angles = Angles(*tensors, *ctx.numbers).conjugated()
     packed = torch.ops.rope_dist.pack_gradients(grad_q, grad_k, grad_v if w_v is not None else None, *angles)
-    rows = packed.flatten(0, 1)
-    wanted = ctx.needs_input_grad
+    gradients = projection_gradients(packed, x, weights, ctx.needs_input_grad)
+    return *gradients, None, *_NO_ANGLES, None
+
+
+def projection_gradients(
+    packed: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor], wanted: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Gradients of ``x``, the three weights and the three biases; None for those that are not wanted or not there.
+
+    Args:
+        packed: gradients of the products ``[B, S, N]``, side by side.
+        wanted: of each of the seven.
+    """
+    rows, widths = packed.flatten(0, 1), [w.shape[0] for w in weights]
 
     def parts(joined: torch.Tensor, first: int) -> list[torch.Tensor | None]:
         """``joined`` gradients of all weights or biases, split to those that are wanted."""
@@ -307,7 +320,7 @@ def _qkv_backward(ctx, grad_q, grad_k, grad_v):
             grad_w = parts(rows.t() @ x.flatten(0, 1), 1)
         if any(wanted[4:7]):
             grad_b = parts(rows.sum(0), 4)
-    return grad_x, *grad_w, *grad_b, None, *_NO_ANGLES, None
+    return [grad_x, *grad_w, *grad_b]
 
 
 torch.library.register_autograd("rope_dist::qkv_rotary", _qkv_backward, setup_context=_qkv_setup, lib=LIBRARY)

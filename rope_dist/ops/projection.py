@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import autotune, dispatch, dispatch_projection, launch_cache, library, validation
-from .arguments import Angles, Projections, present
-from .fixed_point import to_fixed_point
+from .arguments import Angles, Norms, Projections, present
+from .fixed_point import as_fixed_point
 
 
 def qkv_rotary(  # noqa: PLR0913  (public)
@@ -63,7 +63,7 @@ def qkv_rotary(  # noqa: PLR0913  (public)
         position_ids = (
             position_ids[None] if position_ids is not None and position_ids.ndim == 1 else position_ids
         )
-    inv_freq_q64 = _fixed_point(inv_freq)
+    inv_freq_q64 = as_fixed_point(inv_freq) if inv_freq is not None else None
     projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
     angles = Angles(
         cos, sin, inv_freq_q64, position_ids, scaling=float(attention_scaling), interleaved=interleaved
@@ -75,7 +75,7 @@ def qkv_rotary(  # noqa: PLR0913  (public)
         validation.values(position_ids, "position_ids")
         out = launch(x, projections, angles)
     else:
-        angles = _checked(x, projections, angles, inv_freq, path)
+        angles = checked(x, projections, angles, inv_freq, path)
         out = library.qkv_rotary(x, projections, angles, path, key)
     q, k, v = out
     return (q[0], k[0], v[0] if v is not None else None) if packed else out
@@ -95,12 +95,13 @@ def projection_paths(
     return dispatch_projection.candidates(dispatch.projecting(x), x, projections, rotary_dim // 2)
 
 
-def _fixed_point(inv_freq: torch.Tensor | None) -> torch.Tensor | None:
-    return inv_freq if inv_freq is None or inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
-
-
-def _checked(
-    x: torch.Tensor, projections: Projections, angles: Angles, inv_freq: torch.Tensor | None, path: str
+def checked(
+    x: torch.Tensor,
+    projections: Projections,
+    angles: Angles,
+    inv_freq: torch.Tensor | None,
+    path: str,
+    norms: Norms | None = None,
 ) -> Angles:
     """``angles`` with tables of three axes; ``ValueError`` where arguments do not belong together."""
     _check_projections(x, projections)
@@ -117,11 +118,16 @@ def _checked(
         heads = x.new_empty(batch, length, 0, head_dim)
         cos, sin = validation.tables(heads, present(angles.cos), present(angles.sin), rows=length)
         angles = angles._replace(cos=cos, sin=sin)
-    check_path(x, projections, angles.num_pairs, path)
+    if norms is not None:
+        heads = [x.new_empty(0, 0, w.shape[0] // head_dim, head_dim) for w in projections[:2]]
+        validation.norms(*heads, norms)
+    _check_path(x, projections, angles.num_pairs, path, norms)
     return angles
 
 
-def check_path(x: torch.Tensor, projections: Projections, num_pairs: int, path: str) -> None:
+def _check_path(
+    x: torch.Tensor, projections: Projections, num_pairs: int, path: str, norms: Norms | None = None
+) -> None:
     """``ValueError`` where ``path`` is none or cannot serve these tensors."""
     name, _, configuration = path.partition(":")
     if name not in dispatch_projection.PATHS:
@@ -129,11 +135,11 @@ def check_path(x: torch.Tensor, projections: Projections, num_pairs: int, path: 
     if path in ("auto", "separate"):
         return
     backend = dispatch.projecting(x)
-    if dispatch_projection.serves(backend, path, x, projections, num_pairs):
+    if dispatch_projection.serves(backend, path, x, projections, num_pairs, norms):
         return
-    possible = dispatch_projection.candidates(backend, x, projections, num_pairs)
+    possible = dispatch_projection.candidates(backend, x, projections, num_pairs, norms)
     if configuration and name in possible:
-        possible = dispatch_projection.configured(backend, [name], x, projections, every=True)
+        possible = dispatch_projection.configured(backend, [name], x, projections, norms, every=True)
     raise ValueError(f"path {path!r} cannot serve these tensors; {', '.join(possible)} can")
 
 
@@ -180,7 +186,7 @@ def decode_rotary(  # noqa: PLR0913  (public)
         position_ids = position_ids[None] if position_ids.ndim == 1 else position_ids
     projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, k_cache.shape[-1])
     angles = Angles(
-        inv_freq_q64=_fixed_point(inv_freq), positions=position_ids, scaling=float(attention_scaling),
+        inv_freq_q64=as_fixed_point(inv_freq), positions=position_ids, scaling=float(attention_scaling),
         interleaved=interleaved,
     )  # fmt: skip
     caches = (k_cache, v_cache)

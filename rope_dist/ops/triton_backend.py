@@ -8,7 +8,7 @@ import sys
 import torch
 
 from . import configurations
-from .arguments import Angles, Projections, present
+from .arguments import Angles, Norms, Projections, present
 from .backend import Backend, Launch, packed_heads
 from .configurations import Configuration
 
@@ -48,7 +48,9 @@ class Triton(Backend):
         triton_rotary.launch(q, k, parts[0], parts[1], angles, v=v, v_out=v_out)
         return packed
 
-    def paths(self, x: torch.Tensor, projections: Projections, num_pairs: int) -> list[str]:
+    def paths(
+        self, x: torch.Tensor, projections: Projections, num_pairs: int, norms: Norms | None = None
+    ) -> list[str]:
         from . import triton_decode, triton_projection
 
         weights, head_dim = projections.weights(), projections.head_dim
@@ -57,35 +59,48 @@ class Triton(Backend):
         if x.numel() == 0 or x.stride(-1) != 1 or any(w.numel() == 0 or w.stride(1) != 1 for w in weights):
             return []
         found, x = [], _side_by_side(x)
+        if norms is not None and not triton_projection.fits_norms(norms, head_dim):
+            return []
         if triton_projection.fits(head_dim, 2 * num_pairs):
             found.append("triton")
             arch = triton_projection.architecture(x.device)
             if triton_projection.has_tma(arch, head_dim) and triton_projection.fits_tma(x, weights):
                 found.append("triton_tma")
-        if x.shape[0] * x.shape[1] <= triton_decode.MAX_TOKENS:
+        # Its programs have parts of heads, a norm needs whole ones.
+        if norms is None and x.shape[0] * x.shape[1] <= triton_decode.MAX_TOKENS:
             found.append("decode")
         return found
 
     def configurations(
-        self, path: str, x: torch.Tensor, projections: Projections, every: bool = False
+        self,
+        path: str,
+        x: torch.Tensor,
+        projections: Projections,
+        norms: Norms | None = None,
+        *,
+        every: bool = False,
     ) -> list[str]:
-        return [found.name for found in _configurations(path, x, projections, every)]
+        return [found.name for found in _configurations(path, x, projections, norms, every)]
 
     def project(
-        self, path: str, x: torch.Tensor, projections: Projections, angles: Angles
+        self,
+        path: str,
+        x: torch.Tensor,
+        projections: Projections,
+        angles: Angles,
+        norms: Norms | None = None,
     ) -> tuple[list[torch.Tensor], Launch | None]:
         from . import triton_decode, triton_projection
 
-        path, configuration = _configuration(path, x, projections)
-        tile_rows = configuration.rows if path == "triton_tma" else 1
-        rows, ready = _side_by_side(x), _ready(x, angles, tile_rows)
+        path, configuration = _configuration(path, x, projections, norms)
+        tma = path == "triton_tma"
+        rows, ready = _side_by_side(x), _ready(x, angles, configuration.rows if tma else 1)
         outputs = empty_heads(x, projections)
         if path == "decode":
             again = triton_decode.launch(rows, projections, ready, outputs, configuration=configuration)
         else:
-            tma = path == "triton_tma"
             again = triton_projection.launch(
-                rows, projections, ready, outputs, tma=tma, configuration=configuration
+                rows, projections, ready, outputs, norms, tma=tma, configuration=configuration
             )
         return outputs, again if rows is x and ready is angles else None
 
@@ -120,25 +135,30 @@ def empty_heads(x: torch.Tensor, projections: Projections) -> list[torch.Tensor]
 
 
 def _configurations(
-    path: str, x: torch.Tensor, projections: Projections, every: bool = False
+    path: str, x: torch.Tensor, projections: Projections, norms: Norms | None = None, every: bool = False
 ) -> list[Configuration]:
     """Those of ``path`` worth measuring for ``x``, the one that is taken unmeasured first; or all that there are."""
     from . import triton_projection
 
-    arch, head_dim = triton_projection.architecture(x.device), projections.head_dim
+    arch, head_dim, norm = triton_projection.architecture(x.device), projections.head_dim, norms is not None
     if every:
-        return configurations.every(path, arch, head_dim)
+        return configurations.every(path, arch, head_dim, norm)
     heads = sum(weight.shape[0] for weight in projections.weights()) // head_dim
-    multiprocessors = triton_projection.programs(x.device)
-    return configurations.candidates(path, arch, head_dim, x.shape[0] * x.shape[1], multiprocessors, heads)
+    return configurations.candidates(
+        path, arch, head_dim, x.shape[0] * x.shape[1], norm,
+        multiprocessors=triton_projection.programs(x.device), heads=heads,
+    )  # fmt: skip
 
 
-def _configuration(path: str, x: torch.Tensor, projections: Projections) -> tuple[str, Configuration]:
+def _configuration(
+    path: str, x: torch.Tensor, projections: Projections, norms: Norms | None = None
+) -> tuple[str, Configuration]:
     """``path`` without and with its configuration: the one that it names, else the one that is taken unmeasured."""
     path, _, name = path.partition(":")
     if not name:
-        return path, _configurations(path, x, projections)[0]
-    return path, next(c for c in _configurations(path, x, projections, every=True) if c.name == name)
+        return path, _configurations(path, x, projections, norms)[0]
+    every = _configurations(path, x, projections, norms, every=True)
+    return path, next(configuration for configuration in every if configuration.name == name)
 
 
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:

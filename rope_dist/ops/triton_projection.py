@@ -339,7 +339,9 @@ def launch(
     rows, depth = x.shape[0] * x.shape[1], x.shape[2]
     arch = arch or architecture(x.device)
     if configuration is None:
-        configuration = candidates("triton_tma" if tma else "triton", arch, head_dim, rows)[0]
+        configuration = candidates(
+            "triton_tma" if tma else "triton", arch, head_dim, rows, norms is not None
+        )[0]
     block_m, block_n, block_k = configuration[:3]
     widths = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     tiles = triton.cdiv(rows, block_m) * sum(triton.cdiv(width, block_n) for width in widths)
