@@ -82,10 +82,8 @@ def separate(
     heads = project(x, projections)
     ready = dispatch.whole_rows(angles)
     q, k = heads[:2]
-    if norms is None:
-        launch = backend.rotate(q, k, q, k, ready)
-    else:
-        launch = backend.norm_rotate(q, k, q, k, norms, ready)
+    turn = backend.rotate if norms is None else functools.partial(backend.norm_rotate, norms=norms)
+    launch = turn(q, k, q, k, angles=ready)
     if launch is None or ready is not angles:
         return _heads(heads), None
 

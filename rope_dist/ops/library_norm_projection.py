@@ -1,8 +1,8 @@
 """Registration of projection + norm + rotary with ``torch.library``: schema, shapes, gradients.
 
 The gradient of a norm needs its input, which the fused kernel does not keep. Where a gradient is wanted the products
-and the norm with the rotation are therefore operators of their own, and keep it. The backward pass of the operator here,
-for who calls it directly, makes the products again.
+and the norm with the rotation are therefore operators of their own, and keep it. The backward pass of the operator
+here, for who calls it directly, makes the products again.
 """
 
 from __future__ import annotations

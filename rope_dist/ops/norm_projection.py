@@ -58,16 +58,12 @@ def qkv_norm_rotary(  # noqa: PLR0913  (public)
         ValueError: shapes, dtypes or devices that do not belong together, neither or both of frequencies and
             tables, or a path that cannot serve these tensors.
     """
-    packed = x.ndim == 2
-    if packed:
-        x = x[None]
-        if position_ids is not None and position_ids.ndim == 1:
-            position_ids = position_ids[None]
+    inv_freq_q64 = as_fixed_point(inv_freq) if inv_freq is not None else None
+    x, position_ids, packed = projection.one_batch(x, position_ids, inv_freq_q64)
     projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
     norms = Norms(q_norm_weight, k_norm_weight, float(eps), float(weight_offset), norm_after)
     angles = Angles(
-        cos, sin, as_fixed_point(inv_freq) if inv_freq is not None else None, position_ids,
-        scaling=float(attention_scaling), interleaved=interleaved,
+        cos, sin, inv_freq_q64, position_ids, scaling=float(attention_scaling), interleaved=interleaved,
     )  # fmt: skip
     options = library_norm_projection.options(projections, norms, path) + launch_cache.metadata(inv_freq)
     tensors = (x, *projections[:6], *norms.weights())

@@ -38,8 +38,10 @@ def qkv_rotary(  # noqa: PLR0913  (public)
         w_q, w_k, w_v: ``[heads * head_dim, K]`` in the dtype of ``x``; ``w_v`` None leaves the values out.
         b_q, b_k, b_v: ``[heads * head_dim]`` or None.
         head_dim: even.
-        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.to_fixed_point` made of them.
-        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64; None counts from 0.
+        inv_freq: ``[R/2]`` floating radians a token, or ``[axes, R/2]`` of :func:`rope_dist.ops.mrope_frequencies`; or
+            what :func:`rope_dist.ops.to_fixed_point` made of either.
+        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, of several axes ``[axes, B or 1, S]``
+            (packed: ``[axes, T]``); None counts from 0.
         cos, sin: instead of both, tables ``[B, S, R/2]``, ``[1, S, R/2]`` or ``[S, R/2]``.
         attention_scaling: factor on the rotated dimensions, with ``inv_freq``; tables carry it in them.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R/2)``.
@@ -57,13 +59,8 @@ def qkv_rotary(  # noqa: PLR0913  (public)
         ValueError: shapes, dtypes or devices that do not belong together, neither or both of frequencies and
             tables, or a path that cannot serve these tensors.
     """
-    packed = x.ndim == 2
-    if packed:
-        x = x[None]
-        position_ids = (
-            position_ids[None] if position_ids is not None and position_ids.ndim == 1 else position_ids
-        )
     inv_freq_q64 = as_fixed_point(inv_freq) if inv_freq is not None else None
+    x, position_ids, packed = one_batch(x, position_ids, inv_freq_q64)
     projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
     angles = Angles(
         cos, sin, inv_freq_q64, position_ids, scaling=float(attention_scaling), interleaved=interleaved
@@ -95,6 +92,19 @@ def projection_paths(
     return dispatch_projection.candidates(dispatch.projecting(x), x, projections, rotary_dim // 2)
 
 
+def one_batch(
+    x: torch.Tensor, position_ids: torch.Tensor | None, inv_freq_q64: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Packed ``[T, K]`` and positions ``[T]`` or ``[axes, T]`` as of one batch, and whether they were packed."""
+    packed = x.ndim == 2
+    if packed:
+        x = x[None]
+        axes = inv_freq_q64 is not None and inv_freq_q64.ndim == 3
+        if position_ids is not None and position_ids.ndim == (2 if axes else 1):
+            position_ids = position_ids.unsqueeze(-2)
+    return x, position_ids, packed
+
+
 def checked(
     x: torch.Tensor,
     projections: Projections,
@@ -109,9 +119,7 @@ def checked(
     if (inv_freq is None) == (angles.cos is None) or (angles.cos is None) != (angles.sin is None):
         raise ValueError("give inv_freq, or cos and sin")
     if inv_freq is not None:
-        validation.frequencies(inv_freq, head_dim, x.device)
-        if angles.positions is not None:
-            validation.positions(angles.positions, batch, length, x.device)
+        validation.angles_at(x.new_empty(batch, length, 0, head_dim), inv_freq, angles, packed=False)
     else:
         if angles.positions is not None or angles.scaling != 1.0:
             raise ValueError("position_ids and attention_scaling go with inv_freq; tables carry both in them")
@@ -120,7 +128,7 @@ def checked(
         angles = angles._replace(cos=cos, sin=sin)
     if norms is not None:
         heads = [x.new_empty(0, 0, w.shape[0] // head_dim, head_dim) for w in projections[:2]]
-        validation.norms(*heads, norms)
+        validation.norms(*heads, norms, ("q_norm_weight", "k_norm_weight"))
     _check_path(x, projections, angles.num_pairs, path, norms)
     return angles
 
@@ -180,13 +188,11 @@ def decode_rotary(  # noqa: PLR0913  (public)
     """
     if launch_cache.transformed():
         raise ValueError("decode_rotary is for inference: torch.func and forward mode go with qkv_rotary")
-    packed = x.ndim == 2
-    if packed:
-        x = x[None]
-        position_ids = position_ids[None] if position_ids.ndim == 1 else position_ids
+    inv_freq_q64 = as_fixed_point(inv_freq)
+    x, position_ids, packed = one_batch(x, position_ids, inv_freq_q64)
     projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, k_cache.shape[-1])
     angles = Angles(
-        inv_freq_q64=as_fixed_point(inv_freq), positions=position_ids, scaling=float(attention_scaling),
+        inv_freq_q64=inv_freq_q64, positions=position_ids, scaling=float(attention_scaling),
         interleaved=interleaved,
     )  # fmt: skip
     caches = (k_cache, v_cache)
@@ -195,8 +201,8 @@ def decode_rotary(  # noqa: PLR0913  (public)
         launch, key = launch_cache.find("decode_rotary", tensors, angles, *launch_cache.metadata(inv_freq))
         if launch is None:
             _check_caches(x, projections, caches, slots)
-            validation.frequencies(inv_freq, projections.head_dim, x.device)
-            validation.positions(position_ids, x.shape[0], x.shape[1], x.device)
+            heads = x.new_empty(*x.shape[:2], 0, projections.head_dim)
+            validation.angles_at(heads, inv_freq, angles, packed=False)
         validation.values(position_ids, "position_ids")
         validation.writable(*caches, names=("k_cache", "v_cache"))
         _check_slots(slots, k_cache.shape[0])

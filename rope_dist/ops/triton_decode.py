@@ -18,9 +18,9 @@ from . import triton_launch
 from .arguments import Angles, Projections
 from .backend import Launch
 from .configurations import DECODE, Configuration
-from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
+from .triton_angles import fast_cos_sin, has_hardware, rotate
 from .triton_launch import architecture
-from .triton_projection import angle_rows, table_stride, three, token_stride
+from .triton_projection import angle_rows, axis_angle, table_stride, three, token_stride
 
 MAX_TOKENS = 16
 
@@ -33,7 +33,7 @@ def decode_kernel(
     v_stride, k_token, k_head, v_token, v_head,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
     PROGRAMS_A_HEAD: tl.constexpr, EVEN_DEPTH: tl.constexpr, INTERLEAVED: tl.constexpr, TABLE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HARDWARE: tl.constexpr,
+    AXES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Grid: heads of q, k and v times ``PROGRAMS_A_HEAD``. Arguments are in :func:`launch`."""
     program = tl.program_id(0)
@@ -98,10 +98,12 @@ def decode_kernel(
         cos = tl.load(cos_table + at, mask=mask, other=1.0)
         sin = tl.load(sin_table + at, mask=mask, other=0.0)
     else:
-        position = tl.load(positions + token % period, mask=here, other=0).to(tl.int32)
-        high = tl.load(inv_freq_q64 + pair, mask=is_rotary, other=0)
-        low = tl.load(inv_freq_q64 + NUM_PAIRS + pair, mask=is_rotary, other=0)
-        cos, sin = fast_cos_sin(angle(position[:, None], high[None, :], low[None, :]), HARDWARE)
+        row = token % period
+        revolutions = axis_angle(inv_freq_q64, positions, row, here, is_rotary, 0, period, pair, NUM_PAIRS)
+        for axis in tl.static_range(1, AXES):
+            more = axis_angle(inv_freq_q64, positions, row, here, is_rotary, axis, period, pair, NUM_PAIRS)
+            revolutions = tl.add(revolutions, more, sanitize_overflow=False)
+        cos, sin = fast_cos_sin(revolutions, HARDWARE)
         cos *= scaling
         sin *= scaling
     rotated_a, rotated_b = rotate(sum_a, sum_b, cos, sin)
@@ -160,8 +162,8 @@ def launch(
     options = {
         "ROWS": MAX_TOKENS, "BLOCK_K": block_k, "PAIRS": pairs, "HEAD_DIM": head_dim,
         "NUM_PAIRS": angles.num_pairs, "PROGRAMS_A_HEAD": a_head, "EVEN_DEPTH": depth % block_k == 0,
-        "INTERLEAVED": angles.interleaved, "TABLE": angles.cos is not None, "HAS_BIAS": biases is not None,
-        "HAS_SLOTS": slots is not None, "HARDWARE": has_hardware(arch or architecture(x.device)),
+        "INTERLEAVED": angles.interleaved, "TABLE": angles.cos is not None, "AXES": angles.axes,
+        "HAS_BIAS": biases is not None, "HAS_SLOTS": slots is not None, "HARDWARE": has_hardware(arch or architecture(x.device)),
         **configuration.compiled(),
     }  # fmt: skip
 

@@ -82,19 +82,36 @@ def _norm_tile(
 
 
 @triton.jit
+def axis_angle(
+    inv_freq_q64, positions, row, known_row, known_pair, axis, period, pair, NUM_PAIRS: tl.constexpr
+):  # fmt: skip
+    """Angles ``[rows, pairs]`` of the positions of one axis, in 2^-32 revolutions."""
+    position = tl.load(positions + axis * period + row, mask=known_row, other=0).to(tl.int32)
+    at = inv_freq_q64 + axis * (2 * NUM_PAIRS) + pair
+    high = tl.load(at, mask=known_pair, other=0)
+    low = tl.load(at + NUM_PAIRS, mask=known_pair, other=0)
+    return angle(position[:, None], high[None, :], low[None, :])
+
+
+@triton.jit
 def _angles(
     inv_freq_q64, positions, row, rows, period, scaling,
-    NUM_PAIRS: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr, HARDWARE: tl.constexpr,
+    NUM_PAIRS: tl.constexpr, AXES: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """cos and sin ``[BLOCK_M, NUM_PAIRS]`` of the tokens ``row``, whose positions may repeat after ``period``."""
     known = row < rows
     if PERIODIC:
         row = row % period
-    position = tl.load(positions + row, mask=known, other=0).to(tl.int32)
-    pair = tl.arange(0, NUM_PAIRS)
-    high = tl.load(inv_freq_q64 + pair)
-    low = tl.load(inv_freq_q64 + NUM_PAIRS + pair)
-    cos, sin = fast_cos_sin(angle(position[:, None], high[None, :], low[None, :]), HARDWARE)
+    revolutions = axis_angle(
+        inv_freq_q64, positions, row, known, True, 0, period, tl.arange(0, NUM_PAIRS), NUM_PAIRS
+    )
+    for axis in tl.static_range(1, AXES):
+        more = axis_angle(
+            inv_freq_q64, positions, row, known, True, axis, period, tl.arange(0, NUM_PAIRS), NUM_PAIRS
+        )
+        revolutions = tl.add(revolutions, more, sanitize_overflow=False)
+    cos, sin = fast_cos_sin(revolutions, HARDWARE)
     if SCALED:
         cos *= scaling
         sin *= scaling
@@ -108,7 +125,7 @@ def descriptor_kernel(
     q_norm, k_norm, rows, depth, n_q, n_k, n_v, period, scaling, eps, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     HALVES: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, AXES: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, NORM: tl.constexpr, NORM_AFTER: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +180,17 @@ def descriptor_kernel(
             else:
                 row = m * BLOCK_M + tl.arange(0, BLOCK_M)
                 cos, sin = _angles(
-                    inv_freq_q64, positions, row, rows, period, scaling, NUM_PAIRS, SCALED, PERIODIC, HARDWARE
+                    inv_freq_q64,
+                    positions,
+                    row,
+                    rows,
+                    period,
+                    scaling,
+                    NUM_PAIRS,
+                    AXES,
+                    SCALED,
+                    PERIODIC,
+                    HARDWARE,
                 )
             acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, NUM_PAIRS, INTERLEAVED)
             if NORM and NORM_AFTER:
@@ -182,10 +209,11 @@ def descriptor_kernel(
 @triton.jit(do_not_specialize=["rows", "period"])
 def pointer_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
-    q_norm, k_norm, rows, depth, n_q, n_k, n_v, period, scaling, eps, offset, table_stride, x_stride, q_stride, k_stride, v_stride,
+    q_norm, k_norm, rows, depth, n_q, n_k, n_v, period, scaling, eps, offset,
+    table_stride, x_stride, q_stride, k_stride, v_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, AXES: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, NORM: tl.constexpr, NORM_AFTER: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +280,17 @@ def pointer_kernel(
             sin = tl.load(sin_table + at, mask=known, other=0.0)
         else:
             cos, sin = _angles(
-                inv_freq_q64, positions, row, rows, period, scaling, NUM_PAIRS, SCALED, PERIODIC, HARDWARE
+                inv_freq_q64,
+                positions,
+                row,
+                rows,
+                period,
+                scaling,
+                NUM_PAIRS,
+                AXES,
+                SCALED,
+                PERIODIC,
+                HARDWARE,
             )
         acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, NUM_PAIRS, INTERLEAVED)
         if NORM and NORM_AFTER:
@@ -325,7 +363,7 @@ def launch(
         x: ``[B, S, K]`` float16 or bfloat16, not empty, tokens equally far apart, last axis contiguous.
         projections: weights ``[N, K]``, last axis contiguous, and a ``head_dim`` for which :func:`fits` holds.
         angles: tables ``[B or 1, S, R/2]``, float32, rows equally far apart and aligned to 16 bytes; or contiguous
-            ``inv_freq_q64`` and positions ``[B or 1, S]``. Those of one row serve every batch.
+            ``inv_freq_q64`` and positions ``[B or 1, S]``, or of several axes. Those of one row serve every batch.
         outputs: contiguous ``[B, S, heads, head_dim]`` for each weight.
         norms: of each head of queries and keys, for which :func:`fits_norms` holds.
         tma: which kernel; needs :func:`fits_tma`, and of tables a row a token or a multiple of the tile's rows.
@@ -349,8 +387,8 @@ def launch(
     options = {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": configuration.group,
         "HEAD_DIM": head_dim, "NUM_PAIRS": angles.num_pairs, "INTERLEAVED": angles.interleaved,
-        "TABLE": angles.cos is not None, "SCALED": angles.scaling != 1.0, "PERIODIC": period != rows,
-        "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch),
+        "TABLE": angles.cos is not None, "AXES": angles.axes, "SCALED": angles.scaling != 1.0,
+        "PERIODIC": period != rows, "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch),
         "NORM": norms is not None, "NORM_AFTER": norms is not None and norms.norm_after,
         **configuration.compiled(),
     }  # fmt: skip
@@ -422,5 +460,7 @@ def table_stride(angles: Angles) -> int:
 
 def angle_rows(angles: Angles) -> int:
     """Tokens that ``angles`` has a row for."""
-    source = present(angles.cos if angles.cos is not None else angles.positions)
-    return source.shape[0] * source.shape[1]
+    if angles.cos is not None:
+        return angles.cos.shape[0] * angles.cos.shape[1]
+    positions = present(angles.positions)
+    return positions.shape[-2] * positions.shape[-1]
