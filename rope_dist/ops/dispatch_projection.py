@@ -149,8 +149,8 @@ def choose(
         form="+".join(name for name, used in forms.items() if used),
     )
     calls = {
-        path: functools.partial(run, backend, path, x, projections, angles)
-        for path in configured(backend, possible, x, projections)
+        path: functools.partial(run, backend, path, x, projections, angles, norms)
+        for path in configured(backend, possible, x, projections, norms)
     }
     with torch.cuda.device(x.device):
         path = autotune.choose(problem, calls)

@@ -163,8 +163,8 @@ def launch(
         "ROWS": MAX_TOKENS, "BLOCK_K": block_k, "PAIRS": pairs, "HEAD_DIM": head_dim,
         "NUM_PAIRS": angles.num_pairs, "PROGRAMS_A_HEAD": a_head, "EVEN_DEPTH": depth % block_k == 0,
         "INTERLEAVED": angles.interleaved, "TABLE": angles.cos is not None, "AXES": angles.axes,
-        "HAS_BIAS": biases is not None, "HAS_SLOTS": slots is not None, "HARDWARE": has_hardware(arch or architecture(x.device)),
-        **configuration.compiled(),
+        "HAS_BIAS": biases is not None, "HAS_SLOTS": slots is not None,
+        "HARDWARE": has_hardware(arch or architecture(x.device)), **configuration.compiled(),
     }  # fmt: skip
 
     def pack(x, projections, angles, outputs, slots=None) -> tuple[Any, ...]:

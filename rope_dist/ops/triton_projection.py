@@ -388,8 +388,8 @@ def launch(
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": configuration.group,
         "HEAD_DIM": head_dim, "NUM_PAIRS": angles.num_pairs, "INTERLEAVED": angles.interleaved,
         "TABLE": angles.cos is not None, "AXES": angles.axes, "SCALED": angles.scaling != 1.0,
-        "PERIODIC": period != rows, "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch),
-        "NORM": norms is not None, "NORM_AFTER": norms is not None and norms.norm_after,
+        "PERIODIC": period != rows, "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3,
+        "HARDWARE": has_hardware(arch), "NORM": norms is not None, "NORM_AFTER": norms is not None and norms.norm_after,
         **configuration.compiled(),
     }  # fmt: skip
     eps, offset = (norms.eps, norms.weight_offset) if norms is not None else (0.0, 0.0)
