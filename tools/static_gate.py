@@ -14,8 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +21,16 @@ import torch
 import triton
 from tabulate import tabulate
 
-from rope_dist.ops import configurations, triton_decode, triton_projection, triton_rotary
-from rope_dist.ops.arguments import Angles, Projections
-from rope_dist.ops.configurations import Configuration
+from rope_dist.ops import triton_rotary
+from rope_dist.ops.arguments import Angles
 
-from . import static_compile
+from . import static_compile, static_projection
+from .static_case import BF16, Case
+from .static_case import angles as _angles
+from .static_case import meta as _meta
 from .static_compile import Report
 
-BF16 = torch.bfloat16
 SHARED_MEMORY = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel in one use, the architectures it is for, and its limits.
-
-    Attributes:
-        least, most: limits on a number of :func:`numbers`, by its name.
-    """
-
-    name: str
-    call: Callable[[str], Any]
-    targets: tuple[str, ...]
-    most: dict[str, int] = field(default_factory=dict)
-    least: dict[str, int] = field(default_factory=dict)
-
-
-def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def _angles(tokens: int, rotary_dim: int, table: bool, axes: int = 0, **options: Any) -> Angles:
-    """Angles of ``tokens`` of one sequence; ``axes`` of M-RoPE's positions."""
-    num_pairs = rotary_dim // 2
-    if table:
-        cos, sin = (_meta(1, tokens, num_pairs, dtype=torch.float32) for _ in range(2))
-        return Angles(cos, sin, **options)
-    first = (axes,) if axes else ()
-    inv_freq_q64 = _meta(*first, 2, num_pairs, dtype=torch.int32)
-    positions = _meta(*first, 1, tokens, dtype=torch.int64)
-    return Angles(inv_freq_q64=inv_freq_q64, positions=positions, **options)
 
 
 def _rotary(
@@ -96,112 +64,9 @@ def _pack_gradients(arch: str) -> None:
     triton_rotary.launch(q, k, packed[0], packed[1], angles, v=v, v_out=packed[2])
 
 
-def _projections(heads: tuple[int, ...], head_dim: int, bias: bool) -> Projections:
-    weights = [_meta(h * head_dim, 4096) for h in heads]
-    biases = [_meta(w.shape[0]) if bias else None for w in weights]
-    left_out = [None] * (3 - len(heads))
-    return Projections(*weights, *left_out, *biases, *left_out, head_dim)
-
-
-def _projection(
-    heads, head_dim, *, rotary_dim=None, table=False, bias=False, interleaved=False, tma=True, batch=1,
-    configuration=None,
-):  # fmt: skip
-    def call(arch: str) -> None:
-        projections = _projections(heads, head_dim, bias)
-        angles = _angles(8192 // batch, rotary_dim or head_dim, table, interleaved=interleaved)
-        outputs = [_meta(batch, 8192 // batch, h, head_dim) for h in heads]
-        x = _meta(batch, 8192 // batch, 4096)
-        how = {"tma": tma, "configuration": configuration, "arch": arch, "num_programs": 132}
-        triton_projection.launch(x, projections, angles, outputs, **how)
-
-    return call
-
-
-def _decode(
-    q_heads, k_heads, head_dim, *, bias=False, slots=False, tokens=16, configuration=configurations.DECODE
-):
-    def call(arch: str) -> None:
-        projections = _projections((q_heads, k_heads, k_heads), head_dim, bias)
-        q = _meta(1, tokens, q_heads, head_dim)
-        others = [_meta(*((tokens,) if slots else (1, tokens)), k_heads, head_dim) for _ in range(2)]
-        angles = _angles(tokens, head_dim, False)
-        entries = _meta(tokens, dtype=torch.int64) if slots else None
-        triton_decode.launch(
-            _meta(1, tokens, 4096), projections, angles, [q, *others], entries,
-            configuration=configuration, arch=arch,
-        )  # fmt: skip
-
-    return call
-
-
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 # Heads are read and written 16 bytes at a time; what else is loaded is one position and the frequencies.
 WIDE = {"registers": 64, "stack": 0, "shared": 0, "narrow stores": 0, "narrow loads": 2, "convert_layout": 0}
-HOPPER = {
-    "registers": 192,
-    "stack": 0,
-    "instructions": 1_200,
-    "serialized": 0,
-    "convert_layout": 0,
-    "shared accesses": 0,
-    "narrow stores": 0,
-    "wide stores": 0,
-}
-TENSOR = {"HGMMA.64x256x16": 4, "UTMALDG": 6, "UTMASTG": 1}
-TABLE = {"shared accesses": 32}
-BIAS = {"instructions": 1_500, "convert_layout": 1, "shared accesses": 32}
-INTERLEAVED = {"instructions": 1_250}
-# Heads as wide as a tile hold twice the angles a thread. One program fills a multiprocessor whatever its
-# registers: what counts is that none is spilled.
-WIDE_HEAD = {"registers": 255, "instructions": 1_600}
-AMPERE = {"registers": 200, "stack": 0, "narrow copies": 0, "narrow stores": 0}
-DECODE = {"registers": 80, "stack": 0, "shared": 76_800, "narrow copies": 0}
-# Held to 80 registers it spills there. Shared memory lets two programs on a multiprocessor, so 96 cost nothing.
-DECODE_SM80 = {**DECODE, "registers": 96}
-ASYNC = {"HMMA": 16, "LDGSTS": 8}
-
-# The other configurations of the projection. That of two halves is held to no 192 registers (one program fills a
-# multiprocessor whatever they are), and its second store takes 70 instructions more, with a bias one more conversion.
-HALVES = {**HOPPER, "registers": 224, "instructions": 1_300}
-HALVES_BIAS = {**HALVES, "instructions": 1_600, "convert_layout": 2, "shared accesses": 32}
-HALVES_WIDE_HEAD = {**HALVES, "registers": 255, "instructions": 1_700}
-# Of 64 x 128 a multiprocessor takes two programs, of 128 x 128 and 64 x 256 one.
-FEW_ROWS = {**HOPPER, "registers": 168}
-# Pointers on Hopper: the angles of a table are laid out as the accumulator is by way of shared memory, and the tile
-# as rows of 16 bytes.
-POINTERS = {
-    "registers": 192,
-    "stack": 0,
-    "narrow copies": 0,
-    "narrow stores": 0,
-    "convert_layout": 3,
-    "shared accesses": 90,
-}
-POINTERS_WIDE_HEAD = {**POINTERS, "shared accesses": 160}
-NARROW_DECODE = {"registers": 72, "stack": 0, "shared": 81_920, "narrow copies": 0}
-
-
-def _configured(configuration: Configuration, most: dict[str, int], bias_most: dict[str, int]) -> list[Case]:
-    """The descriptor kernel of one configuration."""
-    name, least = f"projection {configuration.name}", {**TENSOR, "UTMALDG": 2 * configuration.num_stages}
-    if configuration.halves:
-        least["UTMASTG"] = 2
-    if configuration.columns < 256:
-        least = {("HGMMA.64x128x16" if key == "HGMMA.64x256x16" else key): n for key, n in least.items()}
-    how, hopper = {"configuration": configuration}, ("sm_90",)
-    table = {**least, "UTMALDG": least["UTMALDG"] + 2}
-    return [
-        Case(f"{name} 8B", _projection((32, 8, 8), 128, **how), hopper, most, least),
-        Case(f"{name} head 64", _projection((32, 8, 8), 64, **how), hopper, most, least),
-        Case(f"{name} partial", _projection((32, 8, 8), 128, rotary_dim=64, **how), hopper, most, least),
-        Case(
-            f"{name} table", _projection((32, 8, 8), 128, table=True, **how), hopper, {**most, **TABLE}, table
-        ),
-        Case(f"{name} bias", _projection((32, 8, 8), 128, bias=True, **how), hopper, bias_most, least),
-    ]
-
-
 # Interleaved pairs in and halves out, or the other way: a thread keeps its elements. The conversions that are left are
 # between two names of one layout, and no instruction.
 MLA = {"deinterleave": True, "inplace": False}
@@ -274,141 +139,7 @@ CASES = (
     ),
     Case("rotary gradients", _pack_gradients, ("sm_90",), WIDE, {"wide stores": 5}),
     Case("rotary 32+8 in place", _rotary(32, 8, 128), ("gfx942",), {"stack": 0, "shared": 0}),
-    Case("projection 7B", _projection((32, 32, 32), 128), ("sm_90",), HOPPER, TENSOR),
-    Case("projection 8B", _projection((32, 8, 8), 128), ("sm_90",), HOPPER, TENSOR),
-    Case("projection two weights", _projection((32, 8), 128), ("sm_90",), HOPPER, TENSOR),
-    Case("projection head 64", _projection((32, 8, 8), 64), ("sm_90",), HOPPER, TENSOR),
-    Case("projection partial", _projection((32, 32, 32), 128, rotary_dim=64), ("sm_90",), HOPPER, TENSOR),
-    Case(
-        "projection table",
-        _projection((32, 8, 8), 128, table=True),
-        ("sm_90",),
-        {**HOPPER, **TABLE},
-        {**TENSOR, "UTMALDG": 8},
-    ),
-    Case("projection bias", _projection((32, 8, 8), 128, bias=True), ("sm_90",), {**HOPPER, **BIAS}, TENSOR),
-    Case(
-        "projection table of batches",
-        _projection((32, 8, 8), 128, table=True, batch=4),
-        ("sm_90",),
-        {**HOPPER, **TABLE},
-        {**TENSOR, "UTMALDG": 8},
-    ),
-    Case("projection head 256", _projection((16, 8, 8), 256), ("sm_90",), {**HOPPER, **WIDE_HEAD}, TENSOR),
-    Case(
-        "projection interleaved",
-        _projection((32, 8, 8), 128, interleaved=True),
-        ("sm_90",),
-        {**HOPPER, **INTERLEAVED},
-        TENSOR,
-    ),
-    Case(
-        "projection 8B", _projection((32, 8, 8), 128), ("sm_100",), {"stack": 0}, {"UTCHMMA": 4, "UTMASTG": 1}
-    ),
-    Case(
-        "projection 8B",
-        _projection((32, 8, 8), 128, tma=False),
-        ("sm_80", "sm_89"),
-        AMPERE,
-        ASYNC,
-    ),
-    Case(
-        "projection bias",
-        _projection((32, 32, 32), 128, bias=True, tma=False),
-        ("sm_80",),
-        AMPERE,
-        ASYNC,
-    ),
-    Case(
-        "projection table",
-        _projection((32, 8, 8), 128, table=True, tma=False),
-        ("sm_80",),
-        AMPERE,
-        ASYNC,
-    ),
-    Case("projection head 256", _projection((16, 8, 8), 256, tma=False), ("sm_80",), AMPERE, ASYNC),
-    Case("projection 8B", _projection((32, 8, 8), 128, tma=False), ("gfx942",), {"stack": 0}),
-    *_configured(configurations.HALVES, HALVES, HALVES_BIAS),
-    *_configured(configurations.SMALL, FEW_ROWS, {**FEW_ROWS, "convert_layout": 1, "shared accesses": 16}),
-    *_configured(configurations.WIDE, HALVES, {**HALVES, "instructions": 1_600, "convert_layout": 1}),
-    *_configured(configurations.SQUARE, FEW_ROWS, FEW_ROWS),
-    Case(
-        "projection 128x256x64/4g16 8B",
-        _projection((32, 8, 8), 128, configuration=configurations.HALVES_16),
-        ("sm_90",),
-        HALVES,
-        {**TENSOR, "UTMALDG": 8, "UTMASTG": 2},
-    ),
-    *(
-        Case(
-            f"projection {configuration.name} head 256",
-            _projection((16, 8, 8), 256, configuration=configuration),
-            ("sm_90",),
-            HALVES_WIDE_HEAD,
-            TENSOR,
-        )
-        for configuration in configurations.every("triton_tma", "sm_90", 256)
-    ),
-    *(
-        Case(
-            f"projection {configuration.name} {name}",
-            _projection((32, 8, 8), 128, configuration=configuration, **form),
-            ("sm_100",),
-            {"stack": 0},
-            {"UTCHMMA": 4, "UTMASTG": 1},
-        )
-        for configuration in configurations.every("triton_tma", "sm_100", 128)
-        for name, form in (("8B", {}), ("table", {"table": True}), ("bias", {"bias": True}))
-    ),
-    *(
-        Case(
-            f"projection pointers {configuration.name} {name}",
-            _projection((32, 8, 8), 128, tma=False, configuration=configuration, **form),
-            ("sm_90",),
-            POINTERS,
-            {"HGMMA": 2, "LDGSTS": 8},
-        )
-        for configuration in configurations.every("triton", "sm_90", 128)
-        for name, form in (("8B", {}), ("table", {"table": True}), ("bias", {"bias": True}))
-    ),
-    Case(
-        "projection pointers head 256",
-        _projection((16, 8, 8), 256, tma=False),
-        ("sm_90",),
-        POINTERS_WIDE_HEAD,
-        {"HGMMA": 2, "LDGSTS": 8},
-    ),
-    *(
-        Case(
-            f"projection pointers 64x128x64/4 {name}",
-            _projection((32, 8, 8), 128, tma=False, configuration=configurations.POINTERS_SMALL, **form),
-            ("sm_80", "sm_89"),
-            AMPERE,
-            ASYNC,
-        )
-        for name, form in (("8B", {}), ("table", {"table": True}), ("bias", {"bias": True}))
-    ),
-    *(
-        Case(
-            f"decode 8 pairs {name}",
-            _decode(8, 1, head_dim, configuration=configurations.DECODE_NARROW, **form),
-            ("sm_80", "sm_89", "sm_90", "sm_100"),
-            NARROW_DECODE,
-            ASYNC,
-        )
-        for name, head_dim, form in (
-            ("70B of 8", 128, {}),
-            ("bias cache", 128, {"bias": True, "slots": True}),
-            ("head 80", 80, {}),
-        )
-    ),
-    Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_90", "sm_100"), DECODE, ASYNC),
-    Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_80",), DECODE_SM80, ASYNC),
-    Case(
-        "decode 8B bias cache", _decode(32, 8, 128, bias=True, slots=True), ("sm_90", "sm_100"), DECODE, ASYNC
-    ),
-    Case("decode 8B bias cache", _decode(32, 8, 128, bias=True, slots=True), ("sm_80",), DECODE_SM80, ASYNC),
-    Case("decode head 80", _decode(32, 32, 80), ("sm_90",), DECODE, ASYNC),
+    *static_projection.CASES,
 )
 
 

@@ -17,7 +17,8 @@ class Configuration(NamedTuple):
             depth a stage has.
         group: rows of tiles that share the weights in the cache before the next columns.
         halves: the tile is stored in two halves through half the shared memory.
-        maxnreg: registers a thread that the compiler is held to; None leaves it alone.
+        maxnreg: registers a thread that the compiler is held to in the plain form; None leaves it alone. Wide heads,
+            norms and positions of several axes take more.
     """
 
     rows: int
@@ -47,7 +48,7 @@ WHOLE = Configuration(128, 256, 64, 8, 3, maxnreg=192)
 # Not held to 192: with a bias Triton 3.6 would spill 8 bytes there.
 HALVES = Configuration(128, 256, 64, 8, 4, halves=True)
 # More rows share a weight: of a long prompt less is read again from memory that does not fit the cache.
-HALVES_16 = HALVES._replace(group=16)
+WHOLE_16, HALVES_16 = WHOLE._replace(group=16), HALVES._replace(group=16)
 # For few rows, where tiles of 128 x 256 are fewer than multiprocessors.
 SMALL = Configuration(64, 128, 64, 4, 4)
 WIDE = Configuration(64, 256, 64, 4, 4)
@@ -93,18 +94,16 @@ def candidates(
         if arch != "sm_90":
             # With a norm a thread of the small tile spills.
             return [SQUARE] if rows > 512 or norm else [SQUARE, SMALL]
-        # A wide head's angles and a norm's weights take more than 192 registers.
-        whole = WHOLE._replace(maxnreg=None) if wide_head or norm else WHOLE
         if wide_head and norm:
             # In two halves it spills.
-            return [whole] if rows <= 1024 else [whole, whole._replace(group=16)]
+            return [WHOLE] if rows <= 1024 else [WHOLE, WHOLE_16]
         if rows > 1024:
-            return [whole, HALVES, HALVES_16]
+            return [WHOLE, HALVES, HALVES_16]
         if wide_head:
             # A tile of 64 rows, whose threads have twice as many angles, spills.
-            return [whole, HALVES]
+            return [WHOLE, HALVES]
         if rows > 512:
-            return [whole, HALVES, SQUARE]
+            return [WHOLE, HALVES, SQUARE]
         return [SQUARE, WIDE, SMALL, HALVES] if rows > 64 else [SMALL, WIDE]
     if arch.startswith("gfx"):
         return [CDNA_WIDE_HEAD if wide_head else CDNA]

@@ -380,6 +380,8 @@ def launch(
         configuration = candidates(
             "triton_tma" if tma else "triton", arch, head_dim, rows, norms is not None
         )[0]
+    if head_dim > 128 or norms is not None or angles.axes > 1:
+        configuration = configuration._replace(maxnreg=None)
     block_m, block_n, block_k = configuration[:3]
     widths = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     tiles = triton.cdiv(rows, block_m) * sum(triton.cdiv(width, block_n) for width in widths)

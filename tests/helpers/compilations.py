@@ -45,6 +45,10 @@ def uses():
     def projection(path, angles):
         return lambda n: ops.qkv_rotary(x[:, :n].contiguous(), *weights, head_dim=128, path=path, **angles(n))
 
+    def normed(n):
+        norms = (torch.empty(128), torch.empty(128))
+        ops.qkv_norm_rotary(x[:, :n].contiguous(), *weights, *norms, head_dim=128, path="triton_tma", **at(n))
+
     def decode(n):
         written = {"k_cache": caches[0], "v_cache": caches[1], "slots": slots[:n].contiguous()}
         ops.decode_rotary(x[:, :n].contiguous(), *weights, **written, **at(n))
@@ -56,6 +60,7 @@ def uses():
         **{f"{path}, {form}": (projection(path, angles), most)
            for path, most in (("triton", LONGEST), ("triton_tma", LONGEST), ("decode", 16))
            for form, angles in (("positions", at), ("table", table))},
+        "triton_tma, norm": (normed, LONGEST),
         "decode_rotary": (decode, 16),
         "rotary_at": (lambda n: ops.rotary_at(*heads(n), **at(n)), LONGEST),
         "rotary": (lambda n: ops.rotary(*heads(n), **table(n)), LONGEST),
