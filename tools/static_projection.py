@@ -269,7 +269,7 @@ CASES = (
         "projection three axes",
         _projection((32, 8, 8), 128, axes=3),
         ("sm_90",),
-        {**HOPPER, "instructions": 1_900},
+        {**HOPPER, "registers": 255, "instructions": 1_900},
         TENSOR,
     ),
     *_configured(configurations.HALVES, HALVES, HALVES_BIAS),
