@@ -14,398 +14,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from tabulate import tabulate
 
-from rope_dist.ops import (
-    triton_decode,
-    triton_norm_backward,
-    triton_norm_rotary,
-    triton_projection,
-    triton_rotary,
-)
-from rope_dist.ops.arguments import Angles, Norms, Projections
-
-from . import static_compile
+from . import static_compile, static_norm, static_projection, static_rotary
+from .static_case import Case
 from .static_compile import Report
 
-BF16 = torch.bfloat16
 SHARED_MEMORY = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel in one use, the architectures it is for, and its limits.
-
-    Attributes:
-        least, most: limits on a number of :func:`numbers`, by its name.
-    """
-
-    name: str
-    call: Callable[[str], Any]
-    targets: tuple[str, ...]
-    most: dict[str, int] = field(default_factory=dict)
-    least: dict[str, int] = field(default_factory=dict)
-
-
-def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def _angles(tokens: int, rotary_dim: int, table: bool, axes: int = 0, **options: Any) -> Angles:
-    """Angles of ``tokens`` of one sequence; ``axes`` of M-RoPE's positions."""
-    num_pairs = rotary_dim // 2
-    if table:
-        cos, sin = (_meta(1, tokens, num_pairs, dtype=torch.float32) for _ in range(2))
-        return Angles(cos, sin, **options)
-    first = (axes,) if axes else ()
-    inv_freq_q64 = _meta(*first, 2, num_pairs, dtype=torch.int32)
-    positions = _meta(*first, 1, tokens, dtype=torch.int64)
-    return Angles(inv_freq_q64=inv_freq_q64, positions=positions, **options)
-
-
-def _rotary(
-    q_heads, k_heads, head_dim, *, rotary_dim=None, table=False, bias=False, inplace=True, dtype=BF16, **order
-):
-    def call(arch: str) -> None:
-        q, k = (_meta(1, 8192, heads, head_dim, dtype=dtype) for heads in (q_heads, k_heads))
-        out = (q, k) if inplace else (torch.empty_like(q), torch.empty_like(k))
-        angles = _angles(8192, rotary_dim or head_dim, table, **order)
-        biases = (_meta(q_heads * head_dim), _meta(k_heads * head_dim)) if bias else ()
-        triton_rotary.launch(q, k, *out, angles, *biases)
-
-    return call
-
-
-def _packed(arch: str) -> None:
-    """As flash-attention calls it: one packed tensor, a table, bounds and offsets."""
-    x, table = _meta(1, 8192, 32, 128), _meta(1, 8192, 64, dtype=torch.float32)
-    bounds, offsets = _meta(9, dtype=torch.int32), _meta(8, dtype=torch.int32)
-    angles = Angles(table, table, cu_seqlens=bounds, seqlen_offsets=offsets)
-    triton_rotary.launch(x, None, x, None, angles)
-
-
-def _pack_gradients(arch: str) -> None:
-    """The backward pass: rotated back and joined with the gradient of the values."""
-    q, k, v = (_meta(1, 8192, heads, 128) for heads in (32, 8, 8))
-    packed = [
-        part.unflatten(-1, (-1, 128)) for part in _meta(1, 8192, 48 * 128).split([4096, 1024, 1024], -1)
-    ]
-    angles = _angles(8192, 128, False, conjugate=True)
-    triton_rotary.launch(q, k, packed[0], packed[1], angles, v=v, v_out=packed[2])
-
-
-def _projections(heads: tuple[int, ...], head_dim: int, bias: bool) -> Projections:
-    weights = [_meta(h * head_dim, 4096) for h in heads]
-    biases = [_meta(w.shape[0]) if bias else None for w in weights]
-    left_out = [None] * (3 - len(heads))
-    return Projections(*weights, *left_out, *biases, *left_out, head_dim)
-
-
-def _projection(
-    heads, head_dim, *, rotary_dim=None, table=False, bias=False, interleaved=False, tma=True, batch=1
-):
-    def call(arch: str) -> None:
-        projections = _projections(heads, head_dim, bias)
-        angles = _angles(8192 // batch, rotary_dim or head_dim, table, interleaved=interleaved)
-        outputs = [_meta(batch, 8192 // batch, h, head_dim) for h in heads]
-        x = _meta(batch, 8192 // batch, 4096)
-        triton_projection.launch(x, projections, angles, outputs, tma=tma, arch=arch, num_programs=132)
-
-    return call
-
-
-def _decode(q_heads, k_heads, head_dim, *, bias=False, slots=False, tokens=16):
-    def call(arch: str) -> None:
-        projections = _projections((q_heads, k_heads, k_heads), head_dim, bias)
-        q = _meta(1, tokens, q_heads, head_dim)
-        others = [_meta(*((tokens,) if slots else (1, tokens)), k_heads, head_dim) for _ in range(2)]
-        angles = _angles(tokens, head_dim, False)
-        entries = _meta(tokens, dtype=torch.int64) if slots else None
-        triton_decode.launch(_meta(1, tokens, 4096), projections, angles, [q, *others], entries, arch)
-
-    return call
-
-
-NVIDIA = ("sm_80", "sm_90", "sm_100")
-# Heads are read and written 16 bytes at a time; what else is loaded is one position and the frequencies.
-WIDE = {"registers": 64, "stack": 0, "shared": 0, "narrow stores": 0, "narrow loads": 2, "convert_layout": 0}
-HOPPER = {
-    "registers": 192,
-    "stack": 0,
-    "instructions": 1_200,
-    "serialized": 0,
-    "convert_layout": 0,
-    "shared accesses": 0,
-    "narrow stores": 0,
-    "wide stores": 0,
-}
-TENSOR = {"HGMMA.64x256x16": 4, "UTMALDG": 6, "UTMASTG": 1}
-TABLE = {"shared accesses": 32}
-BIAS = {"instructions": 1_500, "convert_layout": 1, "shared accesses": 32}
-INTERLEAVED = {"instructions": 1_250}
-# Heads as wide as a tile hold twice the angles a thread. One program fills a multiprocessor whatever its
-# registers: what counts is that none is spilled.
-WIDE_HEAD = {"registers": 255, "instructions": 1_600}
-AMPERE = {"registers": 200, "stack": 0, "narrow copies": 0, "narrow stores": 0}
-DECODE = {"registers": 80, "stack": 0, "shared": 76_800, "narrow copies": 0}
-# Held to 80 registers it spills there. Shared memory lets two programs on a multiprocessor, so 96 cost nothing.
-DECODE_SM80 = {**DECODE, "registers": 96}
-ASYNC = {"HMMA": 16, "LDGSTS": 8}
-
-# Interleaved pairs in and halves out, or the other way: a thread keeps its elements. The conversions that are left are
-# between two names of one layout, and no instruction.
-MLA = {"deinterleave": True, "inplace": False}
-REORDERED = {**WIDE, "convert_layout": 4, "shuffles": 0}
-
-CASES: tuple[Case, ...] = (
-    Case("rotary 32+32 in place", _rotary(32, 32, 128), NVIDIA, WIDE, {"wide stores": 4}),
-    Case("rotary 32+8 in place", _rotary(32, 8, 128), NVIDIA, WIDE, {"wide stores": 4}),
-    Case("rotary 32+8 table", _rotary(32, 8, 128, table=True), NVIDIA, WIDE, {"wide stores": 4}),
-    Case("rotary 32+8 bias", _rotary(32, 8, 128, bias=True), NVIDIA, WIDE, {"wide stores": 4}),
-    Case("rotary 32+8 new", _rotary(32, 8, 128, inplace=False), ("sm_90",), WIDE, {"wide stores": 4}),
-    Case("rotary 32+1", _rotary(32, 1, 128), ("sm_90",), WIDE, {"wide stores": 4}),
-    Case("rotary 9+3 head 64", _rotary(9, 3, 64), ("sm_90",), WIDE, {"wide stores": 4}),
-    Case("rotary head 80", _rotary(32, 32, 80), ("sm_90",), WIDE, {"wide stores": 4}),
-    Case("rotary head 96", _rotary(32, 32, 96), ("sm_90",), WIDE, {"wide stores": 4}),
-    Case("rotary head 256", _rotary(16, 8, 256), ("sm_90",), WIDE, {"wide stores": 4}),
-    Case(
-        "rotary partial new",
-        _rotary(32, 32, 80, rotary_dim=32, inplace=False),
-        ("sm_90",),
-        WIDE,
-        {"wide stores": 6},
-    ),
-    # One position an axis.
-    Case(
-        "rotary M-RoPE", _rotary(32, 8, 128, axes=3), NVIDIA, {**WIDE, "narrow loads": 4}, {"wide stores": 4}
-    ),
-    Case("rotary interleaved", _rotary(32, 8, 128, interleaved=True), ("sm_90",), WIDE, {"wide stores": 2}),
-    Case("rotary deinterleave", _rotary(128, 1, 64, **MLA), NVIDIA, REORDERED, {"wide stores": 4}),
-    Case(
-        "rotary deinterleave table",
-        _rotary(16, 16, 64, table=True, **MLA),
-        ("sm_90",),
-        REORDERED,
-        {"wide stores": 4},
-    ),
-    Case(
-        "rotary deinterleave bias",
-        _rotary(64, 1, 64, bias=True, **MLA),
-        ("sm_90",),
-        REORDERED,
-        {"wide stores": 4},
-    ),
-    Case(
-        "rotary deinterleave float32",
-        _rotary(16, 16, 64, dtype=torch.float32, **MLA),
-        ("sm_90",),
-        REORDERED,
-        {"wide stores": 4},
-    ),
-    Case(
-        "rotary deinterleave partial",
-        _rotary(32, 32, 80, rotary_dim=32, **MLA),
-        ("sm_90",),
-        REORDERED,
-        {"wide stores": 6},
-    ),
-    Case(
-        "rotary deinterleave gradient",
-        _rotary(128, 1, 64, conjugate=True, **MLA),
-        NVIDIA,
-        REORDERED,
-        {"wide stores": 4},
-    ),
-    # A wave has 64 threads, each with half of that: neighbours exchange through shared memory.
-    Case("rotary deinterleave", _rotary(128, 1, 64, **MLA), ("gfx942",), {"stack": 0, "shared": 4096}),
-    # The bounds are looked through by all threads together: a few bytes to add up what each found.
-    Case(
-        "rotary packed", _packed, ("sm_90",), {**WIDE, "shared": 128, "narrow loads": 8}, {"wide stores": 4}
-    ),
-    Case("rotary gradients", _pack_gradients, ("sm_90",), WIDE, {"wide stores": 5}),
-    Case("rotary 32+8 in place", _rotary(32, 8, 128), ("gfx942",), {"stack": 0, "shared": 0}),
-    Case("projection 7B", _projection((32, 32, 32), 128), ("sm_90",), HOPPER, TENSOR),
-    Case("projection 8B", _projection((32, 8, 8), 128), ("sm_90",), HOPPER, TENSOR),
-    Case("projection two weights", _projection((32, 8), 128), ("sm_90",), HOPPER, TENSOR),
-    Case("projection head 64", _projection((32, 8, 8), 64), ("sm_90",), HOPPER, TENSOR),
-    Case("projection partial", _projection((32, 32, 32), 128, rotary_dim=64), ("sm_90",), HOPPER, TENSOR),
-    Case(
-        "projection table",
-        _projection((32, 8, 8), 128, table=True),
-        ("sm_90",),
-        {**HOPPER, **TABLE},
-        {**TENSOR, "UTMALDG": 8},
-    ),
-    Case("projection bias", _projection((32, 8, 8), 128, bias=True), ("sm_90",), {**HOPPER, **BIAS}, TENSOR),
-    Case(
-        "projection table of batches",
-        _projection((32, 8, 8), 128, table=True, batch=4),
-        ("sm_90",),
-        {**HOPPER, **TABLE},
-        {**TENSOR, "UTMALDG": 8},
-    ),
-    Case("projection head 256", _projection((16, 8, 8), 256), ("sm_90",), {**HOPPER, **WIDE_HEAD}, TENSOR),
-    Case(
-        "projection interleaved",
-        _projection((32, 8, 8), 128, interleaved=True),
-        ("sm_90",),
-        {**HOPPER, **INTERLEAVED},
-        TENSOR,
-    ),
-    Case(
-        "projection 8B", _projection((32, 8, 8), 128), ("sm_100",), {"stack": 0}, {"UTCHMMA": 4, "UTMASTG": 1}
-    ),
-    Case(
-        "projection 8B",
-        _projection((32, 8, 8), 128, tma=False),
-        ("sm_80", "sm_89"),
-        AMPERE,
-        ASYNC,
-    ),
-    Case(
-        "projection bias",
-        _projection((32, 32, 32), 128, bias=True, tma=False),
-        ("sm_80",),
-        AMPERE,
-        ASYNC,
-    ),
-    Case(
-        "projection table",
-        _projection((32, 8, 8), 128, table=True, tma=False),
-        ("sm_80",),
-        AMPERE,
-        ASYNC,
-    ),
-    Case("projection head 256", _projection((16, 8, 8), 256, tma=False), ("sm_80",), AMPERE, ASYNC),
-    Case("projection 8B", _projection((32, 8, 8), 128, tma=False), ("gfx942",), {"stack": 0}),
-    Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_90", "sm_100"), DECODE, ASYNC),
-    Case("decode 7B", _decode(32, 32, 128, tokens=1), ("sm_80",), DECODE_SM80, ASYNC),
-    Case(
-        "decode 8B bias cache", _decode(32, 8, 128, bias=True, slots=True), ("sm_90", "sm_100"), DECODE, ASYNC
-    ),
-    Case("decode 8B bias cache", _decode(32, 8, 128, bias=True, slots=True), ("sm_80",), DECODE_SM80, ASYNC),
-    Case("decode head 80", _decode(32, 32, 80), ("sm_90",), DECODE, ASYNC),
-)
-
-
-def _norm(  # noqa: PLR0913
-    q_heads, k_heads, head_dim, *, joint=False, weight_dtype=BF16, rotary_dim=None, table=False, bias=False,
-    inplace=True, saving=False, backward=False, dtype=BF16, after=False, **order,
-):  # fmt: skip
-    """Norm + rotary, or its gradient. ``joint``: the norm is of all heads together."""
-
-    def call(arch: str) -> None:
-        counts = (q_heads, k_heads)
-        heads = tuple(_meta(1, 8192, n, head_dim, dtype=dtype) for n in counts)
-        weights = [_meta(n * head_dim if joint else head_dim, dtype=weight_dtype) for n in counts]
-        rstds = tuple(_meta(1, 8192, 1 if joint else n, dtype=torch.float32) for n in counts)
-        biases = [_meta(n * head_dim, dtype=dtype) if bias else None for n in counts]
-        norms = Norms(*weights, norm_after=after)
-        angles = _angles(8192, rotary_dim or head_dim, table, **order)
-        other = heads if inplace and not backward else tuple(torch.empty_like(x) for x in heads)
-        if backward:
-            triton_norm_backward.launch(other, heads, rstds, norms, angles, *biases, num_programs=528)
-        else:
-            triton_norm_rotary.launch(*heads, *other, norms, angles, *biases, rstds if saving else None)
-
-    return call
-
-
-EVERY = ("sm_80", "sm_89", "sm_90", "sm_100")
-STORES = {"wide stores": 4}
-# Every warp adds its sum of squares to those of the others: four bytes a warp and norm.
-JOINT = {**WIDE, "shared": 64}
-# The reciprocal norms, for the gradient: one number a head, gathered from the threads that share it.
-SAVING = {**WIDE, "shared": 64, "narrow stores": 2, "convert_layout": 2}
-# 128 registers leave room for 16 warps on a multiprocessor, whose loads in flight are what reading at full speed
-# needs. The weights' sums are exchanged between warps once a program, and stored as float32. What else is loaded
-# is a position and a reciprocal norm, each for queries and for keys.
-NORM_GRADIENT = {"registers": 128, "stack": 0, "narrow stores": 2, "narrow loads": 4, "convert_layout": 4}
-F32 = torch.float32
-
-CASES += (
-    Case("norm + rotary 32+8", _norm(32, 8, 128), EVERY, WIDE, STORES),
-    Case("norm + rotary 32+8", _norm(32, 8, 128), ("gfx942",), {"stack": 0, "shared": 0}),
-    Case("norm + rotary float32 weight", _norm(32, 8, 128, weight_dtype=F32), ("sm_90",), WIDE, STORES),
-    Case("norm + rotary new", _norm(32, 8, 128, inplace=False), ("sm_90",), WIDE, STORES),
-    Case("norm + rotary table", _norm(32, 8, 128, table=True), EVERY, WIDE, STORES),
-    Case("norm + rotary bias", _norm(32, 8, 128, bias=True), ("sm_90",), WIDE, STORES),
-    Case("norm + rotary head 64", _norm(9, 3, 64), ("sm_90",), WIDE, STORES),
-    Case("norm + rotary head 80", _norm(32, 32, 80), ("sm_90",), WIDE, STORES),
-    Case("norm + rotary head 96", _norm(32, 8, 96), ("sm_90",), WIDE, STORES),
-    Case("norm + rotary head 256", _norm(16, 8, 256), EVERY, WIDE, STORES),
-    Case("norm + rotary partial", _norm(96, 8, 128, rotary_dim=64), ("sm_90",), WIDE, STORES),
-    Case(
-        "norm + rotary interleaved", _norm(32, 8, 128, interleaved=True), ("sm_90",), WIDE, {"wide stores": 2}
-    ),
-    Case("norm + rotary float32", _norm(32, 8, 128, dtype=F32, weight_dtype=F32), ("sm_90",), WIDE, STORES),
-    Case("rotary + norm 32+8", _norm(32, 8, 128, after=True), ("sm_90",), WIDE, STORES),
-    Case("norm + rotary saving", _norm(32, 8, 128, inplace=False, saving=True), ("sm_90",), SAVING, STORES),
-    Case("norm of all heads + rotary 32+32", _norm(32, 32, 128, joint=True), EVERY, JOINT, STORES),
-    Case("norm of all heads + rotary 40+8", _norm(40, 8, 128, joint=True), EVERY, JOINT, STORES),
-    Case(
-        "norm of all heads + rotary 40+8",
-        _norm(40, 8, 128, joint=True),
-        ("gfx942",),
-        {"stack": 0, "shared": 64},
-    ),
-    Case(
-        "norm of all heads + rotary bias table",
-        _norm(32, 32, 128, joint=True, bias=True, table=True),
-        ("sm_90",),
-        JOINT,
-        STORES,
-    ),
-    Case("norm + rotary gradient", _norm(32, 8, 128, backward=True), EVERY, NORM_GRADIENT, STORES),
-    Case("norm + rotary gradient", _norm(32, 8, 128, backward=True), ("gfx942",), {"stack": 0}),
-    Case(
-        "norm + rotary gradient bias table",
-        _norm(32, 8, 128, backward=True, bias=True, table=True),
-        ("sm_90",),
-        NORM_GRADIENT,
-        STORES,
-    ),
-    Case(
-        "norm + rotary gradient head 80", _norm(32, 32, 80, backward=True), ("sm_90",), NORM_GRADIENT, STORES
-    ),
-    Case(
-        "norm + rotary gradient head 256", _norm(16, 8, 256, backward=True), ("sm_90",), NORM_GRADIENT, STORES
-    ),
-    Case(
-        "rotary + norm gradient",
-        _norm(32, 8, 128, backward=True, after=True),
-        ("sm_90",),
-        NORM_GRADIENT,
-        STORES,
-    ),
-    Case(
-        "norm of all heads + rotary gradient 32+32",
-        _norm(32, 32, 128, joint=True, backward=True),
-        EVERY,
-        NORM_GRADIENT,
-        STORES,
-    ),
-    Case(
-        "norm of all heads + rotary gradient 40+8",
-        _norm(40, 8, 128, joint=True, backward=True),
-        ("sm_90",),
-        NORM_GRADIENT,
-        STORES,
-    ),
-    Case(
-        "norm of all heads + rotary gradient 40+8",
-        _norm(40, 8, 128, joint=True, backward=True),
-        ("gfx942",),
-        {"stack": 0, "shared": 64},
-    ),
-)
+CASES = (*static_rotary.CASES, *static_norm.CASES, *static_projection.CASES)
 
 
 def numbers(report: Report) -> dict[str, int]:
@@ -438,7 +58,16 @@ def numbers(report: Report) -> dict[str, int]:
         ),
         **{
             prefix: total(prefix)
-            for prefix in ("HGMMA.64x256x16", "UTMALDG", "UTMASTG", "UTCHMMA", "HMMA", "LDGSTS")
+            for prefix in (
+                "HGMMA",
+                "HGMMA.64x256x16",
+                "HGMMA.64x128x16",
+                "UTMALDG",
+                "UTMASTG",
+                "UTCHMMA",
+                "HMMA",
+                "LDGSTS",
+            )
         },
     }
 
@@ -490,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             report, short = check(case, target)
             found = numbers(report)
-            tensor = next((n for n in ("HGMMA.64x256x16", "UTCHMMA", "HMMA") if found[n]), "")
+            tensor = next((n for n in ("HGMMA", "UTCHMMA", "HMMA") if found[n]), "")
             row = [case.name, target, report.registers, report.stack, report.shared, report.instructions]
             row += [found["convert_layout"], found["wide stores"], tensor, "short" if short else "ok"]
             rows.append(row)

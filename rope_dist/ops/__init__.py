@@ -23,6 +23,7 @@ from .drop_in_flash_attention import (
     apply_rotary_emb_qkv_,
 )
 from .fixed_point import mrope_frequencies, to_fixed_point
+from .norm_projection import qkv_norm_rotary
 from .norm_rotation import norm_rotary, norm_rotary_at
 from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
@@ -48,6 +49,7 @@ __all__ = [
     "norm_rotary",
     "norm_rotary_at",
     "projection_paths",
+    "qkv_norm_rotary",
     "qkv_rotary",
     "rerotate_",
     "rotary",

@@ -128,13 +128,15 @@ def angle_values(angles: Angles, tokens: int) -> None:
     bound_values(angles.cu_seqlens, tokens)
 
 
-def norms(q: torch.Tensor, k: torch.Tensor | None, norms: Norms) -> None:
+def norms(
+    q: torch.Tensor, k: torch.Tensor | None, norms: Norms, names: tuple[str, str] = ("q_weight", "k_weight")
+) -> None:
     """Weights are None, ``[D]`` or ``[heads * D]``, floating, on the device of ``q``; ``eps`` is no less than 0."""
     if not (isinstance(norms.eps, float) and 0 <= norms.eps < float("inf")):
         raise ValueError(f"eps must be a number from 0 on, got {norms.eps!r}")
     if not -float("inf") < norms.weight_offset < float("inf"):
         raise ValueError(f"weight_offset must be a finite number, got {norms.weight_offset!r}")
-    for name, weight, x in (("q_weight", norms.q_weight, q), ("k_weight", norms.k_weight, k)):
+    for name, weight, x in zip(names, norms.weights(), (q, k), strict=True):
         if weight is None:
             continue
         if x is None:
