@@ -183,7 +183,8 @@ def launch(
     weights = (norms.q_weight, norms.k_weight if k is not None else None)
     tokens = q.shape[0] * q.shape[1]
     if q.numel() == 0 and (k is None or k.numel() == 0):
-        return present(out[0]), out[1], *(torch.zeros_like(w) if w is not None else None for w in weights)
+        q_zeros, k_zeros = (torch.zeros_like(w) if w is not None else None for w in weights)
+        return present(out[0]), out[1], q_zeros, k_zeros
     vec = triton_launch.common_vector(*grads, *heads)
     strides = [stride for x in (*grads, *heads) for stride in triton_launch.head_strides(x, vec)]
     cos, cu_seqlens = angles.cos, angles.cu_seqlens
@@ -212,8 +213,8 @@ def launch(
 
     tensors = (*grads, *heads, *out, *whole, *sums)
     triton_launch.launch(norm_backward_kernel, sum(grid), q.device, pack, tensors, options)
-    of_weights = [
+    q_found, k_found = (
         found.sum(0).to(w.dtype) if w is not None and found is not None else None
         for found, w in zip(sums, weights, strict=True)
-    ]
-    return present(out[0]), out[1], of_weights[0], of_weights[1]
+    )
+    return present(out[0]), out[1], q_found, k_found
