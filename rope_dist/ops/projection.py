@@ -191,10 +191,10 @@ def decode_rotary(  # noqa: PLR0913  (public)
     if launch_cache.transformed():
         raise ValueError("decode_rotary is for inference: torch.func and forward mode go with qkv_rotary")
     inv_freq_q64 = as_fixed_point(inv_freq)
-    x, position_ids, packed = one_batch(x, position_ids, inv_freq_q64)
+    x, at, packed = one_batch(x, position_ids, inv_freq_q64)
     projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, k_cache.shape[-1])
     angles = Angles(
-        inv_freq_q64=inv_freq_q64, positions=position_ids, scaling=float(attention_scaling),
+        inv_freq_q64=inv_freq_q64, positions=at, scaling=float(attention_scaling),
         interleaved=interleaved,
     )  # fmt: skip
     caches = (k_cache, v_cache)

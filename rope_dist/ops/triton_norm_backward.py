@@ -183,8 +183,8 @@ def launch(
     weights = (norms.q_weight, norms.k_weight if k is not None else None)
     tokens = q.shape[0] * q.shape[1]
     if q.numel() == 0 and (k is None or k.numel() == 0):
-        nothing = [torch.zeros_like(w) if w is not None else None for w in weights]
-        return present(out[0]), out[1], nothing[0], nothing[1]
+        q_zeros, k_zeros = (torch.zeros_like(w) if w is not None else None for w in weights)
+        return present(out[0]), out[1], q_zeros, k_zeros
     vec = triton_launch.common_vector(*grads, *heads)
     strides = [stride for x in (*grads, *heads) for stride in triton_launch.head_strides(x, vec)]
     cos, cu_seqlens = angles.cos, angles.cu_seqlens
