@@ -23,6 +23,7 @@ from .drop_in_flash_attention import (
     apply_rotary_emb_qkv_,
 )
 from .fixed_point import to_fixed_point
+from .kv_cache import rotary_write_cache
 from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
 from .rotation import rotary, rotary_at
@@ -48,6 +49,7 @@ __all__ = [
     "rotary",
     "rotary_at",
     "rotary_embedding",
+    "rotary_write_cache",
     "to_fixed_point",
     "use_backend",
 ]

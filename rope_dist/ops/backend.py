@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import reference
-from .arguments import Angles, Projections
+from . import reference, reference_cache
+from .arguments import Angles, KeyValueCache, Projections
 
 Launch = Callable[..., None]
 """Called as :meth:`Backend.rotate`, for tensors of the same metadata as those it was made for."""
@@ -127,6 +127,38 @@ class Backend:
             The queries ``[B, S, heads, head_dim]``, and what does the same again, called as
             ``launch(x, projections, angles, [q, *caches], slots)``; None, with nothing written, where no kernel serves.
         """
+        return None
+
+    def write_cache(
+        self,
+        q: torch.Tensor | None,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_out: torch.Tensor | None,
+        cache: KeyValueCache,
+        angles: Angles,
+    ) -> Launch | None:
+        """Rotate ``q`` into ``q_out`` (or None both), and ``k`` into its cache; write ``v`` as it is. Checks nothing.
+
+        Args:
+            q, k, v: ``[B, S, heads, D]`` of one dtype, any strides; ``q_out`` may be ``q`` itself.
+            angles: as for :meth:`rotate`; with ``positions``, the bounds and offsets of sequences tell their places in
+                the cache only.
+
+        Returns:
+            What does the same again, as :meth:`rotate` returns it, called as ``launch(q, k, v, q_out, cache, angles)``.
+        """
+        at = angles if angles.positions is None else angles._replace(cu_seqlens=None, seqlen_offsets=None)
+        # Keys that are stored in 8 bits are not rounded to 16 before.
+        wide = k.to(reference.compute_dtype(k)) if cache.is_fp8 else k
+        rotated = torch.empty(k.shape, dtype=wide.dtype, device=k.device)
+        if q is not None and q.dtype == wide.dtype:
+            self.rotate(q, wide, q_out, rotated, at)
+        else:
+            self.rotate(wide, None, rotated, None, at)
+            if q is not None:
+                self.rotate(q, None, q_out, None, at)
+        reference_cache.write(rotated, v, cache, angles)
         return None
 
 

@@ -18,7 +18,7 @@ import torch
 
 from . import backend as backends
 from . import launch_cache, reference, validation
-from .arguments import Angles
+from .arguments import Angles, KeyValueCache
 from .backend import Backend, NotBuilt, Reference
 from .native import Native
 from .triton_backend import Triton
@@ -154,6 +154,45 @@ def rotate(
     if again is not None and whole is angles:
         launch_cache.put(key, _changing(again, q, k) if inplace else _returning(again))
     return q_out, k_out
+
+
+def write_cache(
+    q: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KeyValueCache,
+    angles: Angles,
+    *,
+    inplace: bool = False,
+    key: launch_cache.Key | None = None,
+) -> torch.Tensor | None:
+    """``q`` rotated, in place or not, by the backend that serves ``k``; rotated keys and values go to ``cache``.
+
+    Args:
+        key: of the launch cache, where the launch is to be kept.
+    """
+    whole = whole_rows(angles)
+
+    def target(q: torch.Tensor | None) -> torch.Tensor | None:
+        return q if inplace or q is None else q.new_empty(q.shape)
+
+    def changed(q: torch.Tensor | None, cache: KeyValueCache) -> None:
+        written = (cache.k_cache, cache.v_cache)
+        torch.autograd.graph.increment_version(written if q is None or not inplace else (q, *written))
+
+    q_out = target(q)
+    changed(q, cache)
+    again = serving(k).write_cache(q, k, v, q_out, cache, whole)
+    if again is not None and whole is angles:
+
+        def launch(q, k, v, cache, angles):
+            q_out = target(q)
+            changed(q, cache)
+            again(q, k, v, q_out, cache, angles)
+            return q_out
+
+        launch_cache.put(key, launch)
+    return q_out
 
 
 def whole_rows(angles: Angles) -> Angles:

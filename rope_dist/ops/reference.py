@@ -52,7 +52,7 @@ def rotate(
     Returns:
         ``[B, S, H, D]`` contiguous, in the dtype of ``x``.
     """
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     cos = cos[:, :, None, :].to(compute)
     sin = sin[:, :, None, :].to(compute)
     num_pairs = cos.shape[-1]
@@ -157,11 +157,11 @@ def rotate_tokens(
 
 def _add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``x`` ``[B, S, H, D]`` with ``bias`` ``[H * D]`` added, in the type that the rotation computes in."""
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     return x.to(compute) + bias.to(compute).unflatten(0, x.shape[2:])
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """16-bit tensors are computed in float32, others in their own type."""
     return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
 
@@ -174,7 +174,7 @@ def qkv_rotary(
     Returns:
         ``[B, S, heads, head_dim]`` each; None for values that are left out.
     """
-    compute = _compute_dtype(x)
+    compute = compute_dtype(x)
     heads = []
     for weight, bias in projections.pairs():
         bias = bias.to(compute) if bias is not None else None
@@ -182,22 +182,3 @@ def qkv_rotary(
         heads.append(y.unflatten(-1, (weight.shape[0] // projections.head_dim, projections.head_dim)))
     q, k = rotate_tokens(heads[0], heads[1], angles)
     return q.to(x.dtype), present(k).to(x.dtype), heads[2].to(x.dtype) if len(heads) == 3 else None
-
-
-def write_cache(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Write token ``i`` of ``k`` and ``v`` ``[T, H, D]`` to entry ``slots[i]`` of the caches ``[entries, H, D]``.
-
-    A negative slot is not written. Without waiting for the device: such a token rewrites what is there.
-    """
-    if k_cache.shape[0] == 0:
-        return
-    slots = slots.to(torch.int64)
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        for token in range(new.shape[0]):
-            entry = slots[token : token + 1]
-            at = entry.clamp_min(0)
-            cache.index_copy_(
-                0, at, torch.where((entry >= 0)[:, None, None], new[token : token + 1], cache[at])
-            )
