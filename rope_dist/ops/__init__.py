@@ -24,6 +24,7 @@ from .drop_in_flash_attention import (
 )
 from .fixed_point import to_fixed_point
 from .kv_cache import rotary_write_cache
+from .norm_rotation import norm_rotary, norm_rotary_at
 from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
 from .rotation import rotary, rotary_at
@@ -44,6 +45,8 @@ __all__ = [
     "backend_for",
     "cos_sin",
     "decode_rotary",
+    "norm_rotary",
+    "norm_rotary_at",
     "projection_paths",
     "qkv_rotary",
     "rotary",

@@ -1,6 +1,6 @@
-"""Arguments that travel together: the angles of a rotation, the weights of a projection, caches of keys and values.
+"""Arguments that travel together: angles of a rotation, norms before it, weights of a projection, caches.
 
-All are named tuples whose fields, in order, are the arguments of the ``torch.library`` operators: ``*angles`` is
+They are named tuples whose fields, in order, are the arguments of the ``torch.library`` operators: ``*angles`` is
 what an operator takes, ``Angles(*rest)`` what its implementation makes of it, and torch.compile traces them.
 """
 
@@ -72,6 +72,33 @@ class Angles(NamedTuple):
     def conjugated(self) -> Angles:
         """The negative angles."""
         return self._replace(conjugate=not self.conjugate)
+
+
+class Norms(NamedTuple):
+    """The RMS norms of queries and keys (Zhang and Sennrich 2019): ``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``.
+
+    Attributes:
+        q_weight, k_weight: ``[D]``, then each head is normalised by itself; or ``[heads * D]``, all heads of a token
+            together. Floating, of any dtype. None: each head, without a weight.
+        eps: added to the mean of the squares.
+        weight_offset: added to the weights: 1 for Gemma's.
+        norm_after: the norm follows the rotation (Hunyuan) instead of preceding it.
+    """
+
+    q_weight: torch.Tensor | None = None
+    k_weight: torch.Tensor | None = None
+    eps: float = 1e-6
+    weight_offset: float = 0.0
+    norm_after: bool = False
+
+    def weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of queries and of keys."""
+        return self[:2]
+
+
+def is_joint(weight: torch.Tensor | None, x: torch.Tensor) -> bool:
+    """Whether all heads of ``x`` ``[B, S, H, D]`` are normalised together."""
+    return weight is not None and weight.shape[0] != x.shape[3]
 
 
 class Projections(NamedTuple):
@@ -151,7 +178,7 @@ class KeyValueCache(NamedTuple):
         return view(self.k_cache), view(self.v_cache)
 
 
-def schema(group: type[Angles] | type[Projections] | type[KeyValueCache]) -> str:
+def schema(group: type[NamedTuple]) -> str:
     """The fields of ``group`` in the syntax of ``torch.library`` schemas."""
     names = {torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
     fields = []

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import reference, reference_cache
-from .arguments import Angles, KeyValueCache, Projections
+from . import reference, reference_cache, reference_norm
+from .arguments import Angles, KeyValueCache, Norms, Projections
 
 Launch = Callable[..., None]
 """Called as :meth:`Backend.rotate`, for tensors of the same metadata as those it was made for."""
@@ -88,6 +88,46 @@ class Backend:
         """
         raise NotImplementedError
 
+    def norm_rotate(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        q_out: torch.Tensor,
+        k_out: torch.Tensor | None,
+        norms: Norms,
+        angles: Angles,
+        q_bias: torch.Tensor | None = None,
+        k_bias: torch.Tensor | None = None,
+        rstds: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    ) -> Launch | None:
+        """:meth:`rotate` with RMS norms; see :class:`Norms`.
+
+        Args:
+            rstds: where the reciprocal norms ``[B, S, heads or 1]`` are written; None: nowhere.
+
+        Returns:
+            As :meth:`rotate`, called as ``launch(q, k, q_out, k_out, norms, angles, q_bias, k_bias)``.
+        """
+        *found, q_rstd, k_rstd = reference_norm.norm_rotate_tokens(q, k, norms, angles, q_bias, k_bias)
+        targets = (q_out, k_out, *(rstds or ()))
+        for out, new in zip(targets, (*found, q_rstd, k_rstd), strict=False):
+            if out is not None and new is not None:
+                out.copy_(new)
+        return None
+
+    def norm_rotate_backward(
+        self,
+        grads: tuple[torch.Tensor, torch.Tensor | None],
+        heads: tuple[torch.Tensor, torch.Tensor | None],
+        rstds: tuple[torch.Tensor, torch.Tensor | None],
+        norms: Norms,
+        angles: Angles,
+        q_bias: torch.Tensor | None = None,
+        k_bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of queries, keys and the norms' weights; see :func:`reference_norm.norm_rotate_backward`."""
+        return reference_norm.norm_rotate_backward(grads, heads, rstds, norms, angles, q_bias, k_bias)
+
     def pack_gradients(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, angles: Angles
     ) -> torch.Tensor:
@@ -136,28 +176,38 @@ class Backend:
         v: torch.Tensor,
         q_out: torch.Tensor | None,
         cache: KeyValueCache,
+        norms: Norms | None,
         angles: Angles,
     ) -> Launch | None:
         """Rotate ``q`` into ``q_out`` (or None both), and ``k`` into its cache; write ``v`` as it is. Checks nothing.
 
         Args:
             q, k, v: ``[B, S, heads, D]`` of one dtype, any strides; ``q_out`` may be ``q`` itself.
+            norms: of ``q`` and ``k``, or None.
             angles: as for :meth:`rotate`; with ``positions``, the bounds and offsets of sequences tell their places in
                 the cache only.
 
         Returns:
-            What does the same again, as :meth:`rotate` returns it, called as ``launch(q, k, v, q_out, cache, angles)``.
+            What does the same again, as :meth:`rotate` returns it, called as ``launch(q, k, v, q_out, cache, norms,
+            angles)``.
         """
         at = angles if angles.positions is None else angles._replace(cu_seqlens=None, seqlen_offsets=None)
+
+        def run(q, k, q_out, k_out, norms: Norms | None) -> None:
+            if norms is None:
+                self.rotate(q, k, q_out, k_out, at)
+            else:
+                self.norm_rotate(q, k, q_out, k_out, norms, at)
+
         # Keys that are stored in 8 bits are not rounded to 16 before.
         wide = k.to(reference.compute_dtype(k)) if cache.is_fp8 else k
         rotated = torch.empty(k.shape, dtype=wide.dtype, device=k.device)
         if q is not None and q.dtype == wide.dtype:
-            self.rotate(q, wide, q_out, rotated, at)
+            run(q, wide, q_out, rotated, norms)
         else:
-            self.rotate(wide, None, rotated, None, at)
+            run(wide, None, rotated, None, norms and norms._replace(q_weight=norms.k_weight, k_weight=None))
             if q is not None:
-                self.rotate(q, None, q_out, None, at)
+                run(q, None, q_out, None, norms and norms._replace(k_weight=None))
         reference_cache.write(rotated, v, cache, angles)
         return None
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 from . import backend as backends
-from . import launch_cache, reference, validation
-from .arguments import Angles, KeyValueCache
+from . import launch_cache, reference, reference_norm, validation
+from .arguments import Angles, Norms, is_joint
 from .backend import Backend, NotBuilt, Reference
 from .native import Native
 from .triton_backend import Triton
@@ -156,43 +156,70 @@ def rotate(
     return q_out, k_out
 
 
-def write_cache(
-    q: torch.Tensor | None,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cache: KeyValueCache,
+def norm_rotate(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    norms: Norms,
     angles: Angles,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
     *,
     inplace: bool = False,
     key: launch_cache.Key | None = None,
-) -> torch.Tensor | None:
-    """``q`` rotated, in place or not, by the backend that serves ``k``; rotated keys and values go to ``cache``.
-
-    Args:
-        key: of the launch cache, where the launch is to be kept.
-    """
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As :func:`reference_norm.norm_rotate_tokens`, without the reciprocal norms; otherwise as :func:`rotate`."""
+    backend = serving(q)
+    if backend is REFERENCE and not inplace:
+        return reference_norm.norm_rotate_tokens(q, k, norms, angles, q_bias, k_bias)[:2]
+    if inplace:
+        q_out, k_out = q, k
+        _count_change(q, k)
+    else:
+        q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape) if k is not None else None
     whole = whole_rows(angles)
-
-    def target(q: torch.Tensor | None) -> torch.Tensor | None:
-        return q if inplace or q is None else q.new_empty(q.shape)
-
-    def changed(q: torch.Tensor | None, cache: KeyValueCache) -> None:
-        written = (cache.k_cache, cache.v_cache)
-        torch.autograd.graph.increment_version(written if q is None or not inplace else (q, *written))
-
-    q_out = target(q)
-    changed(q, cache)
-    again = serving(k).write_cache(q, k, v, q_out, cache, whole)
+    again = backend.norm_rotate(q, k, q_out, k_out, norms, whole, q_bias, k_bias)
     if again is not None and whole is angles:
+        launch_cache.put(key, _changing(again, q, k) if inplace else _returning(again))
+    return q_out, k_out
 
-        def launch(q, k, v, cache, angles):
-            q_out = target(q)
-            changed(q, cache)
-            again(q, k, v, q_out, cache, angles)
-            return q_out
 
-        launch_cache.put(key, launch)
-    return q_out
+def norm_rotate_saving(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    norms: Norms,
+    angles: Angles,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor | None]]:
+    """:func:`norm_rotate` with the reciprocal norms ``[B, S, heads or 1]`` that the backward pass needs."""
+    backend = serving(q)
+    if backend is REFERENCE:
+        q_out, k_out, *rstds = reference_norm.norm_rotate_tokens(q, k, norms, angles, q_bias, k_bias)
+        return q_out, k_out, (rstds[0], rstds[1])
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape) if k is not None else None
+    q_rstd = _empty_rstd(q, norms.q_weight)
+    rstds = (q_rstd, _empty_rstd(k, norms.k_weight) if k is not None else None)
+    backend.norm_rotate(q, k, q_out, k_out, norms, whole_rows(angles), q_bias, k_bias, rstds)
+    return q_out, k_out, rstds
+
+
+def _empty_rstd(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    heads = 1 if is_joint(weight, x) else x.shape[2]
+    return x.new_empty((*x.shape[:2], heads), dtype=reference.compute_dtype(x))
+
+
+def norm_rotate_backward(
+    grads: tuple[torch.Tensor, torch.Tensor | None],
+    heads: tuple[torch.Tensor, torch.Tensor | None],
+    rstds: tuple[torch.Tensor, torch.Tensor | None],
+    norms: Norms,
+    angles: Angles,
+    q_bias: torch.Tensor | None = None,
+    k_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """As :func:`reference_norm.norm_rotate_backward` by the backend that serves the heads."""
+    backend = serving(heads[0])
+    return backend.norm_rotate_backward(grads, heads, rstds, norms, whole_rows(angles), q_bias, k_bias)
 
 
 def whole_rows(angles: Angles) -> Angles:
@@ -207,10 +234,10 @@ def whole_rows(angles: Angles) -> Angles:
 
 
 def _returning(again: Callable[..., None]) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    def launch(q, k, angles, q_bias=None, k_bias=None):
+    def launch(q, k, *rest):
         q_out = q.new_empty(q.shape)
         k_out = k.new_empty(k.shape) if k is not None else None
-        again(q, k, q_out, k_out, angles, q_bias, k_bias)
+        again(q, k, q_out, k_out, *rest)
         return q_out, k_out
 
     return launch
@@ -221,11 +248,11 @@ def _changing(
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     q_bytes, k_bytes = (_reach(x) if x is not None else 0 for x in (q, k))
 
-    def launch(q, k, angles, q_bias=None, k_bias=None):
+    def launch(q, k, *rest):
         if k is not None and -k_bytes < k.data_ptr() - q.data_ptr() < q_bytes:
             validation.writable(q, k)  # they may share memory
         _count_change(q, k)
-        again(q, k, q, k, angles, q_bias, k_bias)
+        again(q, k, q, k, *rest)
         return q, k
 
     return launch

@@ -36,6 +36,11 @@ def to_fixed_point(inv_freq: torch.Tensor) -> torch.Tensor:
     return torch.stack((upper, lower)).to(torch.int64).to(torch.int32)
 
 
+def as_fixed_point(inv_freq: torch.Tensor) -> torch.Tensor:
+    """:func:`to_fixed_point` of floating frequencies; what it made is returned as it is."""
+    return inv_freq if inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
+
+
 def angles(inv_freq_q64: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Angles in 2^-32 revolutions, as the kernels compute them.
 

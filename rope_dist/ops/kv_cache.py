@@ -7,8 +7,8 @@ import math
 import torch
 
 from . import launch_cache, library_cache, reference_cache, validation
-from .arguments import Angles, KeyValueCache, present
-from .fixed_point import to_fixed_point
+from .arguments import Angles, KeyValueCache, Norms, present
+from .fixed_point import as_fixed_point
 
 KV_LAYOUTS = ("NHD", "HND")
 
@@ -33,6 +33,11 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
     sin: torch.Tensor | None = None,
     attention_scaling: float = 1.0,
     interleaved: bool = False,
+    q_weight: torch.Tensor | None = None,
+    k_weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    weight_offset: float = 0.0,
+    norm_after: bool = False,
     inplace: bool = False,
 ) -> torch.Tensor | None:
     """Rotate queries and keys, and write the keys and the values to their caches, for inference: no gradient.
@@ -44,8 +49,8 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
     Args:
         q: ``[B, S, Hq, D]`` or packed ``[T, Hq, D]``, floating, any strides; None: keys and values only.
         k, v: ``[B, S, Hk, D]`` or ``[T, Hk, D]`` in the dtype of ``q``; the values may have a head size of their own.
-        k_cache, v_cache: ``[entries, Hk, D]``, or paged ``[blocks, block_size, Hk, D]`` (``kv_layout`` "HND": ``[blocks,
-            Hk, block_size, D]``), any strides, changed in place. In the dtype of ``k``, or float8_e4m3fn, which
+        k_cache, v_cache: ``[entries, Hk, D]``, or paged ``[blocks, block_size, Hk, D]`` (``kv_layout`` "HND":
+            ``[blocks, Hk, block_size, D]``), any strides, changed in place. In the dtype of ``k``, or float8_e4m3fn, which
             stores ``x / scale``, rounded once from float32 and at most 448 in magnitude.
         slots: ``[T]`` (``[B, S]``, ``[B * S]``) int32 or int64, the entry of each token, counted through the blocks
             (vLLM's slot_mapping); a token with a negative one is rotated and not written. Entries must differ.
@@ -61,6 +66,10 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
             position, and a token whose position is not in them is not rotated.
         attention_scaling: factor on the rotated dimensions, with ``inv_freq``; tables carry it in them.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R/2)``.
+        q_weight, k_weight: of RMS norms before the rotation, as in :func:`rope_dist.ops.norm_rotary`. Without any, and
+            without ``eps``, nothing is normalised; with one of the three, queries and keys both.
+        eps: added to the mean of the squares; None: 1e-6 where there is a norm.
+        weight_offset, norm_after: as in :func:`rope_dist.ops.norm_rotary`.
         inplace: change ``q`` and return it.
 
     Returns:
@@ -81,7 +90,7 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
     if cos is not None and sin is not None and cos.ndim == sin.ndim == 2:
         cos, sin = cos[None], sin[None]
     angles = Angles(
-        cos, sin, _fixed_point(inv_freq), position_ids, cu_seqlens, cache_seqlens,
+        cos, sin, as_fixed_point(inv_freq) if inv_freq is not None else None, position_ids, cu_seqlens, cache_seqlens,
         scaling=float(attention_scaling), interleaved=interleaved,
     )  # fmt: skip
     cache = KeyValueCache(
@@ -90,29 +99,40 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
         *(1.0 if s is None or isinstance(s, torch.Tensor) else float(s) for s in (k_scale, v_scale)),
         heads_first=kv_layout == "HND",
     )  # fmt: skip
-    given = (k_scale is None, v_scale is None)
-    options = (inplace, packed, kv_layout, *given, *launch_cache.metadata(inv_freq))
+    norms = None
+    if not (q_weight is k_weight is eps is None):
+        norms = Norms(
+            q_weight, k_weight, 1e-6 if eps is None else float(eps), float(weight_offset), norm_after
+        )
+    without_scale = (k_scale is None, v_scale is None)
+    options = (
+        inplace,
+        packed,
+        kv_layout,
+        without_scale,
+        norms and norms[2:],
+        *launch_cache.metadata(inv_freq),
+    )
     with torch.no_grad():
-        launch, key = launch_cache.find("rotary_write_cache", (q, k, v, *cache[:6]), angles, *options)
+        tensors = (q, k, v, *cache[:6], q_weight, k_weight)
+        launch, key = launch_cache.find("rotary_write_cache", tensors, angles, *options)
         if launch is None:
             _check_heads(q, k, v, packed)
             _check_angles(k, angles, inv_freq, packed)
             _check_cache(k, v, cache, kv_layout)
-            _check_scales(k, cache, given)
+            _check_scales(k, cache, without_scale)
             _check_slots(k, cache, angles)
+            if norms is not None:
+                _check_norms(q, k, norms)
         _check_values(cache, angles, *k.shape[:2])
         heads = {"q": q, "k": k, "v": v}
         written = {"k_cache": k_cache, "v_cache": v_cache, **({"q": heads.pop("q")} if inplace else {})}
         validation.apart(written, heads)
         if launch is not None:
-            out = launch(q, k, v, cache, angles)
+            out = launch(q, k, v, cache, norms, angles)
         else:
-            out = library_cache.write_cache(q, k, v, cache, angles, inplace=inplace, key=key)
+            out = library_cache.write_cache(q, k, v, cache, norms, angles, inplace=inplace, key=key)
     return out[0] if packed and out is not None else out
-
-
-def _fixed_point(inv_freq: torch.Tensor | None) -> torch.Tensor | None:
-    return inv_freq if inv_freq is None or inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
 
 
 def _check_heads(q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:
@@ -201,7 +221,9 @@ def _check_cache(k: torch.Tensor, v: torch.Tensor, cache: KeyValueCache, kv_layo
 def _check_scales(k: torch.Tensor, cache: KeyValueCache, left_out: tuple[bool, bool]) -> None:
     """Float8 caches, and no others, have a scale each."""
     heads = k.shape[2]
-    for name, scale, none in zip(("k_scale", "v_scale"), (cache.k_scale, cache.v_scale), left_out, strict=True):
+    for name, scale, none in zip(
+        ("k_scale", "v_scale"), (cache.k_scale, cache.v_scale), left_out, strict=True
+    ):
         if none and cache.is_fp8:
             raise ValueError(f"float8 caches need {name}: a number, or a tensor [1] or [{heads}]")
         if not none and not cache.is_fp8:
@@ -239,6 +261,12 @@ def _check_slots(k: torch.Tensor, cache: KeyValueCache, angles: Angles) -> None:
     if table.ndim != 2 or table.shape[0] != sequences:
         raise ValueError(f"block_table must be [{sequences}, most blocks], got {list(table.shape)}")
     validation.integers(table, "block_table", k.device)
+
+
+def _check_norms(q: torch.Tensor | None, k: torch.Tensor, norms: Norms) -> None:
+    if q is None and norms.q_weight is not None:
+        raise ValueError("q_weight without q")
+    validation.norms(k if q is None else q, k, norms)
 
 
 def _check_values(cache: KeyValueCache, angles: Angles, batch: int, length: int) -> None:

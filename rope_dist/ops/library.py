@@ -21,7 +21,7 @@ _ROTATE = f"Tensor? q_bias=None, Tensor? k_bias=None, {_ANGLES}"
 _NO_ANGLES = (None,) * len(Angles._fields)
 
 
-def _define(signature: str, implementation) -> None:
+def define(signature: str, implementation) -> None:
     LIBRARY.define(signature)
     LIBRARY.impl(signature.partition("(")[0], implementation, "CompositeExplicitAutograd")
 
@@ -48,8 +48,8 @@ def _run(operation: str, q, k, angles: Angles, q_bias, k_bias) -> tuple[torch.Te
     return dispatch.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
 
 
-_define(f"rotate(Tensor q, Tensor? k, {_ROTATE}) -> (Tensor, Tensor)", _rotate_impl)
-_define(f"rotate_(Tensor(a!) q, Tensor(b!)? k, {_ROTATE}) -> ()", _rotate_in_place_impl)
+define(f"rotate(Tensor q, Tensor? k, {_ROTATE}) -> (Tensor, Tensor)", _rotate_impl)
+define(f"rotate_(Tensor(a!) q, Tensor(b!)? k, {_ROTATE}) -> ()", _rotate_in_place_impl)
 
 
 @torch.library.register_fake("rope_dist::rotate", lib=LIBRARY)
@@ -242,15 +242,15 @@ def _pack_impl(q, k, v, *flat) -> torch.Tensor:
     return dispatch_projection.pack_gradients(q, k, v, Angles(*flat))
 
 
-_define(
+define(
     f"qkv_rotary(Tensor x, {_PROJECTIONS}, {_ANGLES}, str path='auto') -> (Tensor, Tensor, Tensor)", _qkv_impl
 )
-_define(
+define(
     "decode_cached(Tensor x, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots, "
     f"{_PROJECTIONS}, {_ANGLES}) -> Tensor",
     _decode_impl,
 )
-_define(f"pack_gradients(Tensor q, Tensor k, Tensor? v, {_ANGLES}) -> Tensor", _pack_impl)
+define(f"pack_gradients(Tensor q, Tensor k, Tensor? v, {_ANGLES}) -> Tensor", _pack_impl)
 
 
 @torch.library.register_fake("rope_dist::qkv_rotary", lib=LIBRARY)

@@ -7,44 +7,50 @@ from __future__ import annotations
 
 import torch
 
-from . import dispatch, launch_cache, validation
-from .arguments import Angles, KeyValueCache, schema
-from .library import LIBRARY
+from . import dispatch_cache, launch_cache
+from .arguments import Angles, KeyValueCache, Norms, schema
+from .library import LIBRARY, define
 
-_HEADS = "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache"
-_CACHE = schema(KeyValueCache).split(", ", 2)[2]
-_REST = f"{_HEADS}, {_CACHE}, {schema(Angles)}"
+_CACHES = "Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache"
+_PLACES = schema(KeyValueCache).split(", ", 2)[2]
+_REST = f"{_CACHES}, {_PLACES}, bool has_norm=False, {schema(Norms)}, {schema(Angles)}"
 
 
-def _split(flat: tuple) -> tuple[KeyValueCache, Angles]:
+def _split(flat: tuple) -> tuple[KeyValueCache, Norms | None, Angles]:
+    """The groups of the flat arguments of an operator. Defaults may be left out."""
     first = len(KeyValueCache._fields)
-    angles = Angles(*flat[first:])
-    validation.same_order(angles)
-    return KeyValueCache(*flat[:first]), angles
+    last = first + 1 + len(Norms._fields)
+    cache, has_norm, norms = (
+        KeyValueCache(*flat[:first]),
+        flat[first : first + 1],
+        Norms(*flat[first + 1 : last]),
+    )
+    angles = Angles(*flat[last:])
+    if angles.deinterleave or angles.conjugate:
+        raise ValueError("deinterleave and conjugate go with the rotation alone")
+    return cache, norms if has_norm == (True,) else None, angles
 
 
-def _write_impl(q, k, v, *flat) -> torch.Tensor:
-    q_out = dispatch.write_cache(q, k, v, *_split(flat))
+def _impl(q, k, v, *flat) -> torch.Tensor:
+    q_out = dispatch_cache.write_cache(q, k, v, *_split(flat))
     return q_out if q_out is not None else k.new_empty(0)
 
 
-def _write_in_place_impl(q, k, v, *flat) -> None:
-    dispatch.write_cache(q, k, v, *_split(flat), inplace=True)
+def _in_place_impl(q, k, v, *flat) -> None:
+    dispatch_cache.write_cache(q, k, v, *_split(flat), inplace=True)
 
 
-LIBRARY.define(f"rotary_write_cache(Tensor? q, {_REST}) -> Tensor")
-LIBRARY.impl("rotary_write_cache", _write_impl, "CompositeExplicitAutograd")
-LIBRARY.define(f"rotary_write_cache_(Tensor(c!) q, {_REST}) -> ()")
-LIBRARY.impl("rotary_write_cache_", _write_in_place_impl, "CompositeExplicitAutograd")
+define(f"rotary_write_cache(Tensor? q, {_REST}) -> Tensor", _impl)
+define(f"rotary_write_cache_(Tensor(c!) q, {_REST}) -> ()", _in_place_impl)
 
 
 @torch.library.register_fake("rope_dist::rotary_write_cache", lib=LIBRARY)
-def _write_fake(q: torch.Tensor | None, k: torch.Tensor, *rest) -> torch.Tensor:
+def _fake(q: torch.Tensor | None, k: torch.Tensor, *rest) -> torch.Tensor:
     return q.new_empty(q.shape) if q is not None else k.new_empty(0)
 
 
 @torch.library.register_fake("rope_dist::rotary_write_cache_", lib=LIBRARY)
-def _write_in_place_fake(q: torch.Tensor, *rest) -> None:
+def _in_place_fake(q: torch.Tensor, *rest) -> None:
     return None
 
 
@@ -53,16 +59,18 @@ def write_cache(
     k: torch.Tensor,
     v: torch.Tensor,
     cache: KeyValueCache,
+    norms: Norms | None,
     angles: Angles,
     *,
     inplace: bool = False,
     key: launch_cache.Key | None = None,
 ) -> torch.Tensor | None:
-    """Rotate and write for checked arguments; ``key`` as in :func:`library.rotate`."""
+    """Normalise, rotate and write for checked arguments; ``key`` as in :func:`library.rotate`."""
     if key is not None:
-        return dispatch.write_cache(q, k, v, cache, angles, inplace=inplace, key=key)
+        return dispatch_cache.write_cache(q, k, v, cache, norms, angles, inplace=inplace, key=key)
+    flat = (*cache, norms is not None, *(norms or Norms()), *angles)
     if q is None or not inplace:
-        out = torch.ops.rope_dist.rotary_write_cache(q, k, v, *cache, *angles)
+        out = torch.ops.rope_dist.rotary_write_cache(q, k, v, *flat)
         return out if q is not None else None
-    torch.ops.rope_dist.rotary_write_cache_(q, k, v, *cache, *angles)
+    torch.ops.rope_dist.rotary_write_cache_(q, k, v, *flat)
     return q

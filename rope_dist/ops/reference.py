@@ -146,7 +146,7 @@ def rotate_tokens(
     order = {name: getattr(angles, name) for name in ("interleaved", "deinterleave", "conjugate")}
 
     def rotated(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        wide = x if bias is None else _add_bias(x, bias)
+        wide = x if bias is None else add_bias(x, bias)
         out = rotate(wide, cos, sin, **order)
         if known is not None:
             out = torch.where(known[:, :, None, None], out, wide).contiguous()
@@ -155,7 +155,7 @@ def rotate_tokens(
     return rotated(q, q_bias), rotated(k, k_bias) if k is not None else None
 
 
-def _add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def add_bias(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """``x`` ``[B, S, H, D]`` with ``bias`` ``[H * D]`` added, in the type that the rotation computes in."""
     compute = compute_dtype(x)
     return x.to(compute) + bias.to(compute).unflatten(0, x.shape[2:])

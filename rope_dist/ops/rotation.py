@@ -6,7 +6,7 @@ import torch
 
 from . import launch_cache, library, validation
 from .arguments import Angles
-from .fixed_point import to_fixed_point
+from .fixed_point import as_fixed_point
 
 
 def rotary(
@@ -78,7 +78,7 @@ def rotary_at(  # noqa: PLR0913  (public)
 
     Args:
         q, k: ``[B, S, heads, D]``, any strides, or packed ``[T, heads, D]``; ``k`` None rotates ``q`` alone.
-        inv_freq: ``[R/2]`` floating radians a token, or what :func:`to_fixed_point` made of them, which saves its
+        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.to_fixed_point` made of them, which saves its
             few small launches a call.
         position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, values within int32.
             None: tokens count from 0, in each sequence of ``cu_seqlens`` if given.
@@ -97,42 +97,40 @@ def rotary_at(  # noqa: PLR0913  (public)
         ValueError: as :func:`rotary`; positions outside int32 and bounds that decrease or are outside the tokens
             (looked at on CPU tensors only: elsewhere it would wait for the device).
     """
-    packed = q.ndim == 3 and (k is None or k.ndim == 3)
-    if packed:
-        q, k = q[None], k[None] if k is not None else None
-        position_ids = (
-            position_ids[None] if position_ids is not None and position_ids.ndim == 1 else position_ids
-        )
-    inv_freq_q64 = inv_freq if inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
+    q, k, position_ids, packed = one_batch(q, k, position_ids)
     angles = Angles(
-        inv_freq_q64=inv_freq_q64, positions=position_ids, cu_seqlens=cu_seqlens,
+        inv_freq_q64=as_fixed_point(inv_freq), positions=position_ids, cu_seqlens=cu_seqlens,
         seqlen_offsets=seqlen_offsets, scaling=float(attention_scaling),
         interleaved=interleaved, deinterleave=deinterleave,
     )  # fmt: skip
     options = (inplace, packed, *launch_cache.metadata(inv_freq))
     launch, key = launch_cache.find("rotary_at", (q, k, q_bias, k_bias), angles, *options)
     if launch is not None:
-        # What is looked at on a CPU only: the values.
-        validation.values(position_ids, "position_ids")
-        validation.values(seqlen_offsets, "seqlen_offsets")
-        validation.bound_values(cu_seqlens, q.shape[1])
+        validation.angle_values(angles, q.shape[1])
         out = launch(q, k, angles, q_bias, k_bias)
     else:
         validation.heads(q, k)
-        validation.frequencies(inv_freq, q.shape[3], q.device)
-        if position_ids is not None:
-            if cu_seqlens is not None or seqlen_offsets is not None:
-                raise ValueError("give position_ids, or cu_seqlens and seqlen_offsets, not both")
-            validation.positions(position_ids, q.shape[0], q.shape[1], q.device)
-        if cu_seqlens is not None:
-            if not packed:
-                raise ValueError(f"cu_seqlens needs packed q and k [T, heads, D], got {list(q.shape)}")
-            validation.bounds(cu_seqlens, q.shape[1], q.device)
-        if seqlen_offsets is not None:
-            sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            if seqlen_offsets.shape != (sequences,):
-                raise ValueError(f"seqlen_offsets must be [{sequences}], got {list(seqlen_offsets.shape)}")
-            validation.integers(seqlen_offsets, "seqlen_offsets", q.device)
+        validation.angles_at(q, inv_freq, angles, packed)
         validation.biases(q, k, q_bias, k_bias)
         out = library.rotate(q, k, angles, q_bias, k_bias, inplace=inplace, key=key)
-    return (out[0][0], out[1][0] if out[1] is not None else None) if packed else out
+    return without_batch(out) if packed else out
+
+
+def one_batch(
+    q: torch.Tensor, k: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]:
+    """Packed ``[T, heads, D]`` and positions ``[T]`` with an axis of one batch before them, and whether they were."""
+    packed = q.ndim == 3 and (k is None or k.ndim == 3)
+    if packed:
+        q, k = q[None], k[None] if k is not None else None
+        if position_ids is not None and position_ids.ndim == 1:
+            position_ids = position_ids[None]
+    return q, k, position_ids, packed
+
+
+def without_batch(
+    heads: tuple[torch.Tensor, torch.Tensor | None],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The only batch of both."""
+    q, k = heads
+    return q[0], k[0] if k is not None else None

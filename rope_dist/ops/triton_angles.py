@@ -93,3 +93,64 @@ def _flip(x, bits):
 def rotate(first, second, cos, sin):
     """The pair is_rotary by the angle; all float32 (and broadcast to one shape)."""
     return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
+
+
+@triton.jit
+def token_position(
+    batch, seq, positions, cu_seqlens, seqlen_offsets, sequences, offset, pos_b, pos_s,
+    HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """Position of token ``seq`` of ``batch`` (both int64), and whether it is in a sequence; see ``Angles``.
+
+    ``SEQUENCES``: bounds that are looked at at once.
+    """
+    known = True
+    if HAS_POSITIONS:
+        position = tl.load(positions + batch * pos_b + seq * pos_s).to(tl.int32)
+    else:
+        position = seq.to(tl.int32) + offset
+        sequence = batch.to(tl.int32)
+        if HAS_CU_SEQLENS:
+            # The start of a token's sequence is the largest bound that is not past the token.
+            first = 0
+            sequence = -1
+            for block in range(0, sequences, SEQUENCES):
+                index = block + tl.arange(0, SEQUENCES)
+                bound = tl.load(cu_seqlens + index, mask=index < sequences, other=2147483647).to(tl.int32)
+                before = bound <= seq
+                first = tl.maximum(first, tl.max(tl.where(before, bound, 0), axis=0))
+                sequence += tl.sum(before.to(tl.int32), axis=0)
+            position -= first
+            known = (sequence >= 0) & (seq < tl.load(cu_seqlens + sequences))
+        if HAS_OFFSETS:
+            position += tl.load(seqlen_offsets + sequence, mask=sequence >= 0, other=0).to(tl.int32)
+    return position, known
+
+
+@triton.jit
+def token_cos_sin(
+    batch, position, known, cos_table, sin_table, inv_freq_q64, table_rows, scaling, cos_b, cos_s, sin_b, sin_s,
+    NUM_PAIRS: tl.constexpr, WIDTH: tl.constexpr, CONJUGATE: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """cos and sin ``[WIDTH]`` float32 of a token's ``NUM_PAIRS`` pairs, and whether it is rotated.
+
+    The angles of a token that is not are zero where they come from a table, and any where they do not.
+    """
+    pair = tl.arange(0, WIDTH)
+    if TABLE:
+        # Tokens past the table pass through, as in flash-attention: no access outside it.
+        row = position.to(tl.int64)
+        known = known & (position >= 0) & (position < table_rows)
+        here = known & (pair < NUM_PAIRS)
+        cos = tl.load(cos_table + batch * cos_b + row * cos_s + pair, mask=here, other=1.0).to(tl.float32)
+        sin = tl.load(sin_table + batch * sin_b + row * sin_s + pair, mask=here, other=0.0).to(tl.float32)
+    else:
+        high = tl.load(inv_freq_q64 + pair, mask=pair < NUM_PAIRS, other=0)
+        low = tl.load(inv_freq_q64 + NUM_PAIRS + pair, mask=pair < NUM_PAIRS, other=0)
+        cos, sin = cos_sin(angle(position, high, low))
+        cos *= scaling
+        sin *= scaling
+    if CONJUGATE:
+        sin = -sin
+    return cos, sin, known

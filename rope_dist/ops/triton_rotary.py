@@ -17,7 +17,7 @@ import triton.language as tl
 from . import triton_launch
 from .arguments import Angles
 from .backend import Launch
-from .triton_angles import angle, cos_sin, rotate
+from .triton_angles import rotate, token_cos_sin, token_position
 
 # Between interleaved pairs and halves: a thread whose 16 bytes of each half are the members of V pairs holds the 2 V
 # neighbours that they are, in two accesses of 16 bytes. So no element goes from one thread to another. All first
@@ -167,44 +167,14 @@ def rotary_kernel(
     batch = (token // length).to(tl.int64)
     seq = (token % length).to(tl.int64)
 
-    known_token = True
-    if HAS_POSITIONS:
-        position = tl.load(positions + batch * pos_b + seq * pos_s).to(tl.int32)
-    else:
-        position = seq.to(tl.int32) + offset
-        sequence = batch.to(tl.int32)
-        if HAS_CU_SEQLENS:
-            # The start of a token's sequence is the largest bound that is not past the token.
-            first = 0
-            sequence = -1
-            for block in range(0, sequences, SEQUENCES):
-                index = block + tl.arange(0, SEQUENCES)
-                bound = tl.load(cu_seqlens + index, mask=index < sequences, other=2147483647).to(tl.int32)
-                before = bound <= seq
-                first = tl.maximum(first, tl.max(tl.where(before, bound, 0), axis=0))
-                sequence += tl.sum(before.to(tl.int32), axis=0)
-            position -= first
-            known_token = (sequence >= 0) & (seq < tl.load(cu_seqlens + sequences))
-        if HAS_OFFSETS:
-            position += tl.load(seqlen_offsets + sequence, mask=sequence >= 0, other=0).to(tl.int32)
-
-    PAIR_WIDTH: tl.constexpr = WIDTH // 2 if IN and OUT else WIDTH
-    pair = tl.arange(0, PAIR_WIDTH)
-    if TABLE:
-        # Tokens past the table pass through, as in flash-attention: no access outside it.
-        row = position.to(tl.int64)
-        known_token = known_token & (position >= 0) & (position < table_rows)
-        known = known_token & (pair < NUM_PAIRS)
-        cos = tl.load(cos_table + batch * cos_b + row * cos_s + pair, mask=known, other=1.0).to(tl.float32)
-        sin = tl.load(sin_table + batch * sin_b + row * sin_s + pair, mask=known, other=0.0).to(tl.float32)
-    else:
-        high = tl.load(inv_freq_q64 + pair, mask=pair < NUM_PAIRS, other=0)
-        low = tl.load(inv_freq_q64 + NUM_PAIRS + pair, mask=pair < NUM_PAIRS, other=0)
-        cos, sin = cos_sin(angle(position, high, low))
-        cos *= scaling
-        sin *= scaling
-    if CONJUGATE:
-        sin = -sin
+    position, known_token = token_position(
+        batch, seq, positions, cu_seqlens, seqlen_offsets, sequences, offset, pos_b, pos_s,
+        HAS_POSITIONS, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES,
+    )  # fmt: skip
+    cos, sin, known_token = token_cos_sin(
+        batch, position, known_token, cos_table, sin_table, inv_freq_q64, table_rows, scaling,
+        cos_b, cos_s, sin_b, sin_s, NUM_PAIRS, WIDTH // 2 if IN and OUT else WIDTH, CONJUGATE, TABLE,
+    )  # fmt: skip
 
     # Turned by nothing, an infinity would still make its partner NaN: what is not rotated is copied.
     if known_token:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch.autograd import forward_ad
 
-from .arguments import Angles
+from .arguments import Angles, Norms
 
 
 def heads(q: torch.Tensor, k: torch.Tensor | None) -> None:
@@ -99,6 +99,52 @@ def frequencies(inv_freq: torch.Tensor, head_dim: int, device: torch.device) -> 
         raise ValueError(f"inv_freq must be on {device}, got {inv_freq.device}")
 
 
+def angles_at(q: torch.Tensor, inv_freq: torch.Tensor, angles: Angles, packed: bool) -> None:
+    """Frequencies, and positions or bounds and offsets, fit ``q`` ``[B, S, heads, D]``."""
+    frequencies(inv_freq, q.shape[3], q.device)
+    position_ids, cu_seqlens, seqlen_offsets = angles.positions, angles.cu_seqlens, angles.seqlen_offsets
+    if position_ids is not None:
+        if cu_seqlens is not None or seqlen_offsets is not None:
+            raise ValueError("give position_ids, or cu_seqlens and seqlen_offsets, not both")
+        positions(position_ids, q.shape[0], q.shape[1], q.device)
+    if cu_seqlens is not None:
+        if not packed:
+            raise ValueError(f"cu_seqlens needs packed q and k [T, heads, D], got {list(q.shape)}")
+        bounds(cu_seqlens, q.shape[1], q.device)
+    if seqlen_offsets is not None:
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if seqlen_offsets.shape != (sequences,):
+            raise ValueError(f"seqlen_offsets must be [{sequences}], got {list(seqlen_offsets.shape)}")
+        integers(seqlen_offsets, "seqlen_offsets", q.device)
+
+
+def angle_values(angles: Angles, tokens: int) -> None:
+    """What of :func:`angles_at` is not in the metadata of tensors: their values, looked at on a CPU."""
+    values(angles.positions, "position_ids")
+    values(angles.seqlen_offsets, "seqlen_offsets")
+    bound_values(angles.cu_seqlens, tokens)
+
+
+def norms(q: torch.Tensor, k: torch.Tensor | None, norms: Norms) -> None:
+    """Weights are None, ``[D]`` or ``[heads * D]``, floating, on the device of ``q``; ``eps`` is no less than 0."""
+    if not (isinstance(norms.eps, float) and 0 <= norms.eps < float("inf")):
+        raise ValueError(f"eps must be a number from 0 on, got {norms.eps!r}")
+    if not -float("inf") < norms.weight_offset < float("inf"):
+        raise ValueError(f"weight_offset must be a finite number, got {norms.weight_offset!r}")
+    for name, weight, x in (("q_weight", norms.q_weight, q), ("k_weight", norms.k_weight, k)):
+        if weight is None:
+            continue
+        if x is None:
+            raise ValueError(f"{name} without {name[0]}")
+        if weight.ndim != 1 or weight.shape[0] not in (x.shape[3], x.shape[2] * x.shape[3]):
+            raise ValueError(
+                f"{name} must be [{x.shape[3]}] (each head by itself) or [{x.shape[2] * x.shape[3]}] (all heads "
+                f"together), got {list(weight.shape)}"
+            )
+        if not weight.dtype.is_floating_point or weight.device != x.device:
+            raise ValueError(f"{name} must be floating on {x.device}, got {weight.dtype} on {weight.device}")
+
+
 def positions(position_ids: torch.Tensor, batch: int, length: int, device: torch.device) -> None:
     """``position_ids`` is ``[B or 1, S]`` int32 or int64; values are looked at where that costs no wait."""
     if position_ids.ndim != 2 or position_ids.shape not in ((1, length), (batch, length)):
@@ -166,7 +212,9 @@ def slot_values(slots: torch.Tensor, entries: int) -> None:
 
 def apart(written: dict[str, torch.Tensor | None], read: dict[str, torch.Tensor | None]) -> None:
     """No two elements of ``written``, and none of one of them and one of ``read``, share memory. By their names."""
-    targets, sources = ([(name, x) for name, x in group.items() if x is not None] for group in (written, read))
+    targets, sources = (
+        [(name, x) for name, x in group.items() if x is not None] for group in (written, read)
+    )
     for name, x in targets:
         if not x.is_contiguous() and _overlaps_itself(x):
             raise ValueError(
