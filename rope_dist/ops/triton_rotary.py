@@ -256,7 +256,7 @@ def launch(
     numbers = (
         cos.shape[1] if cos is not None else 0, angles.scaling,
         *scaled(q), *scaled(k), *scaled(v), *scaled(q_out), *scaled(k_out), *scaled(v_out),
-        *_row_strides(cos), *_row_strides(angles.sin), *_row_strides(angles.positions),
+        *row_strides(cos), *row_strides(angles.sin), *row_strides(angles.positions),
     )  # fmt: skip
     read, written = angles.interleaved_in, angles.interleaved_out
     options = {
@@ -279,7 +279,7 @@ def launch(
     return again if whole_biases[0] is q_bias and whole_biases[1] is k_bias else None
 
 
-def _row_strides(x: torch.Tensor | None) -> tuple[int, int]:
+def row_strides(x: torch.Tensor | None) -> tuple[int, int]:
     """Strides of the batch and row axes, the batch's 0 where one entry serves every batch."""
     if x is None:
         return 0, 0
