@@ -17,7 +17,7 @@ import triton.language as tl
 from . import triton_launch
 from .arguments import Angles, KeyValueCache, Norms, is_joint
 from .backend import Launch
-from .triton_angles import angle, rotate, token_cos_sin, token_position
+from .triton_angles import angle, rotate, token_cos_sin, token_place, token_position
 from .triton_launch import architecture
 from .triton_rotary import blocks, row_strides
 
@@ -46,12 +46,11 @@ def to_e4m3(x):
 @triton.jit
 def _stored(x, factor, out, FP8: tl.constexpr):
     """``x`` times ``factor`` as ``out`` stores it: see :data:`PLAIN`, for which the factor is left out."""
-    if FP8 == 0:
-        return x.to(out.dtype.element_ty)
-    x = tl.clamp(x.to(tl.float32) * factor, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-    if FP8 == 1:
-        return x.to(out.dtype.element_ty)
-    return to_e4m3(x)
+    if FP8 > 0:
+        x = tl.clamp(x.to(tl.float32) * factor, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    if FP8 == 2:
+        x = to_e4m3(x)
+    return x.to(out.dtype.element_ty)
 
 
 @triton.jit
@@ -59,11 +58,27 @@ def _weights(
     weight, head, column, mask, offset, HAS_WEIGHT: tl.constexpr, HEAD_DIM: tl.constexpr, NORM: tl.constexpr
 ):  # fmt: skip
     """What normalised heads are multiplied by, float32, for ``[CHUNK, 1]`` heads and ``[1, WIDTH]`` columns."""
-    if not HAS_WEIGHT:
-        return 1.0
-    if NORM == 1:
-        return tl.load(weight + column, mask=mask, other=0.0).to(tl.float32) + offset
-    return tl.load(weight + head * HEAD_DIM + column, mask=mask, other=0.0).to(tl.float32) + offset
+    result = 1.0
+    if HAS_WEIGHT:
+        at = weight + column if NORM == 1 else weight + head * HEAD_DIM + column
+        result = tl.load(at, mask=mask, other=0.0).to(tl.float32) + offset
+    return result
+
+
+@triton.jit
+def _joint_rstd(
+    x, stride_h, stride_d, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VEC: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The reciprocal root mean square of all heads of a token."""
+    column = tl.arange(0, WHOLE)[None, :]
+    squares = tl.zeros((CHUNK, WHOLE), tl.float32)
+    for start in range(0, HEADS, CHUNK):
+        head = start + tl.arange(0, CHUNK)[:, None]
+        at = x + head.to(tl.int64) * stride_h * VEC + column.to(tl.int64) * stride_d
+        value = tl.load(at, mask=(head < HEADS) & (column < HEAD_DIM), other=0.0).to(tl.float32)
+        squares += value * value
+    return tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / (HEADS * HEAD_DIM) + eps)
 
 
 @triton.jit
@@ -82,14 +97,7 @@ def _heads(
     rest = 2 * NUM_PAIRS + tl.arange(0, TAIL_WIDTH)[None, :]
     rstd = 1.0
     if NORM == 2:
-        all_columns = tl.arange(0, WHOLE)[None, :]
-        squares = tl.zeros((CHUNK, WHOLE), tl.float32)
-        for start in range(0, HEADS, CHUNK):
-            head = start + tl.arange(0, CHUNK)[:, None]
-            at = x + head.to(tl.int64) * stride_h * VEC + all_columns.to(tl.int64) * stride_d
-            value = tl.load(at, mask=(head < HEADS) & (all_columns < HEAD_DIM), other=0.0).to(tl.float32)
-            squares += value * value
-        rstd = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / (HEADS * HEAD_DIM) + eps)
+        rstd = _joint_rstd(x, stride_h, stride_d, eps, HEADS, HEAD_DIM, VEC, CHUNK, WHOLE)
     if SCALE == 1:
         factor = 1.0 / tl.load(scale).to(tl.float32)
     for start in range(0, HEADS, CHUNK):
@@ -97,8 +105,9 @@ def _heads(
         known = head < HEADS
         source = x + head.to(tl.int64) * stride_h * VEC
         target = out + head.to(tl.int64) * out_h * VEC
+        times = factor
         if SCALE == 2:
-            factor = 1.0 / tl.load(scale + head, mask=known, other=1.0).to(tl.float32)
+            times = 1.0 / tl.load(scale + head, mask=known, other=1.0).to(tl.float32)
         here = known & (column < (2 * NUM_PAIRS if INTERLEAVED else NUM_PAIRS))
         in_tail = known & (rest < 2 * NUM_PAIRS + TAIL)
         squares = tl.zeros((CHUNK,), tl.float32)
@@ -123,29 +132,30 @@ def _heads(
                     first, second = rotate(first, second, cos[None, :], sin[None, :])
                 if NORM == 1:
                     squares += tl.sum(first * first + second * second, axis=1)
+        inverse = rstd
         if NORM == 1:
-            rstd = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+            inverse = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
         if TAIL > 0:
             if NORM > 0:
-                tail *= rstd * _weights(weight, head, rest, in_tail, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
-            tl.store(target + rest.to(tl.int64) * out_d, _stored(tail, factor, out, FP8), mask=in_tail)
+                tail *= inverse * _weights(weight, head, rest, in_tail, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
+            tl.store(target + rest.to(tl.int64) * out_d, _stored(tail, times, out, FP8), mask=in_tail)
         if NUM_PAIRS > 0:
             wide = column.to(tl.int64)
             if INTERLEAVED:
                 if NORM > 0:
-                    pair *= rstd * _weights(weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
+                    pair *= inverse * _weights(weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
                 if not AFTER:
                     pair = _rotate_pairs(pair, cos, sin, CHUNK, WIDTH)
-                tl.store(target + wide * out_d, _stored(pair, factor, out, FP8), mask=here)
+                tl.store(target + wide * out_d, _stored(pair, times, out, FP8), mask=here)
             else:
                 if NORM > 0:
                     last = column + NUM_PAIRS
-                    first *= rstd * _weights(weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
-                    second *= rstd * _weights(weight, head, last, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
+                    first *= inverse * _weights(weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
+                    second *= inverse * _weights(weight, head, last, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
                 if not AFTER:
                     first, second = rotate(first, second, cos[None, :], sin[None, :])
-                tl.store(target + wide * out_d, _stored(first, factor, out, FP8), mask=here)
-                tl.store(target + (wide + NUM_PAIRS) * out_d, _stored(second, factor, out, FP8), mask=here)
+                tl.store(target + wide * out_d, _stored(first, times, out, FP8), mask=here)
+                tl.store(target + (wide + NUM_PAIRS) * out_d, _stored(second, times, out, FP8), mask=here)
 
 
 @triton.jit
@@ -185,18 +195,21 @@ def _entry(
     """Block and entry in it (int64) of a token, and whether there is one."""
     if HAS_SLOTS:
         slot = tl.load(slots + token.to(tl.int64) * slot_s).to(tl.int64)
+        known = slot >= 0
         block = slot // BLOCK_SIZE
-        return block, slot % BLOCK_SIZE, (slot >= 0) & (block < num_blocks)
-    place, sequence, known = token_place(
-        batch, seq, cu_seqlens, seqlen_offsets, sequences, offset, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES
-    )
-    if BY_POSITION:
-        place = position
-    column = place // BLOCK_SIZE
-    known = known & (place >= 0) & (column < columns)
-    at = block_table + sequence.to(tl.int64) * table_b + column.to(tl.int64) * table_c
-    block = tl.load(at, mask=known, other=-1).to(tl.int64)
-    return block, (place % BLOCK_SIZE).to(tl.int64), known & (block >= 0) & (block < num_blocks)
+        entry = slot % BLOCK_SIZE
+    else:
+        place, sequence, known = token_place(
+            batch, seq, cu_seqlens, seqlen_offsets, sequences, offset, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES
+        )
+        if BY_POSITION:
+            place = position
+        column = place // BLOCK_SIZE
+        known = known & (place >= 0) & (column < columns)
+        at = block_table + sequence.to(tl.int64) * table_b + column.to(tl.int64) * table_c
+        block = tl.load(at, mask=known, other=-1).to(tl.int64)
+        entry = (place % BLOCK_SIZE).to(tl.int64)
+    return block, entry, known & (block >= 0) & (block < num_blocks)
 
 
 @triton.jit(do_not_specialize=["sequences", "offset", "num_blocks", "columns", "table_rows", "table_b"])
