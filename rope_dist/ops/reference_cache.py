@@ -25,7 +25,7 @@ def write(k: torch.Tensor, v: torch.Tensor, cache: KeyValueCache, angles: Angles
         if cache.is_fp8:
             # As bytes: not every device indexes float8.
             new, blocks = to_fp8(new, *scale).view(torch.uint8), blocks.view(torch.uint8)
-        _write(new, blocks, slots)
+        (write_entries if new.device.type == "cpu" else write_all)(new, blocks, slots)
 
 
 def to_fp8(x: torch.Tensor, scale: torch.Tensor | None, value: float = 1.0) -> torch.Tensor:
@@ -70,18 +70,24 @@ def token_places(
     return sequence.clamp_min(0), place.expand(batch, length)
 
 
-def _write(new: torch.Tensor, blocks: torch.Tensor, slots: torch.Tensor) -> None:
-    """Write ``new`` ``[T, H, D]`` to ``blocks`` ``[blocks, block_size, H, D]`` at ``slots`` ``[T]``."""
-    block_size = blocks.shape[1]
+def write_entries(new: torch.Tensor, blocks: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write ``new`` ``[T, H, D]`` to ``blocks`` ``[blocks, block_size, H, D]`` at the ``slots`` ``[T]`` that are one."""
     written = slots >= 0
-    if slots.device.type == "cpu":
-        new, slots = new[written], slots[written]
-    else:
-        # A mask's size would have to be waited for: a token that is not written repeats what another writes or,
-        # where none is, what is there.
-        first = written.to(torch.int8).argmax()
-        token = torch.where(written, torch.arange(len(slots), device=slots.device), first)
-        slots = slots[token].clamp_min(0)
-        old = blocks[slots // block_size, slots % block_size]
-        new = torch.where(written.any(), new[token], old)
-    blocks[slots // block_size, slots % block_size] = new
+    _put(new[written], blocks, slots[written])
+
+
+def write_all(new: torch.Tensor, blocks: torch.Tensor, slots: torch.Tensor) -> None:
+    """:func:`write_entries` for a device: the size of a mask would have to be waited for.
+
+    A token that is not written repeats what another one writes or, where none is, what is there.
+    """
+    written = slots >= 0
+    first = written.to(torch.int8).argmax()
+    token = torch.where(written, torch.arange(len(slots), device=slots.device), first)
+    slots = slots[token].clamp_min(0)
+    old = blocks[slots // blocks.shape[1], slots % blocks.shape[1]]
+    _put(torch.where(written.any(), new[token], old), blocks, slots)
+
+
+def _put(new: torch.Tensor, blocks: torch.Tensor, slots: torch.Tensor) -> None:
+    blocks[slots // blocks.shape[1], slots % blocks.shape[1]] = new

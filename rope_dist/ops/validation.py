@@ -326,7 +326,7 @@ def _is_reached(distance: int, axes: tuple[tuple[int, int], ...]) -> bool:
     for stride, size in axes:
         low, high = spans.get(abs(stride), (0, 0))
         spans[abs(stride)] = (low - (size - 1), high) if stride < 0 else (low, high + size - 1)
-    steps = sorted((stride, *span) for stride, span in spans.items() if span != (0, 0))
+    steps = sorted((stride, *span) for stride, span in spans.items() if stride and span != (0, 0))
 
     def reached(left: int, count: int) -> bool:
         if count == 0:
