@@ -50,8 +50,8 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
         q: ``[B, S, Hq, D]`` or packed ``[T, Hq, D]``, floating, any strides; None: keys and values only.
         k, v: ``[B, S, Hk, D]`` or ``[T, Hk, D]`` in the dtype of ``q``; the values may have a head size of their own.
         k_cache, v_cache: ``[entries, Hk, D]``, or paged ``[blocks, block_size, Hk, D]`` (``kv_layout`` "HND":
-            ``[blocks, Hk, block_size, D]``), any strides, changed in place. In the dtype of ``k``, or float8_e4m3fn, which
-            stores ``x / scale``, rounded once from float32 and at most 448 in magnitude.
+            ``[blocks, Hk, block_size, D]``), any strides, changed in place. In the dtype of ``k``, or float8_e4m3fn,
+            which stores ``x / scale``, rounded once from float32 and at most 448 in magnitude.
         slots: ``[T]`` (``[B, S]``, ``[B * S]``) int32 or int64, the entry of each token, counted through the blocks
             (vLLM's slot_mapping); a token with a negative one is rotated and not written. Entries must differ.
         block_table: instead of ``slots``, ``[sequences, most blocks]`` int32 or int64: the blocks of each sequence.

@@ -1,9 +1,9 @@
 """Rotary with the key/value cache write: queries, keys and values of any number of tokens in one launch.
 
-As in ``triton_rotary.py`` one program takes one token: it finds the token's entry, makes its angles once, and goes over
-its heads in chunks that give every thread 16 bytes a half to read, and to write as many, or 8 where they are stored in 8
-bits. RMS norms are sums within a row of a chunk, which the threads of a warp have; those of all heads together read
-the heads twice, the second time from a cache.
+As in ``triton_rotary.py`` one program takes one token: it finds the token's entry, makes its angles once, and goes
+over its heads in chunks that give every thread 16 bytes a half to read, and as many to write (8 where they are stored
+in 8 bits). RMS norms are sums within a row of a chunk, which the threads of a warp have; the norm of all heads
+together reads them twice, the second time from a cache.
 """
 
 from __future__ import annotations
@@ -137,21 +137,29 @@ def _heads(
             inverse = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
         if TAIL > 0:
             if NORM > 0:
-                tail *= inverse * _weights(weight, head, rest, in_tail, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
+                tail *= inverse * _weights(
+                    weight, head, rest, in_tail, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
+                )
             tl.store(target + rest.to(tl.int64) * out_d, _stored(tail, times, out, FP8), mask=in_tail)
         if NUM_PAIRS > 0:
             wide = column.to(tl.int64)
             if INTERLEAVED:
                 if NORM > 0:
-                    pair *= inverse * _weights(weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
+                    pair *= inverse * _weights(
+                        weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
+                    )
                 if not AFTER:
                     pair = _rotate_pairs(pair, cos, sin, CHUNK, WIDTH)
                 tl.store(target + wide * out_d, _stored(pair, times, out, FP8), mask=here)
             else:
                 if NORM > 0:
                     last = column + NUM_PAIRS
-                    first *= inverse * _weights(weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
-                    second *= inverse * _weights(weight, head, last, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
+                    first *= inverse * _weights(
+                        weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
+                    )
+                    second *= inverse * _weights(
+                        weight, head, last, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
+                    )
                 if not AFTER:
                     first, second = rotate(first, second, cos[None, :], sin[None, :])
                 tl.store(target + wide * out_d, _stored(first, times, out, FP8), mask=here)
