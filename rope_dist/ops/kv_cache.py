@@ -93,11 +93,13 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
         cos, sin, as_fixed_point(inv_freq) if inv_freq is not None else None, position_ids, cu_seqlens, cache_seqlens,
         scaling=float(attention_scaling), interleaved=interleaved,
     )  # fmt: skip
+    k_number, v_number = not isinstance(k_scale, torch.Tensor), not isinstance(v_scale, torch.Tensor)
     cache = KeyValueCache(
-        k_cache, v_cache, slots.flatten() if slots is not None else None, block_table,
-        *(s if isinstance(s, torch.Tensor) else None for s in (k_scale, v_scale)),
-        *(1.0 if s is None or isinstance(s, torch.Tensor) else float(s) for s in (k_scale, v_scale)),
-        heads_first=kv_layout == "HND",
+        k_cache, v_cache, slots if slots is None or slots.ndim == 1 else slots.flatten(), block_table,
+        None if k_number else k_scale, None if v_number else v_scale,
+        float(k_scale) if k_number and k_scale is not None else 1.0,
+        float(v_scale) if v_number and v_scale is not None else 1.0,
+        kv_layout == "HND",
     )  # fmt: skip
     norms = None
     if not (q_weight is k_weight is eps is None):

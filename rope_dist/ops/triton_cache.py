@@ -87,14 +87,17 @@ def _heads(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, TAIL: tl.constexpr,
     INTERLEAVED: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, AFTER: tl.constexpr,
     SCALE: tl.constexpr, FP8: tl.constexpr, VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
-    TAIL_WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Normalise, rotate and store the heads of a token, which ``x`` and ``out`` point to; ``TAIL`` is not rotated.
+    """Normalise, rotate and store the heads of a token, which ``x`` and ``out`` point to.
 
-    Strides of heads are in units of ``VEC``. ``WHOLE``: a power of two that is no less than ``HEAD_DIM``.
+    Strides of heads are in units of ``VEC``. The last ``TAIL`` columns are not rotated: they are taken ``WIDTH`` at a
+    time, so that a thread has the same rows of them and of what is rotated, and norms need no other thread's numbers.
+    ``WHOLE``: a power of two that is no less than ``HEAD_DIM``.
     """
+    PIECES: tl.constexpr = (TAIL + WIDTH - 1) // WIDTH
     column = tl.arange(0, WIDTH)[None, :]
-    rest = 2 * NUM_PAIRS + tl.arange(0, TAIL_WIDTH)[None, :]
+    wide = column.to(tl.int64)
     rstd = 1.0
     if NORM == 2:
         rstd = _joint_rstd(x, stride_h, stride_d, eps, HEADS, HEAD_DIM, VEC, CHUNK, WHOLE)
@@ -109,69 +112,60 @@ def _heads(
         if SCALE == 2:
             times = 1.0 / tl.load(scale + head, mask=known, other=1.0).to(tl.float32)
         here = known & (column < (2 * NUM_PAIRS if INTERLEAVED else NUM_PAIRS))
-        in_tail = known & (rest < 2 * NUM_PAIRS + TAIL)
-        squares = tl.zeros((CHUNK,), tl.float32)
-        if TAIL > 0:
-            tail = tl.load(source + rest.to(tl.int64) * stride_d, mask=in_tail, other=0.0)
-            if NORM > 0:
-                tail = tail.to(tl.float32)
-            if NORM == 1:
-                squares += tl.sum(tail * tail, axis=1)
+        squares = tl.zeros((CHUNK, WIDTH), tl.float32)
         if NUM_PAIRS > 0:
-            wide = column.to(tl.int64)
-            if INTERLEAVED:
-                pair = tl.load(source + wide * stride_d, mask=here, other=0.0).to(tl.float32)
-                if AFTER:
-                    pair = _rotate_pairs(pair, cos, sin, CHUNK, WIDTH)
-                if NORM == 1:
-                    squares += tl.sum(pair * pair, axis=1)
-            else:
-                first = tl.load(source + wide * stride_d, mask=here, other=0.0).to(tl.float32)
+            first = tl.load(source + wide * stride_d, mask=here, other=0.0).to(tl.float32)
+            second = first
+            if not INTERLEAVED:
                 second = tl.load(source + (wide + NUM_PAIRS) * stride_d, mask=here, other=0.0).to(tl.float32)
-                if AFTER:
-                    first, second = rotate(first, second, cos[None, :], sin[None, :])
-                if NORM == 1:
-                    squares += tl.sum(first * first + second * second, axis=1)
+            if AFTER:
+                first, second = _rotated(first, second, cos, sin, INTERLEAVED, CHUNK, WIDTH)
+            squares += first * first
+            if not INTERLEAVED:
+                squares += second * second
         inverse = rstd
         if NORM == 1:
-            inverse = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        if TAIL > 0:
-            if NORM > 0:
-                tail *= inverse * _weights(
-                    weight, head, rest, in_tail, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
-                )
-            tl.store(target + rest.to(tl.int64) * out_d, _stored(tail, times, out, FP8), mask=in_tail)
+            for piece in range(PIECES):
+                rest = 2 * NUM_PAIRS + piece * WIDTH + column
+                in_tail = known & (rest < 2 * NUM_PAIRS + TAIL)
+                tail = tl.load(source + rest.to(tl.int64) * stride_d, mask=in_tail, other=0.0).to(tl.float32)
+                squares += tail * tail
+            inverse = tl.rsqrt(tl.sum(squares, axis=1) / HEAD_DIM + eps)[:, None]
         if NUM_PAIRS > 0:
-            wide = column.to(tl.int64)
-            if INTERLEAVED:
-                if NORM > 0:
-                    pair *= inverse * _weights(
-                        weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
-                    )
-                if not AFTER:
-                    pair = _rotate_pairs(pair, cos, sin, CHUNK, WIDTH)
-                tl.store(target + wide * out_d, _stored(pair, times, out, FP8), mask=here)
-            else:
-                if NORM > 0:
-                    last = column + NUM_PAIRS
-                    first *= inverse * _weights(
-                        weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
-                    )
+            if NORM > 0:
+                first *= inverse * _weights(
+                    weight, head, column, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
+                )
+                if not INTERLEAVED:
                     second *= inverse * _weights(
-                        weight, head, last, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
+                        weight, head, column + NUM_PAIRS, here, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM
                     )
-                if not AFTER:
-                    first, second = rotate(first, second, cos[None, :], sin[None, :])
-                tl.store(target + wide * out_d, _stored(first, times, out, FP8), mask=here)
+            if not AFTER:
+                first, second = _rotated(first, second, cos, sin, INTERLEAVED, CHUNK, WIDTH)
+            tl.store(target + wide * out_d, _stored(first, times, out, FP8), mask=here)
+            if not INTERLEAVED:
                 tl.store(target + (wide + NUM_PAIRS) * out_d, _stored(second, times, out, FP8), mask=here)
+        for piece in range(PIECES):
+            rest = 2 * NUM_PAIRS + piece * WIDTH + column
+            in_tail = known & (rest < 2 * NUM_PAIRS + TAIL)
+            value = tl.load(source + rest.to(tl.int64) * stride_d, mask=in_tail, other=0.0)
+            if NORM > 0:
+                value = value.to(tl.float32) * inverse
+                value *= _weights(weight, head, rest, in_tail, weight_offset, HAS_WEIGHT, HEAD_DIM, NORM)
+            tl.store(target + rest.to(tl.int64) * out_d, _stored(value, times, out, FP8), mask=in_tail)
 
 
 @triton.jit
-def _rotate_pairs(pair, cos, sin, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
-    """Interleaved pairs ``[CHUNK, WIDTH]`` rotated."""
-    first, second = tl.split(tl.reshape(pair, (CHUNK, WIDTH // 2, 2)))
-    first, second = rotate(first, second, cos[None, :], sin[None, :])
-    return tl.reshape(tl.join(first, second), (CHUNK, WIDTH))
+def _rotated(first, second, cos, sin, INTERLEAVED: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """``[CHUNK, WIDTH]`` first and second members rotated; interleaved pairs are all in ``first``."""
+    if INTERLEAVED:
+        a, b = tl.split(tl.reshape(first, (CHUNK, WIDTH // 2, 2)))
+        a, b = rotate(a, b, cos[None, :], sin[None, :])
+        first = tl.reshape(tl.join(a, b), (CHUNK, WIDTH))
+        second = first
+    else:
+        first, second = rotate(first, second, cos[None, :], sin[None, :])
+    return first, second
 
 
 @triton.jit
@@ -180,17 +174,17 @@ def _token_heads(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, TAIL: tl.constexpr,
     INTERLEAVED: tl.constexpr, NORM: tl.constexpr, HAS_WEIGHT: tl.constexpr, AFTER: tl.constexpr,
     SCALE: tl.constexpr, FP8: tl.constexpr, VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
-    TAIL_WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """:func:`_heads`, rotated or not: turned by nothing, an infinity would still make its partner NaN."""
     if rotated:
         _heads(x, out, weight, scale, factor, cos, sin, stride_h, stride_d, out_h, out_d, eps, weight_offset,
                HEADS, HEAD_DIM, NUM_PAIRS, TAIL, INTERLEAVED, NORM, HAS_WEIGHT, AFTER, SCALE, FP8, VEC, CHUNK,
-               WIDTH, TAIL_WIDTH, WHOLE)  # fmt: skip
+               WIDTH, WHOLE)  # fmt: skip
     else:
         _heads(x, out, weight, scale, factor, cos, sin, stride_h, stride_d, out_h, out_d, eps, weight_offset,
                HEADS, HEAD_DIM, 0, HEAD_DIM, INTERLEAVED, NORM, HAS_WEIGHT, False, SCALE, FP8, VEC, CHUNK,
-               WIDTH, WHOLE, WHOLE)  # fmt: skip
+               WHOLE, WHOLE)  # fmt: skip
 
 
 @triton.jit
@@ -234,7 +228,7 @@ def write_cache_kernel(
     HAS_SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_POSITION: tl.constexpr, FP8: tl.constexpr,
     K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, K_WEIGHT: tl.constexpr, AFTER: tl.constexpr,
-    VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr, TAIL_WIDTH: tl.constexpr,
+    VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
     WHOLE: tl.constexpr, V_WIDTH: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program a token, ``batch * length + seq``; shapes are in :func:`launch`."""
@@ -261,20 +255,20 @@ def write_cache_kernel(
             rotated, q + (batch * q_b + seq * q_s) * VEC, q_out + (batch * qo_b + seq * qo_s) * VEC,
             q_weight, k_scale, 1.0, cos, sin, q_h, q_d, qo_h, qo_d, eps, weight_offset,
             Q_HEADS, HEAD_DIM, NUM_PAIRS, Q_TAIL, INTERLEAVED, Q_NORM, Q_WEIGHT, AFTER, 0, 0, VEC, CHUNK,
-            WIDTH, TAIL_WIDTH, WHOLE,
+            WIDTH, WHOLE,
         )  # fmt: skip
     if written:
         _token_heads(
             rotated, k + (batch * k_b + seq * k_s) * VEC, k_cache + (block * kc_b + entry * kc_s) * VEC,
             k_weight, k_scale, k_factor, cos, sin, k_h, k_d, kc_h, kc_d, eps, weight_offset,
             K_HEADS, HEAD_DIM, NUM_PAIRS, HEAD_DIM - 2 * NUM_PAIRS, INTERLEAVED, K_NORM, K_WEIGHT, AFTER, K_SCALE,
-            FP8, VEC, CHUNK, WIDTH, TAIL_WIDTH, WHOLE,
+            FP8, VEC, CHUNK, WIDTH, WHOLE,
         )  # fmt: skip
         _heads(
             v + (batch * v_b + seq * v_s) * VEC, v_cache + (block * vc_b + entry * vc_s) * VEC,
             k_weight, v_scale, v_factor, cos, sin, v_h, v_d, vc_h, vc_d, eps, weight_offset,
             K_HEADS, V_DIM, 0, V_DIM, INTERLEAVED, 0, False, False, V_SCALE,
-            FP8, VEC, CHUNK, WIDTH, V_WIDTH, V_WIDTH,
+            FP8, VEC, CHUNK, V_WIDTH, V_WIDTH,
         )  # fmt: skip
 
 
@@ -350,7 +344,6 @@ def launch(
         "Q_NORM": _norm_kind(norms, q_weight, q), "K_NORM": _norm_kind(norms, k_weight, k),
         "Q_WEIGHT": q_weight is not None, "K_WEIGHT": k_weight is not None,
         "AFTER": norms is not None and norms.norm_after, "VEC": vec,
-        "TAIL_WIDTH": triton.next_power_of_2(max(head_dim - 2 * num_pairs, 1)),
         "WHOLE": triton.next_power_of_2(head_dim), "V_WIDTH": triton.next_power_of_2(v_dim),
         "SEQUENCES": 128, **blocks(max(q_heads, k_heads), num_pairs, angles.interleaved, k.element_size()),
     }  # fmt: skip

@@ -220,9 +220,12 @@ def apart(written: dict[str, torch.Tensor | None], read: dict[str, torch.Tensor 
             raise ValueError(
                 f"{name} is expanded or its elements share memory (strides {list(x.stride())}): it cannot be written to"
             )
-    for i, (name, x) in enumerate(targets):
-        for other, y in (*targets[i + 1 :], *sources):
-            if _share_elements(x, y):
+    if torch.compiler.is_compiling():
+        return  # such tensors have no storage
+    everything = [(name, x, x.untyped_storage()._cdata) for name, x in (*targets, *sources)]
+    for i, (name, x, storage) in enumerate(everything[: len(targets)]):
+        for other, y, other_storage in everything[i + 1 :]:
+            if storage == other_storage and _share_elements(x, y):
                 raise ValueError(f"{name} and {other} share memory: one would be written over the other")
 
 
