@@ -52,14 +52,16 @@ def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _angles(tokens: int, rotary_dim: int, table: bool, **options: Any) -> Angles:
-    """Angles of ``tokens`` of one sequence."""
+def _angles(tokens: int, rotary_dim: int, table: bool, axes: int = 0, **options: Any) -> Angles:
+    """Angles of ``tokens`` of one sequence; ``axes`` of M-RoPE's positions."""
     num_pairs = rotary_dim // 2
     if table:
         cos, sin = (_meta(1, tokens, num_pairs, dtype=torch.float32) for _ in range(2))
         return Angles(cos, sin, **options)
-    inv_freq_q64 = _meta(2, num_pairs, dtype=torch.int32)
-    return Angles(inv_freq_q64=inv_freq_q64, positions=_meta(1, tokens, dtype=torch.int64), **options)
+    first = (axes,) if axes else ()
+    inv_freq_q64 = _meta(*first, 2, num_pairs, dtype=torch.int32)
+    positions = _meta(*first, 1, tokens, dtype=torch.int64)
+    return Angles(inv_freq_q64=inv_freq_q64, positions=positions, **options)
 
 
 def _rotary(
@@ -173,6 +175,10 @@ CASES = (
         ("sm_90",),
         WIDE,
         {"wide stores": 6},
+    ),
+    # One position an axis.
+    Case(
+        "rotary M-RoPE", _rotary(32, 8, 128, axes=3), NVIDIA, {**WIDE, "narrow loads": 4}, {"wide stores": 4}
     ),
     Case("rotary interleaved", _rotary(32, 8, 128, interleaved=True), ("sm_90",), WIDE, {"wide stores": 2}),
     Case("rotary deinterleave", _rotary(128, 1, 64, **MLA), NVIDIA, REORDERED, {"wide stores": 4}),

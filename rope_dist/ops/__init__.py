@@ -22,12 +22,12 @@ from .drop_in_flash_attention import (
     apply_rotary_emb_kv_,
     apply_rotary_emb_qkv_,
 )
-from .fixed_point import to_fixed_point
+from .fixed_point import mrope_frequencies, to_fixed_point
 from .kv_cache import rotary_write_cache
 from .norm_rotation import norm_rotary, norm_rotary_at
 from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
-from .rotation import rotary, rotary_at
+from .rotation import rerotate_, rotary, rotary_at
 
 __all__ = [
     "RotaryEmbedding",
@@ -45,10 +45,12 @@ __all__ = [
     "backend_for",
     "cos_sin",
     "decode_rotary",
+    "mrope_frequencies",
     "norm_rotary",
     "norm_rotary_at",
     "projection_paths",
     "qkv_rotary",
+    "rerotate_",
     "rotary",
     "rotary_at",
     "rotary_embedding",

@@ -23,9 +23,11 @@ class Angles(NamedTuple):
     Attributes:
         cos, sin: tables ``[B or 1, rows, R/2]``, floating; a token's row is its position, and a token whose position
             is not in the table is not rotated.
-        inv_freq_q64: instead, ``[2, R/2]`` int32 from :func:`rope_dist.ops.to_fixed_point`.
-        positions: ``[B or 1, S]`` int32 or int64, values within int32. None: a token's index in its sequence, plus
-            ``offset`` and the sequence's entry in ``seqlen_offsets``.
+        inv_freq_q64: instead, ``[2, R/2]`` int32 from :func:`rope_dist.ops.to_fixed_point`; or ``[axes, 2, R/2]``,
+            whose angles are summed.
+        positions: ``[B or 1, S]`` int32 or int64, values within int32, or ``[axes, B or 1, S]`` with frequencies of as
+            many axes. None: a token's index in its sequence, plus ``offset`` and the sequence's entry in
+            ``seqlen_offsets``.
         cu_seqlens: ``[sequences + 1]`` integers, not decreasing: bounds of packed sequences in the one row of the
             batch; a token outside them is not rotated.
         seqlen_offsets: ``[sequences]`` integers (``[B]`` without ``cu_seqlens``).
@@ -56,6 +58,12 @@ class Angles(NamedTuple):
         return present(self.inv_freq_q64 if self.cos is None else self.cos).shape[-1]
 
     @property
+    def axes(self) -> int:
+        """Axes of the positions: 1, or as many as the frequencies have."""
+        words = self.inv_freq_q64
+        return words.shape[0] if words is not None and words.ndim == 3 else 1
+
+    @property
     def interleaved_in(self) -> bool:
         """Whether the pairs that are read are interleaved."""
         return not self.conjugate if self.deinterleave else self.interleaved
@@ -75,7 +83,9 @@ class Angles(NamedTuple):
 
 
 class Norms(NamedTuple):
-    """The RMS norms of queries and keys (Zhang and Sennrich 2019): ``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``.
+    """The RMS norms of queries and keys (Zhang and Sennrich 2019).
+
+    ``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``.
 
     Attributes:
         q_weight, k_weight: ``[D]``, then each head is normalised by itself; or ``[heads * D]``, all heads of a token

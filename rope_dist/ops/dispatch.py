@@ -194,11 +194,10 @@ def norm_rotate_saving(
     """:func:`norm_rotate` with the reciprocal norms ``[B, S, heads or 1]`` that the backward pass needs."""
     backend = serving(q)
     if backend is REFERENCE:
-        q_out, k_out, *rstds = reference_norm.norm_rotate_tokens(q, k, norms, angles, q_bias, k_bias)
-        return q_out, k_out, (rstds[0], rstds[1])
+        q_new, k_new, q_rstd, k_rstd = reference_norm.norm_rotate_tokens(q, k, norms, angles, q_bias, k_bias)
+        return q_new, k_new, (q_rstd, k_rstd)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape) if k is not None else None
-    q_rstd = _empty_rstd(q, norms.q_weight)
-    rstds = (q_rstd, _empty_rstd(k, norms.k_weight) if k is not None else None)
+    rstds = _empty_rstd(q, norms.q_weight), _empty_rstd(k, norms.k_weight) if k is not None else None
     backend.norm_rotate(q, k, q_out, k_out, norms, whole_rows(angles), q_bias, k_bias, rstds)
     return q_out, k_out, rstds
 

@@ -60,8 +60,9 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
             batch is one). Tokens outside them are not written and, without ``position_ids``, not rotated.
         kv_layout: ``"NHD"`` or ``"HND"``, of paged caches.
         k_scale, v_scale: of float8 caches, and only of these: a positive number, or floating ``[1]`` or ``[Hk]``.
-        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.to_fixed_point` made of them.
-        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64.
+        inv_freq: ``[R/2]`` floating radians a token, or ``[axes, R/2]`` of :func:`rope_dist.ops.mrope_frequencies`; or
+            what :func:`rope_dist.ops.to_fixed_point` made of them.
+        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64; of several axes one of each before.
         cos, sin: instead of ``inv_freq``, tables ``[B or 1, rows, R/2]`` or ``[rows, R/2]``: the row of a token is its
             position, and a token whose position is not in them is not rotated.
         attention_scaling: factor on the rotated dimensions, with ``inv_freq``; tables carry it in them.
@@ -82,15 +83,19 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
     """
     if launch_cache.transformed():
         raise ValueError("rotary_write_cache is for inference: torch.func and forward mode go with rotary_at")
+    inv_freq_q64 = as_fixed_point(inv_freq) if inv_freq is not None else None
     packed = k.ndim == 3
     if packed:
         q, k, v = (x[None] if x is not None and x.ndim == 3 else x for x in (q, k, v))
-        if position_ids is not None and position_ids.ndim == 1:
-            position_ids = position_ids[None]
+        if (
+            position_ids is not None
+            and position_ids.ndim == (2 if inv_freq_q64 is None else inv_freq_q64.ndim) - 1
+        ):
+            position_ids = position_ids.unsqueeze(-2)
     if cos is not None and sin is not None and cos.ndim == sin.ndim == 2:
         cos, sin = cos[None], sin[None]
     angles = Angles(
-        cos, sin, as_fixed_point(inv_freq) if inv_freq is not None else None, position_ids, cu_seqlens, cache_seqlens,
+        cos, sin, inv_freq_q64, position_ids, cu_seqlens, cache_seqlens,
         scaling=float(attention_scaling), interleaved=interleaved,
     )  # fmt: skip
     k_number, v_number = not isinstance(k_scale, torch.Tensor), not isinstance(v_scale, torch.Tensor)
@@ -161,15 +166,20 @@ def _check_angles(k: torch.Tensor, angles: Angles, inv_freq: torch.Tensor | None
     batch, length = k.shape[:2]
     if (inv_freq is None) == (angles.cos is None) or (angles.cos is None) != (angles.sin is None):
         raise ValueError("give inv_freq, or cos and sin")
-    if angles.positions is not None:
-        validation.positions(angles.positions, batch, length, k.device)
+    several = angles.inv_freq_q64 is not None and angles.inv_freq_q64.ndim == 3
     if inv_freq is not None:
         validation.frequencies(inv_freq, k.shape[3], k.device)
+        if several and angles.positions is None:
+            raise ValueError(
+                f"frequencies of {angles.axes} axes need position_ids [{angles.axes}, B or 1, S]"
+            )
     else:
         if angles.scaling != 1.0:
             raise ValueError("attention_scaling goes with inv_freq; tables carry it in them")
         by_index = all(x is None for x in (angles.positions, angles.cu_seqlens, angles.seqlen_offsets))
         validation.tables(k, present(angles.cos), present(angles.sin), rows=length if by_index else None)
+    if angles.positions is not None:
+        validation.positions(angles.positions, batch, length, k.device, angles.axes if several else None)
     if angles.cu_seqlens is not None:
         if not packed:
             raise ValueError(f"cu_seqlens needs packed k [T, heads, D], got {list(k.shape)}")
@@ -255,6 +265,10 @@ def _check_slots(k: torch.Tensor, cache: KeyValueCache, angles: Angles) -> None:
             )
         return
     assert table is not None
+    if angles.positions is not None and angles.positions.ndim == 3 and angles.seqlen_offsets is None:
+        raise ValueError(
+            "positions of several axes say no place in a sequence: give block_table cache_seqlens too"
+        )
     if cache.k_cache.ndim == 3:
         raise ValueError(
             f"block_table needs paged caches [blocks, block_size, heads, D], got {list(cache.k_cache.shape)}"

@@ -157,20 +157,24 @@ def _composed(
     q: torch.Tensor, k: torch.Tensor | None, norms: Norms, angles: Angles, q_bias=None, k_bias=None
 ) -> Pair:
     """Norm and rotation as operators of their own, which every transform and order of differentiation knows."""
-    parts = []
-    for x, bias, weight in ((q, q_bias, norms.q_weight), (k, k_bias, norms.k_weight)):
-        if x is None:
-            parts.append(None)
-            continue
-        wide = add_bias(x, bias) if bias is not None else x.to(compute_dtype(x))
-        parts.append(wide if norms.norm_after else reference_norm.norm(wide, weight, norms.eps, norms.weight_offset))
-    turned = library.rotate(present(parts[0]), parts[1], angles)
+
+    def widened(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return add_bias(x, bias) if bias is not None else x.to(compute_dtype(x))
+
+    def normed(q: torch.Tensor, k: torch.Tensor | None) -> Pair:
+        pairs = zip((q, k), norms.weights(), strict=True)
+        out = [
+            reference_norm.norm(x, w, norms.eps, norms.weight_offset) if x is not None else None
+            for x, w in pairs
+        ]
+        return present(out[0]), out[1]
+
+    wide: Pair = widened(q, q_bias), widened(k, k_bias) if k is not None else None
+    if not norms.norm_after:
+        wide = normed(*wide)
+    q_out, k_out = library.rotate(*wide, angles)
     if norms.norm_after:
-        turned = tuple(
-            reference_norm.norm(x, weight, norms.eps, norms.weight_offset) if x is not None else None
-            for x, weight in zip(turned, norms.weights(), strict=True)
-        )
-    q_out, k_out = turned
+        q_out, k_out = normed(q_out, k_out)
     return q_out.to(q.dtype), k_out.to(q.dtype) if k_out is not None else None
 
 

@@ -158,6 +158,7 @@ def _ready(q: torch.Tensor, angles: Angles) -> Angles:
     The CUDA kernel makes tables from ``inv_freq_q64`` itself. For the CPU they are made here, in float64 as the
     reference does: they are small beside the heads.
     """
+    angles = reference.with_tables(angles, q)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     cos, sin, inv_freq_q64, positions, cu_seqlens, seqlen_offsets = angles.tensors()
     if inv_freq_q64 is not None and q.is_cpu:

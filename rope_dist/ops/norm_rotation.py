@@ -28,14 +28,14 @@ def norm_rotary(  # noqa: PLR0913  (public)
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Normalise queries and keys by their root mean square (Zhang and Sennrich 2019) and rotate them.
 
-    ``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``, then :func:`rope_dist.ops.rotary`. 16-bit heads are computed
-    in float32 and rounded once.
+    ``x / sqrt(mean(x^2) + eps) * (weight + weight_offset)``, then :func:`rope_dist.ops.rotary`. 16-bit heads are
+    computed in float32 and rounded once.
 
     Args:
         q: ``[B, S, Hq, D]`` queries, floating, any strides.
         k: ``[B, S, Hk, D]`` keys, same dtype and device; None takes ``q`` alone.
-        q_weight, k_weight: ``[D]`` normalises each head by itself (Qwen3, Gemma 3), ``[heads * D]`` all heads of a token
-            together (OLMo 2 and 3); floating, of any dtype. None: each head by itself, without a weight.
+        q_weight, k_weight: ``[D]`` normalises each head by itself (Qwen3, Gemma 3), ``[heads * D]`` all heads of a
+            token together (OLMo 2 and 3); floating, of any dtype. None: each head by itself, without a weight.
         cos, sin: ``[B, S, R/2]``, ``[1, S, R/2]`` or ``[S, R/2]``; the norm is of all ``D`` dimensions where ``R < D``.
         eps: added to the mean of the squares.
         weight_offset: added to the weights; 1 for Gemma's.
@@ -98,10 +98,11 @@ def norm_rotary_at(  # noqa: PLR0913  (public)
     Raises:
         ValueError: as :func:`norm_rotary` and :func:`rope_dist.ops.rotary_at`.
     """
-    q, k, position_ids, packed = one_batch(q, k, position_ids)
+    inv_freq_q64 = as_fixed_point(inv_freq)
+    q, k, position_ids, packed = one_batch(q, k, position_ids, inv_freq_q64)
     norms = Norms(q_weight, k_weight, float(eps), float(weight_offset), norm_after)
     angles = Angles(
-        inv_freq_q64=as_fixed_point(inv_freq), positions=position_ids, cu_seqlens=cu_seqlens,
+        inv_freq_q64=inv_freq_q64, positions=position_ids, cu_seqlens=cu_seqlens,
         seqlen_offsets=seqlen_offsets, scaling=float(attention_scaling), interleaved=interleaved,
     )  # fmt: skip
     options = (inplace, packed, *launch_cache.metadata(inv_freq))

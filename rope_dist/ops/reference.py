@@ -127,6 +127,14 @@ def token_tables(angles: Angles, q: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return cos[entry, row], sin[entry, row], known
 
 
+def with_tables(angles: Angles, q: torch.Tensor) -> Angles:
+    """``angles`` of positions with several axes as tables of the tokens of ``q``, for kernels that know one axis."""
+    if angles.axes == 1:
+        return angles
+    cos, sin, _ = token_tables(angles, q)
+    return angles._replace(cos=cos, sin=sin, inv_freq_q64=None, positions=None, scaling=1.0)
+
+
 def rotate_tokens(
     q: torch.Tensor,
     k: torch.Tensor | None,

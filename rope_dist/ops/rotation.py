@@ -1,10 +1,13 @@
-"""The rotation of queries and keys that are there: :func:`rotary` by tables, :func:`rotary_at` by positions."""
+"""The rotation of queries and keys that are there: :func:`rotary` by tables, :func:`rotary_at` by positions.
+
+:func:`rerotate_` corrects keys that were rotated by other frequencies.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from . import launch_cache, library, validation
+from . import fixed_point, launch_cache, library, validation
 from .arguments import Angles
 from .fixed_point import as_fixed_point
 
@@ -78,9 +81,10 @@ def rotary_at(  # noqa: PLR0913  (public)
 
     Args:
         q, k: ``[B, S, heads, D]``, any strides, or packed ``[T, heads, D]``; ``k`` None rotates ``q`` alone.
-        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.to_fixed_point` made of them, which saves its
-            few small launches a call.
-        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, values within int32.
+        inv_freq: ``[R/2]`` floating radians a token, or ``[axes, R/2]`` of :func:`rope_dist.ops.mrope_frequencies`; or
+            what :func:`rope_dist.ops.to_fixed_point` made of them, which saves its few small launches a call.
+        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, values within int32; of several axes
+            ``[axes, B or 1, S]`` (packed: ``[axes, T]``), whose angles are summed.
             None: tokens count from 0, in each sequence of ``cu_seqlens`` if given.
         cu_seqlens: ``[sequences + 1]`` int32 or int64, bounds of packed sequences, not decreasing; only without
             ``position_ids``. Tokens before the first bound and from the last on are in no sequence and are
@@ -97,9 +101,10 @@ def rotary_at(  # noqa: PLR0913  (public)
         ValueError: as :func:`rotary`; positions outside int32 and bounds that decrease or are outside the tokens
             (looked at on CPU tensors only: elsewhere it would wait for the device).
     """
-    q, k, position_ids, packed = one_batch(q, k, position_ids)
+    inv_freq_q64 = as_fixed_point(inv_freq)
+    q, k, position_ids, packed = one_batch(q, k, position_ids, inv_freq_q64)
     angles = Angles(
-        inv_freq_q64=as_fixed_point(inv_freq), positions=position_ids, cu_seqlens=cu_seqlens,
+        inv_freq_q64=inv_freq_q64, positions=position_ids, cu_seqlens=cu_seqlens,
         seqlen_offsets=seqlen_offsets, scaling=float(attention_scaling),
         interleaved=interleaved, deinterleave=deinterleave,
     )  # fmt: skip
@@ -116,15 +121,57 @@ def rotary_at(  # noqa: PLR0913  (public)
     return without_batch(out) if packed else out
 
 
+def rerotate_(
+    k: torch.Tensor,
+    inv_freq: torch.Tensor,
+    new_inv_freq: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    seqlen_offsets: torch.Tensor | None = None,
+    attention_scaling: float = 1.0,
+    interleaved: bool = False,
+) -> torch.Tensor:
+    """Correct the keys of a cache in place: rotated by ``inv_freq``, they become what ``new_inv_freq`` would have made.
+
+    A key at position ``p`` is rotated by ``p * (new_inv_freq - inv_freq)``: the difference is taken in fixed point, so
+    that the angle is as right as that of a first rotation. A 16-bit cache is rounded once more each time.
+
+    Args:
+        k: ``[B, S, Hk, D]``, any strides (of a Hugging Face cache ``keys.transpose(1, 2)``), or packed ``[T, Hk, D]``.
+        inv_freq, new_inv_freq: of one shape and dtype; see :func:`rotary_at`.
+        position_ids, cu_seqlens, seqlen_offsets: positions of the keys, as in :func:`rotary_at`.
+        attention_scaling: the new factor on the rotated dimensions divided by the old one.
+        interleaved: as the keys were rotated.
+
+    Returns:
+        ``k``.
+
+    Raises:
+        ValueError: as :func:`rotary_at` in place, and frequencies that differ in shape or dtype.
+    """
+    if inv_freq.shape != new_inv_freq.shape or inv_freq.dtype != new_inv_freq.dtype:
+        raise ValueError(
+            f"inv_freq and new_inv_freq must have one shape and dtype, got {list(inv_freq.shape)} {inv_freq.dtype} and "
+            f"{list(new_inv_freq.shape)} {new_inv_freq.dtype}"
+        )
+    turn = fixed_point.difference(as_fixed_point(new_inv_freq), as_fixed_point(inv_freq))
+    rotary_at(
+        k, None, turn, position_ids, cu_seqlens=cu_seqlens, seqlen_offsets=seqlen_offsets,
+        attention_scaling=attention_scaling, interleaved=interleaved, inplace=True,
+    )  # fmt: skip
+    return k
+
+
 def one_batch(
-    q: torch.Tensor, k: torch.Tensor | None, position_ids: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor | None, position_ids: torch.Tensor | None, inv_freq_q64: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, bool]:
-    """Packed ``[T, heads, D]`` and positions ``[T]`` with an axis of one batch before them, and whether they were."""
+    """Packed ``[T, heads, D]`` and positions ``[T]`` or ``[axes, T]`` as of one batch, and whether they were packed."""
     packed = q.ndim == 3 and (k is None or k.ndim == 3)
     if packed:
         q, k = q[None], k[None] if k is not None else None
-        if position_ids is not None and position_ids.ndim == 1:
-            position_ids = position_ids[None]
+        if position_ids is not None and position_ids.ndim == inv_freq_q64.ndim - 1:
+            position_ids = position_ids.unsqueeze(-2)
     return q, k, position_ids, packed
 
 

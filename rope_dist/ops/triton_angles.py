@@ -130,7 +130,10 @@ def token_position(
     HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     SEQUENCES: tl.constexpr,
 ):  # fmt: skip
-    """Position of token ``seq`` of ``batch`` (both int64), and whether it is in a sequence; see ``Angles``."""
+    """Position of token ``seq`` of ``batch`` (both int64), and whether it is in a sequence; see ``Angles``.
+
+    Of positions with several axes the first.
+    """
     if HAS_POSITIONS:
         position = tl.load(positions + batch * pos_b + seq * pos_s).to(tl.int32)
         known = True
@@ -145,10 +148,12 @@ def token_position(
 def token_cos_sin(
     batch, position, known, cos_table, sin_table, inv_freq_q64, table_rows, scaling, cos_b, cos_s, sin_b, sin_s,
     NUM_PAIRS: tl.constexpr, WIDTH: tl.constexpr, CONJUGATE: tl.constexpr, TABLE: tl.constexpr,
+    AXES: tl.constexpr = 1, positions=None, next_axis=0,
 ):  # fmt: skip
     """cos and sin ``[WIDTH]`` float32 of a token's ``NUM_PAIRS`` pairs, and whether it is rotated.
 
     The angles of a token that is not are zero where they come from a table, and any where they do not.
+    Of positions with several axes ``position`` is the first, at ``positions``; the others are ``next_axis`` apart.
     """
     pair = tl.arange(0, WIDTH)
     if TABLE:
@@ -161,7 +166,14 @@ def token_cos_sin(
     else:
         high = tl.load(inv_freq_q64 + pair, mask=pair < NUM_PAIRS, other=0)
         low = tl.load(inv_freq_q64 + NUM_PAIRS + pair, mask=pair < NUM_PAIRS, other=0)
-        cos, sin = cos_sin(angle(position, high, low))
+        revolutions = angle(position, high, low)
+        for axis in tl.static_range(1, AXES):
+            there = inv_freq_q64 + 2 * axis * NUM_PAIRS + pair
+            high = tl.load(there, mask=pair < NUM_PAIRS, other=0)
+            low = tl.load(there + NUM_PAIRS, mask=pair < NUM_PAIRS, other=0)
+            position = tl.load(positions + axis * next_axis).to(tl.int32)
+            revolutions = tl.add(revolutions, angle(position, high, low), sanitize_overflow=False)
+        cos, sin = cos_sin(revolutions)
         cos *= scaling
         sin *= scaling
     if CONJUGATE:

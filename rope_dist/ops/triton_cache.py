@@ -19,7 +19,7 @@ from .arguments import Angles, KeyValueCache, Norms, is_joint
 from .backend import Launch
 from .triton_angles import angle, rotate, token_cos_sin, token_place, token_position
 from .triton_launch import architecture
-from .triton_rotary import blocks, row_strides
+from .triton_rotary import blocks, position_strides, row_strides
 
 # How float8_e4m3fn is made of float32: not at all, by the GPU's instruction, or from the bits.
 PLAIN, INSTRUCTION, BITS = 0, 1, 2
@@ -221,10 +221,10 @@ def write_cache_kernel(
     k_factor, v_factor, length, sequences, offset, num_blocks, columns, table_rows, scaling, eps, weight_offset,
     q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d, qo_b, qo_s, qo_h, qo_d,
     kc_b, kc_s, kc_h, kc_d, vc_b, vc_s, vc_h, vc_d,
-    slot_s, table_b, table_c, cos_b, cos_s, sin_b, sin_s, pos_b, pos_s,
+    slot_s, table_b, table_c, cos_b, cos_s, sin_b, sin_s, pos_b, pos_s, next_axis,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     NUM_PAIRS: tl.constexpr, Q_TAIL: tl.constexpr, INTERLEAVED: tl.constexpr, TABLE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    AXES: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     HAS_SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr, BY_POSITION: tl.constexpr, FP8: tl.constexpr,
     K_SCALE: tl.constexpr, V_SCALE: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, K_WEIGHT: tl.constexpr, AFTER: tl.constexpr,
@@ -242,6 +242,7 @@ def write_cache_kernel(
     cos, sin, rotated = token_cos_sin(
         batch, position, rotated, cos_table, sin_table, inv_freq_q64, table_rows, scaling,
         cos_b, cos_s, sin_b, sin_s, NUM_PAIRS, WIDTH // 2 if INTERLEAVED else WIDTH, False, TABLE,
+        AXES, positions + batch * pos_b + seq * pos_s if AXES > 1 else None, next_axis,
     )  # fmt: skip
     block, entry, written = _entry(
         token, batch, seq, position, slots, block_table, cu_seqlens, seqlen_offsets, sequences, offset,
@@ -328,7 +329,7 @@ def launch(
             for n in (*(s // vec for s in three), x.stride(3) if x is not None else 0)
         ),
         slots.stride(0) if slots is not None else 0, *(table.stride() if table is not None else (0, 0)),
-        *row_strides(cos), *row_strides(angles.sin), *row_strides(angles.positions),
+        *row_strides(cos), *row_strides(angles.sin), *position_strides(angles),
     )  # fmt: skip
     q_weight, k_weight = norms.weights() if norms is not None else (None, None)
     # What is not rotated stays where it is, unless it is normalised.
@@ -336,7 +337,7 @@ def launch(
     options = {
         "Q_HEADS": q_heads, "K_HEADS": k_heads, "HEAD_DIM": head_dim, "V_DIM": v_dim,
         "NUM_PAIRS": num_pairs, "Q_TAIL": q_tail, "INTERLEAVED": angles.interleaved, "TABLE": cos is not None,
-        "HAS_POSITIONS": angles.positions is not None, "HAS_CU_SEQLENS": cu_seqlens is not None,
+        "AXES": angles.axes, "HAS_POSITIONS": angles.positions is not None, "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_OFFSETS": angles.seqlen_offsets is not None, "HAS_SLOTS": slots is not None,
         "BLOCK_SIZE": cache.block_size,
         "BY_POSITION": angles.positions is not None and angles.seqlen_offsets is None,

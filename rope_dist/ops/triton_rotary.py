@@ -153,12 +153,12 @@ def rotary_kernel(
     length, sequences, offset, table_rows, scaling,
     q_b, q_s, q_h, q_d, k_b, k_s, k_h, k_d, v_b, v_s, v_h, v_d,
     qo_b, qo_s, qo_h, qo_d, ko_b, ko_s, ko_h, ko_d, vo_b, vo_s, vo_h, vo_d,
-    cos_b, cos_s, sin_b, sin_s, pos_b, pos_s,
+    cos_b, cos_s, sin_b, sin_s, pos_b, pos_s, next_axis,
     Q_BIAS: tl.constexpr, K_BIAS: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr,
     NUM_PAIRS: tl.constexpr, TAIL: tl.constexpr, HEAD_DIM: tl.constexpr,
     IN: tl.constexpr, OUT: tl.constexpr, CONJUGATE: tl.constexpr, TABLE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
+    AXES: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
     VEC: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
     TAIL_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, SEQUENCES: tl.constexpr,
 ):  # fmt: skip
@@ -174,6 +174,7 @@ def rotary_kernel(
     cos, sin, known_token = token_cos_sin(
         batch, position, known_token, cos_table, sin_table, inv_freq_q64, table_rows, scaling,
         cos_b, cos_s, sin_b, sin_s, NUM_PAIRS, WIDTH // 2 if IN and OUT else WIDTH, CONJUGATE, TABLE,
+        AXES, positions + batch * pos_b + seq * pos_s if AXES > 1 else None, next_axis,
     )  # fmt: skip
 
     # Turned by nothing, an infinity would still make its partner NaN: what is not rotated is copied.
@@ -256,7 +257,7 @@ def launch(
     numbers = (
         cos.shape[1] if cos is not None else 0, angles.scaling,
         *scaled(q), *scaled(k), *scaled(v), *scaled(q_out), *scaled(k_out), *scaled(v_out),
-        *row_strides(cos), *row_strides(angles.sin), *row_strides(angles.positions),
+        *row_strides(cos), *row_strides(angles.sin), *position_strides(angles),
     )  # fmt: skip
     read, written = angles.interleaved_in, angles.interleaved_out
     options = {
@@ -264,7 +265,7 @@ def launch(
         "Q_HEADS": heads[0], "K_HEADS": heads[1], "V_HEADS": heads[2],
         "NUM_PAIRS": num_pairs, "TAIL": tail, "HEAD_DIM": head_dim,
         "IN": read, "OUT": written, "CONJUGATE": angles.conjugate, "TABLE": cos is not None,
-        "HAS_POSITIONS": angles.positions is not None, "HAS_CU_SEQLENS": cu_seqlens is not None,
+        "AXES": angles.axes, "HAS_POSITIONS": angles.positions is not None, "HAS_CU_SEQLENS": cu_seqlens is not None,
         "HAS_OFFSETS": angles.seqlen_offsets is not None, "VEC": vec,
         "TAIL_WIDTH": triton.next_power_of_2(max(tail, 1)), "V_WIDTH": triton.next_power_of_2(head_dim),
         "SEQUENCES": 128, **blocks(max(heads), num_pairs, read and written, q.element_size()),
@@ -284,3 +285,11 @@ def row_strides(x: torch.Tensor | None) -> tuple[int, int]:
     if x is None:
         return 0, 0
     return (x.stride(0) if x.shape[0] > 1 else 0), x.stride(1)
+
+
+def position_strides(angles: Angles) -> tuple[int, int, int]:
+    """Strides of the batches, the tokens and the axes of positions."""
+    positions = angles.positions
+    if positions is None or positions.ndim == 2:
+        return *row_strides(positions), 0
+    return *row_strides(positions[0]), positions.stride(0)

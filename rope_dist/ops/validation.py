@@ -8,7 +8,7 @@ import math
 import torch
 from torch.autograd import forward_ad
 
-from .arguments import Angles, Norms
+from .arguments import Angles, Norms, present
 
 
 def heads(q: torch.Tensor, k: torch.Tensor | None) -> None:
@@ -84,12 +84,13 @@ def tables(
 
 
 def frequencies(inv_freq: torch.Tensor, head_dim: int, device: torch.device) -> None:
-    """``inv_freq`` is ``[R/2]`` floating, or ``[2, R/2]`` int32 fixed point, with ``R <= head_dim``."""
-    fixed_point = inv_freq.ndim == 2 and inv_freq.shape[0] == 2 and inv_freq.dtype == torch.int32
-    if not fixed_point and (inv_freq.ndim != 1 or not inv_freq.dtype.is_floating_point):
+    """``inv_freq`` is ``[R/2]`` or ``[axes, R/2]`` floating, or int32 fixed point of it, with ``R <= head_dim``."""
+    fixed_point = inv_freq.dtype == torch.int32 and inv_freq.ndim in (2, 3) and inv_freq.shape[-2] == 2
+    floating = inv_freq.dtype.is_floating_point and inv_freq.ndim in (1, 2)
+    if not (fixed_point or floating) or inv_freq.shape[0] == 0:
         raise ValueError(
-            "inv_freq must be [R/2] floating, or the [2, R/2] int32 of rope_dist.ops.to_fixed_point, got "
-            f"{list(inv_freq.shape)} {inv_freq.dtype}"
+            "inv_freq must be [R/2] or [axes, R/2] floating, or the int32 that rope_dist.ops.to_fixed_point makes of "
+            f"it, got {list(inv_freq.shape)} {inv_freq.dtype}"
         )
     if 2 * inv_freq.shape[-1] > head_dim:
         raise ValueError(f"inv_freq rotates {2 * inv_freq.shape[-1]} dimensions, the heads have {head_dim}")
@@ -103,10 +104,13 @@ def angles_at(q: torch.Tensor, inv_freq: torch.Tensor, angles: Angles, packed: b
     """Frequencies, and positions or bounds and offsets, fit ``q`` ``[B, S, heads, D]``."""
     frequencies(inv_freq, q.shape[3], q.device)
     position_ids, cu_seqlens, seqlen_offsets = angles.positions, angles.cu_seqlens, angles.seqlen_offsets
+    axes = angles.axes if present(angles.inv_freq_q64).ndim == 3 else None
     if position_ids is not None:
         if cu_seqlens is not None or seqlen_offsets is not None:
             raise ValueError("give position_ids, or cu_seqlens and seqlen_offsets, not both")
-        positions(position_ids, q.shape[0], q.shape[1], q.device)
+        positions(position_ids, q.shape[0], q.shape[1], q.device, axes)
+    elif axes is not None:
+        raise ValueError(f"frequencies of {axes} axes need position_ids [{axes}, B or 1, S]")
     if cu_seqlens is not None:
         if not packed:
             raise ValueError(f"cu_seqlens needs packed q and k [T, heads, D], got {list(q.shape)}")
@@ -145,10 +149,17 @@ def norms(q: torch.Tensor, k: torch.Tensor | None, norms: Norms) -> None:
             raise ValueError(f"{name} must be floating on {x.device}, got {weight.dtype} on {weight.device}")
 
 
-def positions(position_ids: torch.Tensor, batch: int, length: int, device: torch.device) -> None:
-    """``position_ids`` is ``[B or 1, S]`` int32 or int64; values are looked at where that costs no wait."""
-    if position_ids.ndim != 2 or position_ids.shape not in ((1, length), (batch, length)):
-        raise ValueError(f"position_ids must be [{batch} or 1, {length}], got {list(position_ids.shape)}")
+def positions(
+    position_ids: torch.Tensor, batch: int, length: int, device: torch.device, axes: int | None = None
+) -> None:
+    """``position_ids`` is ``[B or 1, S]`` int32 or int64, or ``[axes, B or 1, S]``.
+
+    Values are looked at where that costs no wait.
+    """
+    first = () if axes is None else (axes,)
+    if position_ids.shape not in ((*first, 1, length), (*first, batch, length)):
+        wanted = ", ".join(str(n) for n in (*first, f"{batch} or 1", length))
+        raise ValueError(f"position_ids must be [{wanted}], got {list(position_ids.shape)}")
     integers(position_ids, "position_ids", device)
 
 
