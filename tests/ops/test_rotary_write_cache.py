@@ -265,6 +265,29 @@ def test_positions_may_differ_from_places(backend, device):
     assert not torch.stack((k_cache[0, 1], k_cache[1, 1], k_cache[2, 0])).any()
 
 
+@pytest.mark.parametrize("by_table", [False, True])
+def test_positions_of_several_axes(backend, device, by_table):
+    """Qwen2-VL's: a pair turns by the position of its axis."""
+    q, k, v, k_cache, v_cache = small(device)
+    inv_freq, axis = frequencies(16), torch.tensor([0, 0, 1, 1, 1, 2, 2, 2])
+    positions = torch.tensor([[4, 5, 6], [7, 7, 8], [1, 2, 1]])
+    if by_table:
+        places = {
+            "block_table": torch.tensor([[2, 1]], device=device),
+            "cache_seqlens": torch.tensor([1], device=device),
+        }
+    else:
+        places = {"slots": torch.tensor([5, 2, 3], device=device)}
+    ops.rotary_write_cache(
+        q, k, v, k_cache, v_cache, **places, position_ids=positions.to(device),
+        inv_freq=ops.mrope_frequencies(inv_freq.to(device), (2, 3, 3)),
+    )  # fmt: skip
+    angles = positions.double()[axis].t() * inv_freq.double()
+    want = exact(k[None].cpu(), angles.cos()[None], angles.sin()[None])[0]
+    assert_rounded(torch.stack((k_cache[2, 1], k_cache[1, 0], k_cache[1, 1])), want)
+    assert torch.equal(torch.stack((v_cache[2, 1], v_cache[1, 0], v_cache[1, 1])), v)
+
+
 def test_a_token_past_the_tables_is_written_as_it_is(backend, device):
     """Also an infinity, which a rotation by nothing would make NaN."""
     q, k, v, k_cache, v_cache = small(device)
@@ -459,6 +482,10 @@ FUSED = torch.zeros(3, 2, 2, 2, 16)
         ({**TABLE, "cu_seqlens": torch.tensor([0, 1, 3])}, r"block_table must be \[2, most blocks\]"),
         ({"position_ids": torch.arange(3), "cache_seqlens": torch.tensor([2])}, "nothing left"),
         ({"position_ids": torch.arange(2)}, "position_ids must be"),
+        ({"inv_freq": torch.ones(3, 8)}, "frequencies of 3 axes need position_ids"),
+        ({"inv_freq": torch.ones(3, 8), "position_ids": torch.zeros(3, 3, dtype=torch.int64), **TABLE},
+         "give block_table cache_seqlens too"),
+        ({"inv_freq": torch.tensor(1.0)}, "inv_freq must be"),
         ({"position_ids": torch.tensor([0, 1, 2**31])}, "within int32"),
         ({"inv_freq": None}, "give inv_freq, or cos and sin"),
         ({"cos": torch.zeros(3, 8), "sin": torch.zeros(3, 8)}, "give inv_freq, or cos and sin"),
