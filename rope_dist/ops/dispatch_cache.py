@@ -25,12 +25,11 @@ def write_cache(
         key: of the launch cache, where the launch is to be kept.
     """
     whole = dispatch.whole_rows(angles)
-    inplace = inplace and q is not None
 
     def prepared(q: torch.Tensor | None, cache: KeyValueCache) -> torch.Tensor | None:
         """Where the queries go. Autograd sees that the tensors change."""
         caches = (cache.k_cache, cache.v_cache)
-        torch.autograd.graph.increment_version((q, *caches) if inplace else caches)
+        torch.autograd.graph.increment_version((q, *caches) if inplace and q is not None else caches)
         return q if inplace or q is None else q.new_empty(q.shape)
 
     q_out = prepared(q, cache)

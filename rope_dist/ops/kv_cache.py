@@ -86,7 +86,8 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
     inv_freq_q64 = as_fixed_point(inv_freq) if inv_freq is not None else None
     packed = k.ndim == 3
     if packed:
-        q, k, v = (x[None] if x is not None and x.ndim == 3 else x for x in (q, k, v))
+        k, v = k[None], v[None] if v.ndim == 3 else v
+        q = q[None] if q is not None and q.ndim == 3 else q
         if (
             position_ids is not None
             and position_ids.ndim == (2 if inv_freq_q64 is None else inv_freq_q64.ndim) - 1
@@ -98,18 +99,20 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
         cos, sin, inv_freq_q64, position_ids, cu_seqlens, cache_seqlens,
         scaling=float(attention_scaling), interleaved=interleaved,
     )  # fmt: skip
-    k_number, v_number = not isinstance(k_scale, torch.Tensor), not isinstance(v_scale, torch.Tensor)
+    k_tensor, k_number = _scale(k_scale)
+    v_tensor, v_number = _scale(v_scale)
     cache = KeyValueCache(
         k_cache, v_cache, slots if slots is None or slots.ndim == 1 else slots.flatten(), block_table,
-        None if k_number else k_scale, None if v_number else v_scale,
-        float(k_scale) if k_number and k_scale is not None else 1.0,
-        float(v_scale) if v_number and v_scale is not None else 1.0,
-        kv_layout == "HND",
+        k_tensor, v_tensor, k_number, v_number, kv_layout == "HND",
     )  # fmt: skip
     norms = None
     if not (q_weight is k_weight is eps is None):
         norms = Norms(
             q_weight, k_weight, 1e-6 if eps is None else float(eps), float(weight_offset), norm_after
+        )
+    elif weight_offset != 0.0 or norm_after:
+        raise ValueError(
+            "weight_offset and norm_after are of a norm: give weights, or eps for a norm without any"
         )
     without_scale = (k_scale is None, v_scale is None)
     options = (
@@ -140,6 +143,13 @@ def rotary_write_cache(  # noqa: PLR0913  (public)
         else:
             out = library_cache.write_cache(q, k, v, cache, norms, angles, inplace=inplace, key=key)
     return out[0] if packed and out is not None else out
+
+
+def _scale(scale: torch.Tensor | float | None) -> tuple[torch.Tensor | None, float]:
+    """A scale as a tensor, or else as a number."""
+    if isinstance(scale, torch.Tensor):
+        return scale, 1.0
+    return None, 1.0 if scale is None else float(scale)
 
 
 def _check_heads(q: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, packed: bool) -> None:

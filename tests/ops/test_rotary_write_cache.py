@@ -501,6 +501,8 @@ FUSED = torch.zeros(3, 2, 2, 2, 16)
         ({"q_weight": torch.ones(15)}, "q_weight must be"),
         ({"q": None, "q_weight": torch.ones(16)}, "q_weight without q"),
         ({"eps": -1.0}, "eps must be"),
+        ({"norm_after": True}, "are of a norm"),
+        ({"weight_offset": 1.0}, "are of a norm"),
     ],
 )  # fmt: skip
 def test_mistakes(change, message):
