@@ -73,7 +73,9 @@ def token_places(
 def write_entries(new: torch.Tensor, blocks: torch.Tensor, slots: torch.Tensor) -> None:
     """Write ``new`` ``[T, H, D]`` to ``blocks`` ``[blocks, block_size, H, D]`` at the ``slots`` ``[T]`` from 0 on."""
     written = slots >= 0
-    _put(new[written], blocks, slots[written])
+    if not written.all():
+        new, slots = new[written], slots[written]
+    _put(new, blocks, slots)
 
 
 def write_all(new: torch.Tensor, blocks: torch.Tensor, slots: torch.Tensor) -> None:
