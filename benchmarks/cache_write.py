@@ -10,7 +10,7 @@ import torch
 from rope_dist import ops
 from rope_dist.bench import HUGGINGFACE, Angles, Heads, checked_tokens, huggingface, random, rotated
 
-from .baselines import missing
+from .baselines import COMPILED, missing
 from .benchmark import Benchmark, Options, Size
 from .harness import TOLERANCES, Case, Implementation, Skipped
 from .shapes import DTYPES
@@ -95,24 +95,21 @@ def implementations(size: Size, options: Options, fp8: bool) -> list[Implementat
             x,
         )
 
-    def write(x: Layer, k: torch.Tensor) -> None:
-        for new, cache in zip((k, x.v), x.caches, strict=True):
+    def write(k, v, caches, slots) -> None:
+        for new, cache in zip((k, v), caches, strict=True):
             if fp8:
                 new = (new.float() / SCALE).clamp(-448, 448).to(FP8).view(torch.uint8)
-            cache.view(new.dtype).flatten(0, 1).index_copy_(0, x.slots, new[0])
+            cache.view(new.dtype).flatten(0, 1).index_copy_(0, slots, new[0])
+
+    def stock(q, k, v, caches, slots) -> torch.Tensor:
+        q, k = huggingface(q, k, angles)
+        write(k, v, caches, slots)
+        return q
 
     def apart(x: Layer):
         def call():
             q, k = ops.rotary_at(x.q, x.k, **at, inplace=True)
-            write(x, k)
-            return q, x
-
-        return call
-
-    def stock(x: Layer):
-        def call():
-            q, k = huggingface(x.q, x.k, angles)
-            write(x, k)
+            write(k, x.v, x.caches, x.slots)
             return q, x
 
         return call
@@ -130,9 +127,18 @@ def implementations(size: Size, options: Options, fp8: bool) -> list[Implementat
     found = [
         Implementation("rope_dist, one launch", fused, kind="ours"),
         Implementation("rotary, then writes", apart),
-        Implementation(HUGGINGFACE, stock, kind="reference"),
+        Implementation(
+            HUGGINGFACE, lambda x: lambda: (stock(x.q, x.k, x.v, x.caches, x.slots), x), kind="reference"
+        ),
         Implementation("copy", copy, kind="roofline"),
     ]
+    if options.wants(COMPILED):
+        compiled = torch.compile(stock, dynamic=False)
+        found.append(
+            Implementation(
+                COMPILED, lambda x: lambda: (compiled(x.q, x.k, x.v, x.caches, x.slots), x), late=True
+            )
+        )
     if options.wants(VLLM):
         found.append(vllm(options, angles, fp8))
     if options.wants(FLASHINFER):
@@ -205,5 +211,5 @@ BENCHMARK = Benchmark(
         "quick": ["SmolLM2-135M: 64"],
     },
     share={"cuda": 8},
-    baselines=(VLLM, FLASHINFER),
+    baselines=(COMPILED, VLLM, FLASHINFER),
 )
