@@ -105,7 +105,7 @@ case "$PART" in
         ;;
     rotary)
         native
-        measure "$OUT" rotary norm_rotary decode -- --baselines torch.compile
+        measure "$OUT" rotary norm_rotary cache_write decode -- --baselines torch.compile
         ;;
     projection)
         measure "$OUT" projection -- --baselines torch.compile
@@ -118,7 +118,7 @@ case "$PART" in
         ;;
     baselines)
         native
-        measure "$OUT/baselines" rotary norm_rotary projection attention_block
+        measure "$OUT/baselines" rotary norm_rotary cache_write projection attention_block
         ;;
     sanitizer)
         if ! command -v compute-sanitizer >/dev/null; then

@@ -23,6 +23,7 @@ from .drop_in_flash_attention import (
     apply_rotary_emb_qkv_,
 )
 from .fixed_point import mrope_frequencies, to_fixed_point
+from .kv_cache import rotary_write_cache
 from .norm_projection import qkv_norm_rotary
 from .norm_rotation import norm_rotary, norm_rotary_at
 from .projection import decode_rotary, projection_paths, qkv_rotary
@@ -55,6 +56,7 @@ __all__ = [
     "rotary",
     "rotary_at",
     "rotary_embedding",
+    "rotary_write_cache",
     "to_fixed_point",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""Arguments that travel together: the angles of a rotation, the norms before it and the weights of a projection.
+"""Arguments that travel together: angles of a rotation, norms before it, weights of a projection, caches.
 
 They are named tuples whose fields, in order, are the arguments of the ``torch.library`` operators: ``*angles`` is
 what an operator takes, ``Angles(*rest)`` what its implementation makes of it, and torch.compile traces them.
@@ -139,7 +139,56 @@ class Projections(NamedTuple):
         return [b.contiguous() if b is not None else w.new_zeros(w.shape[0]) for w, b in pairs]
 
 
-def schema(group: type[Angles] | type[Norms] | type[Projections]) -> str:
+class KeyValueCache(NamedTuple):
+    """Caches of keys and values, and the entry of every token that is written to them.
+
+    Attributes:
+        k_cache, v_cache: ``[entries, Hk, D]``, or paged ``[blocks, block_size, Hk, D]`` (``heads_first``: ``[blocks,
+            Hk, block_size, D]``), any strides; in the dtype of the keys, or float8_e4m3fn.
+        slots: ``[B * S]`` int32 or int64, entries, counted through all blocks; a negative one is not written.
+        block_table: instead, ``[sequences, most blocks]`` int32 or int64, the block of every ``block_size`` places of
+            a sequence. The places follow from :class:`Angles`: ``seqlen_offsets`` is how many there are already.
+        k_scale, v_scale: for float8, ``[1]`` or ``[Hk]`` floating: what is stored is divided by it.
+        k_scale_value, v_scale_value: the same as a number, where there is no tensor.
+    """
+
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    slots: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    k_scale_value: float = 1.0
+    v_scale_value: float = 1.0
+    heads_first: bool = False
+
+    @property
+    def block_size(self) -> int:
+        """Entries a block; those of a flat cache are blocks of one."""
+        return 1 if self.k_cache.ndim == 3 else self.k_cache.shape[2 if self.heads_first else 1]
+
+    @property
+    def entries(self) -> int:
+        """Tokens that the caches have room for."""
+        return self.k_cache.shape[0] * self.block_size
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether what is stored is divided by a scale and rounded to 8 bits."""
+        return self.k_cache.dtype == torch.float8_e4m3fn
+
+    def blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views ``[blocks, block_size, Hk, D]`` of both caches."""
+
+        def view(cache: torch.Tensor) -> torch.Tensor:
+            if cache.ndim == 3:
+                return cache.unsqueeze(1)
+            return cache.transpose(1, 2) if self.heads_first else cache
+
+        return view(self.k_cache), view(self.v_cache)
+
+
+def schema(group: type[NamedTuple]) -> str:
     """The fields of ``group`` in the syntax of ``torch.library`` schemas."""
     names = {torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool"}
     fields = []

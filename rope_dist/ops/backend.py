@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from . import reference, reference_norm
-from .arguments import Angles, Norms, Projections
+from . import reference, reference_cache, reference_norm
+from .arguments import Angles, KeyValueCache, Norms, Projections
 
 Launch = Callable[..., None]
 """Called as :meth:`Backend.rotate`, for tensors of the same metadata as those it was made for."""
@@ -193,6 +193,48 @@ class Backend:
             The queries ``[B, S, heads, head_dim]``, and what does the same again, called as
             ``launch(x, projections, angles, [q, *caches], slots)``; None, with nothing written, where no kernel serves.
         """
+        return None
+
+    def write_cache(
+        self,
+        q: torch.Tensor | None,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        q_out: torch.Tensor | None,
+        cache: KeyValueCache,
+        norms: Norms | None,
+        angles: Angles,
+    ) -> Launch | None:
+        """Rotate ``q`` into ``q_out`` (or None both), and ``k`` into its cache; write ``v`` as it is. Checks nothing.
+
+        Args:
+            q, k, v: ``[B, S, heads, D]`` of one dtype, any strides; ``q_out`` may be ``q`` itself.
+            norms: of ``q`` and ``k``, or None.
+            angles: as for :meth:`rotate`; with ``positions``, the bounds and offsets of sequences tell their places in
+                the cache only.
+
+        Returns:
+            What does the same again, as :meth:`rotate` returns it, called as ``launch(q, k, v, q_out, cache, norms,
+            angles)``.
+        """
+        at = angles if angles.positions is None else angles._replace(cu_seqlens=None, seqlen_offsets=None)
+
+        def run(q, k, q_out, k_out, norms: Norms | None) -> None:
+            if norms is None:
+                self.rotate(q, k, q_out, k_out, at)
+            else:
+                self.norm_rotate(q, k, q_out, k_out, norms, at)
+
+        # Keys that are stored in 8 bits are not rounded to 16 before.
+        wide = k.to(reference.compute_dtype(k)) if cache.is_fp8 else k
+        rotated = torch.empty(k.shape, dtype=wide.dtype, device=k.device)
+        if q is not None and q.dtype == wide.dtype:
+            run(q, wide, q_out, rotated, norms)
+        else:
+            run(wide, None, rotated, None, norms and norms._replace(q_weight=norms.k_weight, k_weight=None))
+            if q is not None:
+                run(q, None, q_out, None, norms and norms._replace(k_weight=None))
+        reference_cache.write(rotated, v, cache, angles)
         return None
 
 

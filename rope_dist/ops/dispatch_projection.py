@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from . import autotune, dispatch, launch_cache, reference
-from .arguments import Angles, Norms, Projections
+from . import autotune, dispatch, launch_cache, reference, reference_cache
+from .arguments import Angles, KeyValueCache, Norms, Projections
 from .backend import Backend, without_autocast
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -213,7 +213,7 @@ def decode_cached(
     if decoded is None:
         q, k, v = qkv_rotary(x, projections, angles)
         assert v is not None
-        reference.write_cache(k.flatten(0, 1), v.flatten(0, 1), *caches, slots)
+        reference_cache.write(k, v, KeyValueCache(*caches, slots), angles)
         return q
     q, launch = decoded
     if launch is not None:

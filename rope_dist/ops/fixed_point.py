@@ -29,6 +29,8 @@ def to_fixed_point(inv_freq: torch.Tensor) -> torch.Tensor:
         ``[2, R/2]`` or ``[axes, 2, R/2]`` int32: the upper halves, then the lower. Both are signed (the value is
         ``upper * 2^32 + lower``), so that signed multiplication serves positions of either sign.
     """
+    if inv_freq.ndim == 0:
+        raise ValueError("inv_freq must be [R/2] or [axes, R/2], got []")
     fraction = inv_freq.detach().to(torch.float64) / (2 * math.pi)
     scaled = (fraction - fraction.round()) * 2.0**32
     upper = scaled.round()

@@ -190,6 +190,11 @@ def decode_rotary(  # noqa: PLR0913  (public)
     """
     if launch_cache.transformed():
         raise ValueError("decode_rotary is for inference: torch.func and forward mode go with qkv_rotary")
+    if k_cache.ndim != 3 or k_cache.shape != v_cache.shape:
+        raise ValueError(
+            f"caches must be [entries, heads, head_dim] of one shape, got {list(k_cache.shape)} and "
+            f"{list(v_cache.shape)}"
+        )
     inv_freq_q64 = as_fixed_point(inv_freq)
     x, at, packed = one_batch(x, position_ids, inv_freq_q64)
     projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, k_cache.shape[-1])
@@ -206,8 +211,8 @@ def decode_rotary(  # noqa: PLR0913  (public)
             heads = x.new_empty(*x.shape[:2], 0, projections.head_dim)
             validation.angles_at(heads, inv_freq, angles, packed=False)
         validation.values(position_ids, "position_ids")
-        validation.writable(*caches, names=("k_cache", "v_cache"))
-        _check_slots(slots, k_cache.shape[0])
+        validation.apart({"k_cache": k_cache, "v_cache": v_cache}, {"x": x})
+        validation.slot_values(slots, k_cache.shape[0])
         if launch is not None:
             q = launch(x, projections, angles, caches, slots)
         elif key is not None:
@@ -225,11 +230,6 @@ def _check_caches(
 ) -> None:
     k_cache, v_cache = caches
     w_v = present(projections.w_v)
-    if k_cache.ndim != 3 or k_cache.shape != v_cache.shape:
-        raise ValueError(
-            f"caches must be [entries, heads, head_dim] of one shape, got {list(k_cache.shape)} and "
-            f"{list(v_cache.shape)}"
-        )
     _check_projections(x, projections)
     head_dim = projections.head_dim
     for cache, weight, name in ((k_cache, projections.w_k, "k"), (v_cache, w_v, "v")):
@@ -245,15 +245,6 @@ def _check_caches(
     if slots.shape != (tokens,):
         raise ValueError(f"slots must be [{tokens}], got {list(slots.shape)}")
     validation.integers(slots, "slots", x.device)
-
-
-def _check_slots(slots: torch.Tensor, entries: int) -> None:
-    """On a CPU, where it costs no wait: entries exist."""
-    validation.values(slots, "slots")
-    if slots.device.type == "cpu" and slots.numel() and not torch.compiler.is_compiling():
-        last = int(slots.max())
-        if last >= entries:
-            raise ValueError(f"slot {last} is past the cache's {entries} entries")
 
 
 def _check_projections(x: torch.Tensor, projections: Projections) -> None:

@@ -190,22 +190,3 @@ def qkv_rotary(
         heads.append(y.unflatten(-1, (weight.shape[0] // projections.head_dim, projections.head_dim)))
     q, k = rotate_tokens(heads[0], heads[1], angles)
     return q.to(x.dtype), present(k).to(x.dtype), heads[2].to(x.dtype) if len(heads) == 3 else None
-
-
-def write_cache(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Write token ``i`` of ``k`` and ``v`` ``[T, H, D]`` to entry ``slots[i]`` of the caches ``[entries, H, D]``.
-
-    A negative slot is not written. Without waiting for the device: such a token rewrites what is there.
-    """
-    if k_cache.shape[0] == 0:
-        return
-    slots = slots.to(torch.int64)
-    for new, cache in ((k, k_cache), (v, v_cache)):
-        for token in range(new.shape[0]):
-            entry = slots[token : token + 1]
-            at = entry.clamp_min(0)
-            cache.index_copy_(
-                0, at, torch.where((entry >= 0)[:, None, None], new[token : token + 1], cache[at])
-            )

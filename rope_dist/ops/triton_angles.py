@@ -96,6 +96,35 @@ def rotate(first, second, cos, sin):
 
 
 @triton.jit
+def token_place(
+    batch, seq, cu_seqlens, seqlen_offsets, sequences, offset,
+    HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr, SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """Place of token ``seq`` of ``batch`` (both int64) in its sequence, the sequence, and whether it is in one.
+
+    ``SEQUENCES``: bounds that are looked at at once.
+    """
+    known = True
+    place = seq.to(tl.int32) + offset
+    sequence = batch.to(tl.int32)
+    if HAS_CU_SEQLENS:
+        # The start of a token's sequence is the largest bound that is not past the token.
+        first = 0
+        sequence = -1
+        for block in range(0, sequences, SEQUENCES):
+            index = block + tl.arange(0, SEQUENCES)
+            bound = tl.load(cu_seqlens + index, mask=index < sequences, other=2147483647).to(tl.int32)
+            before = bound <= seq
+            first = tl.maximum(first, tl.max(tl.where(before, bound, 0), axis=0))
+            sequence += tl.sum(before.to(tl.int32), axis=0)
+        place -= first
+        known = (sequence >= 0) & (seq < tl.load(cu_seqlens + sequences))
+    if HAS_OFFSETS:
+        place += tl.load(seqlen_offsets + sequence, mask=sequence >= 0, other=0).to(tl.int32)
+    return place, sequence, known
+
+
+@triton.jit
 def token_position(
     batch, seq, positions, cu_seqlens, seqlen_offsets, sequences, offset, pos_b, pos_s,
     HAS_POSITIONS: tl.constexpr, HAS_CU_SEQLENS: tl.constexpr, HAS_OFFSETS: tl.constexpr,
@@ -104,29 +133,14 @@ def token_position(
     """Position of token ``seq`` of ``batch`` (both int64), and whether it is in a sequence; see ``Angles``.
 
     Of positions with several axes the first.
-
-    ``SEQUENCES``: bounds that are looked at at once.
     """
-    known = True
     if HAS_POSITIONS:
         position = tl.load(positions + batch * pos_b + seq * pos_s).to(tl.int32)
+        known = True
     else:
-        position = seq.to(tl.int32) + offset
-        sequence = batch.to(tl.int32)
-        if HAS_CU_SEQLENS:
-            # The start of a token's sequence is the largest bound that is not past the token.
-            first = 0
-            sequence = -1
-            for block in range(0, sequences, SEQUENCES):
-                index = block + tl.arange(0, SEQUENCES)
-                bound = tl.load(cu_seqlens + index, mask=index < sequences, other=2147483647).to(tl.int32)
-                before = bound <= seq
-                first = tl.maximum(first, tl.max(tl.where(before, bound, 0), axis=0))
-                sequence += tl.sum(before.to(tl.int32), axis=0)
-            position -= first
-            known = (sequence >= 0) & (seq < tl.load(cu_seqlens + sequences))
-        if HAS_OFFSETS:
-            position += tl.load(seqlen_offsets + sequence, mask=sequence >= 0, other=0).to(tl.int32)
+        position, _, known = token_place(
+            batch, seq, cu_seqlens, seqlen_offsets, sequences, offset, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES
+        )
     return position, known
 
 

@@ -143,6 +143,13 @@ class Triton(Backend):
         )
         return q, again if rows is x and ready is angles and slots_ready is slots else None
 
+    def write_cache(self, q, k, v, q_out, cache, norms, angles) -> Launch | None:
+        from . import triton_cache
+
+        if not triton_cache.serves(k, norms):
+            return super().write_cache(q, k, v, q_out, cache, norms, angles)
+        return triton_cache.launch(q, k, v, q_out, cache, norms, angles)
+
 
 def empty_heads(x: torch.Tensor, projections: Projections) -> list[torch.Tensor]:
     """What projections of ``x`` are written to: ``[B, S, heads, head_dim]`` for each weight that is there."""

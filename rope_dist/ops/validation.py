@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch.autograd import forward_ad
@@ -179,7 +180,7 @@ def values(integer: torch.Tensor | None, name: str) -> None:
         integer is None
         or integer.dtype != torch.int64
         or integer.numel() == 0
-        or not _readable(integer.device)
+        or not readable(integer.device)
     ):
         return
     low, high = (int(x) for x in integer.aminmax())
@@ -189,7 +190,7 @@ def values(integer: torch.Tensor | None, name: str) -> None:
 
 def rows(positions: torch.Tensor, count: int, name: str) -> None:
     """``positions``, where they can be read without waiting, are among the ``count`` rows of a table."""
-    if positions.numel() == 0 or not _readable(positions.device):
+    if positions.numel() == 0 or not readable(positions.device):
         return
     low, high = (int(x) for x in positions.aminmax())
     if low < 0 or high >= count:
@@ -206,13 +207,39 @@ def bounds(cu_seqlens: torch.Tensor, tokens: int, device: torch.device, name: st
 
 def bound_values(cu_seqlens: torch.Tensor | None, tokens: int, name: str = "cu_seqlens") -> None:
     """Bounds, where there are some on a CPU, are none below the one before it, and within the ``tokens``."""
-    if cu_seqlens is None or not _readable(cu_seqlens.device):
+    if cu_seqlens is None or not readable(cu_seqlens.device):
         return
     ordered = (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
     if not (cu_seqlens[0] >= 0 and cu_seqlens[-1] <= tokens and ordered):
         raise ValueError(
             f"{name} must not decrease and be within 0 and {tokens} tokens, got {cu_seqlens.tolist()}"
         )
+
+
+def slot_values(slots: torch.Tensor, entries: int) -> None:
+    """Entries of a cache, where they can be read without waiting, exist; negative ones are padding."""
+    values(slots, "slots")
+    if readable(slots.device) and slots.numel() and int(slots.max()) >= entries:
+        raise ValueError(f"slot {int(slots.max())} is past the cache's {entries} entries")
+
+
+def apart(written: dict[str, torch.Tensor | None], read: dict[str, torch.Tensor | None]) -> None:
+    """No two elements of ``written``, and none of one of them and one of ``read``, share memory. By their names."""
+    targets, sources = (
+        [(name, x) for name, x in group.items() if x is not None] for group in (written, read)
+    )
+    for name, x in targets:
+        if not x.is_contiguous() and _overlaps_itself(x):
+            raise ValueError(
+                f"{name} is expanded or its elements share memory (strides {list(x.stride())}): it cannot be written to"
+            )
+    if torch.compiler.is_compiling():
+        return  # such tensors have no storage
+    everything = [(name, x, x.untyped_storage()._cdata) for name, x in (*targets, *sources)]
+    for i, (name, x, storage) in enumerate(everything[: len(targets)]):
+        for other, y, other_storage in everything[i + 1 :]:
+            if storage == other_storage and _share_elements(x, y):
+                raise ValueError(f"{name} and {other} share memory: one would be written over the other")
 
 
 def writable(*tensors: torch.Tensor | None, names: tuple[str, ...] = ("q", "k")) -> None:
@@ -258,7 +285,7 @@ def changeable(x: torch.Tensor, name: str) -> None:
         )
 
 
-def _readable(device: torch.device) -> bool:
+def readable(device: torch.device) -> bool:
     """Whether values can be looked at: they are on a CPU, and neither traced nor batched by ``torch.func.vmap``."""
     return (
         device.type == "cpu"
@@ -293,11 +320,16 @@ def _share_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
         return False  # such tensors have no storage
     if a.untyped_storage()._cdata != b.untyped_storage()._cdata or a.numel() == 0 or b.numel() == 0:
         return False
+    a_size, b_size = a.element_size(), b.element_size()
+    unit = math.gcd(a_size, b_size)
+    a_size, b_size = a_size // unit, b_size // unit
+    # Elements of unlike sizes share one where a part of one is a part of the other.
     axes = (
-        *zip(a.stride(), a.shape, strict=True),
-        *((-s, n) for s, n in zip(b.stride(), b.shape, strict=True)),
+        *((s * a_size, n) for s, n in zip(a.stride(), a.shape, strict=True)),
+        *((-s * b_size, n) for s, n in zip(b.stride(), b.shape, strict=True)),
+        *(((1, a_size), (-1, b_size)) if a_size != b_size else ()),
     )
-    return _is_reached(b.storage_offset() - a.storage_offset(), axes)
+    return _is_reached(b.storage_offset() * b_size - a.storage_offset() * a_size, axes)
 
 
 @functools.lru_cache(1024)
@@ -310,7 +342,7 @@ def _is_reached(distance: int, axes: tuple[tuple[int, int], ...]) -> bool:
     for stride, size in axes:
         low, high = spans.get(abs(stride), (0, 0))
         spans[abs(stride)] = (low - (size - 1), high) if stride < 0 else (low, high + size - 1)
-    steps = sorted((stride, *span) for stride, span in spans.items() if span != (0, 0))
+    steps = sorted((stride, *span) for stride, span in spans.items() if stride and span != (0, 0))
 
     def reached(left: int, count: int) -> bool:
         if count == 0:

@@ -47,6 +47,20 @@ def calls():
         caches = {"k_cache": heads(1, 9, 2)[0], "v_cache": heads(1, 9, 2)[0], "slots": torch.tensor([4])}
         return ops.decode_rotary(*x, **caches, **angles)
 
+    def write():
+        heads_ = [heads(1, 5, n)[0] for n in (4, 2, 2)]
+        return [*heads_, *(heads(3, 2, 2) for _ in range(2))], {"slots": torch.arange(5), **at(5)}
+
+    def write_fp8():
+        heads_, angles = (
+            [heads(1, 5, n) for n in (4, 2, 2)],
+            {"cache_seqlens": torch.tensor([3]), "inv_freq": inv_freq},
+        )
+        caches = [heads(9, 4, 2).to(torch.float8_e4m3fn) for _ in range(2)]
+        scales = {"k_scale": torch.rand(2) + 0.1, "v_scale": 0.5}
+        weights = {"q_weight": torch.randn(128), "k_weight": torch.randn(128)}
+        return [*heads_, *caches], {"block_table": torch.tensor([[7, 2]]), **angles, **scales, **weights}
+
     two = lambda: ((heads(1, 5, 4), heads(1, 5, 2)), tables(5))  # noqa: E731
 
     def bias():
@@ -88,6 +102,11 @@ def calls():
         "decode": projection(1, "decode"),
         "decode, bias and table of two batches": projection(1, "decode", bias=True, table=True, batch=2),
         "decode with caches": (projection(1, "decode")[0], decode),
+        "cache write": (write, lambda x, rest: ops.rotary_write_cache(*x, **rest)),
+        "cache write, fp8 by a block table, normalised": (
+            write_fp8,
+            lambda x, rest: ops.rotary_write_cache(*x, inplace=True, **rest),
+        ),
     }
 
 

@@ -143,6 +143,11 @@ def test_compiles_whole_and_keeps_its_contract(device):
         ({"k_cache": torch.zeros(6, 1, 16).half()}, "k_cache must be"),
         ({"v_cache": torch.zeros(5, 1, 16)}, "one shape"),
         ({"k_cache": torch.zeros(1, 1, 16).expand(6, 1, 16)}, "expanded"),
+        (
+            {"k_cache": torch.tensor(0.0), "v_cache": torch.tensor(0.0)},
+            r"caches must be .* got \[\] and \[\]",
+        ),
+        ({"v_cache": torch.tensor(0.0)}, "caches must be"),
     ],
 )
 def test_mistakes(change, message):
