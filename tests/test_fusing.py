@@ -9,8 +9,9 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from rope_dist.hf.forms import Form
-from rope_dist.hf.fusing import condition, fused, why_separate
+from rope_dist.hf.fusing import fused, why_separate
 from rope_dist.hf.projecting import project_and_rotate
+from rope_dist.hf.source import condition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
