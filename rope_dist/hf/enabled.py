@@ -121,7 +121,7 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
                 if copies.setdefault(fusion.call, call).args == call.args and "norms" not in body:
                     code, body["norms"] = fusion.code, fusion.norms
         if code is None or not fusion.projects:
-            reasons.append(why_separate(tree, [forms[name] for name in functions], unknown))
+            reasons.append(why_separate(tree, functions[0], [forms[name] for name in functions], unknown))
         body[method] = _copied(vars(base)[method], copies, code)
         copied[base, method] = vars(base)[method]
     body["copied"] = copied

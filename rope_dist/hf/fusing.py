@@ -174,13 +174,17 @@ def _storing(statements: list[ast.stmt], names: Collection[str]) -> list[ast.stm
 
 
 def why_separate(
-    function: ast.FunctionDef, forms: list[Form], unknown: Mapping[str, str] = MappingProxyType({})
+    function: ast.FunctionDef,
+    applies: str,
+    forms: list[Form],
+    unknown: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Why the projections, or the norms that follow them, are not in one call with the rotation, for a report.
+    """Why :func:`fused` does not take the projections of a method, for a report.
 
     Args:
         function: a method of a stock class.
-        forms: of the functions that it calls to rotate.
+        applies: a function that it calls to rotate.
+        forms: of all functions that it calls to rotate.
         unknown: attribute -> class of the norms that are not known.
     """
     attributes = {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
@@ -188,14 +192,12 @@ def why_separate(
         return "multi-head latent attention: only a part of each head is rotated"
     if not set(PROJECTIONS) <= attributes:
         return "queries, keys and values are not three projections"
-    if classes := {unknown[name]: 0 for name in sorted(attributes & unknown.keys())}:
-        return (
-            f"queries and keys are normalised by {' and '.join(classes)}, which is no RMS norm that is known"
-        )
-    if any("norm" in name for name in attributes):
-        return "queries and keys are normalised before the rotation"
+    if classes := dict.fromkeys(unknown[name] for name in sorted(attributes & unknown.keys())):
+        return f"queries and keys are normalised by {' and '.join(classes)}, which is not a known RMS norm"
     if not all(form.can_be_fused for form in forms):
         return "the kernels that project do not rotate in the model's form"
+    if sum(isinstance(n, ast.Name) and n.id == applies for n in ast.walk(function)) > 1:
+        return "queries and keys are rotated one after the other"
     return "the model computes with queries, keys or values before the rotation"
 
 

@@ -18,6 +18,8 @@ import copy
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch import nn
+
 from .source import (
     Rotation,
     find_rotation,
@@ -49,6 +51,10 @@ class NormCalls:
     shape: str
     after: bool = False
     test: str = ""
+
+    def called(self, attention: nn.Module) -> bool:
+        """Whether ``attention`` has them."""
+        return not self.test or bool(eval(self.test, {"self": attention}))
 
 
 @dataclass(frozen=True)

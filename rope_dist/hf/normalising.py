@@ -97,6 +97,17 @@ def norm_arguments(
     return q[0], *k
 
 
+def why_called(attention: EnabledAttention, x: torch.Tensor) -> str:
+    """As :func:`norm_arguments`, with the name of the module; empty where none has to be called."""
+    norms = attention.norms
+    for name in (norms.q, norms.k):
+        found = _arguments(attention, name, norms.shape == PROJECTION, x)
+        if isinstance(found, str):
+            return f"{name}: {found}"
+    found = norm_arguments(attention, x)
+    return found if isinstance(found, str) else ""
+
+
 _MISSING = object()
 
 
