@@ -17,7 +17,7 @@ from helpers.stock_copies import SOURCE, stock_copy, tiny
 from torch import nn
 
 import rope_dist
-from rope_dist.hf import forms
+from rope_dist.hf import forms, norm_forms
 from rope_dist.hf.enabled import EnabledAttention
 from rope_dist.hf.forms import FILE, Form, Unsupported, digest, known_forms
 from tools import rotary_forms
@@ -305,6 +305,8 @@ def negated(function):
         table.write_bytes(FILE.read_bytes())
         for module in (forms, rotary_forms):
             monkeypatch.setattr(module, "FILE", table)
+        monkeypatch.setattr(norm_forms, "FILE", tmp_path / norm_forms.FILE.name)
+        (tmp_path / norm_forms.FILE.name).write_text("{}")
         monkeypatch.setattr(sys, "argv", ["rotary_forms", "--write"])
         files = [forms.stock_file(turned.__name__)]
         monkeypatch.setattr(rotary_forms, "stock_files", lambda: iter(files))

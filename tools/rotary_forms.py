@@ -231,8 +231,8 @@ def main() -> int:
     )
     options = parser.parse_args()
     (found, lines), (found_norms, norm_lines) = compare(), norm_forms.compare(stock_files())
-    print(f"transformers {transformers.__version__}: {len(found)} forms, {len(found_norms)} RMS norms")
-    print(*lines, *norm_lines, sep="\n")
+    title = f"transformers {transformers.__version__}: {len(found)} forms, {len(found_norms)} RMS norms"
+    print(title, *lines, *norm_lines, sep="\n")
     if options.write:
         _add(FILE, found)
         _add(norms.FILE, found_norms)
