@@ -37,8 +37,8 @@ engines read the factors of an extension. Written by `python -m tools.models_pag
 - **refused**: `enable()` raises a `ValueError` with the reason, and changes nothing.
 
 In every case all else is the model's own code: other norms, gates, sinks, windows, caches, latent attention, layers
-without a rotary embedding. A model with parts (Llava, Mistral 3, InternVL) is enabled in its language model; its vision and audio
-towers are left as they are.
+without a rotary embedding. A model with parts (Llava, Mistral 3, InternVL) is enabled in its language model; its
+vision and audio towers are left as they are.
 
 How the model is recognised: each model file of transformers has its own function that applies the rotation. Its
 source, without names of variables, is looked up in a table of {forms} known forms

@@ -26,7 +26,8 @@ class ModelSupport:
     Attributes:
         model_type: as in a ``config.json``.
         path: ``"projection + rotary"`` (one launch where the Triton kernels run), ``"norm + rotary"`` (one launch after
-            the layer's own projections), ``"rotary"`` (one launch after its own projections and norms) or ``"refused"``.
+            the layer's own projections), ``"rotary"`` (one launch after its own projections and norms) or
+            ``"refused"``.
         reason: why not the first; empty where it is.
     """
 
