@@ -2,15 +2,20 @@
 
 import ast
 from types import FunctionType
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from rope_dist import ops
 from rope_dist.hf.forms import Form
-from rope_dist.hf.fusing import condition, fused, why_separate
-from rope_dist.hf.projecting import project_and_rotate
+from rope_dist.hf.fusing import fused, why_separate
+from rope_dist.hf.norm_calls import NormCalls
+from rope_dist.hf.norm_forms import OF_TORCH
+from rope_dist.hf.projecting import one_call, project_and_rotate
+from rope_dist.hf.source import condition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -310,17 +315,250 @@ class TestCondition:
     ("name", "form", "reason"),
     [
         ("one projection", Form(), "not three projections"),
-        ("a norm between", Form(), "normalised before"),
+        ("a norm between", Form(), "normalised by OtherNorm, which is not a known RMS norm"),
         ("a multiplier of the keys", Form(), "computes with queries, keys or values before"),
         ("clamped", Form(last=True), "do not rotate in the model's form"),
+        ("two rotations", Form(), "rotated one after the other"),
     ],
 )
 def test_the_reason(name, form, reason):
-    assert reason in why_separate(function_of(NOT_REWRITTEN[name]), [form])
+    unknown = {"q_norm": "OtherNorm", "input_norm": "Another"}
+    assert reason in why_separate(function_of(NOT_REWRITTEN[name]), APPLY, [form], unknown)
+
+
+# Norms of queries and keys, in the places where models have them.
+QN, KN = "self.q_norm(query_states)", "self.k_norm(key_states)"
+BOTH = f"query_states = {QN}\n    key_states = {KN}"
+ON_HEADS = changed(
+    LLAMA,
+    (".transpose(1, 2)", ""),
+    (
+        TABLES,
+        f"""query_states = {QN}.transpose(1, 2)
+    key_states = {KN}.transpose(1, 2)
+    value_states = value_states.transpose(1, 2)
+    {TABLES}""",
+    ),
+)
+TRANSPOSED = changed(LLAMA, (TABLES, f"{BOTH}\n    {TABLES}"))
+AROUND = changed(
+    LLAMA,
+    (Q, "query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)"),
+    (K, "key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)"),
+)
+JOINT = changed(
+    IN_STEPS,
+    ("self.q_proj(hidden_states)", "self.q_all(self.q_proj(hidden_states))"),
+    ("self.k_proj(hidden_states)", "self.k_all(self.k_proj(hidden_states))"),
+)
+AFTER = changed(LLAMA, ("    return", f"    {BOTH}\n    return"))
+IF_NORMS = changed(
+    ON_HEADS,
+    (
+        f"query_states = {QN}.transpose(1, 2)\n    key_states = {KN}.transpose(1, 2)",
+        f"""if self.use_qk_norm:
+        query_states = {QN}
+        key_states = {KN}
+    query_states = query_states.transpose(1, 2)
+    key_states = key_states.transpose(1, 2)""",
+    ),
+)
+IF_ROTATED = changed(UNDER_A_CONDITION, ("    if self.use_rope", f"    {BOTH}\n    if self.use_rope"))
+GATED = changed(
+    AROUND,
+    ("self.q_proj(hidden_states).view(hidden_shape)", "queries.view(hidden_shape)"),
+    (
+        "    query_states = self.q_n",
+        """    queries, gate = torch.chunk(
+        self.wide_proj(hidden_states).view(*input_shape, -1, self.head_dim * 2), 2, dim=-1
+    )
+    query_states = self.q_n""",
+    ),
+)
+NORMED = {
+    "on heads": (ON_HEADS, NormCalls("q_norm", "k_norm", "heads"), True),
+    "transposed": (TRANSPOSED, NormCalls("q_norm", "k_norm", "transposed"), True),
+    "around the heads": (AROUND, NormCalls("q_norm", "k_norm", "heads"), True),
+    "around the projection": (JOINT, NormCalls("q_all", "k_all", "projection"), True),
+    "after the rotation": (AFTER, NormCalls("q_norm", "k_norm", "transposed", after=True), True),
+    "keys first": (
+        changed(AFTER, (BOTH, f"key_states = {KN}\n    query_states = {QN}")),
+        NormCalls("q_norm", "k_norm", "transposed", after=True), True,
+    ),
+    "under a condition": (IF_NORMS, NormCalls("q_norm", "k_norm", "heads", test="self.use_qk_norm"), True),
+    "a rotation under a condition": (IF_ROTATED, NormCalls("q_norm", "k_norm", "transposed"), True),
+    "around the projection, rotation under a condition": (
+        changed(JOINT, (ROTATE, UNDER_A_CONDITION.partition(PROJECT)[2].removesuffix(RETURN))),
+        NormCalls("q_all", "k_all", "projection"), True,
+    ),
+    "not transposed": (
+        changed(NOT_TRANSPOSED, (TABLES, f"{BOTH}\n    {TABLES}")), NormCalls("q_norm", "k_norm", "heads"), True
+    ),
+    "norms exchanged": (
+        changed(TRANSPOSED, ("self.q_norm", "self.n"), ("self.k_norm", "self.q_norm"), ("self.n(", "self.k_norm(")),
+        NormCalls("k_norm", "q_norm", "transposed"), True,
+    ),
+    "one norm for both": (
+        changed(TRANSPOSED, ("self.k_norm", "self.q_norm")), NormCalls("q_norm", "q_norm", "transposed"), True
+    ),
+    # without the projections
+    "a gate": (GATED, NormCalls("q_norm", "k_norm", "heads"), False),
+    "normalised twice": (
+        changed(TRANSPOSED, (QN, "self.q_norm(self.k_norm(query_states))")),
+        NormCalls("q_norm", "k_norm", "transposed"), False,
+    ),
+    "a norm of the values": (
+        changed(TRANSPOSED, (TABLES, f"value_states = self.q_norm(value_states)\n    {TABLES}")),
+        NormCalls("q_norm", "k_norm", "transposed"), False,
+    ),
+    "clipped before": (
+        changed(TRANSPOSED, (f"    {BOTH}", f"    query_states = query_states.clamp(-1, 1)\n    {BOTH}")),
+        NormCalls("q_norm", "k_norm", "transposed"), False,
+    ),
+    "an expression": (
+        changed(TRANSPOSED, (QN, "self.q_norm(query_states * 2)")), NormCalls("q_norm", "k_norm", "transposed"), False
+    ),
+    "tables of expressions": (
+        changed(TRANSPOSED, ("cos, sin)\n", "cos[..., :8], sin[..., :8])\n")),
+        NormCalls("q_norm", "k_norm", "transposed"), False,
+    ),
+}  # fmt: skip
+
+# Where norms are left as they are: a source above, what is replaced in it, and by what.
+NORMS_LEFT = {
+    "another module": (TRANSPOSED, "self.q_norm", "self.other"),
+    "of a part": (TRANSPOSED, "self.q_norm", "self.inner.q_norm"),
+    "of keys alone": (TRANSPOSED, f"    query_states = {QN}\n", ""),
+    "scaled": (TRANSPOSED, QN, f"{QN} * scale"),
+    "negated": (TRANSPOSED, QN, f"-{QN}"),
+    "clipped": (TRANSPOSED, TABLES, f"query_states = query_states.clamp(-1, 1)\n    {TABLES}"),
+    "clipped in place": (TRANSPOSED, TABLES, f"query_states.clamp_(-1, 1)\n    {TABLES}"),
+    "clipped at once": (TRANSPOSED, QN, f"{QN}.clamp(-1, 1)"),
+    "a part set": (TRANSPOSED, TABLES, f"query_states[:, 0] = 0\n    {TABLES}"),
+    "used": (TRANSPOSED, TABLES, f"gate = self.g_proj(query_states)\n    {TABLES}"),
+    "values of the keys": (TRANSPOSED, TABLES, f"value_states = key_states\n    {TABLES}"),
+    "another name": (TRANSPOSED, TABLES, f"unrotated = query_states\n    {TABLES}"),
+    "its weight changed": (TRANSPOSED, TABLES, f"self.q_norm.weight.mul_(2)\n    {TABLES}"),
+    "what it is given changed": (
+        TRANSPOSED, f"{QN}\n", "self.q_norm(hidden_states)\n    hidden_states.mul_(2)\n"
+    ),
+    "an option": (TRANSPOSED, QN, "self.q_norm(query_states, scale)"),
+    "an option by name": (TRANSPOSED, QN, "self.q_norm(x=query_states)"),
+    "two targets": (TRANSPOSED, f"query_states = {QN}", f"query_states = normed = {QN}"),
+    "at once": (TRANSPOSED, BOTH, f"query_states, key_states = {QN}, {KN}"),
+    "a walrus": (TRANSPOSED, QN, "self.q_norm(y := query_states)"),
+    "queries transposed before, keys after": (
+        ON_HEADS, f"{QN}.transpose(1, 2)", "self.q_norm(query_states.transpose(1, 2))"
+    ),
+    "permuted after it": (ON_HEADS, f"{QN}.transpose(1, 2)", f"{QN}.permute(0, 2, 1, 3)"),
+    "transposed twice after it": (TRANSPOSED, QN, f"{QN}.transpose(1, 2).transpose(1, 2)"),
+    "of a part of the tokens": (TRANSPOSED, QN, f"{QN}[:, :, :5]"),
+    "heads seen as others": (
+        ON_HEADS, f"{QN}.transpose(1, 2)", f"{QN}.view(*input_shape, -1, self.head_dim).transpose(1, 2)"
+    ),
+    "rows of heads": (
+        JOINT, "self.q_all(self.q_proj(hidden_states))",
+        "self.q_norm(self.q_proj(hidden_states).reshape(-1, self.num_heads, self.head_dim))",
+    ),
+    "all heads together, without a projection": (
+        JOINT, "self.q_all(self.q_proj(hidden_states))", "self.q_all(self.q_proj(hidden_states).relu())"
+    ),
+    "all heads together, otherwise viewed": (
+        JOINT, "query_states.view(bsz, q_len, self.num_heads", "query_states.view(bsz, q_len // 2, self.num_heads"
+    ),
+    # conditions
+    "a condition of the call": (IF_NORMS, "self.use_qk_norm", "scale"),
+    "a condition and an else": (IF_NORMS, f"key_states = {KN}\n", f"key_states = {KN}\n    else:\n        scale = 3\n"),
+    "more under the condition": (IF_NORMS, f"key_states = {KN}\n", f"key_states = {KN}\n        scale = 3\n"),
+    "keys alone under the condition": (IF_NORMS, f"        query_states = {QN}\n", ""),
+    "a norm and a condition": (
+        IF_NORMS, "query_states = query_states.transpose", "query_states = self.q_norm(query_states).transpose"
+    ),
+    "a loop": (IF_NORMS, "if self.use_qk_norm:", "for _ in range(2):"),
+    "a condition of the keys": (IF_ROTATED, "self.use_rope", "key_states.shape[1] > 1"),
+    "queries used under the condition": (
+        IF_ROTATED, "cos, sin = position", "unrotated = query_states\n        cos, sin = position"
+    ),
+    "a gate and a rotation under a condition": (
+        GATED, ROTATE, UNDER_A_CONDITION.partition(PROJECT)[2].removesuffix(RETURN)
+    ),
+    # after the rotation
+    "something before them": (AFTER, f"    {BOTH}", f"    gate = query_states\n    {BOTH}"),
+    "something between them": (AFTER, "    key_states = self.k_norm", "    scale = 3\n    key_states = self.k_norm"),
+    "scaled after the rotation": (AFTER, QN, f"{QN} * scale"),
+    "keys' norm of the queries": (AFTER, KN, "self.k_norm(query_states)"),
+    "after a rotation under a condition": (
+        IF_ROTATED, f"    {BOTH}\n    if self.use_rope", "    if self.use_rope"
+    ),
+}  # fmt: skip
+NORMS_LEFT = {name: changed(source, (old, new)) for name, (source, old, new) in NORMS_LEFT.items()}
+NORMS_LEFT["after a rotation under a condition"] = changed(
+    NORMS_LEFT["after a rotation under a condition"], ("    return", f"    {BOTH}\n    return")
+)
+NORMS = ("q_norm", "k_norm", "q_all", "k_all")
+
+
+class NormedAttention(Attention):
+    norm_forms: ClassVar = {nn.RMSNorm: (OF_TORCH, nn.RMSNorm.forward)}
+
+    def __init__(self, use_rope, use_qk_norm, norms):
+        super().__init__(use_rope)
+        self.use_qk_norm, self.norms = use_qk_norm, norms
+        self.wide_proj = nn.Linear(24, 64)
+        for name, size in {"q_norm": 8, "k_norm": 8, "q_all": 32, "k_all": 16}.items():
+            norm = nn.RMSNorm(size, eps=0.1)
+            nn.init.normal_(norm.weight)
+            setattr(self, name, norm)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["kernel", "modules"])
+@pytest.mark.parametrize("condition", [True, False])
+@pytest.mark.parametrize("name", NORMED)
+def test_with_norms_it_computes_the_same(name, condition, hooked, monkeypatch):
+    source, norms, projects = NORMED[name]
+    found = fused(function_of(source), APPLY, "stock.py", NORMS)
+    assert found is not None
+    assert (found.norms, found.projects) == (norms, projects)
+    assert found.call == f"{'project_' if projects else ''}normalise_and_{APPLY}"
+    torch.manual_seed(0)
+    attention, x = NormedAttention(condition, condition, norms), torch.randn(2, 5, 24)
+    stock = {APPLY: apply_rotary_pos_emb, "torch": torch}
+    exec(source, stock)
+    rewritten = FunctionType(
+        found.code,
+        {found.call: one_call(found, Form(), apply_rotary_pos_emb), "torch": torch},
+        "forward",
+        (2.0,),
+    )
+    calls, inputs, norm_rotary = [], [], ops.norm_rotary
+    monkeypatch.setattr(
+        ops, "norm_rotary", lambda *args, **options: calls.append(args) or norm_rotary(*args, **options)
+    )
+    if hooked:
+        getattr(attention, norms.k).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        expected = stock["forward"](attention, x, tables())
+        seen_by_stock, inputs[:] = inputs[:], []
+        results = rewritten(attention, x, tables())
+    in_one = not hooked and (condition or "condition" not in name)
+    assert len(calls) == in_one
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 * in_one, atol=1e-5 * in_one)
+        assert a.shape == b.shape
+    assert sorted(str(x) for x in inputs) == sorted(str(x) for x in seen_by_stock)
+
+
+@pytest.mark.parametrize("name", [*NORMS_LEFT, "a norm between", "a norm around", "a norm under it"])
+def test_norms_that_are_left(name):
+    function = function_of({**NOT_REWRITTEN, **NORMS_LEFT}[name])
+    found, plain = fused(function, APPLY, "stock.py", NORMS), fused(function, APPLY, "stock.py")
+    assert (found is None) == (plain is None)
+    assert found is None or found.norms is None
 
 
 def test_every_case_is_another():
-    sources = [*REWRITTEN.values(), *NOT_REWRITTEN.values()]
+    sources = [*REWRITTEN.values(), *NOT_REWRITTEN.values(), *NORMS_LEFT.values()]
+    sources += [source for source, _, _ in NORMED.values()]
     assert len(set(sources)) == len(sources)
     for source in sources:
         compile(source, "stock.py", "exec")

@@ -1,6 +1,7 @@
 """Which functions that rotate are known, and that nothing else is taken for one: ``rope_dist/hf/forms.py``."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import json
@@ -17,11 +18,13 @@ from helpers.stock_copies import SOURCE, stock_copy, tiny
 from torch import nn
 
 import rope_dist
-from rope_dist.hf import forms
+import tools.norm_forms
+from rope_dist.hf import forms, norm_forms
 from rope_dist.hf.enabled import EnabledAttention
 from rope_dist.hf.forms import FILE, Form, Unsupported, digest, known_forms
 from tools import rotary_forms
 
+NORMS = norm_forms.FILE
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
 HALF = "def rotate_half(x):"
 CAT = "return torch.cat((-x2, x1), dim=-1)"
@@ -305,6 +308,8 @@ def negated(function):
         table.write_bytes(FILE.read_bytes())
         for module in (forms, rotary_forms):
             monkeypatch.setattr(module, "FILE", table)
+        monkeypatch.setattr(norm_forms, "FILE", tmp_path / norm_forms.FILE.name)
+        norm_forms.FILE.write_bytes(NORMS.read_bytes())
         monkeypatch.setattr(sys, "argv", ["rotary_forms", "--write"])
         files = [forms.stock_file(turned.__name__)]
         monkeypatch.setattr(rotary_forms, "stock_files", lambda: iter(files))
@@ -321,6 +326,7 @@ def negated(function):
             assert rotary_forms.main() == 1
             assert json.loads(table.read_text(encoding="utf-8")) == after
         finally:
+            norm_forms.known_norms.cache_clear()
             known_forms.cache_clear()
 
     def test_the_tool_names_a_wrong_entry(self, make_copy, monkeypatch):
@@ -339,6 +345,66 @@ def test_every_form_of_the_installed_transformers_is_known():
     assert lines == []
     assert found.keys() <= known_forms().keys()
     assert len(found) > 20
+
+
+def test_every_norm_of_the_installed_transformers_is_known():
+    found, lines = tools.norm_forms.compare(rotary_forms.stock_files())
+    assert lines == []
+    assert found.keys() <= norm_forms.known_norms().keys()
+    assert len(found) > 5
+
+
+class TestNorms:
+    """What the tool says of norms: a file with those of llama, changed."""
+
+    @pytest.fixture
+    def compare(self, make_copy, monkeypatch):
+        attention = "class LlamaAttention(nn.Module):"
+        made = ("self.o_proj = nn.Linear(", "self.q_norm = LlamaRMSNorm(8)\n        self.o_proj = nn.Linear(")
+
+        def compare(*changes):
+            assert attention in SOURCE
+            return tools.norm_forms.compare(iter([forms.stock_file(make_copy(made, *changes).__name__)]))
+
+        return compare
+
+    def test_a_known_one(self, compare):
+        found, lines = compare()
+        assert lines == []
+        ((_, entry),) = found.items()
+        assert entry["eps"] == "variance_epsilon"
+        assert entry["promotes"]
+
+    def test_a_new_one(self, compare):
+        found, (line,) = compare(
+            ("return self.weight * hidden_states.to(input_dtype)",
+             "return ((1 + self.weight) * hidden_states).to(input_dtype)")
+        )  # fmt: skip
+        assert "LlamaRMSNorm: new" in line
+        ((key, entry),) = found.items()
+        assert key not in norm_forms.known_norms()
+        assert entry.pop("example").endswith("LlamaRMSNorm")
+        assert entry == {"eps": "variance_epsilon", "weight": "weight", "offset": 1.0}
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            ("hidden_states.pow(2).mean", "hidden_states.pow(2).sum"),
+            ("variance + self.variance_epsilon", "variance"),
+            ("variance + self.variance_epsilon", "variance + self.variance_epsilon ** 2"),
+            ("hidden_states.pow(2)", "(hidden_states - hidden_states.mean(-1, keepdim=True)).pow(2)"),
+            ("return self.weight *", "return (self.weight + 0.01) *"),
+        ],
+    )
+    def test_what_is_no_rms_norm(self, change, compare):
+        assert compare(change) == ({}, [])
+
+    def test_a_wrong_entry(self, compare, monkeypatch):
+        known = {key: dataclasses.replace(form, offset=1.0) for key, form in norm_forms.known_norms().items()}
+        monkeypatch.setattr(tools.norm_forms, "known_norms", lambda: known)
+        found, (line,) = compare()
+        assert "WRONG" in line
+        assert not found
 
 
 def other_rotation(q, k, cos, sin, unsqueeze_dim=1):

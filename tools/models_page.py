@@ -31,16 +31,19 @@ engines read the factors of an extension. Written by `python -m tools.models_pag
 
 - **projection + rotary**: projections and rotation in one launch, forward and backward, where the Triton kernels run
   and each projection is a plain `nn.Linear` in 16 bits; else as below.
+- **norm + rotary**: queries and keys are normalised and rotated in one launch, forward and backward, after the layer's
+  own projections, where each norm is a plain RMS norm; else as below.
 - **rotary**: queries and keys are rotated in one launch, after the layer's own projections and norms.
 - **refused**: `enable()` raises a `ValueError` with the reason, and changes nothing.
 
-In every case all else is the model's own code: norms, gates, sinks, windows, caches, latent attention, layers without a
-rotary embedding. A model with parts (Llava, Mistral 3, InternVL) is enabled in its language model; its vision and audio
-towers are left as they are.
+In every case all else is the model's own code: other norms, gates, sinks, windows, caches, latent attention, layers
+without a rotary embedding. A model with parts (Llava, Mistral 3, InternVL) is enabled in its language model; its
+vision and audio towers are left as they are.
 
 How the model is recognised: each model file of transformers has its own function that applies the rotation. Its
 source, without names of variables, is looked up in a table of {forms} known forms
-(`rope_dist/hf/rotary_forms.json`). A function that is not in the table is refused.
+(`rope_dist/hf/rotary_forms.json`). A function that is not in the table is refused. So are RMS norms recognised, of
+{norms} forms (`rope_dist/hf/norm_forms.json`); one that is not in the table is called as the module that it is.
 
 Engines: "tried" where that version of transformers computed an extension, bit for bit; "no" where it is known that the
 engine does not read the factors of this type (`rope-dist info MODEL` says why); empty where neither is known.
@@ -73,6 +76,7 @@ def _engine(engine: str, model: StockModel) -> str:
 
 def page() -> str:
     from rope_dist.hf.forms import known_forms
+    from rope_dist.hf.norm_forms import known_norms
 
     sys.path.insert(0, str(ROOT / "tests"))
     transformers.logging.set_verbosity_error()
@@ -80,7 +84,8 @@ def page() -> str:
         warnings.simplefilter("ignore")
         table = tabulate(rows(), ["model type", "enable()", "because", *ENGINES.values()], tablefmt="github")
     known = sum(not form.refused for form in known_forms().values())
-    return f"{INTRODUCTION.format(version=transformers.__version__, forms=known)}\n{table}\n"
+    numbers = {"version": transformers.__version__, "forms": known, "norms": len(known_norms())}
+    return f"{INTRODUCTION.format(**numbers)}\n{table}\n"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Compares ``rope_dist/hf/rotary_forms.json`` with the installed transformers: ``python -m tools.rotary_forms``.
+"""Compares the tables of forms with the installed transformers: ``python -m tools.rotary_forms``.
+
+They are ``rotary_forms.json`` and ``norm_forms.json`` of ``rope_dist/hf``.
 
 Prints, for each function of a model file that applies a rotation, whether its form is known, new or changed (another
 model has an older form of that name), and tries every known form on numbers: float64, against the definition of the
-rotation. ``--write`` adds what it found out of new ones by trying all forms; look at them before you commit. It exits
-with 1 where something is (still) new or wrong.
+rotation; so for each RMS norm of an attention. ``--write`` adds what it found out of new ones by trying all forms;
+look at them before you commit. It exits with 1 where something is (still) new or wrong.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import transformers.models
 
+from rope_dist.hf import norm_forms as norms
 from rope_dist.hf.applying import replacement
 from rope_dist.hf.enabled import is_rotary_embedding
 from rope_dist.hf.forms import (
@@ -36,6 +40,8 @@ from rope_dist.hf.forms import (
     rotating_methods,
     stock_file,
 )
+
+from . import norm_forms
 
 REFUSED = {
     (
@@ -221,21 +227,27 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--write", action="store_true", help="add the new forms that were recognised to the table"
+        "--write", action="store_true", help="add the new forms that were recognised to the tables"
     )
     options = parser.parse_args()
-    found, lines = compare()
-    print(f"transformers {transformers.__version__}: {len(found)} forms", *lines, sep="\n")
+    (found, lines), (found_norms, norm_lines) = compare(), norm_forms.compare(stock_files())
+    title = f"transformers {transformers.__version__}: {len(found)} forms, {len(found_norms)} RMS norms"
+    print(title, *lines, *norm_lines, sep="\n")
     if options.write:
-        old = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-        merged = {**found, **old}
-        text = json.dumps(
-            dict(sorted(merged.items(), key=lambda item: (item[1]["example"], item[0]))), indent=2
-        )
-        FILE.write_text(text + "\n", encoding="utf-8")
+        _add(FILE, found)
+        _add(norms.FILE, found_norms)
         known_forms.cache_clear()
-        lines = compare()[1]
-    return 1 if lines else 0
+        norms.known_norms.cache_clear()
+        lines, norm_lines = compare()[1], norm_forms.compare(stock_files())[1]
+    return 1 if lines or norm_lines else 0
+
+
+def _add(file: Path, found: dict[str, dict[str, Any]]) -> None:
+    """Add entries to a table; those that are there stay."""
+    old = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    merged = {**found, **old}
+    text = json.dumps(dict(sorted(merged.items(), key=lambda item: (item[1]["example"], item[0]))), indent=2)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def rotate(
         cos, sin: real tables as ``form`` has them, floating.
         inplace: ``q`` and ``k`` may be changed.
     """
-    if not _can_rotate(q, k, cos, unsqueeze_dim):
+    if not can_rotate(q, k, cos, unsqueeze_dim):
         return stock(q, k, cos.to(q.dtype), sin.to(q.dtype), unsqueeze_dim=unsqueeze_dim)
     cos, sin = kept_pairs(form.tables, cos, sin)
     if form.negative:
@@ -172,7 +172,7 @@ def rotate(
     return q, k
 
 
-def _can_rotate(q: torch.Tensor, k: torch.Tensor | None, table: torch.Tensor, unsqueeze_dim: int) -> bool:
+def can_rotate(q: torch.Tensor, k: torch.Tensor | None, table: torch.Tensor, unsqueeze_dim: int) -> bool:
     if q.ndim != 4 or table.ndim != 3 or unsqueeze_dim not in (1, 2) or table.requires_grad:
         return False
     batch, tokens = q.shape[0], q.shape[3 - unsqueeze_dim]

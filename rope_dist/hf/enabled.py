@@ -21,9 +21,12 @@ from torch import nn
 
 from .applying import replacement
 from .forms import STOCK, UNDO, Form, Unsupported, functions_called, rotating_methods, stock_file
-from .fusing import condition, fused, why_separate
-from .projecting import project_and_rotate
+from .fusing import fused, why_separate
+from .norm_calls import NormCalls
+from .norm_forms import Known, norms_of
+from .projecting import one_call
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
+from .source import condition
 
 
 class EnabledAttention(EnabledModule):
@@ -32,12 +35,16 @@ class EnabledAttention(EnabledModule):
     Attributes:
         forms: of the functions that its methods call to rotate.
         why_separate: why projections and rotation are not one call in its methods; empty where they are.
+        norms: the norms that are one call with the rotation; None where there are none.
+        norm_forms: of their classes.
         conditions: expressions of ``self`` that say whether a method rotates.
         copied: stock's methods.
     """
 
     forms: tuple[Form, ...] = ()
     why_separate: str = ""
+    norms: NormCalls | None = None
+    norm_forms: Mapping[type, Known] = MappingProxyType({})
     conditions: tuple[CodeType, ...] = ()
     copied: Mapping[tuple[type, str], FunctionType] = MappingProxyType({})
 
@@ -93,6 +100,9 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
     forms: dict[str, Form] = {}
     copied: dict[tuple[type, str], FunctionType] = {}
     conditions, reasons = [], []
+    attributes, body["norm_forms"] = norms_of(stock)
+    of_known = {name for name, classes in attributes.items() if body["norm_forms"].keys() >= set(classes)}
+    unknown = {name: classes[0].__name__ for name, classes in attributes.items() if name not in of_known}
     for base, method, functions in rotating_methods(stock):
         file = stock_file(base.__module__)
         file.check_own_method(base, method)
@@ -101,18 +111,17 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
         for name in functions:
             copies[name] = replacement(forms[name], file.function(name))
             _REPLACED[base.__module__].add(name)
-        code, tree = None, file.methods[base.__name__, method]
+        code, fusion, tree = None, None, file.methods[base.__name__, method]
         if len(functions) == 1:
             (name,) = functions
             conditions.append(condition(tree, name))
-            fusion = fused(tree, name, file.path) if forms[name].can_be_fused else None
+            fusion = fused(tree, name, file.path, of_known) if forms[name].can_be_fused else None
             if fusion is not None:
-                code = fusion.code
-                copies[fusion.call] = functools.partial(
-                    project_and_rotate, forms[name], file.function(name), fusion.transposed
-                )
-        if code is None:
-            reasons.append(why_separate(tree, [forms[name] for name in functions]))
+                call = one_call(fusion, forms[name], file.function(name))
+                if copies.setdefault(fusion.call, call).args == call.args and "norms" not in body:
+                    code, body["norms"] = fusion.code, fusion.norms
+        if code is None or not fusion.projects:
+            reasons.append(why_separate(tree, functions[0], [forms[name] for name in functions], unknown))
         body[method] = _copied(vars(base)[method], copies, code)
         copied[base, method] = vars(base)[method]
     body["copied"] = copied

@@ -89,7 +89,7 @@ def digest(name: str, functions: Mapping[str, ast.FunctionDef]) -> str:
     for current in order:  # grows as functions are met
         used = [n.id for n in _body(functions[current]) if isinstance(n, ast.Name) and n.id in functions]
         order += [function for function in dict.fromkeys(used) if function not in order]
-        texts.append(_normal_form(functions[current], order, keep_parameters=current == name))
+        texts.append(normal_form(functions[current], order, keep_parameters=current == name))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
@@ -123,7 +123,13 @@ def _body(function: ast.FunctionDef) -> Iterator[ast.AST]:
                 ]
 
 
-def _normal_form(function: ast.FunctionDef, files_own: list[str], *, keep_parameters: bool) -> str:
+def normal_form(function: ast.FunctionDef, files_own: list[str], *, keep_parameters: bool) -> str:
+    """The text of a function without what does not matter: names of variables, annotations, docstrings, decorators.
+
+    Args:
+        files_own: functions of its file that it calls, whose names do not matter either.
+        keep_parameters: the names of its parameters matter.
+    """
     names = {other: f"function {i}" for i, other in enumerate(files_own)}
     # The parameters of the function itself stay: callers name them.
     own = {a.arg for a in function.args.args + function.args.kwonlyargs} if keep_parameters else set()

@@ -1,4 +1,4 @@
-"""Rewrites a stock attention's ``forward`` so that projections and rotation are one call: :func:`fused`.
+"""Rewrites a stock attention's ``forward`` so that projections, norms and rotation are one call: :func:`fused`.
 
 Where nothing stands between the projections of queries, keys and values and the rotation but views, ::
 
@@ -15,8 +15,9 @@ becomes ::
         self, hidden_states, self.head_dim, cos, sin
     )
 
-and all else stays stock's. A rotation under a condition (``if self.use_rope:``) keeps the stock lines in the
-``else``. What does not match is not rewritten.
+and all else stays stock's. Norms of queries and keys are in the call too (``norm_calls.py``); where something stands
+between the projections and them, the call is of norms and rotation alone. A rotation under a condition (``if
+self.use_rope:``) keeps the stock lines in the ``else``. What does not match is not rewritten.
 """
 
 from __future__ import annotations
@@ -24,10 +25,23 @@ from __future__ import annotations
 import ast
 import copy
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from types import CodeType
+from types import CodeType, MappingProxyType
 
 from .forms import Form
+from .norm_calls import PROJECTION, NormCalls, without_norms
+from .source import (
+    compiled,
+    find_rotation,
+    heads_axis,
+    loaded,
+    may_write,
+    name_of,
+    needs_its_class,
+    rotated_names,
+    stored,
+)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -40,11 +54,15 @@ class Fused:
         code: of the function, with the parameters of stock's.
         call: name of the one call in it.
         transposed: whether the call returns heads before tokens (``[B, H, S, D]``).
+        norms: of queries and keys, where they are in the call.
+        projects: whether the projections are in the call.
     """
 
     code: CodeType
     call: str
     transposed: bool
+    norms: NormCalls | None = None
+    projects: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,162 +75,150 @@ class _Chain:
     transposed: bool
 
 
-def fused(function: ast.FunctionDef, applies: str, filename: str) -> Fused | None:
-    """``function`` with projections and the rotation by ``applies`` in one call; None where it does not match.
+def fused(
+    function: ast.FunctionDef, applies: str, filename: str, norms: Collection[str] = ()
+) -> Fused | None:
+    """``function`` with the rotation by ``applies`` in one call with what comes before it; None where that is nothing.
 
     Args:
         function: a method of a stock class.
         applies: name of the function of its file that applies the rotation.
         filename: of the file, for tracebacks.
+        norms: attributes of ``self`` that are RMS norms.
     """
-    function = copy.deepcopy(function)
-    if _needs_its_class(function):
+    if needs_its_class(function):
         return None
-    where = _rotation(function, applies)
-    if where is None:
+    taken = without_norms(function, applies, norms)
+    if taken is None:
+        return _projecting(copy.deepcopy(function), function, applies, filename, None)
+    rest, calls = taken
+    return _projecting(rest, function, applies, filename, calls) or _normalising(
+        rest, applies, filename, calls
+    )
+
+
+def _projecting(
+    function: ast.FunctionDef, stock: ast.FunctionDef, applies: str, filename: str, norms: NormCalls | None
+) -> Fused | None:
+    """``function``, which is ``stock`` without ``norms``, with the projections in the call."""
+    where = find_rotation(function, applies)
+    rotated = where and rotated_names(where)
+    if where is None or rotated is None:
         return None
-    index, condition, rotation = where
-    call = rotation.value
-    q, k, *tables = [_name(argument) for argument in call.args]
-    if (
-        None in (q, k, *tables)
-        or len(tables) != 2
-        or q == k
-        or len(rotation.targets) != 1
-        or [_name(t) for t in _targets(rotation)] != [q, k]
-    ):
+    tables = [name_of(argument) for argument in where.call.args[2:]]
+    if None in tables:
         return None
-    before = function.body[:index]
+    before = function.body[: where.index]
     values = {
-        name
-        for s in before
-        for name in _stored(s)
-        if (c := _chain(name, before)) and c.projection == "v_proj"
+        name for s in before for name in stored(s) if (c := _chain(name, before)) and c.projection == "v_proj"
     }
     if len(values) != 1:
         return None
-    names = (q, k, values.pop())
+    names = (*rotated, values.pop())
     chains = [_chain(name, before) for name in names]
     if any(chain is None for chain in chains) or [chain.projection for chain in chains] != list(PROJECTIONS):
         return None
     first = chains[0]
     if any((c.x, c.head_dim, c.transposed) != (first.x, first.head_dim, first.transposed) for c in chains):
         return None
-    if _heads_axis(call) != (1 if first.transposed else 2):
+    if heads_axis(where.call) != (1 if first.transposed else 2):
         return None
-    chain_statements = [s for s in before if set(_stored(s)) & set(names)]
+    chain_statements = _storing(before, names)
     others = [s for s in before if s not in chain_statements]
-    between = list(others)
-    if condition is not None:
-        between += [condition.test, *condition.body[: condition.body.index(rotation)]]
-    if any(name in names for s in between for name in (*_loaded(s), *_stored(s))):
+    between = [*others, *where.before]
+    if any(name in names for s in between for name in (*loaded(s), *stored(s))):
         return None
     # Sizes may have been taken from x at any time before.
-    if any(first.x in _stored(s) for s in before):
+    if any(first.x in stored(s) for s in before):
         return None
     # The statements between now come first: what the projections read must not change in them.
     begin = before.index(chain_statements[0])
     moved = [s for s in between if s not in before[:begin]]
-    read = {name for s in chain_statements for name in _loaded(s)} - {*names, "self"}
-    if any(read & set(_stored(s)) or _may_write(s, {first.x, "self"}) for s in moved):
+    read = {name for s in chain_statements for name in loaded(s)} - {*names, "self"}
+    if any(read & set(stored(s)) or may_write(s, {first.x, "self"}) for s in moved):
         return None
+    if where.condition is not None and (in_stock := find_rotation(stock, applies)) is not None:
+        where.condition.orelse = copy.deepcopy(_storing(stock.body[: in_stock.index], names))
     arguments = [
         ast.Name("self", ast.Load()),
         ast.Name(first.x, ast.Load()),
         ast.parse(first.head_dim, mode="eval").body,
+        *where.call.args[2:],
     ]
-    arguments += [ast.Name(t, ast.Load()) for t in tables]
-    rotation.targets = [ast.Tuple([ast.Name(n, ast.Store()) for n in names], ast.Store())]
-    name = f"project_and_{applies}"
-    rotation.value = ast.Call(ast.Name(name, ast.Load()), arguments, [])
-    if condition is not None:
-        condition.orelse = copy.deepcopy(chain_statements)
-    function.body[:index] = others
-    return Fused(_compiled(function, filename), name, first.transposed)
+    where.statement.targets = [ast.Tuple([ast.Name(n, ast.Store()) for n in names], ast.Store())]
+    name = f"project_{'' if norms is None else 'normalise_'}and_{applies}"
+    where.statement.value = _call(name, arguments, norms)
+    function.body[: where.index] = others
+    return Fused(compiled(function, filename), name, first.transposed, norms)
 
 
-def _needs_its_class(function: ast.FunctionDef) -> bool:
-    """Whether a function means something else outside of its class: ``super()``, ``__class__``, ``self.__private``."""
-    names = [
-        n.id if isinstance(n, ast.Name) else n.attr
-        for n in ast.walk(function)
-        if hasattr(n, "id") or hasattr(n, "attr")
-    ]
-    return any(n in ("super", "__class__") or (n.startswith("__") and not n.endswith("__")) for n in names)
-
-
-def _may_write(node: ast.AST, names: set[str]) -> bool:
-    """Whether a statement may change something of ``names`` in place."""
-    for part in ast.walk(node):
-        if isinstance(part, (ast.Subscript, ast.Attribute)) and not isinstance(part.ctx, ast.Load):
-            if names & set(_loaded(part.value)):
-                return True
-        elif isinstance(part, ast.Call) and names & set(_loaded(part)):
-            called = part.func.attr if isinstance(part.func, ast.Attribute) else _name(part.func) or ""
-            if called.endswith("_") or any(keyword.arg in ("out", "inplace") for keyword in part.keywords):
-                return True
-    return False
-
-
-def _rotation(function: ast.FunctionDef, applies: str) -> tuple[int, ast.If | None, ast.Assign] | None:
-    """Where the only rotation of a function stands: the statement's index, its condition, the assignment."""
-    calls = [n for n in ast.walk(function) if isinstance(n, ast.Name) and n.id == applies]
-    if len(calls) != 1:
+def _normalising(function: ast.FunctionDef, applies: str, filename: str, norms: NormCalls) -> Fused | None:
+    """``function``, which is stock's without ``norms``, with them in the call."""
+    where = find_rotation(function, applies)
+    # Where there is no rotation the norms would be missing, and without its projection no one knows the heads.
+    if where is None or where.condition is not None or norms.shape == PROJECTION:
         return None
-    for index, statement in enumerate(function.body):
-        condition = statement if isinstance(statement, ast.If) and not statement.orelse else None
-        for inner in condition.body if condition is not None else [statement]:
-            if (
-                isinstance(inner, ast.Assign)
-                and isinstance(inner.value, ast.Call)
-                and inner.value.func is calls[0]
-            ):
-                return index, condition, inner
-    return None
+    name = f"normalise_and_{applies}"
+    where.statement.value = _call(name, [ast.Name("self", ast.Load()), *where.call.args], norms)
+    return Fused(compiled(function, filename), name, heads_axis(where.call) == 1, norms, projects=False)
 
 
-def condition(function: ast.FunctionDef, applies: str) -> CodeType | None:
-    """The expression of ``self`` that decides whether a method rotates; None where none does."""
-    where = _rotation(function, applies)
-    if where is None or where[1] is None or set(_loaded(where[1].test)) != {"self"}:
-        return None
-    if any(getattr(n, "attr", "") == "training" for n in ast.walk(where[1].test)):  # it changes
-        return None
-    return compile(ast.Expression(where[1].test), "<condition>", "eval")
+def _call(name: str, arguments: list[ast.expr], norms: NormCalls | None) -> ast.Call:
+    if norms is not None and norms.test:
+        arguments = [*arguments, ast.parse(norms.test, mode="eval").body]
+    return ast.Call(ast.Name(name, ast.Load()), arguments, [])
 
 
-def why_separate(function: ast.FunctionDef, forms: list[Form]) -> str:
-    """Why :func:`fused` does not take a method, for a report."""
+def _storing(statements: list[ast.stmt], names: Collection[str]) -> list[ast.stmt]:
+    return [s for s in statements if set(stored(s)) & set(names)]
+
+
+def why_separate(
+    function: ast.FunctionDef,
+    applies: str,
+    forms: list[Form],
+    unknown: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Why :func:`fused` does not take the projections of a method, for a report.
+
+    Args:
+        function: a method of a stock class.
+        applies: a function that it calls to rotate.
+        forms: of all functions that it calls to rotate.
+        unknown: attribute -> class of the norms that are not known.
+    """
     attributes = {n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)}
     if any("kv_lora" in name or "kv_a_" in name for name in attributes):
         return "multi-head latent attention: only a part of each head is rotated"
     if not set(PROJECTIONS) <= attributes:
         return "queries, keys and values are not three projections"
-    if any("norm" in name for name in attributes):
-        return "queries and keys are normalised before the rotation"
+    if classes := dict.fromkeys(unknown[name] for name in sorted(attributes & unknown.keys())):
+        return f"queries and keys are normalised by {' and '.join(classes)}, which is not a known RMS norm"
     if not all(form.can_be_fused for form in forms):
         return "the kernels that project do not rotate in the model's form"
+    if sum(isinstance(n, ast.Name) and n.id == applies for n in ast.walk(function)) > 1:
+        return "queries and keys are rotated one after the other"
     return "the model computes with queries, keys or values before the rotation"
 
 
 def _chain(name: str, statements: list[ast.stmt]) -> _Chain | None:
     """How the variable ``name`` is made by ``statements``; None where by more than a projection and views."""
     steps: list[ast.Call] = []  # from the last to the first
-    made = [s for s in statements if name in _stored(s)]
+    made = [s for s in statements if name in stored(s)]
     for statement in reversed(made):
-        if not isinstance(statement, ast.Assign) or [_name(t) for t in statement.targets] != [name]:
+        if not isinstance(statement, ast.Assign) or [name_of(t) for t in statement.targets] != [name]:
             return None
-        if _stored(statement) != [name]:  # a walrus inside
+        if stored(statement) != [name]:  # a walrus inside
             return None
         value = statement.value
         while (
             isinstance(value, ast.Call)
             and isinstance(value.func, ast.Attribute)
-            and _name(value.func.value) != "self"
+            and name_of(value.func.value) != "self"
         ):
             steps.append(value)
             value = value.func.value
-        if _name(value) == name:
+        if name_of(value) == name:
             continue
         if (
             statement is not made[0]
@@ -221,7 +227,7 @@ def _chain(name: str, statements: list[ast.stmt]) -> _Chain | None:
             or len(value.args) != 1
         ):
             return None
-        x = _name(value.args[0])
+        x = name_of(value.args[0])
         if not isinstance(value.func, ast.Attribute) or x is None:
             return None
         shape = _views(steps, x, statements)
@@ -269,18 +275,18 @@ def _is_attribute(text: str) -> bool:
 
 def _assigned(name: str, statements: list[ast.stmt]) -> ast.expr | None:
     """The expression of a variable that is assigned once in all."""
-    made = [s for s in statements if name in _stored(s)]
-    if len(made) != 1 or not isinstance(made[0], ast.Assign) or _stored(made[0]).count(name) != 1:
+    made = [s for s in statements if name in stored(s)]
+    if len(made) != 1 or not isinstance(made[0], ast.Assign) or stored(made[0]).count(name) != 1:
         return None
     (target, *more), value = made[0].targets, made[0].value
     if more:
         return None
-    if _name(target) == name:
+    if name_of(target) == name:
         return value
     # bsz, q_len, _ = hidden_states.size()
-    if not isinstance(target, ast.Tuple) or any(_name(t) is None for t in target.elts):
+    if not isinstance(target, ast.Tuple) or any(name_of(t) is None for t in target.elts):
         return None
-    index = [_name(t) for t in target.elts].index(name)
+    index = [name_of(t) for t in target.elts].index(name)
     return ast.parse(f"{_shape(ast.unparse(value))}[{index}]", mode="eval").body
 
 
@@ -296,46 +302,3 @@ def _resolved(size: ast.expr, statements: list[ast.stmt]) -> str:
 def _shape(text: str) -> str:
     """``x.size()`` and ``x.size(0)`` as ``x.shape`` and ``x.shape[0]``."""
     return re.sub(r"\.size\((\d?)\)", lambda m: ".shape" + (f"[{m[1]}]" if m[1] else ""), text)
-
-
-def _heads_axis(call: ast.Call) -> int | None:
-    axes = [k.value for k in call.keywords if k.arg == "unsqueeze_dim"]
-    if len(axes) != len(call.keywords):
-        return None
-    return (
-        ast.literal_eval(axes[0]) if axes and isinstance(axes[0], ast.Constant) else 1 if not axes else None
-    )
-
-
-def _targets(statement: ast.Assign) -> list[ast.expr]:
-    target = statement.targets[0]
-    return target.elts if isinstance(target, ast.Tuple) else [target]
-
-
-def _name(node: ast.AST) -> str | None:
-    return node.id if isinstance(node, ast.Name) else None
-
-
-def _stored(node: ast.AST) -> list[str]:
-    """Names that a statement assigns or deletes."""
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
-
-
-def _loaded(node: ast.AST) -> list[str]:
-    return [n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
-
-
-def _compiled(function: ast.FunctionDef, filename: str) -> CodeType:
-    """The code of a function, without its decorators and annotations (they are evaluated in stock's)."""
-    function.decorator_list, function.returns = [], None
-    parameters = function.args
-    for argument in (*parameters.args, *parameters.kwonlyargs, parameters.vararg, parameters.kwarg):
-        if argument is not None:
-            argument.annotation = None
-    parameters.defaults = [
-        ast.Constant(None) for _ in parameters.defaults
-    ]  # stock's are given to the function
-    parameters.kw_defaults = [None if d is None else ast.Constant(None) for d in parameters.kw_defaults]
-    module = ast.fix_missing_locations(ast.Module([function], []))
-    code = compile(module, filename, "exec")
-    return next(c for c in code.co_consts if isinstance(c, CodeType))

@@ -1,9 +1,10 @@
-"""Projections and rotation of an enabled attention in one call, where its modules are nothing but their weights."""
+"""Projections, norms and rotation of an enabled attention in one call, where modules are nothing but their weights."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,7 +12,24 @@ from torch import nn
 from .. import ops
 from .applying import kept_pairs, rotate
 from .forms import Form
-from .fusing import PROJECTIONS
+from .fusing import PROJECTIONS, Fused
+from .normalising import normalise_and_rotate
+
+if TYPE_CHECKING:
+    from .enabled import EnabledAttention
+
+
+def one_call(fusion: Fused, form: Form, stock: Callable[..., Any]) -> functools.partial[Any]:
+    """What a rewritten method calls.
+
+    Args:
+        form, stock: the function that the model applies to rotate.
+    """
+    if fusion.norms is None:
+        return functools.partial(project_and_rotate, form, stock, fusion.transposed)
+    if fusion.projects:
+        return functools.partial(project_normalise_and_rotate, form, stock, fusion.transposed)
+    return functools.partial(normalise_and_rotate, form, stock, 1 if fusion.transposed else 2)
 
 
 def project_and_rotate(
@@ -46,6 +64,30 @@ def project_and_rotate(
     else:
         q, k, v = (_heads(projection(x), head_dim) for projection in projections(attention))
         q, k = rotate(form, stock, q, k, cos, sin, 2, inplace=_can_rotate_inplace(attention, q, k))
+    return (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if transposed else (q, k, v)
+
+
+def project_normalise_and_rotate(
+    form: Form,
+    stock: Callable[..., Any],
+    transposed: bool,
+    attention: EnabledAttention,
+    x: torch.Tensor,
+    head_dim: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    normalised: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As :func:`project_and_rotate`, with norms of queries and keys, which :func:`normalise_and_rotate` has.
+
+    Args:
+        normalised: the model has them.
+    """
+    if not normalised:
+        return project_and_rotate(form, stock, transposed, attention, x, head_dim, cos, sin)
+    q, k, v = (_heads(projection(x), head_dim) for projection in projections(attention))
+    inplace = _can_rotate_inplace(attention, q, k)
+    q, k = normalise_and_rotate(form, stock, 2, attention, q, k, cos, sin, inplace=inplace)
     return (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if transposed else (q, k, v)
 
 

@@ -1,4 +1,4 @@
-"""Which path each attention layer of a model takes, and why: fused, rotary only, or untouched."""
+"""Which path each attention layer of a model takes, and why: fused, with its norms, rotary only, or untouched."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch import nn
 from .enabled import EnabledAttention, enabled_class, is_rotary_embedding, stock_class
 from .finding import language_modules
 from .fusing import PROJECTIONS
+from .normalising import why_called
 from .projecting import projections, why_not_fused, why_not_its_weight
 
 FUSED = "projection + rotary"
+NORM = "norm + rotary"
 ROTARY = "rotary"
 UNTOUCHED = "untouched"
+
+NOT_PROJECTED = "no kernel projects and normalises in one launch"
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class LayerReport:
 
     Attributes:
         name: of the module in the model.
-        path: ``"projection + rotary"`` (one launch), ``"rotary"`` (after the layer's own projections) or
-            ``"untouched"`` (the stock forward).
+        path: ``"projection + rotary"`` (one launch), ``"norm + rotary"`` (one launch, after the layer's own
+            projections), ``"rotary"`` (after its own norms too) or ``"untouched"`` (the stock forward).
         reason: why not the first; empty where it is.
     """
 
@@ -67,6 +71,10 @@ def _layer(name: str, attention: nn.Module, stock: type, x: torch.Tensor) -> Lay
         return LayerReport(name, UNTOUCHED, "the layer has no rotary embedding")
     if not isinstance(attention, EnabledAttention):
         return LayerReport(name, UNTOUCHED, "the model is not enabled")
+    if attention.norms is not None and attention.norms.called(attention):
+        if reason := why_called(attention, x):
+            return LayerReport(name, ROTARY, reason)
+        return LayerReport(name, NORM, attention.why_separate or NOT_PROJECTED)
     if attention.why_separate:
         return LayerReport(name, ROTARY, attention.why_separate)
     reason = why_not_fused(attention, x)
