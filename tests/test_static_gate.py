@@ -27,7 +27,15 @@ def run(*arguments: str, code: str = "pass") -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "only", ["rotary 32+8 in place", "rotary deinterleave", "projection table", "decode 7B"]
+    "only",
+    [
+        "rotary 32+8 in place",
+        "rotary deinterleave",
+        "projection table",
+        "decode 7B",
+        "norm + rotary 32+8",
+        "norm of all heads + rotary gradient 40+8",
+    ],
 )
 def test_passes_on_hopper(only):
     result = run("--target", "sm_90", "--only", only)

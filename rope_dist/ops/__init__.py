@@ -24,6 +24,7 @@ from .drop_in_flash_attention import (
 )
 from .fixed_point import mrope_frequencies, to_fixed_point
 from .kv_cache import rotary_write_cache
+from .norm_projection import qkv_norm_rotary
 from .norm_rotation import norm_rotary, norm_rotary_at
 from .projection import decode_rotary, projection_paths, qkv_rotary
 from .reference import cos_sin
@@ -49,6 +50,7 @@ __all__ = [
     "norm_rotary",
     "norm_rotary_at",
     "projection_paths",
+    "qkv_norm_rotary",
     "qkv_rotary",
     "rerotate_",
     "rotary",

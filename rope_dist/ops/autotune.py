@@ -1,15 +1,16 @@
-"""Which path of a projection with rotation is fastest: measured on this GPU, remembered on disk.
+"""Which path of a projection with rotation is fastest, and in which configuration: measured on this GPU, kept on disk.
 
 A fused kernel saves a pass over queries and keys and gives up some of the vendor library's matrix product;
 which weighs more differs by GPU, shape and version, so nothing is assumed. The first call of a shape class
 times the candidates that can serve it, in the order A B B A with a cold L2 cache and the GPU never waiting for the
 host, and keeps the fastest; the unfused one unless another wins by twice what the measurement is uncertain by.
+A kernel's tiles and stages are candidates like any other (``configurations.py``): ``"triton_tma:128x256x64/4"``.
 Until it may measure (inside a CUDA graph's capture, or with ``ROPE_DIST_TUNE=0``) the unfused path is taken and
 nothing is remembered. So it is under ``torch.use_deterministic_algorithms(True)``.
 
-Environment: ``ROPE_DIST_PATH`` fixes the path where it can serve a call; ``ROPE_DIST_TUNE=0`` forbids
-measuring; ``ROPE_DIST_CACHE`` is the folder of the choices (``$XDG_CACHE_HOME/rope_dist``, else
-``~/.cache/rope_dist``).
+Environment: ``ROPE_DIST_PATH`` fixes the path (and its configuration, if it names one) where it can serve a call;
+``ROPE_DIST_TUNE=0`` forbids measuring; ``ROPE_DIST_CACHE`` is the folder of the choices
+(``$XDG_CACHE_HOME/rope_dist``, else ``~/.cache/rope_dist``).
 """
 
 from __future__ import annotations

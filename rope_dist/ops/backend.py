@@ -138,18 +138,44 @@ class Backend:
             parts[2].copy_(v)
         return packed
 
-    def paths(self, x: torch.Tensor, projections: Projections, num_pairs: int) -> list[str]:
+    def paths(
+        self, x: torch.Tensor, projections: Projections, num_pairs: int, norms: Norms | None = None
+    ) -> list[str]:
         """Names of the fused projections that can serve these tensors, the most specialised last."""
         return []
 
+    def configurations(
+        self,
+        path: str,
+        x: torch.Tensor,
+        projections: Projections,
+        norms: Norms | None = None,
+        *,
+        every: bool = False,
+    ) -> list[str]:
+        """Names of the configurations of one of :meth:`paths` that are worth measuring for these tensors.
+
+        The first is taken where ``path`` stands alone; ``path:name`` names another.
+
+        Args:
+            every: all that can serve them instead.
+        """
+        return [""]
+
     def project(
-        self, path: str, x: torch.Tensor, projections: Projections, angles: Angles
+        self,
+        path: str,
+        x: torch.Tensor,
+        projections: Projections,
+        angles: Angles,
+        norms: Norms | None = None,
     ) -> tuple[list[torch.Tensor], Launch | None]:
-        """Project ``x`` ``[B, S, K]`` and rotate by one of :meth:`paths`.
+        """Project ``x`` ``[B, S, K]``, normalise and rotate by one of :meth:`paths`, or ``path:configuration``.
 
         Returns:
             Queries, keys and, where they have a weight, values ``[B, S, heads, head_dim]``; and what does the
-            same again, as :meth:`rotate` returns it, called as ``launch(x, projections, angles, outputs)``.
+            same again, as :meth:`rotate` returns it, called as
+            ``launch(x, projections, angles, outputs, norms)``.
         """
         raise NotImplementedError
 

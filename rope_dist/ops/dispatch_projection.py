@@ -9,13 +9,14 @@ import torch
 from torch.nn import functional
 
 from . import autotune, dispatch, launch_cache, reference, reference_cache
-from .arguments import Angles, KeyValueCache, Projections
+from .arguments import Angles, KeyValueCache, Norms, Projections
 from .backend import Backend, without_autocast
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Queries, keys and values ``[B, S, heads, head_dim]``; values None where they have no weight."""
 
 PATHS = ("auto", "separate", "triton", "triton_tma", "decode")
+"""Of a kernel that has several configurations, ``"triton_tma:64x128x64/4"`` names one (``configurations.py``)."""
 
 
 def qkv_rotary(
@@ -24,57 +25,72 @@ def qkv_rotary(
     angles: Angles,
     path: str = "auto",
     key: launch_cache.Key | None = None,
+    norms: Norms | None = None,
 ) -> Heads:
-    """As :func:`rope_dist.ops.reference.qkv_rotary`.
+    """As :func:`rope_dist.ops.reference.qkv_rotary`; with ``norms`` queries and keys are normalised too.
 
     Args:
-        path: one of :data:`PATHS`.
+        path: one of :data:`PATHS`, or one with a configuration.
         key: of the launch cache, where the launch is to be kept.
     """
     backend = dispatch.projecting(x)
-    if backend is dispatch.REFERENCE:
-        with without_autocast(x):
-            return reference.qkv_rotary(x, projections, angles)
     final = True
-    if path == "auto":
-        path, final = choose(backend, x, projections, angles)
-    heads, again = run(backend, path, x, projections, angles)
+    if backend is dispatch.REFERENCE:
+        if norms is None:
+            with without_autocast(x):
+                return reference.qkv_rotary(x, projections, angles)
+        backend, path = dispatch.serving(x), "separate"
+    elif path == "auto":
+        path, final = choose(backend, x, projections, angles, norms)
+    heads, again = run(backend, path, x, projections, angles, norms)
     launch_cache.put(key if final else None, again)
     return heads
 
 
 def run(
-    backend: Backend, path: str, x: torch.Tensor, projections: Projections, angles: Angles
+    backend: Backend,
+    path: str,
+    x: torch.Tensor,
+    projections: Projections,
+    angles: Angles,
+    norms: Norms | None = None,
 ) -> tuple[Heads, Callable[..., Heads] | None]:
     """The heads by ``path``, and what makes them again of tensors of the same metadata."""
     if path == "separate":
-        return separate(backend, x, projections, angles)
-    outputs, launch = backend.project(path, x, projections, angles)
+        return separate(backend, x, projections, angles, norms)
+    outputs, launch = backend.project(path, x, projections, angles, norms)
     if launch is None:
         return _heads(outputs), None
     shapes = [y.shape for y in outputs]
 
-    def again(x: torch.Tensor, projections: Projections, angles: Angles) -> Heads:
+    def again(x: torch.Tensor, projections: Projections, angles: Angles, norms: Norms | None = None) -> Heads:
         outputs = [x.new_empty(shape) for shape in shapes]
-        launch(x, projections, angles, outputs)
+        launch(x, projections, angles, outputs, norms)
         return _heads(outputs)
 
     return _heads(outputs), again
 
 
 def separate(
-    backend: Backend, x: torch.Tensor, projections: Projections, angles: Angles
+    backend: Backend,
+    x: torch.Tensor,
+    projections: Projections,
+    angles: Angles,
+    norms: Norms | None = None,
 ) -> tuple[Heads, Callable[..., Heads] | None]:
-    """:func:`run` by the library's matrix products, then one rotary pass in place."""
+    """:func:`run` by the library's matrix products, then one pass of norm and rotation in place."""
     heads = project(x, projections)
     ready = dispatch.whole_rows(angles)
-    launch = backend.rotate(heads[0], heads[1], heads[0], heads[1], ready)
+    q, k = heads[:2]
+    turn = backend.rotate if norms is None else functools.partial(backend.norm_rotate, norms=norms)
+    launch = turn(q, k, q, k, angles=ready)
     if launch is None or ready is not angles:
         return _heads(heads), None
 
-    def again(x: torch.Tensor, projections: Projections, angles: Angles) -> Heads:
+    def again(x: torch.Tensor, projections: Projections, angles: Angles, norms: Norms | None = None) -> Heads:
         heads = project(x, projections)
-        launch(heads[0], heads[1], heads[0], heads[1], angles)
+        q, k = heads[:2]
+        launch(q, k, q, k, *(() if norms is None else (norms,)), angles)
         return _heads(heads)
 
     return _heads(heads), again
@@ -94,21 +110,24 @@ def _heads(outputs: list[torch.Tensor]) -> Heads:
     return outputs[0], outputs[1], outputs[2] if len(outputs) == 3 else None
 
 
-def choose(backend: Backend, x: torch.Tensor, projections: Projections, angles: Angles) -> tuple[str, bool]:
+def choose(
+    backend: Backend, x: torch.Tensor, projections: Projections, angles: Angles, norms: Norms | None = None
+) -> tuple[str, bool]:
     """The path for these tensors: fixed by the environment, the only one, or the fastest (``autotune.py``).
 
     Returns:
         The path, and whether later calls like this one take it too: not where it could not be measured.
     """
+    num_pairs = angles.num_pairs
     fixed = autotune.fixed()
     if fixed is not None:
-        if fixed not in PATHS[1:]:
+        if fixed.partition(":")[0] not in PATHS[1:]:
             raise ValueError(f"ROPE_DIST_PATH={fixed!r} is no path; there are {', '.join(PATHS[1:])}")
-        return (fixed if fixed in candidates(backend, x, projections, angles.num_pairs) else "separate"), True
+        return (fixed if serves(backend, fixed, x, projections, num_pairs, norms) else "separate"), True
     if torch.are_deterministic_algorithms_enabled():
         # A measured choice may differ between processes, and with it the rounding.
         return "separate", True
-    possible = candidates(backend, x, projections, angles.num_pairs)
+    possible = candidates(backend, x, projections, num_pairs, norms)
     if len(possible) == 1 or not x.is_cuda:
         # Without a GPU nothing is timed: the interpreter runs the kernel that is the most special.
         return possible[-1], True
@@ -116,6 +135,7 @@ def choose(backend: Backend, x: torch.Tensor, projections: Projections, angles: 
         "table": angles.cos is not None,
         "bias": projections.biases() is not None,
         "interleaved": angles.interleaved,
+        "norm": norms is not None,
         "no TMA": "triton_tma" not in possible,
     }
     problem = autotune.AutotuneKey(
@@ -128,15 +148,52 @@ def choose(backend: Backend, x: torch.Tensor, projections: Projections, angles: 
         rotary_dim=2 * angles.num_pairs,
         form="+".join(name for name, used in forms.items() if used),
     )
-    calls = {path: functools.partial(run, backend, path, x, projections, angles) for path in possible}
+    calls = {
+        path: functools.partial(run, backend, path, x, projections, angles, norms)
+        for path in configured(backend, possible, x, projections, norms)
+    }
     with torch.cuda.device(x.device):
         path = autotune.choose(problem, calls)
     return path, autotune.cache().get(problem) == path
 
 
-def candidates(backend: Backend, x: torch.Tensor, projections: Projections, num_pairs: int) -> list[str]:
+def candidates(
+    backend: Backend, x: torch.Tensor, projections: Projections, num_pairs: int, norms: Norms | None = None
+) -> list[str]:
     """The paths that can serve these tensors, the one that is taken unmeasured last."""
-    return ["separate", *backend.paths(x, projections, num_pairs)]
+    return ["separate", *backend.paths(x, projections, num_pairs, norms)]
+
+
+def configured(
+    backend: Backend,
+    paths: list[str],
+    x: torch.Tensor,
+    projections: Projections,
+    norms: Norms | None = None,
+    *,
+    every: bool = False,
+) -> list[str]:
+    """``paths``, each followed by its other configurations that are worth measuring, or by all of them."""
+    found = []
+    for path in paths:
+        names = [] if path == "separate" else backend.configurations(path, x, projections, norms, every=every)
+        found += [path, *(f"{path}:{name}" for name in (names if every else names[1:]))]
+    return found
+
+
+def serves(
+    backend: Backend,
+    path: str,
+    x: torch.Tensor,
+    projections: Projections,
+    num_pairs: int,
+    norms: Norms | None = None,
+) -> bool:
+    """Whether ``path``, which may name a configuration, can serve these tensors."""
+    possible = candidates(backend, x, projections, num_pairs, norms)
+    if ":" in path:
+        possible = configured(backend, possible, x, projections, norms, every=True)
+    return path in possible
 
 
 def decode_cached(

@@ -7,6 +7,8 @@ straight to ``dispatch.py``, which chooses the backend of both; ``launch_cache.f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import autotune, dispatch, dispatch_projection, launch_cache, validation
@@ -287,18 +289,31 @@ def _qkv_setup(ctx, inputs, output) -> None:
 def _qkv_backward(ctx, grad_q, grad_k, grad_v):
     *tensors, x, w_q, w_k, w_v = ctx.saved_tensors
     weights = [w for w in (w_q, w_k, w_v) if w is not None]
-    widths = [w.shape[0] for w in weights]
     angles = Angles(*tensors, *ctx.numbers).conjugated()
     packed = torch.ops.rope_dist.pack_gradients(grad_q, grad_k, grad_v if w_v is not None else None, *angles)
-    rows = packed.flatten(0, 1)
-    wanted = ctx.needs_input_grad
+    gradients = projection_gradients(packed, x, weights, ctx.needs_input_grad)
+    return *gradients, None, *_NO_ANGLES, None
+
+
+def projection_gradients(
+    packed: torch.Tensor, x: torch.Tensor, weights: list[torch.Tensor], wanted: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """Gradients of ``x``, the three weights and the three biases; None for those that are not wanted or not there.
+
+    Args:
+        packed: gradients of the products ``[B, S, N]``, side by side.
+        wanted: of each of the seven.
+    """
+    rows, widths = packed.flatten(0, 1), [w.shape[0] for w in weights]
 
     def parts(joined: torch.Tensor, first: int) -> list[torch.Tensor | None]:
         """``joined`` gradients of all weights or biases, split to those that are wanted."""
         split = [*joined.split(widths), None][:3]
         return [grad if wanted[first + i] else None for i, grad in enumerate(split)]
 
-    grad_x, grad_w, grad_b = None, [None] * 3, [None] * 3
+    grad_x: torch.Tensor | None = None
+    grad_w: list[torch.Tensor | None] = [None] * 3
+    grad_b: list[torch.Tensor | None] = [None] * 3
     with without_autocast(x):
         if wanted[0]:
             # One product, rounded once; the joined weights live only as long as it takes.
@@ -307,7 +322,7 @@ def _qkv_backward(ctx, grad_q, grad_k, grad_v):
             grad_w = parts(rows.t() @ x.flatten(0, 1), 1)
         if any(wanted[4:7]):
             grad_b = parts(rows.sum(0), 4)
-    return grad_x, *grad_w, *grad_b, None, *_NO_ANGLES, None
+    return [grad_x, *grad_w, *grad_b]
 
 
 torch.library.register_autograd("rope_dist::qkv_rotary", _qkv_backward, setup_context=_qkv_setup, lib=LIBRARY)

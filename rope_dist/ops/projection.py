@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from . import autotune, dispatch, dispatch_projection, launch_cache, library, validation
-from .arguments import Angles, Projections, present
-from .fixed_point import to_fixed_point
+from .arguments import Angles, Norms, Projections, present
+from .fixed_point import as_fixed_point
 
 
 def qkv_rotary(  # noqa: PLR0913  (public)
@@ -38,13 +38,16 @@ def qkv_rotary(  # noqa: PLR0913  (public)
         w_q, w_k, w_v: ``[heads * head_dim, K]`` in the dtype of ``x``; ``w_v`` None leaves the values out.
         b_q, b_k, b_v: ``[heads * head_dim]`` or None.
         head_dim: even.
-        inv_freq: ``[R/2]`` floating radians a token, or what :func:`rope_dist.ops.to_fixed_point` made of them.
-        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64; None counts from 0.
+        inv_freq: ``[R/2]`` floating radians a token, or ``[axes, R/2]`` of :func:`rope_dist.ops.mrope_frequencies`; or
+            what :func:`rope_dist.ops.to_fixed_point` made of either.
+        position_ids: ``[B, S]`` or ``[1, S]`` (packed: ``[T]``) int32 or int64, of several axes ``[axes, B or 1, S]``
+            (packed: ``[axes, T]``); None counts from 0.
         cos, sin: instead of both, tables ``[B, S, R/2]``, ``[1, S, R/2]`` or ``[S, R/2]``.
         attention_scaling: factor on the rotated dimensions, with ``inv_freq``; tables carry it in them.
         interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R/2)``.
         path: ``"auto"``, or ``"separate"`` (matrix products, then a rotary pass), ``"triton"``,
-            ``"triton_tma"`` (the fused kernels) or ``"decode"`` (at most 16 tokens).
+            ``"triton_tma"`` (the fused kernels) or ``"decode"`` (at most 16 tokens). A kernel's configuration may be
+            named, as ``rope-dist info`` prints it: ``"triton_tma:128x256x64/4"``.
 
     Returns:
         ``q``, ``k``, ``v``: ``[B, S, heads, head_dim]`` (packed: ``[T, heads, head_dim]``), contiguous; ``v``
@@ -56,13 +59,8 @@ def qkv_rotary(  # noqa: PLR0913  (public)
         ValueError: shapes, dtypes or devices that do not belong together, neither or both of frequencies and
             tables, or a path that cannot serve these tensors.
     """
-    packed = x.ndim == 2
-    if packed:
-        x = x[None]
-        position_ids = (
-            position_ids[None] if position_ids is not None and position_ids.ndim == 1 else position_ids
-        )
-    inv_freq_q64 = _fixed_point(inv_freq)
+    inv_freq_q64 = as_fixed_point(inv_freq) if inv_freq is not None else None
+    x, position_ids, packed = one_batch(x, position_ids, inv_freq_q64)
     projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, head_dim)
     angles = Angles(
         cos, sin, inv_freq_q64, position_ids, scaling=float(attention_scaling), interleaved=interleaved
@@ -74,7 +72,7 @@ def qkv_rotary(  # noqa: PLR0913  (public)
         validation.values(position_ids, "position_ids")
         out = launch(x, projections, angles)
     else:
-        angles = _checked(x, projections, angles, inv_freq, path)
+        angles = checked(x, projections, angles, inv_freq, path)
         out = library.qkv_rotary(x, projections, angles, path, key)
     q, k, v = out
     return (q[0], k[0], v[0] if v is not None else None) if packed else out
@@ -94,12 +92,26 @@ def projection_paths(
     return dispatch_projection.candidates(dispatch.projecting(x), x, projections, rotary_dim // 2)
 
 
-def _fixed_point(inv_freq: torch.Tensor | None) -> torch.Tensor | None:
-    return inv_freq if inv_freq is None or inv_freq.dtype == torch.int32 else to_fixed_point(inv_freq)
+def one_batch(
+    x: torch.Tensor, position_ids: torch.Tensor | None, inv_freq_q64: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Packed ``[T, K]`` and positions ``[T]`` or ``[axes, T]`` as of one batch, and whether they were packed."""
+    packed = x.ndim == 2
+    if packed:
+        x = x[None]
+        axes = inv_freq_q64 is not None and inv_freq_q64.ndim == 3
+        if position_ids is not None and position_ids.ndim == (2 if axes else 1):
+            position_ids = position_ids.unsqueeze(-2)
+    return x, position_ids, packed
 
 
-def _checked(
-    x: torch.Tensor, projections: Projections, angles: Angles, inv_freq: torch.Tensor | None, path: str
+def checked(
+    x: torch.Tensor,
+    projections: Projections,
+    angles: Angles,
+    inv_freq: torch.Tensor | None,
+    path: str,
+    norms: Norms | None = None,
 ) -> Angles:
     """``angles`` with tables of three axes; ``ValueError`` where arguments do not belong together."""
     _check_projections(x, projections)
@@ -107,22 +119,38 @@ def _checked(
     if (inv_freq is None) == (angles.cos is None) or (angles.cos is None) != (angles.sin is None):
         raise ValueError("give inv_freq, or cos and sin")
     if inv_freq is not None:
-        validation.frequencies(inv_freq, head_dim, x.device)
-        if angles.positions is not None:
-            validation.positions(angles.positions, batch, length, x.device)
+        validation.angles_at(x.new_empty(batch, length, 0, head_dim), inv_freq, angles, packed=False)
     else:
         if angles.positions is not None or angles.scaling != 1.0:
             raise ValueError("position_ids and attention_scaling go with inv_freq; tables carry both in them")
         heads = x.new_empty(batch, length, 0, head_dim)
         cos, sin = validation.tables(heads, present(angles.cos), present(angles.sin), rows=length)
         angles = angles._replace(cos=cos, sin=sin)
-    if path not in dispatch_projection.PATHS:
-        raise ValueError(f"no such path {path!r}; there are {', '.join(dispatch_projection.PATHS)}")
-    if path not in ("auto", "separate"):
-        possible = projection_paths(x, *projections[:3], head_dim=head_dim, rotary_dim=2 * angles.num_pairs)
-        if path not in possible:
-            raise ValueError(f"path {path!r} cannot serve these tensors; {', '.join(possible)} can")
+    if norms is not None:
+        q, k = (
+            x.new_empty(0, 0, w.shape[0] // head_dim, head_dim) for w in (projections.w_q, projections.w_k)
+        )
+        validation.norms(q, k, norms, ("q_norm_weight", "k_norm_weight"))
+    _check_path(x, projections, angles.num_pairs, path, norms)
     return angles
+
+
+def _check_path(
+    x: torch.Tensor, projections: Projections, num_pairs: int, path: str, norms: Norms | None = None
+) -> None:
+    """``ValueError`` where ``path`` is none or cannot serve these tensors."""
+    name, _, configuration = path.partition(":")
+    if name not in dispatch_projection.PATHS:
+        raise ValueError(f"no such path {path!r}; there are {', '.join(dispatch_projection.PATHS)}")
+    if path in ("auto", "separate"):
+        return
+    backend = dispatch.projecting(x)
+    if dispatch_projection.serves(backend, path, x, projections, num_pairs, norms):
+        return
+    possible = dispatch_projection.candidates(backend, x, projections, num_pairs, norms)
+    if configuration and name in possible:
+        possible = dispatch_projection.configured(backend, [name], x, projections, norms, every=True)
+    raise ValueError(f"path {path!r} cannot serve these tensors; {', '.join(possible)} can")
 
 
 def decode_rotary(  # noqa: PLR0913  (public)
@@ -167,13 +195,11 @@ def decode_rotary(  # noqa: PLR0913  (public)
             f"caches must be [entries, heads, head_dim] of one shape, got {list(k_cache.shape)} and "
             f"{list(v_cache.shape)}"
         )
-    packed = x.ndim == 2
-    if packed:
-        x = x[None]
-        position_ids = position_ids[None] if position_ids.ndim == 1 else position_ids
+    inv_freq_q64 = as_fixed_point(inv_freq)
+    x, at, packed = one_batch(x, position_ids, inv_freq_q64)
     projections = Projections(w_q, w_k, w_v, b_q, b_k, b_v, k_cache.shape[-1])
     angles = Angles(
-        inv_freq_q64=_fixed_point(inv_freq), positions=position_ids, scaling=float(attention_scaling),
+        inv_freq_q64=inv_freq_q64, positions=at, scaling=float(attention_scaling),
         interleaved=interleaved,
     )  # fmt: skip
     caches = (k_cache, v_cache)
@@ -182,8 +208,8 @@ def decode_rotary(  # noqa: PLR0913  (public)
         launch, key = launch_cache.find("decode_rotary", tensors, angles, *launch_cache.metadata(inv_freq))
         if launch is None:
             _check_caches(x, projections, caches, slots)
-            validation.frequencies(inv_freq, projections.head_dim, x.device)
-            validation.positions(position_ids, x.shape[0], x.shape[1], x.device)
+            heads = x.new_empty(*x.shape[:2], 0, projections.head_dim)
+            validation.angles_at(heads, inv_freq, angles, packed=False)
         validation.values(position_ids, "position_ids")
         validation.apart({"k_cache": k_cache, "v_cache": v_cache}, {"x": x})
         validation.slot_values(slots, k_cache.shape[0])

@@ -7,8 +7,10 @@ import sys
 
 import torch
 
-from .arguments import Angles, Projections, present
+from . import configurations
+from .arguments import Angles, Norms, Projections, present
 from .backend import Backend, Launch, packed_heads
+from .configurations import Configuration
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -36,6 +38,22 @@ class Triton(Backend):
 
         return triton_rotary.launch(q, k, q_out, k_out, angles, q_bias, k_bias)
 
+    def norm_rotate(
+        self, q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=None
+    ) -> Launch | None:
+        if q.shape[3] % 2:  # the kernel takes dimensions in pairs
+            return super().norm_rotate(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds)
+        from . import triton_norm_rotary
+
+        return triton_norm_rotary.launch(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds)
+
+    def norm_rotate_backward(self, grads, heads, rstds, norms, angles, q_bias=None, k_bias=None):
+        if heads[0].shape[3] % 2:
+            return super().norm_rotate_backward(grads, heads, rstds, norms, angles, q_bias, k_bias)
+        from . import triton_norm_backward
+
+        return triton_norm_backward.launch(grads, heads, rstds, norms, angles, q_bias, k_bias)
+
     def pack_gradients(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None, angles: Angles
     ) -> torch.Tensor:
@@ -46,7 +64,9 @@ class Triton(Backend):
         triton_rotary.launch(q, k, parts[0], parts[1], angles, v=v, v_out=v_out)
         return packed
 
-    def paths(self, x: torch.Tensor, projections: Projections, num_pairs: int) -> list[str]:
+    def paths(
+        self, x: torch.Tensor, projections: Projections, num_pairs: int, norms: Norms | None = None
+    ) -> list[str]:
         from . import triton_decode, triton_projection
 
         weights, head_dim = projections.weights(), projections.head_dim
@@ -55,26 +75,49 @@ class Triton(Backend):
         if x.numel() == 0 or x.stride(-1) != 1 or any(w.numel() == 0 or w.stride(1) != 1 for w in weights):
             return []
         found, x = [], _side_by_side(x)
+        if norms is not None and not triton_projection.fits_norms(norms, head_dim):
+            return []
         if triton_projection.fits(head_dim, 2 * num_pairs):
             found.append("triton")
             arch = triton_projection.architecture(x.device)
             if triton_projection.has_tma(arch, head_dim) and triton_projection.fits_tma(x, weights):
                 found.append("triton_tma")
-        if x.shape[0] * x.shape[1] <= triton_decode.MAX_TOKENS:
+        # Its programs have parts of heads, a norm needs whole ones.
+        if norms is None and x.shape[0] * x.shape[1] <= triton_decode.MAX_TOKENS:
             found.append("decode")
         return found
 
+    def configurations(
+        self,
+        path: str,
+        x: torch.Tensor,
+        projections: Projections,
+        norms: Norms | None = None,
+        *,
+        every: bool = False,
+    ) -> list[str]:
+        return [found.name for found in _configurations(path, x, projections, norms, every)]
+
     def project(
-        self, path: str, x: torch.Tensor, projections: Projections, angles: Angles
+        self,
+        path: str,
+        x: torch.Tensor,
+        projections: Projections,
+        angles: Angles,
+        norms: Norms | None = None,
     ) -> tuple[list[torch.Tensor], Launch | None]:
         from . import triton_decode, triton_projection
 
-        rows, ready = _side_by_side(x), _ready(x, angles, path)
+        path, configuration = _configuration(path, x, projections, norms)
+        tma = path == "triton_tma"
+        rows, ready = _side_by_side(x), _ready(x, angles, configuration.rows if tma else 1)
         outputs = empty_heads(x, projections)
         if path == "decode":
-            again = triton_decode.launch(rows, projections, ready, outputs)
+            again = triton_decode.launch(rows, projections, ready, outputs, configuration=configuration)
         else:
-            again = triton_projection.launch(rows, projections, ready, outputs, tma=path == "triton_tma")
+            again = triton_projection.launch(
+                rows, projections, ready, outputs, norms, tma=tma, configuration=configuration
+            )
         return outputs, again if rows is x and ready is angles else None
 
     def decode(
@@ -91,10 +134,13 @@ class Triton(Backend):
             return None
         from . import triton_decode
 
-        rows, ready = _side_by_side(x), _ready(x, angles, "decode")
+        rows, ready = _side_by_side(x), _ready(x, angles)
         q = empty_heads(x, projections)[0]
         slots_ready = slots.contiguous()
-        again = triton_decode.launch(rows, projections, ready, [q, *caches], slots_ready)
+        _, configuration = _configuration("decode", x, projections)
+        again = triton_decode.launch(
+            rows, projections, ready, [q, *caches], slots_ready, configuration=configuration
+        )
         return q, again if rows is x and ready is angles and slots_ready is slots else None
 
     def write_cache(self, q, k, v, q_out, cache, norms, angles) -> Launch | None:
@@ -111,6 +157,33 @@ def empty_heads(x: torch.Tensor, projections: Projections) -> list[torch.Tensor]
     return [x.new_empty(*x.shape[:2], w.shape[0] // head_dim, head_dim) for w in projections.weights()]
 
 
+def _configurations(
+    path: str, x: torch.Tensor, projections: Projections, norms: Norms | None = None, every: bool = False
+) -> list[Configuration]:
+    """Those of ``path`` worth measuring for ``x``, the one that is taken unmeasured first; or all that there are."""
+    from . import triton_projection
+
+    arch, head_dim, norm = triton_projection.architecture(x.device), projections.head_dim, norms is not None
+    if every:
+        return configurations.every(path, arch, head_dim, norm)
+    heads = sum(weight.shape[0] for weight in projections.weights()) // head_dim
+    return configurations.candidates(
+        path, arch, head_dim, x.shape[0] * x.shape[1], norm,
+        multiprocessors=triton_projection.programs(x.device), heads=heads,
+    )  # fmt: skip
+
+
+def _configuration(
+    path: str, x: torch.Tensor, projections: Projections, norms: Norms | None = None
+) -> tuple[str, Configuration]:
+    """``path`` without and with its configuration: the one that it names, else the one that is taken unmeasured."""
+    path, _, name = path.partition(":")
+    if not name:
+        return path, _configurations(path, x, projections, norms)[0]
+    every = _configurations(path, x, projections, norms, every=True)
+    return path, next(configuration for configuration in every if configuration.name == name)
+
+
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     """``x`` ``[B, S, K]`` with all its tokens equally far apart."""
     batch, length = x.shape[:2]
@@ -121,10 +194,12 @@ def _rows_of_16_bytes(table: torch.Tensor) -> bool:
     return table.stride(2) == 1 and table.stride(1) % 4 == 0 and table.data_ptr() % 16 == 0
 
 
-def _ready(x: torch.Tensor, angles: Angles, path: str) -> Angles:
-    """``angles`` with float32 tables (rows equally far apart) or contiguous positions, of one row or one a batch."""
-    from . import triton_projection
+def _ready(x: torch.Tensor, angles: Angles, tile_rows: int = 1) -> Angles:
+    """``angles`` with float32 tables (rows equally far apart) or contiguous positions, of one row or one a batch.
 
+    Args:
+        tile_rows: tokens whose rows of the tables are read at once, whatever sequences they are of.
+    """
     batch, length = x.shape[:2]
     if angles.cos is None or angles.sin is None:
         positions = angles.positions
@@ -135,7 +210,7 @@ def _ready(x: torch.Tensor, angles: Angles, path: str) -> Angles:
     else:
         tables = [_side_by_side(t.float()) for t in (angles.cos, angles.sin)]
         # A descriptor reads the rows of a tile at once: a tile must not run past the end of shared tables.
-        if path == "triton_tma" and tables[0].shape[0] < batch and length % triton_projection.TMA_ROWS:
+        if tables[0].shape[0] < batch and length % tile_rows:
             tables = [t.expand(batch, -1, -1).contiguous() for t in tables]
         # Rows may lie apart: an enabled model hands the first half of wider tables.
         if not all(_rows_of_16_bytes(t) and t.stride() == tables[0].stride() for t in tables):

@@ -1,8 +1,9 @@
 """Projection and rotation of 1 to 16 tokens in one launch, optionally writing the key/value cache.
 
-Decoding is bound by reading the weights once. A program takes 16 pairs of one head, the 16 weight rows of
-their first and the 16 of their second members, over the whole depth: no two programs share a weight and
-none has to add up partial sums. Tokens are padded to 16, the least the tensor cores take.
+Decoding is bound by reading the weights once. A program takes 16 (or 8) pairs of one head, the weight rows of
+their first and of their second members, over the whole depth: no two programs share a weight and none has to
+add up partial sums. Tokens are padded to 16, the least the tensor cores take; of those that are not there nothing
+is read.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ import triton.language as tl
 from . import triton_launch
 from .arguments import Angles, Projections
 from .backend import Launch
-from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
+from .configurations import DECODE, Configuration
+from .triton_angles import fast_cos_sin, has_hardware, rotate
 from .triton_launch import architecture
-from .triton_projection import angle_rows, table_stride, three, token_stride
+from .triton_projection import angle_rows, axis_angle, table_stride, three, token_stride
 
 MAX_TOKENS = 16
-PAIRS = 16
 
 
-@triton.jit
+# Compiled once for any number of tokens.
+@triton.jit(do_not_specialize=["rows", "period"])
 def decode_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions, slots,
     rows, depth, q_heads, k_heads, period, scaling, table_stride, x_stride, q_stride, k_stride,
     v_stride, k_token, k_head, v_token, v_head,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
     PROGRAMS_A_HEAD: tl.constexpr, EVEN_DEPTH: tl.constexpr, INTERLEAVED: tl.constexpr, TABLE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HARDWARE: tl.constexpr,
+    AXES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOTS: tl.constexpr, HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Grid: heads of q, k and v times ``PROGRAMS_A_HEAD``. Arguments are in :func:`launch`."""
     program = tl.program_id(0)
@@ -96,10 +98,12 @@ def decode_kernel(
         cos = tl.load(cos_table + at, mask=mask, other=1.0)
         sin = tl.load(sin_table + at, mask=mask, other=0.0)
     else:
-        position = tl.load(positions + token % period, mask=here, other=0).to(tl.int32)
-        high = tl.load(inv_freq_q64 + pair, mask=is_rotary, other=0)
-        low = tl.load(inv_freq_q64 + NUM_PAIRS + pair, mask=is_rotary, other=0)
-        cos, sin = fast_cos_sin(angle(position[:, None], high[None, :], low[None, :]), HARDWARE)
+        row = token % period
+        revolutions = axis_angle(inv_freq_q64, positions, row, here, is_rotary, 0, period, pair, NUM_PAIRS)
+        for axis in tl.static_range(1, AXES):
+            more = axis_angle(inv_freq_q64, positions, row, here, is_rotary, axis, period, pair, NUM_PAIRS)
+            revolutions = tl.add(revolutions, more, sanitize_overflow=False)
+        cos, sin = fast_cos_sin(revolutions, HARDWARE)
         cos *= scaling
         sin *= scaling
     rotated_a, rotated_b = rotate(sum_a, sum_b, cos, sin)
@@ -124,6 +128,8 @@ def launch(
     angles: Angles,
     outputs: list[torch.Tensor],
     slots: torch.Tensor | None = None,
+    *,
+    configuration: Configuration = DECODE,
     arch: str | None = None,
 ) -> Launch | None:
     """Project and rotate up to 16 tokens. Checks nothing.
@@ -133,6 +139,7 @@ def launch(
         outputs: queries, contiguous ``[B, S, Hq, D]``; keys and, with their weight, values ``[B, S, Hk, D]``,
             contiguous too, or with ``slots`` caches ``[entries, Hk, D]``, last axis contiguous.
         slots: ``[B * S]`` integers: token ``m`` writes entry ``slots[m]``, and nothing where that is negative.
+        configuration: of :mod:`rope_dist.ops.configurations`; its columns are pairs of a head.
         arch: instead of that of the device of ``x``.
 
     Returns:
@@ -141,8 +148,8 @@ def launch(
     weights, biases, head_dim = projections.weights(), projections.biases(), projections.head_dim
     rows, depth = x.shape[0] * x.shape[1], x.shape[2]
     heads = [weight.shape[0] // head_dim for weight in weights]
-    a_head = triton.cdiv(head_dim // 2, PAIRS)
-    block_k = 256
+    _, pairs, block_k = configuration[:3]
+    a_head = triton.cdiv(head_dim // 2, pairs)
     # Strides of an entry and of a head: a cache's own, or of tokens side by side.
     strides = [
         (y.stride(0), y.stride(1)) if slots is not None else (n * head_dim, head_dim)
@@ -153,11 +160,11 @@ def launch(
         token_stride(x), *three([weight.stride(0) for weight in weights]), *strides[0], *strides[-1],
     )  # fmt: skip
     options = {
-        "ROWS": MAX_TOKENS, "BLOCK_K": block_k, "PAIRS": PAIRS, "HEAD_DIM": head_dim,
+        "ROWS": MAX_TOKENS, "BLOCK_K": block_k, "PAIRS": pairs, "HEAD_DIM": head_dim,
         "NUM_PAIRS": angles.num_pairs, "PROGRAMS_A_HEAD": a_head, "EVEN_DEPTH": depth % block_k == 0,
-        "INTERLEAVED": angles.interleaved, "TABLE": angles.cos is not None, "HAS_BIAS": biases is not None,
-        "HAS_SLOTS": slots is not None, "HARDWARE": has_hardware(arch or architecture(x.device)),
-        "num_warps": 4, "num_stages": 4,
+        "INTERLEAVED": angles.interleaved, "TABLE": angles.cos is not None, "AXES": angles.axes,
+        "HAS_BIAS": biases is not None, "HAS_SLOTS": slots is not None,
+        "HARDWARE": has_hardware(arch or architecture(x.device)), **configuration.compiled(),
     }  # fmt: skip
 
     def pack(x, projections, angles, outputs, slots=None) -> tuple[Any, ...]:

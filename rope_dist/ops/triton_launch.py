@@ -62,3 +62,43 @@ def launch(
             run(*pack(*tensors), *constants)
 
     return again
+
+
+def common_vector(*tensors: torch.Tensor | None) -> int:
+    """The largest of 8, 4, 2 and 1 elements that divides the strides of all ``[B, S, heads, D]``, but the last axis's.
+
+    An axis of one element is never stepped over; its stride must not cost the alignment of the others.
+    """
+    strides = [
+        stride if size > 1 else 0
+        for x in tensors
+        if x is not None
+        for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    ]
+    return next(n for n in (8, 4, 2, 1) if all(stride % n == 0 for stride in strides))
+
+
+def head_strides(x: torch.Tensor | None, vec: int) -> tuple[int, int, int, int]:
+    """Strides of ``[B, S, heads, D]`` in units of ``vec`` elements, but for the last axis's.
+
+    A stride that is not a multiple of 16 loses Triton's hint and with it the wide accesses. Divided here and multiplied
+    by ``vec`` in the kernel, the compiler sees the divisor again.
+    """
+    if x is None:
+        return 0, 0, 0, 0
+    batch, seq, head = (s // vec if n > 1 else 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return batch, seq, head, x.stride(3)
+
+
+def row_strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of the batch and row axes, the batch's 0 where one entry serves every batch."""
+    if x is None:
+        return 0, 0
+    return (x.stride(0) if x.shape[0] > 1 else 0), x.stride(1)
+
+
+def position_strides(positions: torch.Tensor | None) -> tuple[int, int, int]:
+    """Strides of the batches, the tokens and the axes of positions ``[B or 1, S]`` or ``[axes, B or 1, S]``."""
+    if positions is None or positions.ndim == 2:
+        return *row_strides(positions), 0
+    return *row_strides(positions[0]), positions.stride(0)

@@ -20,8 +20,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import triton_launch
-from .arguments import Angles, Projections, present
+from .arguments import Angles, Norms, Projections, present
 from .backend import Launch
+from .configurations import Configuration, candidates
 from .triton_angles import angle, fast_cos_sin, has_hardware, rotate
 from .triton_launch import architecture
 
@@ -66,35 +67,69 @@ def _rotate_tile(
 
 
 @triton.jit
+def _norm_tile(
+    acc, weight, eps, offset,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """RMS norm of each head of ``acc`` ``[BLOCK_M, BLOCK_N]``; ``weight`` is None or points to ``[HEAD_DIM]``."""
+    heads = tl.reshape(acc, (BLOCK_M, BLOCK_N // HEAD_DIM, HEAD_DIM))
+    # A row of a head is in four neighbouring threads.
+    mean = tl.sum(heads * heads, axis=2) * (1.0 / HEAD_DIM)
+    heads *= tl.expand_dims(tl.rsqrt(mean + eps), 2)
+    if weight is not None:
+        heads *= (tl.load(weight + tl.arange(0, HEAD_DIM)).to(tl.float32) + offset)[None, None, :]
+    return tl.reshape(heads, (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def axis_angle(
+    inv_freq_q64, positions, row, known_row, known_pair, axis, period, pair, NUM_PAIRS: tl.constexpr
+):  # fmt: skip
+    """Angles ``[rows, pairs]`` of the positions of one axis, in 2^-32 revolutions."""
+    position = tl.load(positions + axis * period + row, mask=known_row, other=0).to(tl.int32)
+    at = inv_freq_q64 + axis * (2 * NUM_PAIRS) + pair
+    high = tl.load(at, mask=known_pair, other=0)
+    low = tl.load(at + NUM_PAIRS, mask=known_pair, other=0)
+    return angle(position[:, None], high[None, :], low[None, :])
+
+
+@triton.jit
 def _angles(
     inv_freq_q64, positions, row, rows, period, scaling,
-    NUM_PAIRS: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr, HARDWARE: tl.constexpr,
+    NUM_PAIRS: tl.constexpr, AXES: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """cos and sin ``[BLOCK_M, NUM_PAIRS]`` of the tokens ``row``, whose positions may repeat after ``period``."""
     known = row < rows
     if PERIODIC:
         row = row % period
-    position = tl.load(positions + row, mask=known, other=0).to(tl.int32)
-    pair = tl.arange(0, NUM_PAIRS)
-    high = tl.load(inv_freq_q64 + pair)
-    low = tl.load(inv_freq_q64 + NUM_PAIRS + pair)
-    cos, sin = fast_cos_sin(angle(position[:, None], high[None, :], low[None, :]), HARDWARE)
+    revolutions = axis_angle(
+        inv_freq_q64, positions, row, known, True, 0, period, tl.arange(0, NUM_PAIRS), NUM_PAIRS
+    )
+    for axis in tl.static_range(1, AXES):
+        more = axis_angle(
+            inv_freq_q64, positions, row, known, True, axis, period, tl.arange(0, NUM_PAIRS), NUM_PAIRS
+        )
+        revolutions = tl.add(revolutions, more, sanitize_overflow=False)
+    cos, sin = fast_cos_sin(revolutions, HARDWARE)
     if SCALED:
         cos *= scaling
         sin *= scaling
     return cos, sin
 
 
-@triton.jit
+# Compiled once for any number of tokens.
+@triton.jit(do_not_specialize=["rows", "period"])
 def descriptor_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
-    rows, depth, n_q, n_k, n_v, period, scaling,
+    q_norm, k_norm, rows, depth, n_q, n_k, n_v, period, scaling, eps, offset,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, HARDWARE: tl.constexpr,
+    HALVES: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, AXES: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, NORM: tl.constexpr, NORM_AFTER: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: ``PROGRAMS``, each taking every ``PROGRAMS``-th tile. Arguments are in :func:`launch`."""
+    """Grid: any number of programs, which take the tiles in turn. Arguments are in :func:`launch`."""
     q_tiles = tl.cdiv(n_q, BLOCK_N)
     k_tiles = tl.cdiv(n_k, BLOCK_N)
     n_tiles = q_tiles + k_tiles
@@ -102,12 +137,13 @@ def descriptor_kernel(
         n_tiles += tl.cdiv(n_v, BLOCK_N)
     m_tiles = tl.cdiv(rows, BLOCK_M)
     k_steps = tl.cdiv(depth, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, PROGRAMS, flatten=False):
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0), flatten=False):
         m, n = _tile(tile, m_tiles, n_tiles, GROUP)
         weight = w_q
         out = q
         bias = b_q
         width = n_q
+        norm = q_norm
         rotates = True
         # Chosen here, once a tile: a choice inside the loop over the depth would end its pipelining.
         if n >= q_tiles:
@@ -115,6 +151,7 @@ def descriptor_kernel(
             out = k
             bias = b_k
             width = n_k
+            norm = k_norm
             n -= q_tiles
             if HAS_V and n >= k_tiles:
                 weight = w_v
@@ -132,6 +169,8 @@ def descriptor_kernel(
             column = n * BLOCK_N + tl.arange(0, BLOCK_N)
             acc += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
         if rotates:
+            if NORM and not NORM_AFTER:
+                acc = _norm_tile(acc, norm, eps, offset, BLOCK_M, BLOCK_N, HEAD_DIM)
             if TABLE:
                 row = m * BLOCK_M
                 if PERIODIC:
@@ -141,20 +180,42 @@ def descriptor_kernel(
             else:
                 row = m * BLOCK_M + tl.arange(0, BLOCK_M)
                 cos, sin = _angles(
-                    inv_freq_q64, positions, row, rows, period, scaling, NUM_PAIRS, SCALED, PERIODIC, HARDWARE
+                    inv_freq_q64,
+                    positions,
+                    row,
+                    rows,
+                    period,
+                    scaling,
+                    NUM_PAIRS,
+                    AXES,
+                    SCALED,
+                    PERIODIC,
+                    HARDWARE,
                 )
             acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, NUM_PAIRS, INTERLEAVED)
-        out.store([m * BLOCK_M, n * BLOCK_N], acc.to(out.dtype))
+            if NORM and NORM_AFTER:
+                acc = _norm_tile(acc, norm, eps, offset, BLOCK_M, BLOCK_N, HEAD_DIM)
+        if HALVES:
+            # One after the other through half the shared memory, which then has room for another stage of the loop.
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            out.store([m * BLOCK_M, n * BLOCK_N], left.to(out.dtype))
+            out.store([m * BLOCK_M, n * BLOCK_N + BLOCK_N // 2], right.to(out.dtype))
+        else:
+            out.store([m * BLOCK_M, n * BLOCK_N], acc.to(out.dtype))
 
 
-@triton.jit
+# Compiled once for any number of tokens.
+@triton.jit(do_not_specialize=["rows", "period"])
 def pointer_kernel(
     x, w_q, w_k, w_v, q, k, v, b_q, b_k, b_v, cos_table, sin_table, inv_freq_q64, positions,
-    rows, depth, n_q, n_k, n_v, period, scaling, table_stride, x_stride, q_stride, k_stride, v_stride,
+    q_norm, k_norm, rows, depth, n_q, n_k, n_v, period, scaling, eps, offset,
+    table_stride, x_stride, q_stride, k_stride, v_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, NUM_PAIRS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, HARDWARE: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TABLE: tl.constexpr, AXES: tl.constexpr, SCALED: tl.constexpr, PERIODIC: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_V: tl.constexpr, NORM: tl.constexpr, NORM_AFTER: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program a tile. ``q_stride`` and its like are the weights' row strides."""
     q_tiles = tl.cdiv(n_q, BLOCK_N)
@@ -171,6 +232,9 @@ def pointer_kernel(
     width = tl.where(is_k, n_k, n_q)
     if HAS_BIAS:
         bias = tl.where(is_k, b_k, b_q)
+    norm = q_norm
+    if NORM and q_norm is not None:
+        norm = tl.where(is_k, k_norm, q_norm)
     n = tl.where(is_k, n - q_tiles, n)
     rotates = True
     if HAS_V:
@@ -205,6 +269,8 @@ def pointer_kernel(
     if HAS_BIAS:
         acc += tl.load(bias + column, mask=column < width, other=0.0).to(tl.float32)[None, :]
     if rotates:
+        if NORM and not NORM_AFTER:
+            acc = _norm_tile(acc, norm, eps, offset, BLOCK_M, BLOCK_N, HEAD_DIM)
         if TABLE:
             pair = tl.arange(0, NUM_PAIRS)
             source = row % period if PERIODIC else row
@@ -214,9 +280,21 @@ def pointer_kernel(
             sin = tl.load(sin_table + at, mask=known, other=0.0)
         else:
             cos, sin = _angles(
-                inv_freq_q64, positions, row, rows, period, scaling, NUM_PAIRS, SCALED, PERIODIC, HARDWARE
+                inv_freq_q64,
+                positions,
+                row,
+                rows,
+                period,
+                scaling,
+                NUM_PAIRS,
+                AXES,
+                SCALED,
+                PERIODIC,
+                HARDWARE,
             )
         acc = _rotate_tile(acc, cos, sin, BLOCK_M, BLOCK_N, HEAD_DIM, NUM_PAIRS, INTERLEAVED)
+        if NORM and NORM_AFTER:
+            acc = _norm_tile(acc, norm, eps, offset, BLOCK_M, BLOCK_N, HEAD_DIM)
     out_at = out + row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(out_at, acc.to(out.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < width))
 
@@ -237,6 +315,21 @@ def fits_tma(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
     )
 
 
+def fits_norms(norms: Norms, head_dim: int) -> bool:
+    """Whether norms can be made in a tile: of each head by itself, with contiguous weights of one dtype or without."""
+    q_weight, k_weight = norms.weights()
+    if q_weight is None or k_weight is None:
+        return q_weight is k_weight
+    return q_weight.dtype == k_weight.dtype and all(
+        w.shape == (head_dim,) and w.stride(0) == 1 for w in (q_weight, k_weight)
+    )
+
+
+def norm_weights(norms: Norms | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of queries and keys; None where there are no norms, or norms without weights."""
+    return (None, None) if norms is None else norms.weights()
+
+
 def has_tma(arch: str, head_dim: int) -> bool:
     """Whether the descriptor kernel is for ``arch``: Hopper, and data-centre Blackwell but for wide heads.
 
@@ -244,22 +337,6 @@ def has_tma(arch: str, head_dim: int) -> bool:
     columns spills.
     """
     return arch == "sm_90" or (arch in ("sm_100", "sm_103") and head_dim <= 128)
-
-
-TMA_ROWS = 128
-"""Rows of a tile of the descriptor kernel."""
-
-
-def configuration(arch: str, tma: bool, head_dim: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Block sizes (rows, columns, depth) for ``arch``, and its warps and stages: those that the static gate checks."""
-    if tma and arch == "sm_90":
-        return (TMA_ROWS, 256, 64), {"num_warps": 8, "num_stages": 3}
-    if tma:
-        return (TMA_ROWS, 128, 64), {"num_warps": 8, "num_stages": 4}
-    rows = 64 if head_dim > 128 else 128
-    if arch.startswith("gfx"):
-        return (rows, max(128, head_dim), 64), {"num_warps": 4, "num_stages": 2}
-    return (rows, max(128, head_dim), 32), {"num_warps": 8, "num_stages": 4}
 
 
 @functools.cache
@@ -273,8 +350,10 @@ def launch(
     projections: Projections,
     angles: Angles,
     outputs: list[torch.Tensor],
+    norms: Norms | None = None,
     *,
     tma: bool,
+    configuration: Configuration | None = None,
     arch: str | None = None,
     num_programs: int | None = None,
 ) -> Launch | None:
@@ -284,60 +363,68 @@ def launch(
         x: ``[B, S, K]`` float16 or bfloat16, not empty, tokens equally far apart, last axis contiguous.
         projections: weights ``[N, K]``, last axis contiguous, and a ``head_dim`` for which :func:`fits` holds.
         angles: tables ``[B or 1, S, R/2]``, float32, rows equally far apart and aligned to 16 bytes; or contiguous
-            ``inv_freq_q64`` and positions ``[B or 1, S]``. Those of one row serve every batch.
+            ``inv_freq_q64`` and positions ``[B or 1, S]``, or of several axes. Those of one row serve every batch.
         outputs: contiguous ``[B, S, heads, head_dim]`` for each weight.
+        norms: of each head of queries and keys, for which :func:`fits_norms` holds.
         tma: which kernel; needs :func:`fits_tma`, and of tables a row a token or a multiple of the tile's rows.
+        configuration: how it is compiled; None: as it is unmeasured.
         arch, num_programs: instead of those of the device of ``x``.
 
     Returns:
-        What does the same again, called as ``launch(x, projections, angles, outputs)``.
+        What does the same again, called as ``launch(x, projections, angles, outputs, norms)``.
     """
     weights, biases, head_dim = projections.weights(), projections.biases(), projections.head_dim
     rows, depth = x.shape[0] * x.shape[1], x.shape[2]
     arch = arch or architecture(x.device)
-    (block_m, block_n, block_k), compiled = configuration(arch, tma, head_dim)
+    if configuration is None:
+        configuration = candidates(
+            "triton_tma" if tma else "triton", arch, head_dim, rows, norms is not None
+        )[0]
+    if head_dim > 128 or norms is not None or angles.axes > 1:
+        configuration = configuration._replace(maxnreg=None)
+    block_m, block_n, block_k = configuration[:3]
     widths = [weight.shape[0] for weight in weights] + [0] * (3 - len(weights))
     tiles = triton.cdiv(rows, block_m) * sum(triton.cdiv(width, block_n) for width in widths)
     period = angle_rows(angles)
     options = {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": 8,
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP": configuration.group,
         "HEAD_DIM": head_dim, "NUM_PAIRS": angles.num_pairs, "INTERLEAVED": angles.interleaved,
-        "TABLE": angles.cos is not None, "SCALED": angles.scaling != 1.0, "PERIODIC": period != rows,
-        "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3, "HARDWARE": has_hardware(arch), **compiled,
+        "TABLE": angles.cos is not None, "AXES": angles.axes, "SCALED": angles.scaling != 1.0,
+        "PERIODIC": period != rows, "HAS_BIAS": biases is not None, "HAS_V": len(weights) == 3,
+        "HARDWARE": has_hardware(arch), "NORM": norms is not None, "NORM_AFTER": norms is not None and norms.norm_after,
+        **configuration.compiled(),
     }  # fmt: skip
-    numbers = (rows, depth, *widths, period, angles.scaling)
+    eps, offset = (norms.eps, norms.weight_offset) if norms is not None else (0.0, 0.0)
+    numbers = (rows, depth, *widths, period, angles.scaling, eps, offset)
+    tensors = (x, projections, angles, outputs, norms)
     if not tma:
         options["EVEN_DEPTH"] = depth % block_k == 0
         numbers += (table_stride(angles), token_stride(x), *three([weight.stride(0) for weight in weights]))
 
-        def pack(x, projections, angles, outputs) -> tuple[Any, ...]:
+        def pack(x, projections, angles, outputs, norms=None) -> tuple[Any, ...]:
             weights, biases = three(projections.weights()), three(projections.biases())
-            return x, *weights, *three(outputs), *biases, *angles[:4], *numbers
+            return x, *weights, *three(outputs), *biases, *angles[:4], *norm_weights(norms), *numbers
 
-        return triton_launch.launch(
-            pointer_kernel, tiles, x.device, pack, (x, projections, angles, outputs), options
-        )
+        return triton_launch.launch(pointer_kernel, tiles, x.device, pack, tensors, options)
 
-    if arch == "sm_90" and head_dim <= 128:
-        # Left alone the compiler takes up to 212 for a longer schedule; at 192 it spills nothing either.
-        options["maxnreg"] = 192
-    options["PROGRAMS"] = min(num_programs or programs(x.device), tiles)
+    options["HALVES"] = configuration.halves
+    stored = (block_m, block_n // 2 if configuration.halves else block_n)
     read_x = Descriptor(x, (rows, depth), token_stride(x), (block_m, block_k))
     read = [Descriptor(w, w.shape, w.stride(0), (block_n, block_k)) for w in weights]
-    write = [Descriptor(y, (rows, n), n, (block_m, block_n)) for y, n in zip(outputs, widths, strict=False)]
+    write = [Descriptor(y, (rows, n), n, stored) for y, n in zip(outputs, widths, strict=False)]
     table = Descriptor(
         angles.cos, (period, angles.num_pairs), table_stride(angles), (block_m, angles.num_pairs)
     )
 
-    def describe(x, projections, angles, outputs) -> tuple[Any, ...]:
+    def describe(x, projections, angles, outputs, norms=None) -> tuple[Any, ...]:
         loads = three([make(weight) for make, weight in zip(read, projections.weights(), strict=True)])
         stores = three([make(output) for make, output in zip(write, outputs, strict=True)])
         tables = (table(angles.cos), table(angles.sin), *angles[2:4])
-        return read_x(x), *loads, *stores, *three(projections.biases()), *tables, *numbers
+        rest = (*norm_weights(norms), *numbers)
+        return read_x(x), *loads, *stores, *three(projections.biases()), *tables, *rest
 
-    return triton_launch.launch(
-        descriptor_kernel, options["PROGRAMS"], x.device, describe, (x, projections, angles, outputs), options
-    )
+    grid = min(num_programs or programs(x.device), tiles)
+    return triton_launch.launch(descriptor_kernel, grid, x.device, describe, tensors, options)
 
 
 class Descriptor:
@@ -375,5 +462,7 @@ def table_stride(angles: Angles) -> int:
 
 def angle_rows(angles: Angles) -> int:
     """Tokens that ``angles`` has a row for."""
-    source = present(angles.cos if angles.cos is not None else angles.positions)
-    return source.shape[0] * source.shape[1]
+    if angles.cos is not None:
+        return angles.cos.shape[0] * angles.cos.shape[1]
+    positions = present(angles.positions)
+    return positions.shape[-2] * positions.shape[-1]

@@ -8,6 +8,7 @@ apart.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from . import triton_launch
 from .arguments import Angles
 from .backend import Launch
 from .triton_angles import rotate, token_cos_sin, token_position
+from .triton_launch import position_strides, row_strides
 
 # Between interleaved pairs and halves: a thread whose 16 bytes of each half are the members of V pairs holds the 2 V
 # neighbours that they are, in two accesses of 16 bytes. So no element goes from one thread to another. All first
@@ -83,17 +85,17 @@ def _heads(
 
     ``IN`` and ``OUT``: whether pairs are interleaved where they are read and where they are written.
     """
-    # A stride that is not a multiple of 16 loses Triton's hint and with it the wide accesses. The host
-    # divides the strides by VEC; multiplied here, the compiler sees the divisor again.
     x += (batch * stride_b + seq * stride_s) * VEC
     out += (batch * out_b + seq * out_s) * VEC
+    stride_h = tl.cast(stride_h, tl.int64) * VEC
+    out_h = tl.cast(out_h, tl.int64) * VEC
     column = tl.arange(0, WIDTH)[None, :]
     wide = column.to(tl.int64)
     for start in range(0, HEADS, CHUNK):
         head = start + tl.arange(0, CHUNK)[:, None]
         known = head < HEADS
-        source = x + head.to(tl.int64) * stride_h * VEC
-        target = out + head.to(tl.int64) * out_h * VEC
+        source = x + head.to(tl.int64) * stride_h
+        target = out + head.to(tl.int64) * out_h
         added = bias + head * HEAD_DIM if BIAS else x
         if NUM_PAIRS > 0:
             if IN and OUT:
@@ -112,7 +114,7 @@ def _heads(
                         x,
                         bias,
                         start,
-                        stride_h * VEC,
+                        stride_h,
                         stride_d,
                         BIAS,
                         HEAD_DIM,
@@ -130,9 +132,7 @@ def _heads(
                         second += tl.load(added + column + NUM_PAIRS, mask=mask).to(tl.float32)
                 first, second = rotate(first, second, cos[None, :], sin[None, :])
                 if OUT:
-                    _store_pairs(
-                        out, first, second, start, out_h * VEC, out_d, HEADS, NUM_PAIRS, CHUNK, WIDTH
-                    )
+                    _store_pairs(out, first, second, start, out_h, out_d, HEADS, NUM_PAIRS, CHUNK, WIDTH)
                 else:
                     tl.store(target + wide * out_d, first.to(out.dtype.element_ty), mask=mask)
                     tl.store(target + (wide + NUM_PAIRS) * out_d, second.to(out.dtype.element_ty), mask=mask)
@@ -232,22 +232,8 @@ def launch(
     heads = [x.shape[2] if x is not None else 0 for x in (q, k, v)]
     if tokens == 0 or max(heads) == 0 or head_dim == 0:
         return None
-    # An axis of one element is never stepped over; its stride must not cost the alignment of the others.
-    strides = [
-        tuple(stride if size > 1 else 0 for size, stride in zip(y.shape[:3], y.stride()[:3], strict=True))
-        for y in (q, k, v, q_out, k_out, v_out)
-        if y is not None
-    ]
-    vec = next(n for n in (8, 4, 2, 1) if all(stride % n == 0 for three in strides for stride in three))
-
-    def scaled(x: torch.Tensor | None) -> tuple[int, ...]:
-        if x is None:
-            return (0, 0, 0, 0)
-        return (
-            *(s // vec if n > 1 else 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)),
-            x.stride(3),
-        )
-
+    vec = triton_launch.common_vector(q, k, v, q_out, k_out, v_out)
+    every = [triton_launch.head_strides(x, vec) for x in (q, k, v, q_out, k_out, v_out)]
     # What is not rotated stays where it is, unless a bias is added to it.
     biased = q_bias is not None or k_bias is not None
     tail = 0 if q_out is q and not biased else head_dim - 2 * num_pairs
@@ -256,8 +242,7 @@ def launch(
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     numbers = (
         cos.shape[1] if cos is not None else 0, angles.scaling,
-        *scaled(q), *scaled(k), *scaled(v), *scaled(q_out), *scaled(k_out), *scaled(v_out),
-        *row_strides(cos), *row_strides(angles.sin), *position_strides(angles),
+        *itertools.chain(*every), *row_strides(cos), *row_strides(angles.sin), *position_strides(angles.positions),
     )  # fmt: skip
     read, written = angles.interleaved_in, angles.interleaved_out
     options = {
@@ -278,18 +263,3 @@ def launch(
     tensors = (q, k, q_out, k_out, angles, *whole_biases, v, v_out)
     again = triton_launch.launch(rotary_kernel, tokens, q.device, pack, tensors, options)
     return again if whole_biases[0] is q_bias and whole_biases[1] is k_bias else None
-
-
-def row_strides(x: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of the batch and row axes, the batch's 0 where one entry serves every batch."""
-    if x is None:
-        return 0, 0
-    return (x.stride(0) if x.shape[0] > 1 else 0), x.stride(1)
-
-
-def position_strides(angles: Angles) -> tuple[int, int, int]:
-    """Strides of the batches, the tokens and the axes of positions."""
-    positions = angles.positions
-    if positions is None or positions.ndim == 2:
-        return *row_strides(positions), 0
-    return *row_strides(positions[0]), positions.stride(0)

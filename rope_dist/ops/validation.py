@@ -87,7 +87,7 @@ def frequencies(inv_freq: torch.Tensor, head_dim: int, device: torch.device) -> 
     """``inv_freq`` is ``[R/2]`` or ``[axes, R/2]`` floating, or int32 fixed point of it, with ``R <= head_dim``."""
     fixed_point = inv_freq.dtype == torch.int32 and inv_freq.ndim in (2, 3) and inv_freq.shape[-2] == 2
     floating = inv_freq.dtype.is_floating_point and inv_freq.ndim in (1, 2)
-    if not (fixed_point or floating) or inv_freq.shape[0] == 0:
+    if not (fixed_point or floating) or 0 in inv_freq.shape[:-1]:
         raise ValueError(
             "inv_freq must be [R/2] or [axes, R/2] floating, or the int32 that rope_dist.ops.to_fixed_point makes of "
             f"it, got {list(inv_freq.shape)} {inv_freq.dtype}"
@@ -129,13 +129,15 @@ def angle_values(angles: Angles, tokens: int) -> None:
     bound_values(angles.cu_seqlens, tokens)
 
 
-def norms(q: torch.Tensor, k: torch.Tensor | None, norms: Norms) -> None:
+def norms(
+    q: torch.Tensor, k: torch.Tensor | None, norms: Norms, names: tuple[str, str] = ("q_weight", "k_weight")
+) -> None:
     """Weights are None, ``[D]`` or ``[heads * D]``, floating, on the device of ``q``; ``eps`` is no less than 0."""
     if not (isinstance(norms.eps, float) and 0 <= norms.eps < float("inf")):
         raise ValueError(f"eps must be a number from 0 on, got {norms.eps!r}")
     if not -float("inf") < norms.weight_offset < float("inf"):
         raise ValueError(f"weight_offset must be a finite number, got {norms.weight_offset!r}")
-    for name, weight, x in (("q_weight", norms.q_weight, q), ("k_weight", norms.k_weight, k)):
+    for name, weight, x in zip(names, norms.weights(), (q, k), strict=True):
         if weight is None:
             continue
         if x is None:

@@ -69,6 +69,13 @@ def calls():
             (torch.randn(512).bfloat16(), torch.randn(256).bfloat16()),
         )
 
+    def norm(joint):
+        def make():
+            weights = [torch.rand(n if joint else 128).bfloat16() for n in (512, 256)]
+            return (heads(1, 5, 4), heads(1, 5, 2)), [*weights, *bias()[1]]
+
+        return make
+
     bounds = torch.tensor([0, 2, 5], dtype=torch.int32)
     return {
         "rotary": (two, lambda x, t: ops.rotary(*x, *t)),
@@ -79,6 +86,12 @@ def calls():
         "positions": (two, lambda x, t: ops.rotary_at(*x, **at(5))),
         "packed": (two, lambda x, t: ops.rotary_at(x[0][0], x[1][0], inv_freq, cu_seqlens=bounds)),
         "flash-attention": (two, lambda x, t: ops.apply_rotary_emb(x[0], t[0][0], t[1][0], inplace=True)),
+        "norm": (norm(False), lambda x, w: ops.norm_rotary_at(*x, *w[:2], **at(5))),
+        "norm in place, bias": (
+            norm(False),
+            lambda x, w: ops.norm_rotary(*x, *w[:2], *tables(5), q_bias=w[2], k_bias=w[3], inplace=True),
+        ),
+        "norm of all heads": (norm(True), lambda x, w: ops.norm_rotary(*x, *w[:2], *tables(5))),
         "separate": projection(40, "separate"),
         "triton": projection(40, "triton"),
         "triton, bias and table of two batches": projection(40, "triton", bias=True, table=True, batch=2),

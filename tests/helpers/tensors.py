@@ -18,6 +18,18 @@ def exact_tables(
     return angles.cos() * scaling, angles.sin() * scaling
 
 
+def heads_of(layout: str, batch: int, length: int, heads: int, dim: int, dtype, device) -> torch.Tensor:
+    """Random ``[B, S, H, D]`` in one of the layouts that callers have."""
+    if layout == "BHSD":
+        return torch.randn(batch, heads, length, dim, device=device).to(dtype).transpose(1, 2)
+    if layout == "packed":  # a slice of a wider projection, not aligned to its start
+        wide = torch.randn(batch, length, heads * dim + 8, device=device).to(dtype)
+        return wide[..., 8:].unflatten(-1, (heads, dim))
+    if layout == "strided":  # the last axis is not contiguous
+        return torch.randn(batch, length, heads, dim, 2, device=device).to(dtype)[..., 0]
+    return torch.randn(batch, length, heads, dim, device=device).to(dtype)
+
+
 def exact(
     x: torch.Tensor,
     cos: torch.Tensor,

@@ -180,7 +180,10 @@ def choose(call) -> str:
 
 
 def candidates(call) -> list[str]:
-    return dispatch_projection.candidates(dispatch.projecting(call[0]), *call[:2], 32)
+    """Paths and configurations that are measured."""
+    backend = dispatch.projecting(call[0])
+    paths = dispatch_projection.candidates(backend, *call[:2], 32)
+    return dispatch_projection.configured(backend, paths, *call[:2])
 
 
 def test_a_call_is_measured_once(triton_backend, device, as_on_a_gpu, monkeypatch):
@@ -222,7 +225,7 @@ def test_what_descriptors_cannot_read_has_a_choice_of_its_own(
     fastest = {"triton_tma": 3, "triton": 2, "separate": 1}
     monkeypatch.setattr(autotune, "may_measure", lambda: True)
     monkeypatch.setattr(
-        autotune, "measure", lambda calls, timer: {name: [1 / fastest[name]] * 9 for name in calls}
+        autotune, "measure", lambda calls, timer: {name: [1 / fastest.get(name, 0.5)] * 9 for name in calls}
     )
     monkeypatch.setattr(autotune.timing, "timer", lambda *device, **options: None)
     aligned, odd = (projection_call(device, at) for at in (0, 1))

@@ -6,25 +6,13 @@ import itertools
 
 import pytest
 import torch
-from helpers.tensors import assert_rounded, exact, exact_tables, frequencies
+from helpers.tensors import assert_rounded, exact, exact_tables, frequencies, heads_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rope_dist import ops
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def heads_of(layout: str, batch: int, length: int, heads: int, dim: int, dtype, device) -> torch.Tensor:
-    """Random ``[B, S, H, D]`` in one of the layouts that callers have."""
-    if layout == "BHSD":
-        return torch.randn(batch, heads, length, dim, device=device).to(dtype).transpose(1, 2)
-    if layout == "packed":  # a slice of a wider projection, not aligned to its start
-        wide = torch.randn(batch, length, heads * dim + 8, device=device).to(dtype)
-        return wide[..., 8:].unflatten(-1, (heads, dim))
-    if layout == "strided":  # the last axis is not contiguous
-        return torch.randn(batch, length, heads, dim, 2, device=device).to(dtype)[..., 0]
-    return torch.randn(batch, length, heads, dim, device=device).to(dtype)
 
 
 @settings(
@@ -267,6 +255,8 @@ def test_elements_past_two_to_the_31(triton_backend, device):
         positions = torch.full(shape[:2], 123, device=device)
         want = exact(values, *exact_tables(inv_freq, positions))
         assert_rounded(ops.rotary_at(q, values.clone(), inv_freq, positions)[0], want)
+        halves = exact(values.unflatten(-1, (32, 2)).mT.flatten(-2), *exact_tables(inv_freq, positions))
+        assert_rounded(ops.rotary_at(q, None, inv_freq, positions, deinterleave=True)[0], halves)
         ops.rotary_at(q, values.clone(), inv_freq, positions, inplace=True)
         assert_rounded(q.clone(), want)
     # Dimensions outermost: no stride, but three of them, are past it. Pairs, and what passes through.
