@@ -8,6 +8,7 @@ together reads them twice, the second time from a cache.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -249,8 +250,7 @@ def write_cache_kernel(
         num_blocks, columns, slot_s, table_b, table_c,
         BLOCK_SIZE, BY_POSITION, HAS_SLOTS, HAS_CU_SEQLENS, HAS_OFFSETS, SEQUENCES,
     )  # fmt: skip
-    # A stride that is not a multiple of 16 loses Triton's hint and with it the wide accesses. The host
-    # divides the strides by VEC; multiplied here, the compiler sees the divisor again.
+    # Strides of heads are in units of VEC: see triton_launch.head_strides.
     if Q_HEADS > 0:
         _token_heads(
             rotated, q + (batch * q_b + seq * q_s) * VEC, q_out + (batch * qo_b + seq * qo_s) * VEC,
@@ -309,25 +309,15 @@ def launch(
         return None
     fp8 = PLAIN if not cache.is_fp8 else INSTRUCTION if has_fp8(arch or architecture(k.device)) else BITS
     heads = (q, k, v, q_out, *cache.blocks())
-    # An axis of one element is never stepped over; its stride must not cost the alignment of the others.
-    strides = [
-        [s if n > 1 else 0 for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-        if x is not None
-        else [0] * 3
-        for x in heads
-    ]
-    vec = next(n for n in (8, 4, 2, 1) if all(stride % n == 0 for three in strides for stride in three))
+    vec = triton_launch.common_vector(*heads)
+    every = [triton_launch.head_strides(x, vec) for x in heads]
     slots, table, cos = cache.slots, cache.block_table, angles.cos
     cu_seqlens = angles.cu_seqlens
     sequences = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     numbers = (
         cache.k_cache.shape[0], table.shape[1] if table is not None else 0, cos.shape[1] if cos is not None else 0,
         angles.scaling, norms.eps if norms is not None else 0.0, norms.weight_offset if norms is not None else 0.0,
-        *(
-            n
-            for x, three in zip(heads, strides, strict=True)
-            for n in (*(s // vec for s in three), x.stride(3) if x is not None else 0)
-        ),
+        *itertools.chain(*every),
         slots.stride(0) if slots is not None else 0, *(table.stride() if table is not None else (0, 0)),
         *row_strides(cos), *row_strides(angles.sin), *position_strides(angles.positions),
     )  # fmt: skip
