@@ -44,7 +44,7 @@ def test_passes_on_hopper(only):
 
 
 def test_names_the_kernel_and_the_number_that_fell_short():
-    result = run("--target", "sm_90", "--only", "rotary 32+1", code="g.WIDE['registers'] = 8")
+    result = run("--target", "sm_90", "--only", "rotary 32+1", code="g.static_rotary.WIDE['registers'] = 8")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FELL SHORT: rotary 32+1 on sm_90: registers" in result.stdout
     assert "at most 8" in result.stdout

@@ -10,10 +10,13 @@ and numbers that fell short are named, where a limit is not kept.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +90,26 @@ def serialized(compiled: Any) -> int:
     raise RuntimeError(f"no assembler took the code: {result.stderr}")
 
 
-def check(case: Case, target: str) -> tuple[Report, list[str]]:
-    """Compile ``case`` for ``target``; and what fell short."""
+def measure(index: int, target: str) -> Report:
+    """Compile ``CASES[index]`` for ``target``."""
+    case = CASES[index]
     launch = static_compile.record(lambda: case.call(target))
     compiled = static_compile.compile_for(launch, target)
     report = static_compile.report(case.name, compiled, target)
     if "serialized" in case.most:
         report.counts["serialized"] = serialized(compiled)
+    return report
+
+
+def short_of(case: Case, report: Report, target: str) -> list[str]:
+    """What fell short of the limits of ``case``."""
     found = numbers(report)
     most = {"shared": SHARED_MEMORY[target], **case.most}
-    short = [f"{name} {found[name]}, at most {limit}" for name, limit in most.items() if found[name] > limit]
-    short += [
+    over = [f"{name} {found[name]}, at most {limit}" for name, limit in most.items() if found[name] > limit]
+    under = [
         f"{name} {found[name]}, at least {limit}" for name, limit in case.least.items() if found[name] < limit
     ]
-    return report, short
+    return over + under
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,23 +121,34 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("static_gate: unset TRITON_INTERPRET, nothing is compiled under it", file=sys.stderr)
         return 2
+    wanted = [
+        (index, target)
+        for index, case in enumerate(CASES)
+        for target in case.targets
+        if options.only in case.name and options.target in (None, target)
+    ]
     rows, failures = [], []
-    for case in CASES:
-        for target in case.targets:
-            if options.only not in case.name or options.target not in (None, target):
-                continue
-            report, short = check(case, target)
-            found = numbers(report)
-            tensor = next((n for n in ("HGMMA", "UTCHMMA", "HMMA") if found[n]), "")
-            row = [case.name, target, report.registers, report.stack, report.shared, report.instructions]
-            row += [found["convert_layout"], found["wide stores"], tensor, "short" if short else "ok"]
-            rows.append(row)
-            failures += [f"{case.name} on {target}: {text}" for text in short]
+    for (index, target), report in zip(wanted, measured(wanted), strict=True):
+        case, found = CASES[index], numbers(report)
+        short = short_of(case, report, target)
+        tensor = next((n for n in ("HGMMA", "UTCHMMA", "HMMA") if found[n]), "")
+        row = [case.name, target, report.registers, report.stack, report.shared, report.instructions]
+        row += [found["convert_layout"], found["wide stores"], tensor, "short" if short else "ok"]
+        rows.append(row)
+        failures += [f"{case.name} on {target}: {text}" for text in short]
     head = ["kernel", "target", "registers", "stack", "shared", "instr.", "converts", "STG.128", "tensor", ""]
     print(f"Triton {triton.__version__}\n{tabulate(rows, head)}")
     for failure in failures:
         print(f"FELL SHORT: {failure}")
     return 1 if failures else 0
+
+
+def measured(wanted: list[tuple[int, str]]) -> Iterable[Report]:
+    """:func:`measure` of each, by as many processes as there are processors: a compilation takes one or two seconds."""
+    if len(wanted) < 8:
+        return [measure(*one) for one in wanted]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(measure, *zip(*wanted, strict=True), chunksize=4))
 
 
 if __name__ == "__main__":
