@@ -43,6 +43,13 @@ def calls():
 
         return make, lambda x, angles: ops.qkv_rotary(*x, head_dim=128, path=path, **angles)
 
+    def normed(path):
+        def call(x, angles):
+            norms = (torch.ones(128), torch.ones(128))
+            return ops.qkv_norm_rotary(*x[:4], *norms, *x[4:], head_dim=128, path=path, **angles)
+
+        return projection(40, path)[0], call
+
     def decode(x, angles):
         caches = {"k_cache": heads(1, 9, 2)[0], "v_cache": heads(1, 9, 2)[0], "slots": torch.tensor([4])}
         return ops.decode_rotary(*x, **caches, **angles)
@@ -99,6 +106,8 @@ def calls():
         "triton_tma, bias and table of two batches": projection(
             128, "triton_tma", bias=True, table=True, batch=2
         ),
+        "triton, norm": normed("triton"),
+        "triton_tma, norm": normed("triton_tma"),
         "decode": projection(1, "decode"),
         "decode, bias and table of two batches": projection(1, "decode", bias=True, table=True, batch=2),
         "decode with caches": (projection(1, "decode")[0], decode),
