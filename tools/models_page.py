@@ -31,8 +31,10 @@ engines read the factors of an extension. Written by `python -m tools.models_pag
 
 - **projection + rotary**: projections and rotation in one launch, forward and backward, where the Triton kernels run
   and each projection is a plain `nn.Linear` in 16 bits; else as below.
+- **projection + norm + rotary**: with the norms of queries and keys, where each is a plain RMS norm of each head; in
+  training, and where a projection is not plain, as below.
 - **norm + rotary**: queries and keys are normalised and rotated in one launch, forward and backward, after the layer's
-  own projections, where each norm is a plain RMS norm; else as below.
+  own projections; else as below.
 - **rotary**: queries and keys are rotated in one launch, after the layer's own projections and norms.
 - **refused**: `enable()` raises a `ValueError` with the reason, and changes nothing.
 

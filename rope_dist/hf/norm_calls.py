@@ -52,6 +52,11 @@ class NormCalls:
     after: bool = False
     test: str = ""
 
+    @property
+    def joint(self) -> bool:
+        """Whether all heads of a token are normalised together."""
+        return self.shape == PROJECTION
+
     def called(self, attention: nn.Module) -> bool:
         """Whether ``attention`` has them."""
         return not self.test or bool(eval(self.test, {"self": attention}))

@@ -13,7 +13,7 @@ from .. import ops
 from .applying import kept_pairs, rotate
 from .forms import Form
 from .fusing import PROJECTIONS, Fused
-from .normalising import normalise_and_rotate
+from .normalising import norm_arguments, normalise_and_rotate
 
 if TYPE_CHECKING:
     from .enabled import EnabledAttention
@@ -53,9 +53,7 @@ def project_and_rotate(
         cos, sin: tables as ``form`` has them.
     """
     if why_not_fused(attention, x) is None and not cos.requires_grad:
-        # Parameters in their dictionaries: by attribute each takes nn.Module longer than a tensor's view.
-        parameters = [projection._parameters for projection in projections(attention)]
-        weights, biases = [p["weight"] for p in parameters], [p["bias"] for p in parameters]
+        weights, biases = _weights(attention)
         cos, sin = kept_pairs(form.tables, cos, sin)
         q, k, v = ops.qkv_rotary(
             x, *weights, *biases, head_dim=head_dim, cos=cos, sin=-sin if form.negative else sin,
@@ -78,16 +76,29 @@ def project_normalise_and_rotate(
     sin: torch.Tensor,
     normalised: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As :func:`project_and_rotate`, with norms of queries and keys, which :func:`normalise_and_rotate` has.
+    """As :func:`project_and_rotate`, with norms of queries and keys: by :func:`rope_dist.ops.qkv_norm_rotary` where the
+    kernels run and all five modules are nothing but their weights, else :func:`normalise_and_rotate` after the modules.
 
     Args:
         normalised: the model has them.
     """
     if not normalised:
         return project_and_rotate(form, stock, transposed, attention, x, head_dim, cos, sin)
-    q, k, v = (_heads(projection(x), head_dim) for projection in projections(attention))
-    inplace = _can_rotate_inplace(attention, q, k)
-    q, k = normalise_and_rotate(form, stock, 2, attention, q, k, cos, sin, inplace=inplace)
+    fused = not attention.norms.joint and why_not_fused(attention, x) is None and not cos.requires_grad
+    norms = norm_arguments(attention, x) if fused else ""
+    if isinstance(norms, str):
+        q, k, v = (_heads(projection(x), head_dim) for projection in projections(attention))
+        inplace = _can_rotate_inplace(attention, q, k)
+        q, k = normalise_and_rotate(form, stock, 2, attention, q, k, cos, sin, inplace=inplace)
+    else:
+        weights, biases = _weights(attention)
+        q_norm, k_norm, eps, offset = norms
+        cos, sin = kept_pairs(form.tables, cos, sin)
+        q, k, v = ops.qkv_norm_rotary(
+            x, *weights, q_norm, k_norm, *biases, head_dim=head_dim, cos=cos, sin=-sin if form.negative else sin,
+            eps=eps, weight_offset=offset, norm_after=attention.norms.after,
+            interleaved=form.layout == "interleaved",
+        )  # fmt: skip
     return (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) if transposed else (q, k, v)
 
 
@@ -95,6 +106,13 @@ def projections(attention: nn.Module) -> list[nn.Module]:
     """Of queries, keys and values."""
     modules = attention._modules
     return [modules[name] for name in PROJECTIONS]
+
+
+def _weights(attention: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Weights and biases of the three projections."""
+    # Parameters in their dictionaries: by attribute each takes nn.Module longer than a tensor's view.
+    parameters = [projection._parameters for projection in projections(attention)]
+    return [p["weight"] for p in parameters], [p["bias"] for p in parameters]
 
 
 def _heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -15,11 +15,12 @@ from .normalising import why_called
 from .projecting import projections, why_not_fused, why_not_its_weight
 
 FUSED = "projection + rotary"
+FUSED_NORM = "projection + norm + rotary"
 NORM = "norm + rotary"
 ROTARY = "rotary"
 UNTOUCHED = "untouched"
 
-NOT_PROJECTED = "no kernel projects and normalises in one launch"
+JOINT = "all heads of a token are normalised together, after the projections"
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class LayerReport:
 
     Attributes:
         name: of the module in the model.
-        path: ``"projection + rotary"`` (one launch), ``"norm + rotary"`` (one launch, after the layer's own
-            projections), ``"rotary"`` (after its own norms too) or ``"untouched"`` (the stock forward).
+        path: ``"projection + rotary"`` or ``"projection + norm + rotary"`` (one launch), ``"norm + rotary"`` (one
+            launch, after the layer's own projections), ``"rotary"`` (after its own norms too) or ``"untouched"`` (the
+            stock forward).
         reason: why not the first; empty where it is.
     """
 
@@ -71,20 +73,22 @@ def _layer(name: str, attention: nn.Module, stock: type, x: torch.Tensor) -> Lay
         return LayerReport(name, UNTOUCHED, "the layer has no rotary embedding")
     if not isinstance(attention, EnabledAttention):
         return LayerReport(name, UNTOUCHED, "the model is not enabled")
+    fused, separate, always = FUSED, ROTARY, attention.why_separate
     if attention.norms is not None and attention.norms.called(attention):
         if reason := why_called(attention, x):
             return LayerReport(name, ROTARY, reason)
-        return LayerReport(name, NORM, attention.why_separate or NOT_PROJECTED)
-    if attention.why_separate:
-        return LayerReport(name, ROTARY, attention.why_separate)
+        fused, separate = FUSED_NORM, NORM
+        always = always or (JOINT if attention.norms.joint else "")
+    if always:
+        return LayerReport(name, separate, always)
     reason = why_not_fused(attention, x)
     if reason is None:
-        return LayerReport(name, FUSED)
+        return LayerReport(name, fused)
     for projection, module in zip(PROJECTIONS, projections(attention), strict=True):
         if why_not_its_weight(module, x) == reason:
             reason = f"{projection}: {reason}"
             break
-    return LayerReport(name, ROTARY, reason)
+    return LayerReport(name, separate, reason)
 
 
 def summary(layers: list[LayerReport]) -> str:

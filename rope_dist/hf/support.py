@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 from ..stock_rotary import OTHER_TOWERS, model_class
 from .enabled import enabled_class, is_rotary_embedding, stock_class
 from .forms import Form, Unsupported
-from .reporting import FUSED, NORM, NOT_PROJECTED, ROTARY
+from .reporting import FUSED, FUSED_NORM, JOINT, NORM, ROTARY
 from .rotary_embedding import check_tables, layer_types, new_stock, sample_tables
 
 REFUSED = "refused"
@@ -25,9 +25,9 @@ class ModelSupport:
 
     Attributes:
         model_type: as in a ``config.json``.
-        path: ``"projection + rotary"`` (one launch where the Triton kernels run), ``"norm + rotary"`` (one launch after
-            the layer's own projections), ``"rotary"`` (one launch after its own projections and norms) or
-            ``"refused"``.
+        path: ``"projection + rotary"`` or ``"projection + norm + rotary"`` (one launch where the Triton kernels run),
+            ``"norm + rotary"`` (one launch after the layer's own projections), ``"rotary"`` (one launch after its own
+            projections and norms) or ``"refused"``.
         reason: why not the first; empty where it is.
     """
 
@@ -98,7 +98,8 @@ def _support(model_type: str, class_name: str) -> ModelSupport | None:
         return ModelSupport(model_type, REFUSED, str(error))
     for cls in enabled:
         if cls.norms is not None:
-            return ModelSupport(model_type, NORM, cls.why_separate or NOT_PROJECTED)
+            separate = cls.why_separate or (JOINT if cls.norms.joint else "")
+            return ModelSupport(model_type, NORM if separate else FUSED_NORM, separate)
         if not cls.why_separate:
             return ModelSupport(model_type, FUSED)
     return ModelSupport(model_type, ROTARY, enabled[0].why_separate)

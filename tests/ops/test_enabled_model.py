@@ -146,3 +146,43 @@ def test_other_forms_of_rotation(device, ids, name):
             counts.append(count)
     assert (counts[0] > 0, counts[1]) == (layers.path == "projection + rotary", 0)
     assert (logits[0] - logits[1]).norm() < 0.03 * logits[1].norm()
+
+
+@pytest.fixture(params=["qwen3", "gemma3_text", "hunyuan_v1_dense"])
+def normalising_model(request, device):
+    """With norms of each head: before the rotation, of 1 + weight, and after it."""
+    from helpers.tiny_models import ROTARY_TYPES, tiny_model
+
+    if request.param not in ROTARY_TYPES:
+        pytest.skip(f"this transformers has no {request.param}")
+    model = tiny_model(request.param).to(torch.bfloat16).to(device).eval()
+    with rope_dist.enable(model):
+        yield model
+
+
+def test_norms_are_in_the_launch_of_the_projection(normalising_model, ids):
+    model = normalising_model
+    layers = len(rope_dist.report(model))
+    with (
+        ops.use_backend("triton"),
+        mock.patch.object(ops, "qkv_norm_rotary", wraps=ops.qkv_norm_rotary) as fused,
+        torch.no_grad(),
+    ):
+        assert {layer.path for layer in rope_dist.report(model)} == {"projection + norm + rotary"}
+        got = model(ids).logits.float()
+    assert fused.call_count == layers
+    with ops.use_backend("reference"), torch.no_grad():
+        assert {layer.path for layer in rope_dist.report(model)} == {"rotary"}
+        want = model(ids).logits.float()
+    assert (got - want).norm() < 0.02 * want.norm()
+
+
+def test_gradients_of_norms_and_projections(normalising_model, ids):
+    def gradients(backend):
+        normalising_model.zero_grad()
+        with ops.use_backend(backend):
+            normalising_model(ids).logits.float().square().mean().backward()
+        return [p.grad.float().clone() for p in normalising_model.parameters() if p.grad is not None]
+
+    for grad, want in zip(gradients("triton"), gradients("reference"), strict=True):
+        assert (grad - want).norm() < 0.05 * want.norm() + 1e-6
