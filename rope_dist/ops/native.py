@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from . import fixed_point, reference
-from .arguments import Angles, present
+from .arguments import Angles, Norms, is_joint, present
 from .backend import Backend, Launch, NotBuilt
 
-ABI = 3
+ABI = 4
 FOLDER = Path(os.environ.get("ROPE_DIST_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native")
 """Where the libraries are; the variable names another folder, such as one of a build with sanitizers."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -31,6 +31,8 @@ CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One format for rope::Call: eight sizes, ten numbers each for q and k, the tables, the fixed-point
 # frequencies with their factor, the positions. Packing takes a tenth of filling a ctypes.Structure.
 _CALL = struct.Struct("=8q 10q 10q 7q q d 7q")
+# rope::Norms: four numbers each for q and k, eps, weight_offset and the order.
+_NORMS = struct.Struct("=4q 4q 2d q")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def load(name: str) -> Built | str:
         abi = getattr(library, f"rope_dist_{name}_abi")()
         describe = getattr(library, f"rope_dist_{name}_build")
         rotary = getattr(library, f"rope_dist_{name}_rotary")
+        norm_rotary = getattr(library, f"rope_dist_{name}_norm_rotary")
     except (OSError, AttributeError) as error:
         return f"{path.name} does not load: {' '.join(str(error).split())}"
     if abi != ABI:
@@ -66,6 +69,7 @@ def load(name: str) -> Built | str:
     describe.restype = ctypes.c_char_p
     # The stream of CUDA is a pointer, the CPU's number of threads an integer: both are 64 bits wide.
     rotary.argtypes = (ctypes.c_char_p, ctypes.c_int64)
+    norm_rotary.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
     architectures: tuple[int, ...] = ()
     if name == "cuda":
         library.rope_dist_cuda_error.restype = ctypes.c_char_p
@@ -113,7 +117,7 @@ def missing_architecture(device: int) -> str | None:
 
 
 class Native(Backend):
-    """Rotates CPU tensors, and CUDA tensors where there is no Triton; it does not project."""
+    """Rotates CPU tensors, and CUDA tensors where there is no Triton, with norms or not; it does not project."""
 
     name = "native"
 
@@ -132,24 +136,55 @@ class Native(Backend):
         Raises:
             RuntimeError: the launch failed.
         """
-        if q.numel() == 0 and (k is None or k.numel() == 0):
-            return None
-        ready = _ready(q, angles)
-        sources = [_inner(q), _inner(k) if k is not None else None]
-        # A target that has no unit inner stride is written by way of one that has.
-        targets = [
-            source if out is x and source is not x else (_inner(out) if out is not None else None)
-            for x, source, out in zip((q, k), sources, (q_out, k_out), strict=True)
-        ]
-        biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
-        again = packed_launch((*sources, *targets), ready, threads)
-        again(*sources, *targets, ready, *biases)
-        for out, target in zip((q_out, k_out), targets, strict=True):
-            if target is not None and target is not out:
-                out.copy_(target)
-        given = (q, k, q_out, k_out, *angles.tensors(), q_bias, k_bias)
-        used = (*sources, *targets, *ready.tensors(), *biases)
-        return again if all(a is b for a, b in zip(given, used, strict=True)) else None
+        return _launch(q, k, q_out, k_out, None, angles, q_bias, k_bias, None, threads)
+
+    def norm_rotate(  # noqa: PLR0913
+        self, q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=None, threads: int | None = None
+    ):
+        """As :meth:`Backend.norm_rotate`; ``threads`` as in :meth:`rotate`."""
+        return _launch(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds, threads)
+
+
+def _launch(  # noqa: PLR0913
+    q, k, q_out, k_out, norms: Norms | None, angles: Angles, q_bias, k_bias, rstds, threads: int | None
+) -> Launch | None:
+    """Launch the library, with ``norms`` or without; what :meth:`Backend.rotate` and :meth:`Backend.norm_rotate` return."""
+    if q.numel() == 0 and (k is None or k.numel() == 0):
+        return None
+    ready = _ready(q, angles)
+    sources = [_inner(q), _inner(k) if k is not None else None]
+    # A target that has no unit inner stride is written by way of one that has.
+    targets = [
+        source if out is x and source is not x else (_inner(out) if out is not None else None)
+        for x, source, out in zip((q, k), sources, (q_out, k_out), strict=True)
+    ]
+    biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
+    given = (q, k, q_out, k_out, *angles.tensors(), q_bias, k_bias)
+    used = (*sources, *targets, *ready.tensors(), *biases)
+    heads = (*sources, *targets)
+    if norms is None:
+        again: Launch = packed_launch(heads, ready, threads)
+        again(*heads, ready, *biases)
+    else:
+        whole = _ready_norms(q, norms)
+        again = packed_norm_launch(heads, whole, ready, threads)
+        again(*heads, whole, ready, *biases, rstds)
+        given, used = (*given, *norms.weights()), (*used, *whole.weights())
+    for out, target in zip((q_out, k_out), targets, strict=True):
+        if target is not None and target is not out:
+            out.copy_(target)
+    return again if all(a is b for a, b in zip(given, used, strict=True)) else None
+
+
+def _ready_norms(q: torch.Tensor, norms: Norms) -> Norms:
+    """``norms`` whose weights are contiguous and, for CUDA, float32 or of the type of the heads."""
+    weights = [
+        weight
+        if weight is None
+        else (weight if q.is_cpu or weight.dtype in (q.dtype, torch.float32) else weight.float()).contiguous()
+        for weight in norms.weights()
+    ]
+    return norms._replace(q_weight=weights[0], k_weight=weights[1])
 
 
 def _ready(q: torch.Tensor, angles: Angles) -> Angles:
@@ -192,24 +227,45 @@ def packed_launch(heads: tuple[torch.Tensor | None, ...], angles: Angles, thread
     All but their pointers is packed beforehand.
     """
     pack, q = packing(heads, angles), present(heads[0])
-    device, index = q.device.type, q.device.index
-    library = _built(device).library
-    if device == "cpu":
-        cpu = library.rope_dist_cpu_rotary
+    launch = _launcher("rotary", q.device, threads)
 
-        def on_cpu(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
-            status = cpu(pack(q, k, q_out, k_out, angles, q_bias, k_bias), threads or torch.get_num_threads())
+    def again(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
+        launch(pack(q, k, q_out, k_out, angles, q_bias, k_bias))
+
+    return again
+
+
+def packed_norm_launch(
+    heads: tuple[torch.Tensor | None, ...], norms: Norms, angles: Angles, threads: int | None
+) -> Launch:
+    """As :func:`packed_launch` with norms; the last argument of what it returns are tensors for the reciprocal norms."""
+    pack, pack_norms, q = packing(heads, angles), norm_packing(heads, norms), present(heads[0])
+    launch = _launcher("norm_rotary", q.device, threads)
+
+    def again(q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=(None, None)) -> None:
+        launch(pack(q, k, q_out, k_out, angles, q_bias, k_bias), pack_norms(norms, rstds or (None, None)))
+
+    return again
+
+
+def _launcher(name: str, device: torch.device, threads: int | None) -> Callable[..., None]:
+    """The library's function of that name for the device, which takes packed structs and raises if it fails."""
+    library = _built(device.type).library
+    function, index = getattr(library, f"rope_dist_{device.type}_{name}"), device.index
+    if device.type == "cpu":
+
+        def on_cpu(*structs: bytes) -> None:
+            status = function(*structs, threads or torch.get_num_threads())
             if status:
                 _fail({-1: "unsupported arguments", -2: "out of memory"}.get(status, ""))
 
         return on_cpu
 
-    def on_gpu(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
-        call = pack(q, k, q_out, k_out, angles, q_bias, k_bias)
+    def on_gpu(*structs: bytes) -> None:
         # A launch goes to the current device.
         current = torch.cuda.current_device() == index
         with contextlib.nullcontext() if current else torch.cuda.device(index):
-            status = library.rope_dist_cuda_rotary(call, torch._C._cuda_getCurrentRawStream(index))
+            status = function(*structs, torch._C._cuda_getCurrentRawStream(index))
         if status:
             _fail(library.rope_dist_cuda_error(status).decode())
 
@@ -246,6 +302,25 @@ def packing(heads: tuple[torch.Tensor | None, ...], angles: Angles) -> Callable[
             *(0 if x is None else x.data_ptr() for x in (k, k_out, k_bias)), *k_sizes,
             cos, *cos_strides, sin, *sin_strides, rows, inv_freq_q64, scaling, positions, *position_strides,
             cu_seqlens, sequences, seqlen_offsets, angles.offset,
+        )  # fmt: skip
+
+    return pack
+
+
+def norm_packing(heads: tuple[torch.Tensor | None, ...], norms: Norms) -> Callable[..., bytes]:
+    """As :func:`packing`, of ``rope::Norms``: a function of the norms and of two tensors for the reciprocal norms."""
+    kinds = [
+        (DTYPES[weight.dtype], is_joint(weight, present(x))) if weight is not None and x is not None else (0, False)
+        for weight, x in zip(norms.weights(), heads[:2], strict=True)
+    ]
+    numbers = norms[2:]
+
+    def pack(norms: Norms, rstds) -> bytes:
+        (q_weight, k_weight), (q_rstd, k_rstd) = norms[:2], rstds
+        return _NORMS.pack(
+            0 if q_weight is None else q_weight.data_ptr(), *kinds[0], 0 if q_rstd is None else q_rstd.data_ptr(),
+            0 if k_weight is None else k_weight.data_ptr(), *kinds[1], 0 if k_rstd is None else k_rstd.data_ptr(),
+            *numbers,
         )  # fmt: skip
 
     return pack
