@@ -11,6 +11,18 @@
 
 namespace rope {
 
+// The sum of that many lanes, half of them added to the other half at a time.
+template <int64_t Count, typename Compute>
+ROPE_INLINE Compute folded(Compute* lanes) {
+  if constexpr (Count == 4) {
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  } else {
+    ROPE_VECTORIZE
+    for (int64_t i = 0; i < Count / 2; ++i) lanes[i] += lanes[i + Count / 2];
+    return folded<Count / 2>(lanes);
+  }
+}
+
 // The sum of value(i) for i in [0, count): lanes that the compiler can make vectors of, added in an order that does not
 // depend on how wide they are.
 template <typename Compute, typename Value>
@@ -23,10 +35,7 @@ ROPE_INLINE Compute sum_of(int64_t count, const Value& value) {
     for (int64_t i = 0; i < kLanes; ++i) lanes[i] += value(start + i);
   }
   for (int64_t i = 0; start + i < count; ++i) lanes[i] += value(start + i);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+  return folded<kLanes>(lanes);
 }
 
 // What a head's loops read of it, in the type that is computed in: the head itself, or wide (room for head_dim) with
@@ -78,13 +87,16 @@ ROPE_INLINE void prepare_weight(const Call& call, const Heads& x, const Norm& no
   }
 }
 
+// Heads whose sums are made before the first is written, so that no head waits for its own root and division.
+constexpr int64_t kTogether = 8;
+
 // In which order the heads of a block are worked on: as they lie in memory, and a token's together if its norm is of
 // all.
 struct Order {
   bool by_head;
   int64_t outer, inner;
   int64_t outer_step, inner_step;  // in elements of what is read
-  int64_t group;                   // of the inner ones, those normalised together
+  int64_t together;
 
   Order(const Heads& x, bool joint, int64_t tokens)
       : by_head(!joint && x.in_h > x.in_s),
@@ -92,7 +104,18 @@ struct Order {
         inner(by_head ? tokens : x.heads),
         outer_step(by_head ? x.in_h : x.in_s),
         inner_step(by_head ? x.in_s : x.in_h),
-        group(joint ? x.heads : 1) {}
+        together(joint ? x.heads : kTogether) {}
+
+  int64_t head(int64_t i, int64_t j) const { return by_head ? i : j; }
+  int64_t token(int64_t i, int64_t j) const { return by_head ? j : i; }
 };
+
+// The most heads of a call that are worked on together.
+inline int64_t together(const Call& call, const Norms& norms) {
+  int64_t most = kTogether;
+  if (norms.q.joint && call.q.heads > most) most = call.q.heads;
+  if (norms.k.joint && call.k.heads > most) most = call.k.heads;
+  return most;
+}
 
 }  // namespace rope

@@ -1,15 +1,35 @@
 // RMS norm and rotation on a CPU in one pass over memory; types, places and strides as in rotary_cpu.cpp.
 //
 // A head is read twice, the second time from the first cache: for the sum of its squares, and to be written.
+#include <initializer_list>
+
 #include "norm_cpu.h"
 
 namespace rope {
 namespace {
 
-// Normalises, scales and rotates a head, in the order of the reference.
+// What is normalised of a head: as widen(), and rotated if the norm follows.
 template <typename T, bool Interleaved, typename Compute>
-ROPE_INLINE void write_rotated(const Compute* x, T* out, const Compute* weight, Compute rstd,
-                               const Compute* cos, const Compute* sin, int64_t num_pairs, int64_t head_dim) {
+ROPE_INLINE const Compute* read_head(const T* in, const T* bias, Compute* own, bool after,
+                                     const Compute* cos, const Compute* sin, int64_t num_pairs,
+                                     int64_t head_dim) {
+  const Compute* x = widen(in, bias, head_dim, own);
+  if (!after) return x;
+  ROPE_VECTORIZE
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
+    rotate(Compute(x[a]), Compute(x[b]), cos[i], sin[i], own[a], own[b]);
+  }
+  if (x != own) {
+    for (int64_t i = 2 * num_pairs; i < head_dim; ++i) own[i] = x[i];
+  }
+  return own;
+}
+
+// Normalises, scales and rotates, in the order of the reference.
+template <typename T, bool Interleaved, typename Compute>
+ROPE_INLINE void write_head(const Compute* x, T* out, const Compute* weight, Compute rstd, const Compute* cos,
+                            const Compute* sin, int64_t num_pairs, int64_t head_dim) {
   ROPE_VECTORIZE
   for (int64_t i = 0; i < num_pairs; ++i) {
     const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
@@ -22,8 +42,8 @@ ROPE_INLINE void write_rotated(const Compute* x, T* out, const Compute* weight, 
   for (int64_t i = 2 * num_pairs; i < head_dim; ++i) store(out, i, x[i] * rstd * weight[i]);
 }
 
-template <typename T, bool Interleaved, bool After>
-ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, double epsilon,
+template <typename T, bool Interleaved>
+ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, double epsilon, bool after,
                             const typename ComputeOf<T>::type* weight,
                             const Block<typename ComputeOf<T>::type>& block,
                             typename ComputeOf<T>::type* wide) {
@@ -37,58 +57,43 @@ ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, 
   if (rstds) rstds += (block.b * call.length + block.s) * each;
   const Order order(x, norm.joint != 0, block.tokens);
   const Compute eps = static_cast<Compute>(epsilon);
-  const Compute count = static_cast<Compute>(order.group * head_dim);
-  const bool direct = sizeof(T) == sizeof(Compute) && !bias && !After;
+  const Compute count = static_cast<Compute>(weights_of(call, x, norm));
   const int64_t fit = kAhead / (head_dim * static_cast<int64_t>(sizeof(T)));
   const int64_t ahead = fit < order.inner ? fit : order.inner;
   for (int64_t i = 0; i < order.outer; ++i) {
-    for (int64_t j = 0; j < order.inner; j += order.group) {
-      const int64_t first = order.by_head ? i : j, token = order.by_head ? j : i;
-      const Compute* cos = block.cos[token];
-      const Compute* sin = block.sin[token];
-      // A token without a row is normalised only.
-      const int64_t num_pairs = cos ? call.num_pairs : 0;
-      const T* from = in + token * x.in_s + first * x.in_h;
-      T* to = out + token * x.out_s + first * x.out_h;
-      Compute total = 0;
-      for (int64_t h = 0; h < order.group; ++h) {
+    for (int64_t j = 0; j < order.inner; j += order.together) {
+      const int64_t heads = order.inner - j < order.together ? order.inner - j : order.together;
+      Compute sums[kTogether] = {};
+      for (int64_t h = 0; h < heads; ++h) {
         const int64_t at = j + h + ahead, later = at < order.inner ? at : at - order.inner;
         prefetch(in + (later < at ? i + 1 : i) * order.outer_step + later * order.inner_step, head_dim);
-        Compute* own = wide + h * head_dim;
-        const Compute* head =
-            widen(from + h * x.in_h, bias ? bias + (first + h) * head_dim : nullptr, head_dim, own);
-        if (After) {
-          ROPE_VECTORIZE
-          for (int64_t p = 0; p < num_pairs; ++p) {
-            const int64_t a = first_of<Interleaved>(p), b = second_of<Interleaved>(p, num_pairs);
-            Compute y, z;
-            rotate(head[a], head[b], cos[p], sin[p], y, z);
-            own[a] = y;
-            own[b] = z;
-          }
-          if (head != own) {
-            for (int64_t p = 2 * num_pairs; p < head_dim; ++p) own[p] = head[p];
-          }
-          head = own;
-        }
-        total += sum_of<Compute>(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return head[p] * head[p]; });
+        const int64_t head = order.head(i, j + h), token = order.token(i, j + h);
+        // A token without a row is normalised only.
+        const Compute* y = read_head<T, Interleaved>(
+            in + token * x.in_s + head * x.in_h, bias ? bias + head * head_dim : nullptr, wide + h * head_dim, after,
+            block.cos[token], block.sin[token], block.cos[token] ? call.num_pairs : 0, head_dim);
+        sums[norm.joint ? 0 : h] +=
+            sum_of<Compute>(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return y[p] * y[p]; });
       }
-      const Compute rstd = 1 / std::sqrt(total / count + eps);
-      if (rstds) rstds[token * each + first] = rstd;
-      for (int64_t h = 0; h < order.group; ++h) {
-        const Compute* head = wide + h * head_dim;
+      for (int64_t h = 0; h < (norm.joint ? 1 : heads); ++h) sums[h] = 1 / std::sqrt(sums[h] / count + eps);
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t head = order.head(i, j + h), token = order.token(i, j + h);
+        const Compute* y = wide + h * head_dim;
         if constexpr (sizeof(T) == sizeof(Compute)) {
-          if (direct) head = from + h * x.in_h;
+          if (!bias && !after) y = in + token * x.in_s + head * x.in_h;
         }
-        write_rotated<T, Interleaved>(head, to + h * x.out_h, weight + (norm.joint ? h * head_dim : 0), rstd, cos,
-                                      sin, After ? 0 : num_pairs, head_dim);
+        const Compute rstd = sums[norm.joint ? 0 : h];
+        write_head<T, Interleaved>(y, out + token * x.out_s + head * x.out_h,
+                                   weight + (norm.joint ? head * head_dim : 0), rstd, block.cos[token],
+                                   block.sin[token], after || !block.cos[token] ? 0 : call.num_pairs, head_dim);
+        if (rstds && (!norm.joint || h == 0)) rstds[token * each + head] = rstd;
       }
     }
   }
 }
 
 // Tokens [first, last) of batch * length.
-template <typename T, bool Interleaved, bool After>
+template <typename T, bool Interleaved>
 ROPE_INLINE void norm_tokens(const Call& call, const Norms& norms, int64_t first, int64_t last, void* scratch) {
   using Compute = typename ComputeOf<T>::type;
   Compute* rows = static_cast<Compute*>(scratch);
@@ -100,21 +105,19 @@ ROPE_INLINE void norm_tokens(const Call& call, const Norms& norms, int64_t first
   Block<Compute> block;
   for (; first < last; first += block.tokens) {
     block_at<T>(call, first, last, false, rows, block);
-    norm_block<T, Interleaved, After>(call, call.q, norms.q, norms.eps, q_weight, block, wide);
-    norm_block<T, Interleaved, After>(call, call.k, norms.k, norms.eps, k_weight, block, wide);
+    for (bool keys : {false, true}) {
+      norm_block<T, Interleaved>(call, keys ? call.k : call.q, keys ? norms.k : norms.q, norms.eps,
+                                 norms.after != 0, keys ? k_weight : q_weight, block, wide);
+    }
   }
 }
 
 template <typename T>
 ROPE_INLINE void norm_any(const Call& call, const Norms& norms, int64_t first, int64_t last, void* scratch) {
-  if (call.interleaved_in && norms.after) {
-    norm_tokens<T, true, true>(call, norms, first, last, scratch);
-  } else if (call.interleaved_in) {
-    norm_tokens<T, true, false>(call, norms, first, last, scratch);
-  } else if (norms.after) {
-    norm_tokens<T, false, true>(call, norms, first, last, scratch);
+  if (call.interleaved_in) {
+    norm_tokens<T, true>(call, norms, first, last, scratch);
   } else {
-    norm_tokens<T, false, false>(call, norms, first, last, scratch);
+    norm_tokens<T, false>(call, norms, first, last, scratch);
   }
 }
 
@@ -148,11 +151,8 @@ ROPE_EXPORT int rope_dist_cpu_norm_rotary(const rope::Call* call, const rope::No
   const int64_t bytes = tokens * (call->q.heads + call->k.heads) * call->head_dim * size_of(call->dtype);
   if (bytes == 0) return kDone;
   if (threads > bytes / kBytesAThread) threads = bytes / kBytesAThread;
-  const int64_t together = norms->q.joint || norms->k.joint
-                               ? (call->q.heads > call->k.heads ? call->q.heads : call->k.heads)
-                               : 1;
   const int64_t scratch = 2 * kBlock * call->num_pairs + weights_of(*call, call->q, norms->q) +
-                          weights_of(*call, call->k, norms->k) + together * call->head_dim;
+                          weights_of(*call, call->k, norms->k) + together(*call, *norms) * call->head_dim;
   return run_threads(
       tokens, threads, scratch * compute_size_of(call->dtype),
       [=](int64_t first, int64_t last, void* own) { range(*call, *norms, first, last, own); });
