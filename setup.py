@@ -32,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 HEADERS = ["csrc/rotary.h", "csrc/launch.h"]
 CPU = Extension(
     "rope_dist._native.librope_dist_cpu",
-    ["csrc/rotary_cpu.cpp", "csrc/norm_rotary_cpu.cpp"],
+    ["csrc/rotary_cpu.cpp", "csrc/norm_rotary_cpu.cpp", "csrc/norm_backward_cpu.cpp"],
     depends=[*HEADERS, "csrc/cpu_types.h", "csrc/cpu_tokens.h", "csrc/norm_cpu.h"],
     optional=True,
 )

@@ -55,6 +55,25 @@ ROPE_INLINE const Compute* widen(const T* in, const T* bias, int64_t head_dim, C
   return wide;
 }
 
+// As widen(), and rotated if so wanted.
+template <typename T, bool Interleaved, bool Conjugate = false, typename Compute>
+ROPE_INLINE const Compute* read_head(const T* in, const T* bias, Compute* own, bool rotated,
+                                     const Compute* cos, const Compute* sin, int64_t num_pairs,
+                                     int64_t head_dim) {
+  const Compute* x = widen(in, bias, head_dim, own);
+  if (!rotated) return x;
+  ROPE_VECTORIZE
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
+    const Compute first = x[a], second = x[b];
+    rotate(first, second, cos[i], Conjugate ? -sin[i] : sin[i], own[a], own[b]);
+  }
+  if (x != own) {
+    for (int64_t i = 2 * num_pairs; i < head_dim; ++i) own[i] = x[i];
+  }
+  return own;
+}
+
 template <typename T, typename W, typename Compute>
 ROPE_INLINE void convert_weight(const W* weight, int64_t count, Compute offset, Compute* out) {
   for (int64_t i = 0; i < count; ++i) {

@@ -8,24 +8,6 @@
 namespace rope {
 namespace {
 
-// What is normalised of a head: as widen(), and rotated if the norm follows.
-template <typename T, bool Interleaved, typename Compute>
-ROPE_INLINE const Compute* read_head(const T* in, const T* bias, Compute* own, bool after,
-                                     const Compute* cos, const Compute* sin, int64_t num_pairs,
-                                     int64_t head_dim) {
-  const Compute* x = widen(in, bias, head_dim, own);
-  if (!after) return x;
-  ROPE_VECTORIZE
-  for (int64_t i = 0; i < num_pairs; ++i) {
-    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
-    rotate(Compute(x[a]), Compute(x[b]), cos[i], sin[i], own[a], own[b]);
-  }
-  if (x != own) {
-    for (int64_t i = 2 * num_pairs; i < head_dim; ++i) own[i] = x[i];
-  }
-  return own;
-}
-
 // Normalises, scales and rotates, in the order of the reference.
 template <typename T, bool Interleaved, typename Compute>
 ROPE_INLINE void write_head(const Compute* x, T* out, const Compute* weight, Compute rstd, const Compute* cos,

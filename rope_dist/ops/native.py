@@ -33,6 +33,7 @@ CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CALL = struct.Struct("=8q 10q 10q 7q q d 7q")
 # rope::Norms: four numbers each for q and k, eps, weight_offset and the order.
 _NORMS = struct.Struct("=4q 4q 2d q")
+_GRADIENTS = struct.Struct("=5q 5q")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def load(name: str) -> Built | str:
     # The stream of CUDA is a pointer, the CPU's number of threads an integer: both are 64 bits wide.
     rotary.argtypes = (ctypes.c_char_p, ctypes.c_int64)
     norm_rotary.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
+    if name == "cpu":
+        library.rope_dist_cpu_norm_rotary_backward.argtypes = (*(ctypes.c_char_p,) * 3, ctypes.c_int64)
     architectures: tuple[int, ...] = ()
     if name == "cuda":
         library.rope_dist_cuda_error.restype = ctypes.c_char_p
@@ -143,6 +146,41 @@ class Native(Backend):
     ):
         """As :meth:`Backend.norm_rotate`; ``threads`` as in :meth:`rotate`."""
         return _launch(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds, threads)
+
+    def norm_rotate_backward(  # noqa: PLR0913
+        self, grads, heads, rstds, norms, angles, q_bias=None, k_bias=None, threads: int | None = None
+    ):
+        """As :meth:`Backend.norm_rotate_backward`: on a CPU in one pass, by the reference on a GPU."""
+        q, k = heads
+        grads = [grad if x is None or grad is not None else torch.zeros_like(x) for grad, x in zip(grads, heads, strict=True)]
+        if not q.is_cpu or any(x is not None and grad.dtype != x.dtype for grad, x in zip(grads, heads, strict=True)):
+            return super().norm_rotate_backward(grads, heads, rstds, norms, angles, q_bias, k_bias)
+        found = [x.new_empty(x.shape) if x is not None else None for x in heads]
+        weights = [
+            torch.zeros(weight.shape, dtype=torch.float64) if weight is not None and x is not None else None
+            for weight, x in zip(norms.weights(), heads, strict=True)
+        ]
+        if q.numel() or (k is not None and k.numel()):
+            sources = [_inner(x) if x is not None else None for x in heads]
+            grads = [_inner(grad) if x is not None else None for grad, x in zip(grads, heads, strict=True)]
+            biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
+            rstds = [
+                rstd.to(reference.compute_dtype(q)).contiguous() if x is not None else None
+                for rstd, x in zip(rstds, heads, strict=True)
+            ]
+            ready, whole = _ready(q, angles), _ready_norms(q, norms)
+            tensors = (*sources, *found)
+            structs = (
+                packing(tensors, ready)(*tensors, ready, *biases),
+                norm_packing(tensors, whole)(whole, rstds),
+                _gradients(grads, weights),
+            )
+            _launcher("norm_rotary_backward", q.device, threads)(*structs)
+        of_weights = [
+            found.to(weight.dtype) if found is not None else None
+            for found, weight in zip(weights, norms.weights(), strict=True)
+        ]
+        return (*found, *of_weights)
 
 
 def _launch(  # noqa: PLR0913
@@ -324,6 +362,17 @@ def norm_packing(heads: tuple[torch.Tensor | None, ...], norms: Norms) -> Callab
         )  # fmt: skip
 
     return pack
+
+
+def _gradients(grads, weights) -> bytes:
+    """``rope::Gradients`` of the gradients of queries and keys and of float64 tensors for those of the weights."""
+    numbers = [
+        (0, 0, 0, 0, 0)
+        if grad is None
+        else (grad.data_ptr(), *_strides(grad, 3), 0 if weight is None else weight.data_ptr())
+        for grad, weight in zip(grads, weights, strict=True)
+    ]
+    return _GRADIENTS.pack(*numbers[0], *numbers[1])
 
 
 def _inner(x: torch.Tensor) -> torch.Tensor:
