@@ -11,6 +11,11 @@
 #include "launch.h"
 #include "rotary.h"
 
+// The tests define it to see whether an access is aligned, without which a GPU faults.
+#if !defined(ROPE_ON_ACCESS)
+#define ROPE_ON_ACCESS(address, bytes)
+#endif
+
 namespace rope {
 
 ROPE_INLINE float to_float(float x) { return x; }
@@ -61,6 +66,7 @@ ROPE_INLINE void load_some(const T* x, float* out) {
   using Type = typename Access<kCount * kSize>::type;
 #pragma unroll
   for (int i = 0; i < N; i += kCount) {
+    ROPE_ON_ACCESS(x + i, sizeof(Type));
     const Type word = *reinterpret_cast<const Type*>(x + i);
     T part[kCount];
     memcpy(part, &word, sizeof word);
@@ -80,6 +86,7 @@ ROPE_INLINE void store_some(T* x, const float* values) {
     for (int j = 0; j < kCount; ++j) round_to(values[i + j], part[j]);
     Type word;
     memcpy(&word, part, sizeof word);
+    ROPE_ON_ACCESS(x + i, sizeof(Type));
     store_whole(x + i, word);
   }
 }

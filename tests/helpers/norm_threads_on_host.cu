@@ -2,6 +2,10 @@
 #include <initializer_list>
 #include <vector>
 
+static int64_t misaligned;
+#if !defined(__CUDA_ARCH__)  // it is compiled for a GPU as well
+#define ROPE_ON_ACCESS(address, bytes) misaligned += reinterpret_cast<uintptr_t>(address) % (bytes) != 0
+#endif
 #include "norm_rotary_threads.h"
 
 namespace {
@@ -53,13 +57,14 @@ struct OnHost {
         }
       }
     }
-    return rope::kDone;
+    return misaligned ? 1000 : rope::kDone;
   }
 };
 
 }  // namespace
 
 ROPE_EXPORT int rope_dist_cpu_norm_rotary(const rope::Call* call, const rope::Norms* norms, int64_t) {
+  misaligned = 0;
   OnHost launch{*call, *norms};
   return rope::choose_norm(*call, *norms, launch);
 }
