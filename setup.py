@@ -33,7 +33,7 @@ HEADERS = ["csrc/rotary.h", "csrc/launch.h"]
 CPU = Extension(
     "rope_dist._native.librope_dist_cpu",
     ["csrc/rotary_cpu.cpp", "csrc/norm_rotary_cpu.cpp", "csrc/norm_backward_cpu.cpp"],
-    depends=[*HEADERS, "csrc/cpu_types.h", "csrc/cpu_tokens.h", "csrc/norm_cpu.h"],
+    depends=[*HEADERS, "csrc/cpu_types.h", "csrc/cpu_angles.h", "csrc/cpu_tokens.h", "csrc/norm_cpu.h"],
     optional=True,
 )
 CUDA = Extension(

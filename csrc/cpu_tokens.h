@@ -8,8 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu_types.h"
-#include "launch.h"
+#include "cpu_angles.h"
 
 #if !defined(ROPE_NO_CLONES) && defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && \
     !defined(__clang__) && __GNUC__ >= 12
@@ -48,28 +47,6 @@ ROPE_INLINE void prefetch(const T* x, int64_t count) {
 #endif
 }
 
-// A row of cosines or sines as the loops want it: as it lies, or in own (room for num_pairs entries) where it has to
-// be changed. For 16-bit heads NaN is made the plain one. Row is null for a token that is not rotated. Apart: the even
-// entries first, then the odd ones; for 16-bit heads only.
-template <typename T, typename Compute>
-ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, bool apart, int64_t num_pairs, Compute* own) {
-  if (!row) return nullptr;
-  if constexpr (sizeof(T) == 2) {
-    const float nan = from_bits(0x7fc00000u);
-    const float sign = negate ? -1.0f : 1.0f;
-    const int64_t step = apart ? 2 : 1, entries = apart ? num_pairs / 2 : num_pairs;
-    for (int64_t i = 0; i < entries; ++i)
-      own[i] = row[step * i] == row[step * i] ? sign * row[step * i] : nan;
-    for (int64_t i = 0; i < num_pairs - entries; ++i) {
-      own[entries + i] = row[2 * i + 1] == row[2 * i + 1] ? sign * row[2 * i + 1] : nan;
-    }
-    return own;
-  }
-  if (!negate) return row;
-  for (int64_t i = 0; i < num_pairs; ++i) own[i] = -row[i];
-  return own;
-}
-
 // Tokens of one sequence of the batch that are worked on together, at most kBlock, with their rows of the tables.
 template <typename Compute>
 struct Block {
@@ -88,20 +65,17 @@ ROPE_INLINE void block_at(const Call& call, int64_t first, int64_t last, bool ap
   if (block.tokens > last - first) block.tokens = last - first;
   if (block.tokens > kBlock) block.tokens = kBlock;
   for (int64_t t = 0; t < block.tokens; ++t, own += 2 * call.num_pairs) {
-    const int64_t row = position_of(call, block.b, block.s + t);
-    const bool known = row >= 0 && row < call.rows;
-    const Compute* cos =
-        static_cast<const Compute*>(call.cos) + (known ? block.b * call.cos_b + row * call.cos_s : 0);
-    const Compute* sin =
-        static_cast<const Compute*>(call.sin) + (known ? block.b * call.sin_b + row * call.sin_s : 0);
-    block.cos[t] = table_row<T>(known ? cos : nullptr, false, apart, call.num_pairs, own);
-    block.sin[t] = table_row<T>(known ? sin : nullptr, call.conjugate != 0, apart, call.num_pairs,
-                                own + call.num_pairs);
+    token_rows<T>(call, block.b, block.s + t, apart, own, block.cos[t], block.sin[t]);
   }
 }
 
 // Fewer bytes than this are worked on before another thread has started.
 constexpr int64_t kBytesAThread = 512 * 1024;
+
+// Whether the loops take such a call.
+inline bool supported(const Call& call) {
+  return call.dtype >= 0 && call.dtype <= 3 && !(call.inv_freq_q64 && call.dtype == kFloat64);
+}
 
 inline int64_t size_of(int64_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 inline int64_t compute_size_of(int64_t dtype) { return dtype == kFloat64 ? 8 : 4; }

@@ -46,7 +46,7 @@ struct Call {
   const void* sin;
   int64_t sin_b, sin_s;
   int64_t rows;
-  // Instead of tables, CUDA only: fixed-point frequencies [2, num_pairs] and the factor on cosine and sine.
+  // Instead of tables, not for float64 heads: fixed-point frequencies [2, num_pairs] and the factor on cosine and sine.
   const int32_t* inv_freq_q64;
   double scaling;
   // Position of a token: as given; else its index in its sequence, plus offset and its sequence's offsets. A

@@ -141,9 +141,7 @@ ROPE_EXPORT int rope_dist_cpu_norm_rotary_backward(const rope::Call* call, const
                                                    const rope::Gradients* gradients, int64_t threads) {
   using namespace rope;
   static const Range ranges[] = {gradient_float32, gradient_float64, gradient_float16, gradient_bfloat16};
-  if (call->dtype < 0 || call->dtype > 3 || call->inv_freq_q64 || call->interleaved_in != call->interleaved_out) {
-    return kUnsupported;
-  }
+  if (!supported(*call) || call->interleaved_in != call->interleaved_out) return kUnsupported;
   const Range range = ranges[call->dtype];
   const int64_t tokens = call->batch * call->length;
   const int64_t q_count = weights_of(*call, call->q, norms->q), k_count = weights_of(*call, call->k, norms->k);

@@ -125,9 +125,7 @@ using Range = void (*)(const Call&, const Norms&, int64_t, int64_t, void*);
 ROPE_EXPORT int rope_dist_cpu_norm_rotary(const rope::Call* call, const rope::Norms* norms, int64_t threads) {
   using namespace rope;
   static const Range ranges[] = {norm_float32, norm_float64, norm_float16, norm_bfloat16};
-  if (call->dtype < 0 || call->dtype > 3 || call->inv_freq_q64 || call->interleaved_in != call->interleaved_out) {
-    return kUnsupported;
-  }
+  if (!supported(*call) || call->interleaved_in != call->interleaved_out) return kUnsupported;
   const Range range = ranges[call->dtype];
   const int64_t tokens = call->batch * call->length;
   const int64_t bytes = tokens * (call->q.heads + call->k.heads) * call->head_dim * size_of(call->dtype);

@@ -76,7 +76,7 @@ ROPE_INLINE void rotate_biased(const T* in, T* out, const T* bias, const Compute
   const bool apart = tables_apart<T, In, Out>(num_pairs);
   for (int64_t i = 0; i < num_pairs; ++i) {
     const int64_t a = first_of<In>(i), b = second_of<In>(i, num_pairs);
-    const int64_t entry = apart ? i / 2 + i % 2 * (num_pairs / 2) : i;
+    const int64_t entry = entry_of(i, apart, num_pairs);
     Compute first, second;
     rotate(load(in, a) + load(bias, a), load(in, b) + load(bias, b), cos[entry], sin[entry], first, second);
     store(out, first_of<Out>(i), first);
@@ -195,7 +195,7 @@ ROPE_EXPORT const char* rope_dist_cpu_build() {
 ROPE_EXPORT int rope_dist_cpu_rotary(const rope::Call* call, int64_t threads) {
   using namespace rope;
   static const Range ranges[] = {rotate_float32, rotate_float64, rotate_float16, rotate_bfloat16};
-  if (call->dtype < 0 || call->dtype > 3 || call->inv_freq_q64) return kUnsupported;
+  if (!supported(*call)) return kUnsupported;
   const Range range = ranges[call->dtype];
   const int64_t tokens = call->batch * call->length;
   const int64_t bytes = tokens * (call->q.heads + call->k.heads) * call->head_dim * size_of(call->dtype);

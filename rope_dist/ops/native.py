@@ -228,12 +228,12 @@ def _ready_norms(q: torch.Tensor, norms: Norms) -> Norms:
 def _ready(q: torch.Tensor, angles: Angles) -> Angles:
     """``angles`` as the libraries take them: float32 tables (float64 for such heads), int64 positions and bounds.
 
-    The CUDA kernel makes tables from ``inv_freq_q64`` itself. For the CPU they are made here, in float64 as the
-    reference does: they are small beside the heads.
+    The libraries make cosines and sines from ``inv_freq_q64`` themselves, but for float64 heads, whose tables are made
+    here as the reference makes them.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     cos, sin, inv_freq_q64, positions, cu_seqlens, seqlen_offsets = angles.tensors()
-    if inv_freq_q64 is not None and q.is_cpu:
+    if inv_freq_q64 is not None and q.dtype == torch.float64:
         at = reference.token_positions(angles, q.shape[0], q.shape[1], q.device)
         cos, sin = fixed_point.tables(inv_freq_q64, at, angles.scaling, dtype)
         positions = None
