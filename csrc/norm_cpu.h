@@ -93,7 +93,7 @@ ROPE_INLINE void prepare_weight(const Call& call, const Heads& x, const Norm& no
                                 Compute* out) {
   const int64_t count = weights_of(call, x, norm);
   const Compute offset = static_cast<Compute>(weight_offset);
-  if (!norm.weight) {
+  if (!norm.weight || x.heads == 0) {
     for (int64_t i = 0; i < count; ++i) out[i] = 1;
   } else if (norm.weight_dtype == kFloat32) {
     convert_weight<T>(static_cast<const float*>(norm.weight), count, offset, out);

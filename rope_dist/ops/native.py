@@ -347,19 +347,19 @@ def packing(heads: tuple[torch.Tensor | None, ...], angles: Angles) -> Callable[
 
 def norm_packing(heads: tuple[torch.Tensor | None, ...], norms: Norms) -> Callable[..., bytes]:
     """As :func:`packing`, of ``rope::Norms``: a function of the norms and of two tensors for the reciprocal norms."""
+    # A weight of keys that are not there is not read.
     kinds = [
-        (DTYPES[weight.dtype], is_joint(weight, present(x))) if weight is not None and x is not None else (0, False)
+        (DTYPES[weight.dtype], is_joint(weight, x)) if weight is not None and x is not None else None
         for weight, x in zip(norms.weights(), heads[:2], strict=True)
     ]
     numbers = norms[2:]
 
     def pack(norms: Norms, rstds) -> bytes:
-        (q_weight, k_weight), (q_rstd, k_rstd) = norms[:2], rstds
-        return _NORMS.pack(
-            0 if q_weight is None else q_weight.data_ptr(), *kinds[0], 0 if q_rstd is None else q_rstd.data_ptr(),
-            0 if k_weight is None else k_weight.data_ptr(), *kinds[1], 0 if k_rstd is None else k_rstd.data_ptr(),
-            *numbers,
-        )  # fmt: skip
+        packed = []
+        for weight, kind, rstd in zip(norms[:2], kinds, rstds, strict=True):
+            packed += (0, 0, 0) if kind is None else (weight.data_ptr(), *kind)
+            packed.append(0 if rstd is None else rstd.data_ptr())
+        return _NORMS.pack(*packed, *numbers)
 
     return pack
 
