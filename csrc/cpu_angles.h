@@ -71,7 +71,8 @@ ROPE_INLINE void make_rows(const Call& call, int64_t position, bool apart, float
 // changed. For 16-bit heads NaN is made the plain one, and entries may have to be apart. Row is null for a token that
 // is not rotated.
 template <typename T, typename Compute>
-ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, bool apart, int64_t num_pairs, Compute* own) {
+ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, bool apart, int64_t num_pairs,
+                                     Compute* own) {
   if (!row) return nullptr;
   if constexpr (sizeof(T) == 2) {
     const float nan = from_bits(0x7fc00000u);
@@ -91,8 +92,8 @@ ROPE_INLINE const Compute* table_row(const Compute* row, bool negate, bool apart
 
 // Rows of token s of batch entry b, or null ones. Own holds 2 * num_pairs elements.
 template <typename T, typename Compute>
-ROPE_INLINE void token_rows(const Call& call, int64_t b, int64_t s, bool apart, Compute* own, const Compute*& cos,
-                            const Compute*& sin) {
+ROPE_INLINE void token_rows(const Call& call, int64_t b, int64_t s, bool apart, Compute* own,
+                            const Compute*& cos, const Compute*& sin) {
   const int64_t position = position_of(call, b, s);
   if constexpr (sizeof(Compute) == sizeof(float)) {
     if (call.inv_freq_q64) {
@@ -103,10 +104,13 @@ ROPE_INLINE void token_rows(const Call& call, int64_t b, int64_t s, bool apart, 
     }
   }
   const bool known = position >= 0 && position < call.rows;
-  const Compute* cos_row = static_cast<const Compute*>(call.cos) + (known ? b * call.cos_b + position * call.cos_s : 0);
-  const Compute* sin_row = static_cast<const Compute*>(call.sin) + (known ? b * call.sin_b + position * call.sin_s : 0);
+  const Compute* cos_row =
+      static_cast<const Compute*>(call.cos) + (known ? b * call.cos_b + position * call.cos_s : 0);
+  const Compute* sin_row =
+      static_cast<const Compute*>(call.sin) + (known ? b * call.sin_b + position * call.sin_s : 0);
   cos = table_row<T>(known ? cos_row : nullptr, false, apart, call.num_pairs, own);
-  sin = table_row<T>(known ? sin_row : nullptr, call.conjugate != 0, apart, call.num_pairs, own + call.num_pairs);
+  sin = table_row<T>(known ? sin_row : nullptr, call.conjugate != 0, apart, call.num_pairs,
+                     own + call.num_pairs);
 }
 
 }  // namespace rope

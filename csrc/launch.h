@@ -61,11 +61,11 @@ struct Call {
 
 // The RMS norm of queries or keys: x / sqrt(mean(x^2) + eps) * (weight + weight_offset).
 struct Norm {
-  const void* weight;    // [head_dim], or [heads * head_dim] if joint; null: as one of ones, without the offset
+  const void* weight;  // [head_dim], or [heads * head_dim] if joint; null: as one of ones, without the offset
   int64_t weight_dtype;  // any on a CPU; float32 or that of the heads on a GPU
   int64_t joint;         // all heads of a token together, not each by itself
-  void* rstd;            // [batch, length, heads or 1], the reciprocal norms, float64 for float64 heads and float32
-                         // otherwise: written, and read by the backward pass; or null
+  void* rstd;  // [batch, length, heads or 1], the reciprocal norms, float64 for float64 heads and float32
+               // otherwise: written, and read by the backward pass; or null
 };
 
 struct Norms {

@@ -12,14 +12,15 @@ namespace {
 
 // The gradient of a head from that of its scaled norm; rotated back if the norm follows the rotation.
 template <typename T, bool Interleaved, typename Compute>
-ROPE_INLINE void write_gradient(const Compute* scaled, const Compute* normed, T* out, Compute rstd, Compute mean,
-                                const Compute* cos, const Compute* sin, int64_t num_pairs, int64_t head_dim) {
+ROPE_INLINE void write_gradient(const Compute* scaled, const Compute* normed, T* out, Compute rstd,
+                                Compute mean, const Compute* cos, const Compute* sin, int64_t num_pairs,
+                                int64_t head_dim) {
   ROPE_VECTORIZE
   for (int64_t i = 0; i < num_pairs; ++i) {
     const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
     Compute first, second;
-    rotate(rstd * (scaled[a] - normed[a] * mean), rstd * (scaled[b] - normed[b] * mean), cos[i], -sin[i], first,
-           second);
+    rotate(rstd * (scaled[a] - normed[a] * mean), rstd * (scaled[b] - normed[b] * mean), cos[i], -sin[i],
+           first, second);
     store(out, a, first);
     store(out, b, second);
   }
@@ -55,12 +56,11 @@ ROPE_INLINE void gradient_block(const Call& call, const Heads& x, const Norm& no
         Compute* normed = all_normed + h * head_dim;
         Compute* scaled = all_scaled + h * head_dim;
         const Compute* y = read_head<T, Interleaved>(in + token * x.in_s + head * x.in_h,
-                                                     bias ? bias + head * head_dim : nullptr, normed, after, cos,
-                                                     sin, num_pairs, head_dim);
-        const Compute* dy =
-            read_head<T, Interleaved, true>(grad + token * gradient.in_s + head * gradient.in_h,
-                                            static_cast<const T*>(nullptr), scaled, !after, cos, sin, num_pairs,
-                                            head_dim);
+                                                     bias ? bias + head * head_dim : nullptr, normed, after,
+                                                     cos, sin, num_pairs, head_dim);
+        const Compute* dy = read_head<T, Interleaved, true>(
+            grad + token * gradient.in_s + head * gradient.in_h, static_cast<const T*>(nullptr), scaled,
+            !after, cos, sin, num_pairs, head_dim);
         ROPE_VECTORIZE
         for (int64_t p = 0; p < head_dim; ++p) {
           normed[p] = y[p] * rstd;
@@ -83,8 +83,8 @@ ROPE_INLINE void gradient_block(const Call& call, const Heads& x, const Norm& no
 
 // Tokens [first, last) of batch * length; adds the gradients of the weights, queries' first, to of_weights.
 template <typename T, bool Interleaved>
-ROPE_INLINE void gradient_tokens(const Call& call, const Norms& norms, const Gradients& gradients, int64_t first,
-                                 int64_t last, void* scratch, double* of_weights) {
+ROPE_INLINE void gradient_tokens(const Call& call, const Norms& norms, const Gradients& gradients,
+                                 int64_t first, int64_t last, void* scratch, double* of_weights) {
   using Compute = typename ComputeOf<T>::type;
   const int64_t q_count = weights_of(call, call.q, norms.q), k_count = weights_of(call, call.k, norms.k);
   Compute* rows = static_cast<Compute*>(scratch);
@@ -101,8 +101,8 @@ ROPE_INLINE void gradient_tokens(const Call& call, const Norms& norms, const Gra
     for (bool keys : {false, true}) {
       gradient_block<T, Interleaved>(call, keys ? call.k : call.q, keys ? norms.k : norms.q,
                                      keys ? gradients.k : gradients.q, norms.after != 0,
-                                     weights + (keys ? q_count : 0), block, sums + (keys ? q_count : 0), normed,
-                                     scaled);
+                                     weights + (keys ? q_count : 0), block, sums + (keys ? q_count : 0),
+                                     normed, scaled);
     }
     for (int64_t i = 0; i < q_count + k_count; ++i) of_weights[i] += static_cast<double>(sums[i]);
   }
@@ -118,10 +118,10 @@ ROPE_INLINE void gradient_any(const Call& call, const Norms& norms, const Gradie
   }
 }
 
-#define ROPE_GRADIENT(name, type)                                                                           \
-  ROPE_CLONES void name(const Call& call, const Norms& norms, const Gradients& gradients, int64_t first,    \
-                        int64_t last, void* scratch, double* of_weights) {                                  \
-    gradient_any<type>(call, norms, gradients, first, last, scratch, of_weights);                           \
+#define ROPE_GRADIENT(name, type)                                                                        \
+  ROPE_CLONES void name(const Call& call, const Norms& norms, const Gradients& gradients, int64_t first, \
+                        int64_t last, void* scratch, double* of_weights) {                               \
+    gradient_any<type>(call, norms, gradients, first, last, scratch, of_weights);                        \
   }
 ROPE_GRADIENT(gradient_float32, float)
 ROPE_GRADIENT(gradient_float64, double)
@@ -144,22 +144,25 @@ ROPE_EXPORT int rope_dist_cpu_norm_rotary_backward(const rope::Call* call, const
   if (!supported(*call) || call->interleaved_in != call->interleaved_out) return kUnsupported;
   const Range range = ranges[call->dtype];
   const int64_t tokens = call->batch * call->length;
-  const int64_t q_count = weights_of(*call, call->q, norms->q), k_count = weights_of(*call, call->k, norms->k);
+  const int64_t q_count = weights_of(*call, call->q, norms->q),
+                k_count = weights_of(*call, call->k, norms->k);
   const int64_t count = q_count + k_count;
   const int64_t bytes = tokens * (call->q.heads + call->k.heads) * call->head_dim * size_of(call->dtype);
   if (threads > bytes / kBytesAThread) threads = bytes / kBytesAThread;
-  const int64_t wanted = (tokens + kTokensAPart - 1) / kTokensAPart, parts = wanted < kMostParts ? wanted : kMostParts;
+  const int64_t wanted = (tokens + kTokensAPart - 1) / kTokensAPart,
+                parts = wanted < kMostParts ? wanted : kMostParts;
   try {
     std::vector<double> sums(static_cast<size_t>(parts * count));
     double* of_weights = sums.data();
-    const int64_t scratch = 2 * kBlock * call->num_pairs + 2 * count + 2 * together(*call, *norms) * call->head_dim;
-    const int status = run_threads(
-        parts, threads, scratch * compute_size_of(call->dtype), [=](int64_t first, int64_t last, void* own) {
-          for (int64_t part = first; part < last; ++part) {
-            range(*call, *norms, *gradients, tokens * part / parts, tokens * (part + 1) / parts, own,
-                  of_weights + part * count);
-          }
-        });
+    const int64_t scratch =
+        2 * kBlock * call->num_pairs + 2 * count + 2 * together(*call, *norms) * call->head_dim;
+    const int status = run_threads(parts, threads, scratch * compute_size_of(call->dtype),
+                                   [=](int64_t first, int64_t last, void* own) {
+                                     for (int64_t part = first; part < last; ++part) {
+                                       range(*call, *norms, *gradients, tokens * part / parts,
+                                             tokens * (part + 1) / parts, own, of_weights + part * count);
+                                     }
+                                   });
     if (status != kDone) return status;
     for (bool keys : {false, true}) {
       double* out = keys ? gradients->k.weight : gradients->q.weight;

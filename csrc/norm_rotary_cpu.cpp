@@ -52,8 +52,8 @@ ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, 
         const int64_t head = order.head(i, j + h), token = order.token(i, j + h);
         // A token without a row is normalised only.
         const Compute* y = read_head<T, Interleaved>(
-            in + token * x.in_s + head * x.in_h, bias ? bias + head * head_dim : nullptr, wide + h * head_dim, after,
-            block.cos[token], block.sin[token], block.cos[token] ? call.num_pairs : 0, head_dim);
+            in + token * x.in_s + head * x.in_h, bias ? bias + head * head_dim : nullptr, wide + h * head_dim,
+            after, block.cos[token], block.sin[token], block.cos[token] ? call.num_pairs : 0, head_dim);
         sums[norm.joint ? 0 : h] +=
             sum_of<Compute>(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return y[p] * y[p]; });
       }
@@ -65,9 +65,9 @@ ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, 
           if (!bias && !after) y = in + token * x.in_s + head * x.in_h;
         }
         const Compute rstd = sums[norm.joint ? 0 : h];
-        write_head<T, Interleaved>(y, out + token * x.out_s + head * x.out_h,
-                                   weight + (norm.joint ? head * head_dim : 0), rstd, block.cos[token],
-                                   block.sin[token], after || !block.cos[token] ? 0 : call.num_pairs, head_dim);
+        write_head<T, Interleaved>(
+            y, out + token * x.out_s + head * x.out_h, weight + (norm.joint ? head * head_dim : 0), rstd,
+            block.cos[token], block.sin[token], after || !block.cos[token] ? 0 : call.num_pairs, head_dim);
         if (rstds && (!norm.joint || h == 0)) rstds[token * each + head] = rstd;
       }
     }
@@ -76,7 +76,8 @@ ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, 
 
 // Tokens [first, last) of batch * length.
 template <typename T, bool Interleaved>
-ROPE_INLINE void norm_tokens(const Call& call, const Norms& norms, int64_t first, int64_t last, void* scratch) {
+ROPE_INLINE void norm_tokens(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                             void* scratch) {
   using Compute = typename ComputeOf<T>::type;
   Compute* rows = static_cast<Compute*>(scratch);
   Compute* q_weight = rows + 2 * kBlock * call.num_pairs;
@@ -103,16 +104,20 @@ ROPE_INLINE void norm_any(const Call& call, const Norms& norms, int64_t first, i
   }
 }
 
-ROPE_CLONES void norm_float32(const Call& call, const Norms& norms, int64_t first, int64_t last, void* scratch) {
+ROPE_CLONES void norm_float32(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                              void* scratch) {
   norm_any<float>(call, norms, first, last, scratch);
 }
-ROPE_CLONES void norm_float64(const Call& call, const Norms& norms, int64_t first, int64_t last, void* scratch) {
+ROPE_CLONES void norm_float64(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                              void* scratch) {
   norm_any<double>(call, norms, first, last, scratch);
 }
-ROPE_CLONES void norm_float16(const Call& call, const Norms& norms, int64_t first, int64_t last, void* scratch) {
+ROPE_CLONES void norm_float16(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                              void* scratch) {
   norm_any<Half>(call, norms, first, last, scratch);
 }
-ROPE_CLONES void norm_bfloat16(const Call& call, const Norms& norms, int64_t first, int64_t last, void* scratch) {
+ROPE_CLONES void norm_bfloat16(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                               void* scratch) {
   norm_any<BFloat16>(call, norms, first, last, scratch);
 }
 
@@ -133,7 +138,6 @@ ROPE_EXPORT int rope_dist_cpu_norm_rotary(const rope::Call* call, const rope::No
   if (threads > bytes / kBytesAThread) threads = bytes / kBytesAThread;
   const int64_t scratch = 2 * kBlock * call->num_pairs + weights_of(*call, call->q, norms->q) +
                           weights_of(*call, call->k, norms->k) + together(*call, *norms) * call->head_dim;
-  return run_threads(
-      tokens, threads, scratch * compute_size_of(call->dtype),
-      [=](int64_t first, int64_t last, void* own) { range(*call, *norms, first, last, own); });
+  return run_threads(tokens, threads, scratch * compute_size_of(call->dtype),
+                     [=](int64_t first, int64_t last, void* own) { range(*call, *norms, first, last, own); });
 }

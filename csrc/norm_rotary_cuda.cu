@@ -75,7 +75,8 @@ struct NormOnStream {
 }  // namespace rope
 
 // Normalises and rotates q and k on a stream of the current device. Returns a cudaError_t, or a negative rope::Status.
-ROPE_EXPORT int rope_dist_cuda_norm_rotary(const rope::Call* call, const rope::Norms* norms, cudaStream_t stream) {
+ROPE_EXPORT int rope_dist_cuda_norm_rotary(const rope::Call* call, const rope::Norms* norms,
+                                           cudaStream_t stream) {
   rope::NormOnStream launch{*call, *norms, stream};
   return rope::choose_norm(*call, *norms, launch);
 }

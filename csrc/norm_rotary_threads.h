@@ -175,7 +175,8 @@ struct NormThread {
 
 // The shape of a block: as many columns as units of a head, up to a power of two.
 inline Shape norm_shape(const Call& call, int pairs) {
-  const int64_t units = call.num_pairs / pairs + (call.head_dim - 2 * call.num_pairs + 2 * pairs - 1) / (2 * pairs);
+  const int64_t units =
+      call.num_pairs / pairs + (call.head_dim - 2 * call.num_pairs + 2 * pairs - 1) / (2 * pairs);
   int columns = 1;
   while (columns < units && columns < kMostColumns) columns *= 2;
   const int64_t heads = call.q.heads + call.k.heads;
@@ -190,7 +191,8 @@ inline bool norm_wide(const Call& call, const Norms& norms) {
   bool fits = wide<T>(call) && call.num_pairs % kVector == 0 &&
               (call.head_dim - 2 * call.num_pairs) % (2 * kVector) == 0 &&
               call.head_dim <= 2 * kVector * kMostColumns;
-  for (const Norm* norm : {&norms.q, &norms.k}) fits = fits && reinterpret_cast<uintptr_t>(norm->weight) % 16 == 0;
+  for (const Norm* norm : {&norms.q, &norms.k})
+    fits = fits && reinterpret_cast<uintptr_t>(norm->weight) % 16 == 0;
   return fits;
 }
 
@@ -207,7 +209,8 @@ int choose_norm(const Call& call, const Norms& norms, Launch& launch) {
   if (tokens == 0 || call.head_dim == 0) return kDone;
   if (tokens > 0x7fffffff || call.interleaved_in != call.interleaved_out) return kUnsupported;
   for (const Norm* norm : {&norms.q, &norms.k}) {
-    if (norm->weight && norm->weight_dtype != kFloat32 && norm->weight_dtype != call.dtype) return kUnsupported;
+    if (norm->weight && norm->weight_dtype != kFloat32 && norm->weight_dtype != call.dtype)
+      return kUnsupported;
   }
   const bool interleaved = call.interleaved_in != 0;
   switch (call.dtype) {

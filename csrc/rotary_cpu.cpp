@@ -201,7 +201,6 @@ ROPE_EXPORT int rope_dist_cpu_rotary(const rope::Call* call, int64_t threads) {
   const int64_t bytes = tokens * (call->q.heads + call->k.heads) * call->head_dim * size_of(call->dtype);
   if (bytes == 0) return kDone;
   if (threads > bytes / kBytesAThread) threads = bytes / kBytesAThread;
-  return run_threads(
-      tokens, threads, 2 * kBlock * call->num_pairs * compute_size_of(call->dtype),
-      [=](int64_t first, int64_t last, void* scratch) { range(*call, first, last, scratch); });
+  return run_threads(tokens, threads, 2 * kBlock * call->num_pairs * compute_size_of(call->dtype),
+                     [=](int64_t first, int64_t last, void* scratch) { range(*call, first, last, scratch); });
 }

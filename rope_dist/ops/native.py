@@ -142,18 +142,33 @@ class Native(Backend):
         return _launch(q, k, q_out, k_out, None, angles, q_bias, k_bias, None, threads)
 
     def norm_rotate(  # noqa: PLR0913
-        self, q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=None, threads: int | None = None
+        self,
+        q,
+        k,
+        q_out,
+        k_out,
+        norms,
+        angles,
+        q_bias=None,
+        k_bias=None,
+        rstds=None,
+        threads: int | None = None,
     ):
         """As :meth:`Backend.norm_rotate`; ``threads`` as in :meth:`rotate`."""
         return _launch(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds, threads)
 
-    def norm_rotate_backward(  # noqa: PLR0913
+    def norm_rotate_backward(
         self, grads, heads, rstds, norms, angles, q_bias=None, k_bias=None, threads: int | None = None
     ):
         """As :meth:`Backend.norm_rotate_backward`: on a CPU in one pass, by the reference on a GPU."""
         q, k = heads
-        grads = [grad if x is None or grad is not None else torch.zeros_like(x) for grad, x in zip(grads, heads, strict=True)]
-        if not q.is_cpu or any(x is not None and grad.dtype != x.dtype for grad, x in zip(grads, heads, strict=True)):
+        grads = [
+            grad if x is None or grad is not None else torch.zeros_like(x)
+            for grad, x in zip(grads, heads, strict=True)
+        ]
+        if not q.is_cpu or any(
+            x is not None and grad.dtype != x.dtype for grad, x in zip(grads, heads, strict=True)
+        ):
             return super().norm_rotate_backward(grads, heads, rstds, norms, angles, q_bias, k_bias)
         found = [x.new_empty(x.shape) if x is not None else None for x in heads]
         weights = [
@@ -186,7 +201,7 @@ class Native(Backend):
 def _launch(  # noqa: PLR0913
     q, k, q_out, k_out, norms: Norms | None, angles: Angles, q_bias, k_bias, rstds, threads: int | None
 ) -> Launch | None:
-    """Launch the library, with ``norms`` or without; what :meth:`Backend.rotate` and :meth:`Backend.norm_rotate` return."""
+    """Launch the library, with norms or without; returns what :meth:`Backend.rotate` does."""
     if q.numel() == 0 and (k is None or k.numel() == 0):
         return None
     ready = _ready(q, angles)
@@ -276,7 +291,7 @@ def packed_launch(heads: tuple[torch.Tensor | None, ...], angles: Angles, thread
 def packed_norm_launch(
     heads: tuple[torch.Tensor | None, ...], norms: Norms, angles: Angles, threads: int | None
 ) -> Launch:
-    """As :func:`packed_launch` with norms; the last argument of what it returns are tensors for the reciprocal norms."""
+    """As :func:`packed_launch` with norms; what it returns takes tensors for the reciprocal norms last."""
     pack, pack_norms, q = packing(heads, angles), norm_packing(heads, norms), present(heads[0])
     launch = _launcher("norm_rotary", q.device, threads)
 

@@ -28,7 +28,8 @@ struct OnHost {
     const rope::Shape shape = rope::norm_shape(call, N);
     for (int64_t token = 0; token < call.batch * call.length; ++token) {
       std::vector<rope::NormThread<T, Interleaved, N>> row;
-      for (int column = 0; column < shape.columns; ++column) row.emplace_back(call, norms, token, column, shape.columns);
+      for (int column = 0; column < shape.columns; ++column)
+        row.emplace_back(call, norms, token, column, shape.columns);
       for (int which = 0; which < 2; ++which) {
         const rope::Heads& x = which == 0 ? call.q : call.k;
         const rope::Norm& norm = which == 0 ? norms.q : norms.k;

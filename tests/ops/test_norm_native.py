@@ -20,7 +20,14 @@ pytestmark = pytest.mark.skipif(
 SIXTEEN = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *SIXTEEN)
 # Head size, rotated pairs, heads of queries and keys.
-SIZES = ((64, 32, (4, 2)), (80, 40, (3, 1)), (96, 24, (2, 2)), (128, 64, (16, 8)), (256, 64, (9, 1)), (34, 17, (2, 1)))
+SIZES = (
+    (64, 32, (4, 2)),
+    (80, 40, (3, 1)),
+    (96, 24, (2, 2)),
+    (128, 64, (16, 8)),
+    (256, 64, (9, 1)),
+    (34, 17, (2, 1)),
+)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 EPS = 1e-6
 
@@ -130,7 +137,7 @@ def test_has_the_values_of_float64_in_every_layout_in_place_or_not(dtype, kind, 
 
 
 @pytest.mark.parametrize("kind", ["head", "joint"])
-@pytest.mark.parametrize("dim, half", [(64, 32), (80, 40), (128, 64), (256, 128)])
+@pytest.mark.parametrize(("dim", "half"), [(64, 32), (80, 40), (128, 64), (256, 128)])
 def test_is_as_near_to_float64_as_the_reference(dim, half, kind):
     q, k = (random(2, 33, n, dim, seed=n) for n in (4, 2))
     angles, norms = Angles(*tables(33, half)), Norms(*weights(kind, (4, 2), dim, torch.float32), EPS)
@@ -198,7 +205,9 @@ def test_infinite_huge_tiny_and_nan(dtype, norm_after):
     expected = reference_norm.norm_rotate_tokens(q, None, norms, angles)[0]
     assert torch.equal(outs[0].isfinite(), expected.isfinite())
     finite = expected.isfinite()
-    torch.testing.assert_close(outs[0][finite], expected[finite], rtol=1e-2 if dtype in SIXTEEN else 1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        outs[0][finite], expected[finite], rtol=1e-2 if dtype in SIXTEEN else 1e-6, atol=1e-6
+    )
     assert outs[0][0, 0, 0].isnan().all()
     if dtype != torch.float16 and not norm_after:
         # The squares' sum is beyond float32: nothing is left of the head, as in stock's norm.
@@ -220,7 +229,10 @@ def test_tokens_without_a_row_are_normalised_only(dtype):
     norms = Norms(*weights("head", (3, 1), 32, dtype), EPS)
     inv_freq_q64 = fixed_point.to_fixed_point(1.0 / 10000.0 ** (torch.arange(16) / 16))
     bounds = torch.tensor([2, 5, 7])
-    for source in (Angles(*tables(2, 16), cu_seqlens=bounds), Angles(inv_freq_q64=inv_freq_q64, cu_seqlens=bounds)):
+    for source in (
+        Angles(*tables(2, 16), cu_seqlens=bounds),
+        Angles(inv_freq_q64=inv_freq_q64, cu_seqlens=bounds),
+    ):
         outs = torch.empty_like(q), torch.empty_like(k)
         NATIVE.norm_rotate(q, k, *outs, norms, source)
         for out, right in zip(outs, reference_norm.norm_rotate_tokens(q, k, norms, source), strict=False):
@@ -286,7 +298,15 @@ def threads_on_host(tmp_path_factory):
     if nvcc is None:
         pytest.skip("no nvcc: the GPU kernel's threads cannot be compiled for the host")
     target = tmp_path_factory.mktemp("host") / "libhost.so"
-    flags = ["-std=c++17", "-O1", "-fmad=false", "-Xcompiler", "-fPIC,-ffp-contract=off", "-shared", "-arch=sm_90"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fmad=false",
+        "-Xcompiler",
+        "-fPIC,-ffp-contract=off",
+        "-shared",
+        "-arch=sm_90",
+    ]
     source = ROOT / "tests/helpers/norm_threads_on_host.cu"
     subprocess.run([nvcc, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)], check=True)
     run = ctypes.CDLL(str(target)).rope_dist_cpu_norm_rotary
@@ -305,7 +325,9 @@ def threads_on_host(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
 def test_the_gpu_kernels_threads_do_what_float64_does(threads_on_host, dtype, kind, norm_after):
     for dim, half, counts in (*SIZES, (600, 256, (2, 1)), (40, 4, (3, 2)), (33, 4, (2, 1)), (8, 0, (1, 1))):
-        for layout, interleaved in (("BSHD", dim > 128), ("BHSD", False), ("slice", True))[dim in (96, 256) :]:
+        for layout, interleaved in (("BSHD", dim > 128), ("BHSD", False), ("slice", True))[
+            dim in (96, 256) :
+        ]:
             angles = Angles(*tables(3, half), interleaved=interleaved)
             wide_weight = torch.float32 if layout == "BHSD" else dtype
             norms = Norms(*weights(kind, counts, dim, wide_weight), EPS, 1.0, norm_after)
@@ -334,7 +356,10 @@ def test_the_gpu_kernels_threads_leave_tokens_of_no_sequence_unrotated(threads_o
     norms = Norms(*weights("head", (3, 1), 32, torch.float32), EPS)
     inv_freq_q64 = fixed_point.to_fixed_point(1.0 / 10000.0 ** (torch.arange(16) / 16))
     bounds = torch.tensor([2, 5, 7])
-    for source in (Angles(*tables(2, 16), cu_seqlens=bounds), Angles(inv_freq_q64=inv_freq_q64, cu_seqlens=bounds)):
+    for source in (
+        Angles(*tables(2, 16), cu_seqlens=bounds),
+        Angles(inv_freq_q64=inv_freq_q64, cu_seqlens=bounds),
+    ):
         outs = torch.empty_like(q), torch.empty_like(k)
         assert threads_on_host(q, k, *outs, norms, source) == 0
         for out, right in zip(outs, reference_norm.norm_rotate_tokens(q, k, norms, source), strict=False):
@@ -344,7 +369,10 @@ def test_the_gpu_kernels_threads_leave_tokens_of_no_sequence_unrotated(threads_o
 def test_the_gpu_kernel_takes_weights_of_two_types(threads_on_host):
     q = random(1, 3, 2, 32, dtype=torch.bfloat16)
     for dtype, status in ((torch.bfloat16, 0), (torch.float32, 0), (torch.float16, -1), (torch.float64, -1)):
-        assert threads_on_host(q, None, q, None, Norms(random(32, dtype=dtype)), Angles(*tables(3, 16))) == status
+        assert (
+            threads_on_host(q, None, q, None, Norms(random(32, dtype=dtype)), Angles(*tables(3, 16)))
+            == status
+        )
 
 
 @pytest.mark.skipif(isinstance(native.load("cuda"), str), reason="no native CUDA library")
@@ -353,5 +381,8 @@ def test_the_cuda_library_refuses_where_cuda_is_absent():
         pytest.skip("there is CUDA")
     q, angles, norms = random(1, 3, 2, 32), Angles(*tables(3, 16)), Norms(random(32))
     tensors = (q, None, q, None)
-    structs = native.packing(tensors, angles)(*tensors, angles), native.norm_packing(tensors, norms)(norms, (None, None))
+    structs = (
+        native.packing(tensors, angles)(*tensors, angles),
+        native.norm_packing(tensors, norms)(norms, (None, None)),
+    )
     assert native.load("cuda").library.rope_dist_cuda_norm_rotary(*structs, 0) > 0
