@@ -29,7 +29,7 @@ ROPE_INLINE float from_bits(uint32_t bits) {
 // branches, and in 32-bit lanes throughout; to nearest, ties to even, and NaN stays NaN.
 //
 // A bfloat16 is rounded without a look at NaN: the NaN of an operation has the payload of an operand or none, and
-// bfloat16 heads, biases and the tables (see table_row in cpu_angles.h) have none in the lower 16 bits, so rounding adds nothing.
+// bfloat16 heads, biases and the tables (see cpu_angles.h) have none in the lower 16 bits, so rounding adds nothing.
 ROPE_INLINE uint32_t round_bfloat16(float value) {
   const uint32_t bits = bits_of(value);
   return bits + 0x7fffu + ((bits >> 16) & 1u);

@@ -1,4 +1,4 @@
-// What one GPU thread does for norm + rotary, in two steps: begin() gives its part of the sum of squares, and end() takes
+// What one GPU thread does for norm + rotary, in two steps: begin() gives its part of the sum of squares, end() takes
 // the reciprocal norm. The sum is made between, by shuffles on a GPU, by a loop in the tests: they run the same steps
 // for the threads of a block one after the other. What it is given stays in registers meanwhile.
 //
