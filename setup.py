@@ -30,11 +30,16 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 HEADERS = ["csrc/rotary.h", "csrc/launch.h"]
-CPU = Extension("rope_dist._native.librope_dist_cpu", ["csrc/rotary_cpu.cpp"], depends=HEADERS, optional=True)
+CPU = Extension(
+    "rope_dist._native.librope_dist_cpu",
+    ["csrc/rotary_cpu.cpp", "csrc/norm_rotary_cpu.cpp", "csrc/norm_backward_cpu.cpp"],
+    depends=[*HEADERS, "csrc/cpu_types.h", "csrc/cpu_angles.h", "csrc/cpu_tokens.h", "csrc/norm_cpu.h"],
+    optional=True,
+)
 CUDA = Extension(
     "rope_dist._native.librope_dist_cuda",
-    ["csrc/rotary_cuda.cu"],
-    depends=[*HEADERS, "csrc/rotary_threads.h"],
+    ["csrc/rotary_cuda.cu", "csrc/norm_rotary_cuda.cu"],
+    depends=[*HEADERS, "csrc/rotary_threads.h", "csrc/norm_rotary_threads.h"],
     optional=True,
 )
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")

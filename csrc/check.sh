@@ -27,7 +27,7 @@ else
   done
   "$nvcc" -std=c++17 -O3 -fmad=false -shared -Werror all-warnings -Xptxas -warn-spills -Xptxas -Werror \
     -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas --threads 0 "${codes[@]}" \
-    csrc/rotary_cuda.cu -o "$work/cuda.so" || fail "CUDA sources: warnings or spills"
+    csrc/rotary_cuda.cu csrc/norm_rotary_cuda.cu -o "$work/cuda.so" || fail "CUDA sources: warnings or spills"
   pass "CUDA sources for ${ROPE_DIST_CUDA_ARCHS:-80 90 100 120}, no warning, no spill"
 
   cuobjdump=$(command -v cuobjdump || "$PYTHON" -c '
@@ -40,16 +40,17 @@ print(path if path and path.exists() else "")' || true)
   else
     "$cuobjdump" -sass "$work/cuda.so" >"$work/sass" 2>/dev/null
     # Without a bias, with aligned rows: N is 8 for 16-bit types and 4 for float32. Halves to halves take two heads at a
-    # time, interleaved pairs to halves one.
+    # time, interleaved pairs to halves one. With a norm a head has two runs of 16 bytes in either order.
     awk '
       function is(order) {
-        return name ~ "rotary_kernel(I13__nv_bfloat16" order "ELi8E|I6__half" order "ELi8E|If" order "ELi4E)Lb0E"
+        return name ~ "13rotary_kernel(I13__nv_bfloat16" order "ELi8E|I6__half" order "ELi8E|If" order "ELi4E)Lb0E"
       }
-      /Function :/ { name = $3; least = is("Lb0ELb0") ? 4 : is("Lb1ELb0") ? 2 : 0
+      /Function :/ { name = $3
+                     least = is("Lb0ELb0") ? 4 : is("Lb1ELb0") ? 2 : name ~ "11norm_kernel.*ELi[48]E" ? 2 : 0
                      if (least) { kernels++; needed += least } }
       least && /LDG\.E\.128/ { loads++ }
       least && /STG\.E\.128/ { stores++ }
-      END { exit !(kernels >= 6 && loads >= needed && stores >= needed) }
+      END { exit !(kernels >= 12 && loads >= needed && stores >= needed) }
     ' "$work/sass" || fail "16-byte accesses"
     pass "16-byte loads and stores (LDG.E.128, STG.E.128) in the main kernels"
   fi
@@ -67,7 +68,7 @@ compiler=${CXX:-g++}
 if ! command -v "${compiler%% *}" >/dev/null; then
   skip "sanitizers" "no $compiler"
 elif ! $compiler -std=c++17 -O1 -g -fPIC -shared -pthread -ffp-contract=off -fno-tree-slp-vectorize -DROPE_NO_CLONES \
-  -fsanitize=address,undefined -fno-sanitize-recover=all csrc/rotary_cpu.cpp \
+  -fsanitize=address,undefined -fno-sanitize-recover=all csrc/*_cpu.cpp \
   -o "$work/librope_dist_cpu.so" 2>"$work/errors"; then
   skip "sanitizers" "$compiler has none: $(head -n 1 "$work/errors")"
 else
@@ -75,7 +76,7 @@ else
   runtime="$asan $($compiler -print-file-name=libstdc++.so)"
   # Python's own allocations at exit are no leaks of this library.
   LD_PRELOAD="$runtime" ASAN_OPTIONS=detect_leaks=0 ROPE_DIST_NATIVE_DIR="$work" \
-    "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_native.py \
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_native.py tests/ops/test_norm_native.py \
     -k "not gpu and not cuda and not missing and not compiles" || fail "sanitizers"
   pass "the tests of the CPU library under AddressSanitizer and UndefinedBehaviorSanitizer"
 fi

@@ -1,4 +1,4 @@
-// What the launchers of rotary_cpu.cpp and rotary_cuda.cu take: one struct of raw pointers and strides.
+// What the launchers of csrc take: structs of raw pointers and strides, one for the rotation and one for norms with it.
 //
 // Every field is eight bytes wide, in the order in which rope_dist/ops/native.py packs them. Strides count
 // elements; the innermost stride of q and k is 1. Change the layout or a meaning and ROPE_ABI changes with it.
@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#define ROPE_ABI 3
+#define ROPE_ABI 4
 
 #if defined(_WIN32)
 #define ROPE_EXPORT extern "C" __declspec(dllexport)
@@ -46,7 +46,7 @@ struct Call {
   const void* sin;
   int64_t sin_b, sin_s;
   int64_t rows;
-  // Instead of tables, CUDA only: fixed-point frequencies [2, num_pairs] and the factor on cosine and sine.
+  // Instead of tables, not for float64 heads: fixed-point frequencies [2, num_pairs] and the factor on cosine and sine.
   const int32_t* inv_freq_q64;
   double scaling;
   // Position of a token: as given; else its index in its sequence, plus offset and its sequence's offsets. A
@@ -59,8 +59,35 @@ struct Call {
   int64_t offset;
 };
 
+// The RMS norm of queries or keys: x / sqrt(mean(x^2) + eps) * (weight + weight_offset).
+struct Norm {
+  const void* weight;  // [head_dim], or [heads * head_dim] if joint; null: as one of ones, without the offset
+  int64_t weight_dtype;  // any on a CPU; float32 or that of the heads on a GPU
+  int64_t joint;         // all heads of a token together, not each by itself
+  void* rstd;  // [batch, length, heads or 1], the reciprocal norms, float64 for float64 heads and float32
+               // otherwise: written, and read by the backward pass; or null
+};
+
+struct Norms {
+  Norm q, k;
+  double eps, weight_offset;
+  int64_t after;  // the norm follows the rotation
+};
+
+// The backward pass, CPU only: of a Call whose in are the heads before the norm and whose out are their gradients.
+struct Gradient {
+  const void* in;  // gradient of the normalised and rotated heads, with these strides
+  int64_t in_b, in_s, in_h;
+  double* weight;  // gradient of the norm's weight; or null
+};
+
+struct Gradients {
+  Gradient q, k;
+};
+
 static_assert(sizeof(void*) == 8, "the launchers are for 64-bit systems");
-static_assert(sizeof(Call) == 8 * 44, "a field is not eight bytes wide");
+static_assert(sizeof(Call) == 8 * 44 && sizeof(Norms) == 8 * 11 && sizeof(Gradients) == 8 * 10,
+              "a field is not eight bytes wide");
 
 // Of a token in no sequence; all others are within 32 bits.
 constexpr int64_t kNowhere = INT64_MIN;

@@ -11,6 +11,11 @@
 #include "launch.h"
 #include "rotary.h"
 
+// The tests define it to see whether an access is aligned, without which a GPU faults.
+#if !defined(ROPE_ON_ACCESS)
+#define ROPE_ON_ACCESS(address, bytes)
+#endif
+
 namespace rope {
 
 ROPE_INLINE float to_float(float x) { return x; }
@@ -54,13 +59,14 @@ ROPE_INLINE void store_whole(void* to, const Type& word) {
   *static_cast<Type*>(to) = word;
 }
 
-// N elements from x on, as float32, in accesses of at most 16 bytes.
-template <int N, typename T>
+// N elements from x on, as float32, in accesses of at most 16 bytes and that many elements: x is aligned to those.
+template <int N, int Most = N, typename T>
 ROPE_INLINE void load_some(const T* x, float* out) {
-  constexpr int kSize = static_cast<int>(sizeof(T)), kCount = N * kSize > 16 ? 16 / kSize : N;
+  constexpr int kSize = static_cast<int>(sizeof(T)), kCount = Most * kSize > 16 ? 16 / kSize : Most;
   using Type = typename Access<kCount * kSize>::type;
 #pragma unroll
   for (int i = 0; i < N; i += kCount) {
+    ROPE_ON_ACCESS(x + i, sizeof(Type));
     const Type word = *reinterpret_cast<const Type*>(x + i);
     T part[kCount];
     memcpy(part, &word, sizeof word);
@@ -69,9 +75,9 @@ ROPE_INLINE void load_some(const T* x, float* out) {
   }
 }
 
-template <int N, typename T>
+template <int N, int Most = N, typename T>
 ROPE_INLINE void store_some(T* x, const float* values) {
-  constexpr int kSize = static_cast<int>(sizeof(T)), kCount = N * kSize > 16 ? 16 / kSize : N;
+  constexpr int kSize = static_cast<int>(sizeof(T)), kCount = Most * kSize > 16 ? 16 / kSize : Most;
   using Type = typename Access<kCount * kSize>::type;
 #pragma unroll
   for (int i = 0; i < N; i += kCount) {
@@ -80,6 +86,7 @@ ROPE_INLINE void store_some(T* x, const float* values) {
     for (int j = 0; j < kCount; ++j) round_to(values[i + j], part[j]);
     Type word;
     memcpy(&word, part, sizeof word);
+    ROPE_ON_ACCESS(x + i, sizeof(Type));
     store_whole(x + i, word);
   }
 }
@@ -125,9 +132,11 @@ ROPE_INLINE void angles_of(const Call& call, int64_t b, int64_t position, int64_
 template <typename T, bool In, bool Out, int N>
 ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, int64_t num_pairs,
                              const float* cos, const float* sin) {
+  // Heads that are not aligned have N 1, and then a pair of neighbours may not be aligned to its size.
+  constexpr int kMost = N == 1 ? 1 : 2 * N;
   float x[2 * N], y[2 * N];
   if (In) {
-    load_some<2 * N>(in + 2 * pair, x);
+    load_some<2 * N, kMost>(in + 2 * pair, x);
   } else {
     load_some<N>(in + pair, x);
     load_some<N>(in + num_pairs + pair, x + N);
@@ -145,7 +154,7 @@ ROPE_INLINE void rotate_some(const T* in, T* out, const T* bias, int64_t pair, i
            y[Out ? 2 * i + 1 : N + i]);
   }
   if (Out) {
-    store_some<2 * N>(out + 2 * pair, y);
+    store_some<2 * N, kMost>(out + 2 * pair, y);
   } else {
     store_some<N>(out + pair, y);
     store_some<N>(out + num_pairs + pair, y + N);

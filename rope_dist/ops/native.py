@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from . import fixed_point, reference
-from .arguments import Angles, present
+from .arguments import Angles, Norms, is_joint, present
 from .backend import Backend, Launch, NotBuilt
 
-ABI = 3
+ABI = 4
 FOLDER = Path(os.environ.get("ROPE_DIST_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native")
 """Where the libraries are; the variable names another folder, such as one of a build with sanitizers."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -31,6 +31,9 @@ CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # One format for rope::Call: eight sizes, ten numbers each for q and k, the tables, the fixed-point
 # frequencies with their factor, the positions. Packing takes a tenth of filling a ctypes.Structure.
 _CALL = struct.Struct("=8q 10q 10q 7q q d 7q")
+# rope::Norms: four numbers each for q and k, eps, weight_offset and the order.
+_NORMS = struct.Struct("=4q 4q 2d q")
+_GRADIENTS = struct.Struct("=5q 5q")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def load(name: str) -> Built | str:
         abi = getattr(library, f"rope_dist_{name}_abi")()
         describe = getattr(library, f"rope_dist_{name}_build")
         rotary = getattr(library, f"rope_dist_{name}_rotary")
+        norm_rotary = getattr(library, f"rope_dist_{name}_norm_rotary")
     except (OSError, AttributeError) as error:
         return f"{path.name} does not load: {' '.join(str(error).split())}"
     if abi != ABI:
@@ -66,6 +70,9 @@ def load(name: str) -> Built | str:
     describe.restype = ctypes.c_char_p
     # The stream of CUDA is a pointer, the CPU's number of threads an integer: both are 64 bits wide.
     rotary.argtypes = (ctypes.c_char_p, ctypes.c_int64)
+    norm_rotary.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
+    if name == "cpu":
+        library.rope_dist_cpu_norm_rotary_backward.argtypes = (*(ctypes.c_char_p,) * 3, ctypes.c_int64)
     architectures: tuple[int, ...] = ()
     if name == "cuda":
         library.rope_dist_cuda_error.restype = ctypes.c_char_p
@@ -113,7 +120,7 @@ def missing_architecture(device: int) -> str | None:
 
 
 class Native(Backend):
-    """Rotates CPU tensors, and CUDA tensors where there is no Triton; it does not project."""
+    """Rotates CPU tensors, and CUDA tensors where there is no Triton, with norms or not; it does not project."""
 
     name = "native"
 
@@ -132,36 +139,117 @@ class Native(Backend):
         Raises:
             RuntimeError: the launch failed.
         """
-        if q.numel() == 0 and (k is None or k.numel() == 0):
-            return None
-        ready = _ready(q, angles)
-        sources = [_inner(q), _inner(k) if k is not None else None]
-        # A target that has no unit inner stride is written by way of one that has.
-        targets = [
-            source if out is x and source is not x else (_inner(out) if out is not None else None)
-            for x, source, out in zip((q, k), sources, (q_out, k_out), strict=True)
+        return _launch(q, k, q_out, k_out, None, angles, q_bias, k_bias, None, threads)
+
+    def norm_rotate(  # noqa: PLR0913
+        self,
+        q,
+        k,
+        q_out,
+        k_out,
+        norms,
+        angles,
+        q_bias=None,
+        k_bias=None,
+        rstds=None,
+        threads: int | None = None,
+    ):
+        """As :meth:`Backend.norm_rotate`; ``threads`` as in :meth:`rotate`."""
+        return _launch(q, k, q_out, k_out, norms, angles, q_bias, k_bias, rstds, threads)
+
+    def norm_rotate_backward(
+        self, grads, heads, rstds, norms, angles, q_bias=None, k_bias=None, threads: int | None = None
+    ):
+        """As :meth:`Backend.norm_rotate_backward`: on a CPU in one pass, by the reference on a GPU."""
+        q, k = heads
+        grads = [
+            grad if x is None or grad is not None else torch.zeros_like(x)
+            for grad, x in zip(grads, heads, strict=True)
         ]
-        biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
-        again = packed_launch((*sources, *targets), ready, threads)
-        again(*sources, *targets, ready, *biases)
-        for out, target in zip((q_out, k_out), targets, strict=True):
-            if target is not None and target is not out:
-                out.copy_(target)
-        given = (q, k, q_out, k_out, *angles.tensors(), q_bias, k_bias)
-        used = (*sources, *targets, *ready.tensors(), *biases)
-        return again if all(a is b for a, b in zip(given, used, strict=True)) else None
+        if not q.is_cpu or any(
+            x is not None and grad.dtype != x.dtype for grad, x in zip(grads, heads, strict=True)
+        ):
+            return super().norm_rotate_backward(grads, heads, rstds, norms, angles, q_bias, k_bias)
+        found = [x.new_empty(x.shape) if x is not None else None for x in heads]
+        weights = [
+            torch.zeros(weight.shape, dtype=torch.float64) if weight is not None and x is not None else None
+            for weight, x in zip(norms.weights(), heads, strict=True)
+        ]
+        if q.numel() or (k is not None and k.numel()):
+            sources = [_inner(x) if x is not None else None for x in heads]
+            grads = [_inner(grad) if x is not None else None for grad, x in zip(grads, heads, strict=True)]
+            biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
+            rstds = [
+                rstd.to(reference.compute_dtype(q)).contiguous() if x is not None else None
+                for rstd, x in zip(rstds, heads, strict=True)
+            ]
+            ready, whole = _ready(q, angles), _ready_norms(q, norms)
+            tensors = (*sources, *found)
+            structs = (
+                packing(tensors, ready)(*tensors, ready, *biases),
+                norm_packing(tensors, whole)(whole, rstds),
+                _gradients(grads, weights),
+            )
+            _launcher("norm_rotary_backward", q.device, threads)(*structs)
+        of_weights = [
+            found.to(weight.dtype) if found is not None else None
+            for found, weight in zip(weights, norms.weights(), strict=True)
+        ]
+        return (*found, *of_weights)
+
+
+def _launch(  # noqa: PLR0913
+    q, k, q_out, k_out, norms: Norms | None, angles: Angles, q_bias, k_bias, rstds, threads: int | None
+) -> Launch | None:
+    """Launch the library, with norms or without; returns what :meth:`Backend.rotate` does."""
+    if q.numel() == 0 and (k is None or k.numel() == 0):
+        return None
+    ready = _ready(q, angles)
+    sources = [_inner(q), _inner(k) if k is not None else None]
+    # A target that has no unit inner stride is written by way of one that has.
+    targets = [
+        source if out is x and source is not x else (_inner(out) if out is not None else None)
+        for x, source, out in zip((q, k), sources, (q_out, k_out), strict=True)
+    ]
+    biases = [bias.contiguous() if bias is not None else None for bias in (q_bias, k_bias)]
+    given = (q, k, q_out, k_out, *angles.tensors(), q_bias, k_bias)
+    used = (*sources, *targets, *ready.tensors(), *biases)
+    heads = (*sources, *targets)
+    if norms is None:
+        again: Launch = packed_launch(heads, ready, threads)
+        again(*heads, ready, *biases)
+    else:
+        whole = _ready_norms(q, norms)
+        again = packed_norm_launch(heads, whole, ready, threads)
+        again(*heads, whole, ready, *biases, rstds)
+        given, used = (*given, *norms.weights()), (*used, *whole.weights())
+    for out, target in zip((q_out, k_out), targets, strict=True):
+        if target is not None and target is not out:
+            out.copy_(target)
+    return again if all(a is b for a, b in zip(given, used, strict=True)) else None
+
+
+def _ready_norms(q: torch.Tensor, norms: Norms) -> Norms:
+    """``norms`` whose weights are contiguous and, for CUDA, float32 or of the type of the heads."""
+    weights = [
+        weight
+        if weight is None
+        else (weight if q.is_cpu or weight.dtype in (q.dtype, torch.float32) else weight.float()).contiguous()
+        for weight in norms.weights()
+    ]
+    return norms._replace(q_weight=weights[0], k_weight=weights[1])
 
 
 def _ready(q: torch.Tensor, angles: Angles) -> Angles:
     """``angles`` as the libraries take them: float32 tables (float64 for such heads), int64 positions and bounds.
 
-    The CUDA kernel makes tables from ``inv_freq_q64`` itself. For the CPU they are made here, in float64 as the
-    reference does: they are small beside the heads.
+    The libraries make cosines and sines from ``inv_freq_q64`` themselves, but for float64 heads, whose tables are made
+    here as the reference makes them.
     """
     angles = reference.with_tables(angles, q)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     cos, sin, inv_freq_q64, positions, cu_seqlens, seqlen_offsets = angles.tensors()
-    if inv_freq_q64 is not None and q.is_cpu:
+    if inv_freq_q64 is not None and q.dtype == torch.float64:
         at = reference.token_positions(angles, q.shape[0], q.shape[1], q.device)
         cos, sin = fixed_point.tables(inv_freq_q64, at, angles.scaling, dtype)
         positions = None
@@ -193,24 +281,45 @@ def packed_launch(heads: tuple[torch.Tensor | None, ...], angles: Angles, thread
     All but their pointers is packed beforehand.
     """
     pack, q = packing(heads, angles), present(heads[0])
-    device, index = q.device.type, q.device.index
-    library = _built(device).library
-    if device == "cpu":
-        cpu = library.rope_dist_cpu_rotary
+    launch = _launcher("rotary", q.device, threads)
 
-        def on_cpu(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
-            status = cpu(pack(q, k, q_out, k_out, angles, q_bias, k_bias), threads or torch.get_num_threads())
+    def again(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
+        launch(pack(q, k, q_out, k_out, angles, q_bias, k_bias))
+
+    return again
+
+
+def packed_norm_launch(
+    heads: tuple[torch.Tensor | None, ...], norms: Norms, angles: Angles, threads: int | None
+) -> Launch:
+    """As :func:`packed_launch` with norms; what it returns takes tensors for the reciprocal norms last."""
+    pack, pack_norms, q = packing(heads, angles), norm_packing(heads, norms), present(heads[0])
+    launch = _launcher("norm_rotary", q.device, threads)
+
+    def again(q, k, q_out, k_out, norms, angles, q_bias=None, k_bias=None, rstds=(None, None)) -> None:
+        launch(pack(q, k, q_out, k_out, angles, q_bias, k_bias), pack_norms(norms, rstds or (None, None)))
+
+    return again
+
+
+def _launcher(name: str, device: torch.device, threads: int | None) -> Callable[..., None]:
+    """The library's function of that name for the device, which takes packed structs and raises if it fails."""
+    library = _built(device.type).library
+    function, index = getattr(library, f"rope_dist_{device.type}_{name}"), device.index
+    if device.type == "cpu":
+
+        def on_cpu(*structs: bytes) -> None:
+            status = function(*structs, threads or torch.get_num_threads())
             if status:
                 _fail({-1: "unsupported arguments", -2: "out of memory"}.get(status, ""))
 
         return on_cpu
 
-    def on_gpu(q, k, q_out, k_out, angles, q_bias=None, k_bias=None) -> None:
-        call = pack(q, k, q_out, k_out, angles, q_bias, k_bias)
+    def on_gpu(*structs: bytes) -> None:
         # A launch goes to the current device.
         current = torch.cuda.current_device() == index
         with contextlib.nullcontext() if current else torch.cuda.device(index):
-            status = library.rope_dist_cuda_rotary(call, torch._C._cuda_getCurrentRawStream(index))
+            status = function(*structs, torch._C._cuda_getCurrentRawStream(index))
         if status:
             _fail(library.rope_dist_cuda_error(status).decode())
 
@@ -250,6 +359,36 @@ def packing(heads: tuple[torch.Tensor | None, ...], angles: Angles) -> Callable[
         )  # fmt: skip
 
     return pack
+
+
+def norm_packing(heads: tuple[torch.Tensor | None, ...], norms: Norms) -> Callable[..., bytes]:
+    """As :func:`packing`, of ``rope::Norms``: a function of the norms and of two tensors for the reciprocal norms."""
+    # A weight of keys that are not there is not read.
+    kinds = [
+        (DTYPES[weight.dtype], is_joint(weight, x)) if weight is not None and x is not None else None
+        for weight, x in zip(norms.weights(), heads[:2], strict=True)
+    ]
+    numbers = norms[2:]
+
+    def pack(norms: Norms, rstds) -> bytes:
+        packed = []
+        for weight, kind, rstd in zip(norms[:2], kinds, rstds, strict=True):
+            packed += (0, 0, 0) if kind is None else (weight.data_ptr(), *kind)
+            packed.append(0 if rstd is None else rstd.data_ptr())
+        return _NORMS.pack(*packed, *numbers)
+
+    return pack
+
+
+def _gradients(grads, weights) -> bytes:
+    """``rope::Gradients`` of the gradients of queries and keys and of float64 tensors for those of the weights."""
+    numbers = [
+        (0, 0, 0, 0, 0)
+        if grad is None
+        else (grad.data_ptr(), *_strides(grad, 3), 0 if weight is None else weight.data_ptr())
+        for grad, weight in zip(grads, weights, strict=True)
+    ]
+    return _GRADIENTS.pack(*numbers[0], *numbers[1])
 
 
 def _inner(x: torch.Tensor) -> torch.Tensor:

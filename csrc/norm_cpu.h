@@ -1,0 +1,140 @@
+// What the forward and the backward pass of norm + rotary on a CPU share.
+#pragma once
+
+#include "cpu_tokens.h"
+
+#if defined(__GNUC__)
+#define ROPE_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define ROPE_INLINE_LAMBDA
+#endif
+
+namespace rope {
+
+// The sum of that many lanes, half of them added to the other half at a time.
+template <int64_t Count, typename Compute>
+ROPE_INLINE Compute folded(Compute* lanes) {
+  if constexpr (Count == 4) {
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  } else {
+    ROPE_VECTORIZE
+    for (int64_t i = 0; i < Count / 2; ++i) lanes[i] += lanes[i + Count / 2];
+    return folded<Count / 2>(lanes);
+  }
+}
+
+// The sum of value(i) for i in [0, count): lanes that the compiler can make vectors of, added in an order that does not
+// depend on how wide they are.
+template <typename Compute, typename Value>
+ROPE_INLINE Compute sum_of(int64_t count, const Value& value) {
+  constexpr int64_t kLanes = 128 / static_cast<int64_t>(sizeof(Compute));
+  Compute lanes[kLanes] = {};
+  int64_t start = 0;
+  for (; start + kLanes <= count; start += kLanes) {
+    ROPE_VECTORIZE
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += value(start + i);
+  }
+  for (int64_t i = 0; start + i < count; ++i) lanes[i] += value(start + i);
+  return folded<kLanes>(lanes);
+}
+
+// What a head's loops read of it, in the type that is computed in: the head itself, or wide (room for head_dim) with
+// it and its bias.
+template <typename T, typename Compute>
+ROPE_INLINE const Compute* widen(const T* in, const T* bias, int64_t head_dim, Compute* wide) {
+  if constexpr (sizeof(T) == sizeof(Compute)) {
+    if (!bias) return in;
+  }
+  if (bias) {
+    ROPE_VECTORIZE
+    for (int64_t i = 0; i < head_dim; ++i) wide[i] = load(in, i) + load(bias, i);
+  } else {
+    ROPE_VECTORIZE
+    for (int64_t i = 0; i < head_dim; ++i) wide[i] = load(in, i);
+  }
+  return wide;
+}
+
+// As widen(), and rotated if so wanted.
+template <typename T, bool Interleaved, bool Conjugate = false, typename Compute>
+ROPE_INLINE const Compute* read_head(const T* in, const T* bias, Compute* own, bool rotated,
+                                     const Compute* cos, const Compute* sin, int64_t num_pairs,
+                                     int64_t head_dim) {
+  const Compute* x = widen(in, bias, head_dim, own);
+  if (!rotated) return x;
+  ROPE_VECTORIZE
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
+    const Compute first = x[a], second = x[b];
+    rotate(first, second, cos[i], Conjugate ? -sin[i] : sin[i], own[a], own[b]);
+  }
+  if (x != own) {
+    for (int64_t i = 2 * num_pairs; i < head_dim; ++i) own[i] = x[i];
+  }
+  return own;
+}
+
+template <typename T, typename W, typename Compute>
+ROPE_INLINE void convert_weight(const W* weight, int64_t count, Compute offset, Compute* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Compute value = static_cast<Compute>(load(weight, i)) + offset;
+    // 16-bit heads are rounded without a look at NaN, see cpu_types.h.
+    out[i] = sizeof(T) != 2 || value == value ? value : static_cast<Compute>(from_bits(0x7fc00000u));
+  }
+}
+
+inline int64_t weights_of(const Call& call, const Heads& x, const Norm& norm) {
+  return norm.joint ? x.heads * call.head_dim : call.head_dim;
+}
+
+// The weight plus the offset, as the loops take it.
+template <typename T, typename Compute>
+ROPE_INLINE void prepare_weight(const Call& call, const Heads& x, const Norm& norm, double weight_offset,
+                                Compute* out) {
+  const int64_t count = weights_of(call, x, norm);
+  const Compute offset = static_cast<Compute>(weight_offset);
+  if (!norm.weight || x.heads == 0) {
+    for (int64_t i = 0; i < count; ++i) out[i] = 1;
+  } else if (norm.weight_dtype == kFloat32) {
+    convert_weight<T>(static_cast<const float*>(norm.weight), count, offset, out);
+  } else if (norm.weight_dtype == kFloat64) {
+    convert_weight<T>(static_cast<const double*>(norm.weight), count, offset, out);
+  } else if (norm.weight_dtype == kFloat16) {
+    convert_weight<T>(static_cast<const Half*>(norm.weight), count, offset, out);
+  } else {
+    convert_weight<T>(static_cast<const BFloat16*>(norm.weight), count, offset, out);
+  }
+}
+
+// Heads whose sums are made before the first is written, so that no head waits for its own root and division.
+constexpr int64_t kTogether = 8;
+
+// In which order the heads of a block are worked on: as they lie in memory, and a token's together if its norm is of
+// all.
+struct Order {
+  bool by_head;
+  int64_t outer, inner;
+  int64_t outer_step, inner_step;  // in elements of what is read
+  int64_t together;
+
+  Order(const Heads& x, bool joint, int64_t tokens)
+      : by_head(!joint && x.in_h > x.in_s),
+        outer(by_head ? x.heads : tokens),
+        inner(by_head ? tokens : x.heads),
+        outer_step(by_head ? x.in_h : x.in_s),
+        inner_step(by_head ? x.in_s : x.in_h),
+        together(joint ? x.heads : kTogether) {}
+
+  int64_t head(int64_t i, int64_t j) const { return by_head ? i : j; }
+  int64_t token(int64_t i, int64_t j) const { return by_head ? j : i; }
+};
+
+// The most heads of a call that are worked on together.
+inline int64_t together(const Call& call, const Norms& norms) {
+  int64_t most = kTogether;
+  if (norms.q.joint && call.q.heads > most) most = call.q.heads;
+  if (norms.k.joint && call.k.heads > most) most = call.k.heads;
+  return most;
+}
+
+}  // namespace rope

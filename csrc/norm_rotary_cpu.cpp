@@ -1,0 +1,143 @@
+// RMS norm and rotation on a CPU in one pass over memory; types, places and strides as in rotary_cpu.cpp.
+//
+// A head is read twice, the second time from the first cache: for the sum of its squares, and to be written.
+#include <initializer_list>
+
+#include "norm_cpu.h"
+
+namespace rope {
+namespace {
+
+// Normalises, scales and rotates, in the order of the reference.
+template <typename T, bool Interleaved, typename Compute>
+ROPE_INLINE void write_head(const Compute* x, T* out, const Compute* weight, Compute rstd, const Compute* cos,
+                            const Compute* sin, int64_t num_pairs, int64_t head_dim) {
+  ROPE_VECTORIZE
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    const int64_t a = first_of<Interleaved>(i), b = second_of<Interleaved>(i, num_pairs);
+    Compute first, second;
+    rotate(x[a] * rstd * weight[a], x[b] * rstd * weight[b], cos[i], sin[i], first, second);
+    store(out, a, first);
+    store(out, b, second);
+  }
+  ROPE_VECTORIZE
+  for (int64_t i = 2 * num_pairs; i < head_dim; ++i) store(out, i, x[i] * rstd * weight[i]);
+}
+
+template <typename T, bool Interleaved>
+ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, double epsilon, bool after,
+                            const typename ComputeOf<T>::type* weight,
+                            const Block<typename ComputeOf<T>::type>& block,
+                            typename ComputeOf<T>::type* wide) {
+  using Compute = typename ComputeOf<T>::type;
+  const int64_t head_dim = call.head_dim;
+  const T* in = static_cast<const T*>(x.in) + block.b * x.in_b + block.s * x.in_s;
+  T* out = static_cast<T*>(x.out) + block.b * x.out_b + block.s * x.out_s;
+  const T* bias = static_cast<const T*>(x.bias);
+  const int64_t each = norm.joint ? 1 : x.heads;
+  Compute* rstds = static_cast<Compute*>(norm.rstd);
+  if (rstds) rstds += (block.b * call.length + block.s) * each;
+  const Order order(x, norm.joint != 0, block.tokens);
+  const Compute eps = static_cast<Compute>(epsilon);
+  const Compute count = static_cast<Compute>(weights_of(call, x, norm));
+  const int64_t fit = kAhead / (head_dim * static_cast<int64_t>(sizeof(T)));
+  const int64_t ahead = fit < order.inner ? fit : order.inner;
+  for (int64_t i = 0; i < order.outer; ++i) {
+    for (int64_t j = 0; j < order.inner; j += order.together) {
+      const int64_t heads = order.inner - j < order.together ? order.inner - j : order.together;
+      Compute sums[kTogether] = {};
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t at = j + h + ahead, later = at < order.inner ? at : at - order.inner;
+        prefetch(in + (later < at ? i + 1 : i) * order.outer_step + later * order.inner_step, head_dim);
+        const int64_t head = order.head(i, j + h), token = order.token(i, j + h);
+        // A token without a row is normalised only.
+        const Compute* y = read_head<T, Interleaved>(
+            in + token * x.in_s + head * x.in_h, bias ? bias + head * head_dim : nullptr, wide + h * head_dim,
+            after, block.cos[token], block.sin[token], block.cos[token] ? call.num_pairs : 0, head_dim);
+        sums[norm.joint ? 0 : h] +=
+            sum_of<Compute>(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return y[p] * y[p]; });
+      }
+      for (int64_t h = 0; h < (norm.joint ? 1 : heads); ++h) sums[h] = 1 / std::sqrt(sums[h] / count + eps);
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t head = order.head(i, j + h), token = order.token(i, j + h);
+        const Compute* y = wide + h * head_dim;
+        if constexpr (sizeof(T) == sizeof(Compute)) {
+          if (!bias && !after) y = in + token * x.in_s + head * x.in_h;
+        }
+        const Compute rstd = sums[norm.joint ? 0 : h];
+        write_head<T, Interleaved>(
+            y, out + token * x.out_s + head * x.out_h, weight + (norm.joint ? head * head_dim : 0), rstd,
+            block.cos[token], block.sin[token], after || !block.cos[token] ? 0 : call.num_pairs, head_dim);
+        if (rstds && (!norm.joint || h == 0)) rstds[token * each + head] = rstd;
+      }
+    }
+  }
+}
+
+// Tokens [first, last) of batch * length.
+template <typename T, bool Interleaved>
+ROPE_INLINE void norm_tokens(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                             void* scratch) {
+  using Compute = typename ComputeOf<T>::type;
+  Compute* rows = static_cast<Compute*>(scratch);
+  Compute* q_weight = rows + 2 * kBlock * call.num_pairs;
+  Compute* k_weight = q_weight + weights_of(call, call.q, norms.q);
+  Compute* wide = k_weight + weights_of(call, call.k, norms.k);
+  prepare_weight<T>(call, call.q, norms.q, norms.weight_offset, q_weight);
+  prepare_weight<T>(call, call.k, norms.k, norms.weight_offset, k_weight);
+  Block<Compute> block;
+  for (; first < last; first += block.tokens) {
+    block_at<T>(call, first, last, false, rows, block);
+    for (bool keys : {false, true}) {
+      norm_block<T, Interleaved>(call, keys ? call.k : call.q, keys ? norms.k : norms.q, norms.eps,
+                                 norms.after != 0, keys ? k_weight : q_weight, block, wide);
+    }
+  }
+}
+
+template <typename T>
+ROPE_INLINE void norm_any(const Call& call, const Norms& norms, int64_t first, int64_t last, void* scratch) {
+  if (call.interleaved_in) {
+    norm_tokens<T, true>(call, norms, first, last, scratch);
+  } else {
+    norm_tokens<T, false>(call, norms, first, last, scratch);
+  }
+}
+
+ROPE_CLONES void norm_float32(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                              void* scratch) {
+  norm_any<float>(call, norms, first, last, scratch);
+}
+ROPE_CLONES void norm_float64(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                              void* scratch) {
+  norm_any<double>(call, norms, first, last, scratch);
+}
+ROPE_CLONES void norm_float16(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                              void* scratch) {
+  norm_any<Half>(call, norms, first, last, scratch);
+}
+ROPE_CLONES void norm_bfloat16(const Call& call, const Norms& norms, int64_t first, int64_t last,
+                               void* scratch) {
+  norm_any<BFloat16>(call, norms, first, last, scratch);
+}
+
+using Range = void (*)(const Call&, const Norms&, int64_t, int64_t, void*);
+
+}  // namespace
+}  // namespace rope
+
+// Normalises and rotates q and k, with at most that many threads, whose number changes no bit of the results.
+ROPE_EXPORT int rope_dist_cpu_norm_rotary(const rope::Call* call, const rope::Norms* norms, int64_t threads) {
+  using namespace rope;
+  static const Range ranges[] = {norm_float32, norm_float64, norm_float16, norm_bfloat16};
+  if (!supported(*call) || call->interleaved_in != call->interleaved_out) return kUnsupported;
+  const Range range = ranges[call->dtype];
+  const int64_t tokens = call->batch * call->length;
+  const int64_t bytes = tokens * (call->q.heads + call->k.heads) * call->head_dim * size_of(call->dtype);
+  if (bytes == 0) return kDone;
+  if (threads > bytes / kBytesAThread) threads = bytes / kBytesAThread;
+  const int64_t scratch = 2 * kBlock * call->num_pairs + weights_of(*call, call->q, norms->q) +
+                          weights_of(*call, call->k, norms->k) + together(*call, *norms) * call->head_dim;
+  return run_threads(tokens, threads, scratch * compute_size_of(call->dtype),
+                     [=](int64_t first, int64_t last, void* own) { range(*call, *norms, first, last, own); });
+}
