@@ -371,9 +371,9 @@ def norm_packing(heads: tuple[torch.Tensor | None, ...], norms: Norms) -> Callab
     numbers = norms[2:]
 
     def pack(norms: Norms, rstds) -> bytes:
-        packed = []
+        packed: list[int] = []
         for weight, kind, rstd in zip(norms[:2], kinds, rstds, strict=True):
-            packed += (0, 0, 0) if kind is None else (weight.data_ptr(), *kind)
+            packed += (0, 0, 0) if kind is None else (present(weight).data_ptr(), *kind)
             packed.append(0 if rstd is None else rstd.data_ptr())
         return _NORMS.pack(*packed, *numbers)
 
