@@ -223,17 +223,21 @@ def test_copies_and_pickles(name, ids, tmp_path):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_report(name):
-    model = model_of(name, dtype=torch.bfloat16)
+    model, x = model_of(name, dtype=torch.bfloat16), torch.empty(0, dtype=torch.bfloat16)
     assert {layer.path for layer in rope_dist.report(model)} == {"untouched"}
     enabled = rope_dist.enable(model)
     layers = enabled.report()
     assert [layer.name for layer in layers] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert layers[0].path == "rotary"
+    assert layers[0].path == (
+        "rotary" if name in TIER_A or ops.backend_for(x) == "reference" else "norm + rotary"
+    )
     with ops.use_backend("triton"):
         layers = enabled.report()
-    if name in TIER_B:
-        assert layers[0].path == "rotary"
-        assert layers[0].reason == "queries and keys are normalised before the rotation"
+    if name.startswith("Olmo"):
+        assert layers[0].path == "norm + rotary"
+        assert layers[0].reason == "all heads of a token are normalised together, after the projections"
+    elif name in TIER_B:
+        assert (layers[0].path, layers[0].reason) == ("projection + norm + rotary", "")
     else:
         assert (layers[0].path, layers[0].reason) == ("projection + rotary", "")
     if name == "SmolLM3":

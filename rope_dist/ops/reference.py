@@ -129,7 +129,7 @@ def token_tables(angles: Angles, q: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 def with_tables(angles: Angles, q: torch.Tensor) -> Angles:
     """``angles`` of positions with several axes as tables of the tokens of ``q``, for kernels that know one axis."""
-    if angles.axes == 1:
+    if angles.inv_freq_q64 is None or angles.inv_freq_q64.ndim == 2:
         return angles
     cos, sin, _ = token_tables(angles, q)
     return angles._replace(cos=cos, sin=sin, inv_freq_q64=None, positions=None, scaling=1.0)

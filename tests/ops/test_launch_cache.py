@@ -210,7 +210,7 @@ def test_a_cached_launch_has_the_arguments_that_triton_would_have_made():
     )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 21
+    assert len(lines) == 23
     for line in lines:
         assert line["compiled"] == [1, 0], line
         assert line["same grid"], line

@@ -205,7 +205,7 @@ GOOD = (2, 5, 4, 64)
         ({"q": torch.zeros(GOOD).int(), "k": torch.zeros(GOOD).int()}, "one floating dtype"),
         ({"k": torch.zeros(GOOD, device="meta")}, "one device"),
         ({"inv_freq": torch.ones(33)}, "66 dimensions"),
-        ({"inv_freq": torch.ones(3, 32)}, "must be"),
+        ({"inv_freq": torch.ones(3, 3, 32)}, "must be"),
         ({"inv_freq": torch.ones(32, device="meta")}, "inv_freq must be on"),
         ({"inv_freq": torch.ones(32, requires_grad=True)}, "detach"),
         ({"position_ids": torch.zeros(3, 5, dtype=torch.long)}, "position_ids must be"),
