@@ -165,7 +165,7 @@ BENCHMARK = Benchmark(
     title="Norm and rotary",
     cases=cases,
     sizes={
-        "cpu": ["Qwen3-0.6B Qwen3-8B: 8k 16k", "Qwen3-0.6B OLMo-2-7B: 8k: fp32"],
+        "cpu": ["Qwen3-0.6B: 8k: fp32 bf16", "OLMo-2-7B: 8k: fp32", "Qwen3-8B: 8k 16k"],
         "cuda": ["Qwen3-0.6B Qwen3-8B OLMo-2-7B: 8k 16k", "Qwen3-8B: 1k 4k 32k"],
         "quick": ["Qwen3-0.6B: 256: bf16 fp32"],
     },
