@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .dynamic import DynamicPlan, dynamic_plan
     from .hf import disable, enable, report, supported
     from .ops import qkv_rotary, rotary
     from .planning import RopePlan, plan
 
 _HOME = {
+    "DynamicPlan": "dynamic",
     "RopePlan": "planning",
+    "dynamic_plan": "dynamic",
     "plan": "planning",
     "qkv_rotary": "ops",
     "rotary": "ops",
@@ -32,9 +35,11 @@ _HOME = {
 }
 
 __all__ = [
+    "DynamicPlan",
     "RopePlan",
     "__version__",
     "disable",
+    "dynamic_plan",
     "enable",
     "plan",
     "qkv_rotary",
