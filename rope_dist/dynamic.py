@@ -124,7 +124,7 @@ class DynamicPlan:
         return self.stages[-1].source
 
     def stage(self, length: int) -> int:
-        """Index of the stage that reads a text of ``length`` tokens; ``ValueError`` unless that is a positive integer."""
+        """Index of the stage for a text of ``length`` tokens; ``ValueError`` unless that is a positive integer."""
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(
                 f"the length of a text must be a positive whole number of tokens, got {length!r}"

@@ -55,6 +55,13 @@ def real(allowed: Callable[[float], bool], rule: str) -> Callable[[str], float]:
 
 seed = whole()
 tokens = whole(2)
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Numbers of tokens between commas."""
+    return tuple(tokens(part) for part in text.split(","))
+
+
 not_negative = real(lambda value: value >= 0, "at least 0")
 positive = real(lambda value: value > 0, "above 0")
 scaling_factor = real(lambda value: value >= 1, "at least 1 (the length is only extended)")

@@ -116,10 +116,7 @@ ENGINES: dict[str, Callable[..., EngineConfig]] = {
 
 
 ONE_SET = {
-    "sglang": (
-        "sglang chooses the factors anew for every batch, by its longest text: the others would be read by factors that "
-        "their cached keys were not made with"
-    ),
+    "sglang": "sglang chooses the factors of a whole batch by its longest text, whatever cached keys were made with",
     "mlx": "mlx reads every text by long_factor",
     "tensorrt-llm": "tensorrt-llm derives a scaling of cos and sin from the original and the extended length",
 }
@@ -164,8 +161,8 @@ def _check_one_scaling(plan: DynamicPlan) -> None:
     if "attention_factor" in STRATEGY_SETTINGS[plan.strategy]:
         hint = "make the plan with attention_factor=1 (--set attention_factor=1 on the command line)"
     raise ValueError(
-        f"{plan.strategy} scales cos and sin by {last:.6g} and the trained model by {trained:.6g}, and stock engines have "
-        f"one scaling for texts of any length: {hint}"
+        f"{plan.strategy} scales cos and sin by {last:.6g} and the trained model by {trained:.6g}, and stock engines "
+        f"have one scaling for texts of any length: {hint}"
     )
 
 

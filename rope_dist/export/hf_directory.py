@@ -33,9 +33,7 @@ OTHER_FORMATS = ("consolidated*", "params.json", "*.gguf", "*.onnx*", "*.msgpack
 FOLDERS = ("additional_chat_templates",)
 
 
-def config_entries(
-    plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None
-) -> dict[str, Any]:
+def config_entries(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
     """Top-level entries of a ``config.json`` from which transformers 4 and 5 and the engines compute the plan.
 
     ``rope_parameters`` is read by transformers 5, ``rope_theta`` with ``rope_scaling`` by transformers 4 (which would
@@ -43,8 +41,8 @@ def config_entries(
     form but the former. Where the scaling of cos and sin is not what vLLM and SGLang derive, ``short_mscale`` and
     ``long_mscale`` repeat ``attention_factor``, which they do not read.
 
-    Of a dynamic plan the short factors are the trained model's and the long ones the last stage's, and the original
-    length, at which engines change from one to the other, is the trained one. Stock has no place for the stages between.
+    Of a dynamic plan the short factors are the trained model's, the long ones the last stage's, and the original
+    length, at which engines change from one to the other, is the trained one. Stages between have no place there.
 
     Args:
         plan: the extension.
