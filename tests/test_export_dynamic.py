@@ -1,17 +1,20 @@
 """Exports of dynamic plans: the trained model up to its length and the last stage past it, in stock engines."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
 from conftest import llama_config
 from helpers.exports import LlamaCpp, stock_run, write_gguf
-from helpers.model_families import SLIDING_THEN_FULL, SMALL, config_of
+from helpers.model_families import FAMILIES, SLIDING_THEN_FULL, SMALL, config_of
 from packaging.version import Version
 from test_export_gguf import fields, tensors
 from test_export_hf import other_versions
-from test_export_models import gemma3, llava, ministral3, qwen_vl_as_on_the_hub
+from test_export_models import config_for, gemma3, llava, ministral3, qwen_vl_as_on_the_hub
 
 import rope_dist
 from rope_dist import dynamic_plan, export
@@ -228,6 +231,53 @@ class TestEngines:
         out = export.hf(model, plan, tmp_path / "out", engines=["vllm"])
         assert entries(out)["rope_parameters"]["attention_factor"] == model.model.rotary_emb.attention_scaling
         assert entries(out)["rope_parameters"]["short_mscale"] > 1.1
+
+    @pytest.mark.parametrize("path", other_versions())
+    def test_transformers_4_agrees(self, path, tmp_path):
+        """The other version itself, on every family and some that are refused: short, long, and short again."""
+        runs = {}
+        for kind in (*FAMILIES, "Cohere", "Glm", "Phi3", "GptOss", "HunYuanDenseV1", "DeepseekV3", "Olmo"):
+            config = config_for(kind)
+            config.save_pretrained(tmp_path / kind)
+            plan = dynamic_plan(config, factor=2, strategy="dprope")
+            frequencies = [plan.stages[0].inv_freq, plan.stages[-1].inv_freq]
+            torch.save([plan.original_length, *frequencies], tmp_path / f"{kind}.pt")
+            out = config_export(tmp_path / kind, plan, tmp_path / f"{kind}-out")
+            runs[kind] = reasons(out, plan)["transformers-4"] is None
+        command = [sys.executable, "-c", _TRANSFORMERS_4, str(tmp_path), *runs]
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        version, found = done.stdout.splitlines()[-2:]
+        if version.startswith("5."):
+            pytest.skip(f"{path} is transformers {version}, not 4")
+        assert json.loads(found) == runs
+        assert sum(runs.values()) > 15
+
+
+_TRANSFORMERS_4 = """
+import json, sys, torch, transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+folder, *kinds = sys.argv[1:]
+found = {}
+for kind in kinds:
+    length, short, long = torch.load(f"{folder}/{kind}.pt")
+    ids = torch.arange(length + 1)[None] % 90 + 3
+    try:
+        with torch.no_grad():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(f"{folder}/{kind}-out"))
+            rotary = model.model.rotary_emb
+            right = []
+            for tokens, planned in ((length, short), (length + 1, long), (length, short)):
+                model(ids[:, :tokens])
+                right.append(torch.equal(rotary.inv_freq, planned) and rotary.attention_scaling == 1)
+        found[kind] = all(right)
+    except Exception as error:
+        print(kind, error, file=sys.stderr)
+        found[kind] = False
+print(transformers.__version__)
+print(json.dumps(found))
+"""
 
 
 class TestVerify:
