@@ -48,7 +48,7 @@ def extended(config, plan):
 
 @pytest.fixture(scope="module")
 def plan():
-    return dynamic_plan("llama2-7b", target_length=8192)
+    return dynamic_plan("llama2-7b", stages=(4871, 5793, 6889, 8192))
 
 
 class TestLadder:
@@ -65,12 +65,15 @@ class TestLadder:
 
     def test_short_lengths_stay_apart(self):
         assert ladder(2, 3) == (3,)
-        assert ladder(4, 8) == (5, 6, 7, 8)
+        assert ladder(4, 8, 1.25) == (5, 6, 7, 8)
         assert ladder(8192, 8193) == (8193,)
 
     def test_the_default(self):
-        assert ladder(8192, 16384) == (9742, 11585, 13777, 16384)
-        assert ladder(4000, 5000) == (round(4000 * STAGE_RATIO),)
+        """Its ratio is a constant of the module."""
+        assert ladder(8192, 16384, 1.25) == (9742, 11585, 13777, 16384)
+        assert ladder(8192, 16384) == ladder(8192, 16384, STAGE_RATIO)
+        made = dynamic_plan("llama2-7b", factor=2)
+        assert made.lengths == (4096, *ladder(4096, 8192))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -91,7 +94,7 @@ class TestLadder:
 
 class TestPlan:
     def test_its_stages_are_the_static_plans(self, plan):
-        assert plan.lengths == (4096, *ladder(4096, 8192))
+        assert plan.lengths == (4096, 4871, 5793, 6889, 8192)
         for stage in plan.stages[1:]:
             assert stage == rope_dist.plan("llama2-7b", target_length=stage.target_length)
         first = plan.stages[0]

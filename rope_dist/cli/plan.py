@@ -42,9 +42,7 @@ def run(
     ] = False,
     stages: Annotated[
         list[Any] | None,
-        option(
-            values.lengths, "TOKENS...", "Lengths of the stages of --dynamic (default: by factors of 1.25)."
-        ),
+        option(values.lengths, "TOKENS...", "Lengths of the stages of --dynamic (default: evenly spaced)."),
     ] = None,
     intervals: options.Intervals = INTERVALS,
     divergence: options.Divergence = DIVERGENCE_NAMES[0],
