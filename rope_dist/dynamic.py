@@ -212,10 +212,10 @@ class DynamicPlan:
         return self.recorded(self.stages[-1].config_overrides(config), config)
 
     def recorded(self, entries: Mapping[str, Any], config: PretrainedConfig | None = None) -> dict[str, Any]:
-        """``entries`` of a config with the record of the stages, and of what ``config`` had in their place."""
+        """``entries`` of a config with the record of the stages, and of what the trained model had in their place."""
         record = {**entries["rope_dist"], "stages": list(self.lengths)}
         if config is not None:
-            own = config.get_text_config(decoder=True).__dict__
+            own = trained_config(config).get_text_config(decoder=True).__dict__
             record["trained"] = {key: copy.deepcopy(own[key]) for key in entries if key in own}
             record["added"] = [key for key in entries if key not in own]
         return {**entries, "rope_dist": record}
@@ -241,14 +241,16 @@ def check_trained(plan: DynamicPlan, config: PretrainedConfig) -> None:
 def load_plan(path: str | os.PathLike[str]) -> RopePlan | DynamicPlan:
     """Read a static or a dynamic plan; ``ValueError`` names the file and what is wrong with it."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        dynamic = isinstance(data, Mapping) and data.get("format") == FORMAT
-    except (OSError, ValueError):
-        dynamic = False
-    if not dynamic:
-        return RopePlan.load(path)
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the plan {path}: {one_line(error)}") from None
     try:
-        return DynamicPlan.from_dict(data)
+        data = json.loads(text)
+        if isinstance(data, Mapping) and data.get("format") == FORMAT:
+            return DynamicPlan.from_dict(data)
+        return RopePlan.from_dict(data)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a whole JSON file: {error}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
 

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import os
+import threading
 import warnings
 
 import pytest
@@ -244,6 +246,16 @@ class TestJson:
         with pytest.raises(ValueError, match="not a rope_dist plan"):
             RopePlan.load(tmp_path / "plan.json")
 
+    @pytest.mark.parametrize("index", [None, -1])
+    def test_a_pipe_is_read_once(self, plan, tmp_path, index):
+        """As of ``--plan <(...)``."""
+        written = plan if index is None else plan.stages[index]
+        os.mkfifo(tmp_path / "pipe")
+        writer = threading.Thread(target=written.save, args=(tmp_path / "pipe",))
+        writer.start()
+        assert load_plan(tmp_path / "pipe") == written
+        writer.join()
+
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -312,11 +324,13 @@ class TestConfig:
         assert text.rope_dist["stages"] == list(made.lengths)
         assert trained_config(loaded).to_dict() == type(before).from_dict(before.to_dict()).to_dict()
         assert trained_config(before) is before
-        assert trained_config(loaded).get_text_config(decoder=True) is not text
         # Planned for anew, from what it was trained with.
         assert dynamic_plan(loaded, factor=2, strategy="pi") == made
         longer = dynamic_plan(loaded, factor=4, strategy="ntk")
         assert longer == dynamic_plan(before, factor=4, strategy="ntk")
+        again = extended(loaded, longer)
+        assert again.get_text_config(decoder=True).max_position_embeddings == 256
+        assert trained_config(again).to_dict() == trained_config(loaded).to_dict()
         check_trained(made, before)
         check_trained(made, loaded)
 
