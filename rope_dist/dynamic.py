@@ -118,7 +118,7 @@ class DynamicPlan:
         return self.stages[-1].source
 
     def stage(self, length: int) -> int:
-        """Index of the stage that reads a text of ``length`` tokens; ``ValueError`` unless that is a positive integer."""
+        """Index of the stage that reads a text of ``length`` tokens, a positive whole number (else ``ValueError``)."""
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(
                 f"the length of a text must be a positive whole number of tokens, got {length!r}"
@@ -200,6 +200,7 @@ class DynamicPlan:
         Raises:
             ValueError: stock cannot compute the plan from ``config``.
         """
+        config = config if config is None else trained_config(config)
         entries = self.stages[-1].config_overrides(config)
         record = {**entries["rope_dist"], "stages": list(self.lengths)}
         if config is not None:

@@ -1,5 +1,6 @@
-"""Hugging Face models: :func:`enable`, :func:`disable`, :func:`report`, :func:`supported`."""
+"""Hugging Face models: :func:`enable`, :func:`disable`, :func:`report`, :func:`supported`, :func:`prepare_cache`."""
 
+from .growing import prepare_cache
 from .patching import Enabled, disable, enable, enabled_modules
 from .reporting import LayerReport, report, summary
 from .support import ModelSupport, supported
@@ -11,6 +12,7 @@ __all__ = [
     "disable",
     "enable",
     "enabled_modules",
+    "prepare_cache",
     "report",
     "summary",
     "supported",

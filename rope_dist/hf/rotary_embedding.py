@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from ..dynamic import DynamicPlan, trained_config
+from ..layer_types import extended_layers
 from .applying import keep_pairs, pairs_of
 from .forms import Form, Unsupported
+from .stages import current_call, note_positions
 
 
 class EnabledModule:
@@ -47,7 +51,9 @@ class EnabledRotaryEmbedding(EnabledModule):
 
         What was kept between calls (by frequencies that change with the length) is forgotten.
         """
-        new = new_stock(self.stock, self.config)
+        plan = self._rope_dist_swap.plan
+        stages = self._stages(plan) if isinstance(plan, DynamicPlan) else []
+        new = stages[0] if stages else new_stock(self.stock, self.config)
         device = next((buffer.device for buffer in self._buffers.values() if buffer is not None), None)
         for name in list(self._buffers):
             if name not in new._buffers:
@@ -62,7 +68,55 @@ class EnabledRotaryEmbedding(EnabledModule):
         for name in list(self.__dict__):
             if name.endswith(("long_inv_freq", "max_seq_len_cached")) and name not in new.__dict__:
                 delattr(self, name)
-        self._rope_dist_swap.by_length = self._types_by_length()
+        if stages:
+            self._keep_stages(stages, device)
+        self._rope_dist_swap.by_length = frozenset() if stages else self._types_by_length()
+
+    def _stages(self, plan: DynamicPlan) -> list[nn.Module]:
+        """Stock's rotary embedding at each stage of a plan, on the CPU."""
+        trained = trained_config(self._rope_dist_swap.config_before)
+        configs = [trained]
+        for stage in plan.stages[1:]:
+            config = copy.deepcopy(trained)
+            config.get_text_config(decoder=True).__dict__.update(stage.config_overrides(trained))
+            configs.append(config)
+        return [new_stock(self.stock, config) for config in configs]
+
+    def _keep_stages(self, stages: list[nn.Module], device: torch.device | None) -> None:
+        """Frequencies ``[stages, R/2]`` and attention scalings ``[stages]`` as buffers, and those in force as well.
+
+        They change in place, so that a compiled graph reads what is in force and is never recorded again.
+        """
+        layer_type = extended_layers(
+            trained_config(self._rope_dist_swap.config_before).get_text_config(decoder=True)
+        )
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        frequencies = torch.stack([getattr(stage, f"{prefix}inv_freq").float() for stage in stages])
+        scalings = torch.tensor(
+            [float(getattr(stage, f"{prefix}attention_scaling", 1.0)) for stage in stages]
+        )
+        buffers = {"stage_inv_freq": frequencies, "stage_scaling": scalings}
+        if self.__dict__.pop(f"{prefix}attention_scaling", None) is not None:
+            buffers[f"{prefix}attention_scaling"] = scalings[0].clone()
+        for name, value in buffers.items():
+            self.register_buffer(name, value.to(device), persistent=False)
+        self._rope_dist_swap.prefix, self._rope_dist_swap.stage = prefix, 0
+
+    def use_stage(self, stage: int) -> None:
+        """Put the frequencies of a stage in force for compiled graphs and for calls outside of a decoder's."""
+        swap = self._rope_dist_swap
+        compiling = torch.compiler.is_compiling()
+        if compiling or swap.stage != stage:
+            getattr(self, f"{swap.prefix}inv_freq").copy_(self.stage_inv_freq[stage])
+            if f"{swap.prefix}attention_scaling" in self._buffers:
+                getattr(self, f"{swap.prefix}attention_scaling").copy_(self.stage_scaling[stage])
+            swap.stage = None if compiling else stage  # a graph that runs again does not say so
+
+    def tables_at(self, stage: int, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
+        """Stock's tables in float32 by the frequencies of a stage, whichever is in force."""
+        like = torch.empty(0, dtype=torch.float32, device=position_ids.device)
+        kwargs = {} if layer_type is None else {"layer_type": layer_type}
+        return self.tables_of.__func__(_AtStage(self, stage), like, position_ids, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         kept = dict(self._buffers)
@@ -82,7 +136,13 @@ class EnabledRotaryEmbedding(EnabledModule):
         if layer_type is not None:
             kwargs["layer_type"] = layer_type
         swap = self._rope_dist_swap
-        if layer_type in swap.by_length:
+        call = None
+        if isinstance(swap.plan, DynamicPlan) and not torch.compiler.is_compiling():
+            call = current_call(swap.plan)
+        if call is not None:
+            note_positions(call, position_ids)
+            made = self.tables_of.__func__(_AtStage(self, call.stage), x, position_ids, **kwargs)
+        elif layer_type in swap.by_length:
             made = super().forward(x, position_ids, **kwargs)  # type: ignore[misc]
         else:
             # Without its decorator, which looks at the positions of every call to choose between equal frequencies.
@@ -102,6 +162,21 @@ class EnabledRotaryEmbedding(EnabledModule):
             if "dynamic" in kind or (kind == "longrope" and not same):
                 found.add(layer_type)
         return frozenset(found)
+
+
+class _AtStage:
+    """A rotary embedding with the frequencies of another stage than the one in force, for stock's forward."""
+
+    def __init__(self, rotary: nn.Module, stage: int) -> None:
+        prefix = rotary._rope_dist_swap.prefix
+        self.__dict__ = {
+            "_rotary": rotary,
+            f"{prefix}inv_freq": rotary.stage_inv_freq[stage],
+            f"{prefix}attention_scaling": rotary.stage_scaling[stage],
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._rotary, name)
 
 
 def new_stock(stock: type[nn.Module], config: PretrainedConfig) -> nn.Module:
