@@ -7,6 +7,7 @@ at their own positions: they become what the new stage would have made of them, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -98,6 +99,32 @@ def attach_growth(decoder: nn.Module, growth: Growth) -> None:
     decoder._rope_dist_growth = growth
     decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
     decoder.register_forward_hook(after_forward, with_kwargs=True)
+
+
+def attach_compiled_call(model: nn.Module) -> None:
+    """Let ``generate`` make each call of a model that it compiles ready, outside of the graph."""
+    if hasattr(type(model), "get_compiled_call"):
+        model.get_compiled_call = functools.partial(_get_compiled_call, model)
+
+
+def detach_compiled_call(model: nn.Module) -> None:
+    """Undo :func:`attach_compiled_call`, also of a copy."""
+    own = model.__dict__.get("get_compiled_call")
+    if isinstance(own, functools.partial) and own.func is _get_compiled_call:
+        del model.get_compiled_call
+
+
+def _get_compiled_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    compiled = type(model).get_compiled_call(model, *args, **kwargs)
+
+    def call(**inputs: Any) -> Any:
+        cache = _cache(inputs)
+        for decoder in model.modules() if cache is not None else ():
+            if "_rope_dist_growth" in decoder.__dict__:
+                _prepare(decoder, cache, _tokens(inputs), inputs.get("position_ids"))
+        return compiled(**inputs)
+
+    return call
 
 
 def detach_growth(decoder: nn.Module) -> None:
