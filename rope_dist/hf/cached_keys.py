@@ -45,6 +45,32 @@ class CachedKeys:
         return not self.test or bool(eval(self.test, {"self": attention}))
 
 
+def cached_layers(attentions: Iterable[nn.Module]) -> dict[int, tuple[nn.Module, CachedKeys]]:
+    """The attention of each layer of a model's cache that has rotated keys, and what they have of its rotation.
+
+    Args:
+        attentions: of one model, stock or enabled.
+
+    Raises:
+        Unsupported: the cached keys of one of them cannot be corrected.
+    """
+    known: dict[type[nn.Module], CachedKeys | str] = {}
+    layers: dict[int, tuple[nn.Module, CachedKeys]] = {}
+    for attention in attentions:
+        stock = getattr(type(attention), "stock", type(attention))
+        keys = known[stock] = known.get(stock) or cached_keys(stock)
+        if isinstance(keys, str):
+            raise Unsupported(f"cached keys of {stock.__name__} cannot be corrected: {keys}")
+        if keys.cached_by(attention):
+            index = attention.layer_idx
+            if not isinstance(index, int) or index in layers:
+                raise Unsupported(
+                    f"cached keys of {stock.__name__} cannot be corrected: it is not the only one of layer {index}"
+                )
+            layers[index] = (attention, keys)
+    return layers
+
+
 def cached_keys(stock: type[nn.Module]) -> CachedKeys | str:
     """How cached keys of a stock attention are rotated; a text says why that cannot be told, or not be corrected.
 
@@ -136,7 +162,7 @@ class _Reader:
         rotated = [(n, v) for n, v in zip(("keys", "values"), given, strict=True) if isinstance(v, _Rotated)]
         if len(rotated) != 1:
             raise _Refused("keys and values are both rotated" if rotated else "cached keys are not rotated")
-        if len(call.args) < 3 or ast.unparse(call.args[2]) not in ("self.layer_idx", "self.layer_id"):
+        if len(call.args) < 3 or ast.unparse(call.args[2]) != "self.layer_idx":
             raise _Refused(f"its layer of the cache changes: {ast.unparse(call)}")
         ((tensor, value),) = rotated
         return CachedKeys(value.first, value.interleaved, tensor, _both(*path, value.test))
@@ -170,7 +196,7 @@ class _Reader:
         if any(self.is_followed(node) for node in ast.walk(statement)):
             raise _Refused(f"keys are rotated or cached in a {type(statement).__name__.lower()} statement")
         value = self.of_names(statement, variables)
-        changed = known & set(loaded(statement)) if value is not None else ()
+        changed = known & set(loaded(statement))
         variables.update(dict.fromkeys([*stored(statement), *changed], value))
 
     def forget(self, variables: _Variables, statement: ast.stmt) -> None:
@@ -265,6 +291,8 @@ class _Reader:
 
     def concatenation(self, node: ast.Call, variables: _Variables) -> _Value:
         """With the part of each head that is not rotated."""
+        if not node.args:
+            return self.other(node, variables)
         values = self.value(node.args[0], variables)
         axis = [ast.unparse(one) for one in (*node.args[1:], *(keyword.value for keyword in node.keywords))]
         if isinstance(values, tuple) and len(values) == 2 and axis == ["-1"]:
@@ -291,7 +319,8 @@ class _Reader:
         return _lost(tuple(values), ast.unparse(node))
 
     def of_names(self, node: ast.AST, variables: _Variables) -> _Value:
-        return _lost(tuple(variables.get(name) for name in loaded(node)), type(node).__name__)
+        names = (*loaded(node), *stored(node))
+        return _lost(tuple(variables.get(name) for name in names), ast.unparse(node))
 
     def is_followed(self, node: ast.AST) -> bool:
         return name_of(node) in self.forms or _updates(node)
