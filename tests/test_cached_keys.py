@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 
 import pytest
 import torch
@@ -194,24 +195,24 @@ def test_refused(reason, lines):
 IDS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(1))
 SCALING = 1.25
 BY_CALL = "whether keys are rotated depends on position_embeddings is not None"
-INDEXER = "it has another cache"
+INDEXER = "it has another cache|self.expand_kv|caches no keys"  # of transformers 5.24, 5.17 and 5.6
 REFUSED = {
     "beam": BY_CALL,
-    "blt": "it is not the only one of layer 0",
+    "blt": "layer 0 of a cache is not its own",
     "cohere_compass": BY_CALL,
     "cohere_compass_text": BY_CALL,
-    "deepseek_v4": "",
+    "deepseek_v4": "its tables are not known",
     "dory": "its layer of the cache changes",
     "falcon": "whether keys are rotated depends on alibi is None",
     "granite_swa": BY_CALL,
     "granitemoe_swa": BY_CALL,
     "granitemoehybrid": BY_CALL,
     "hrm_text": "its layer of the cache changes",
-    "hunyuan_v1_dense": "more is done after the rotation: self.key_layernorm(key_states)",
-    "hunyuan_v1_moe": "more is done after the rotation: self.key_layernorm(key_states)",
+    "hunyuan_v1_dense": "more is done after the rotation: self.key_layernorm",
+    "hunyuan_v1_moe": "more is done after the rotation: self.key_layernorm",
     "lara_mini": BY_CALL,
-    "llama4": "more is done after the rotation: self.qk_norm(key_states)",
-    "llama4_text": "more is done after the rotation: self.qk_norm(key_states)",
+    "llama4": "more is done after the rotation: self.qk_norm",
+    "llama4_text": "more is done after the rotation: self.qk_norm",
     "minimax_m3_vl": "its tables are not known",
     "minimax_m3_vl_text": "its tables are not known",
     "nanochat": "keys are rotated by the negatives of the angles",
@@ -220,7 +221,7 @@ REFUSED = {
     "qwen4_exp_text": "cos and sin are not",
     "zamba2": "its layer of the cache changes",
     **dict.fromkeys(
-        ["axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"], "cache"
+        ["axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"], INDEXER
     ),
 }
 NOT_ENABLED = ("codegen", "gptj", *NOT_BUILT)
@@ -321,4 +322,4 @@ def test_refused_models(build, name):
     with pytest.raises(Unsupported) as refused:
         cached_layers(find(build(name)).attentions)
     assert "cannot be corrected" in str(refused.value)
-    assert REFUSED[name] in str(refused.value)
+    assert re.search(REFUSED[name], str(refused.value))

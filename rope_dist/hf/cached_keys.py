@@ -65,7 +65,7 @@ def cached_layers(attentions: Iterable[nn.Module]) -> dict[int, tuple[nn.Module,
             index = attention.layer_idx
             if not isinstance(index, int) or index in layers:
                 raise Unsupported(
-                    f"cached keys of {stock.__name__} cannot be corrected: it is not the only one of layer {index}"
+                    f"cached keys of {stock.__name__} cannot be corrected: layer {index} of a cache is not its own"
                 )
             layers[index] = (attention, keys)
     return layers
