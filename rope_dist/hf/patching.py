@@ -46,8 +46,8 @@ _LOCK = threading.RLock()
 @dataclass
 class _Swap:
     """Kept on an enabled rotary embedding: what to restore, how its tables hold their values, and for which types of
-    layers they change with the length; of a dynamic plan also what the names of its frequencies begin with, and the
-    stage in force.
+    layers they change with the length; of a dynamic plan also the names of its frequencies and its attention scaling,
+    and the stage in force.
 
     Plain values, so that it copies and pickles.
     """
@@ -57,7 +57,7 @@ class _Swap:
     by_length: frozenset[str | None] = frozenset()
     plan: RopePlan | DynamicPlan | None = None
     config_before: PretrainedConfig | None = None
-    prefix: str = ""
+    names: tuple[str, str] = ("", "")
     stage: int | None = None
 
 
