@@ -82,7 +82,7 @@ CORPUS_NAMES = (
     "wikitext",
 )
 ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm")
-METHODS = ("whole", "sliding")
+METHODS = ("whole", "sliding", "grown")
 SCORINGS = ("generate", "decoys")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TASK_SET_NAMES = ("longbench-e", "ruler", "open-llm")

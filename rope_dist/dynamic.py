@@ -40,8 +40,8 @@ FORMAT_VERSION = 1
 TRAINED = "extrapolation"
 """Strategy of the first stage: it changes nothing."""
 
-STAGE_RATIO = 1.25
-"""Neighbouring stages of a ladder differ at most by this factor.
+STAGE_RATIO = 2 ** (1 / 3)
+"""Neighbouring stages of a ladder differ at most by this factor: three stages a doubling.
 
 A plan for 1.33 times the length of a text costs 1.1 % perplexity, for 2.7 times 5 to 7 %; each stage costs one
 correction of the cached keys.
@@ -124,7 +124,7 @@ class DynamicPlan:
         return self.stages[-1].source
 
     def stage(self, length: int) -> int:
-        """Index of the stage for a text of ``length`` tokens; ``ValueError`` unless that is a positive integer."""
+        """Index of the stage that reads a text of ``length`` tokens, a positive whole number (else ``ValueError``)."""
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(
                 f"the length of a text must be a positive whole number of tokens, got {length!r}"
@@ -209,13 +209,14 @@ class DynamicPlan:
         Raises:
             ValueError: stock cannot compute the plan from ``config``.
         """
+        config = config if config is None else trained_config(config)
         return self.recorded(self.stages[-1].config_overrides(config), config)
 
-    def recorded(self, entries: Mapping[str, Any], config: PretrainedConfig | None = None) -> dict[str, Any]:
-        """``entries`` of a config with the record of the stages, and of what the trained model had in their place."""
+    def recorded(self, entries: Mapping[str, Any], trained: PretrainedConfig | None = None) -> dict[str, Any]:
+        """``entries`` of a config with the record of the stages, and of what the ``trained`` one had in their place."""
         record = {**entries["rope_dist"], "stages": list(self.lengths)}
-        if config is not None:
-            own = trained_config(config).get_text_config(decoder=True).__dict__
+        if trained is not None:
+            own = trained.get_text_config(decoder=True).__dict__
             record["trained"] = {key: copy.deepcopy(own[key]) for key in entries if key in own}
             record["added"] = [key for key in entries if key not in own]
         return {**entries, "rope_dist": record}

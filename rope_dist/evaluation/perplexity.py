@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from ..messages import unknown
+from ..model_config import pretrained_rope
 from ..planning import RopePlan
 from .corpora import Passage
 from .memory import check_memory
@@ -22,7 +23,9 @@ from .progress import Progress, announce, measure_pace, work
 from .records import Record
 from .variants import Variant, make_variants
 
-METHODS = ("whole", "sliding")
+METHODS = ("whole", "sliding", "grown")
+PIECE = 1024
+"""Tokens at a time by which a text grows past the trained length."""
 WIDTH = 256
 """Positions of one mean in a record; wider buckets are averages of them."""
 
@@ -82,14 +85,21 @@ class PerplexityResult:
 
 
 def token_nll(
-    model: PreTrainedModel, input_ids: torch.Tensor, *, chunk: int = 512, description: str | None = None
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    chunk: int = 512,
+    first: int | None = None,
+    description: str | None = None,
 ) -> torch.Tensor:
-    """Negative log-likelihood of every token given all before it, in one pass with a key/value cache.
+    """Negative log-likelihood of every token given all before it, with a key/value cache.
 
     Args:
         model: a causal language model.
         input_ids: ``[1, S]`` or ``[S]``, at least 2 tokens.
-        chunk: tokens a forward pass. It changes memory and speed, not the result.
+        chunk: tokens a forward pass. It changes memory and speed; the result only of a model with a dynamic plan,
+            which reads each by the stage for the text so far.
+        first: tokens of the first forward pass, where it is another number.
         description: of the progress bar; None shows none.
 
     Returns:
@@ -100,7 +110,7 @@ def token_nll(
     """
     ids = _one_sequence(input_ids, chunk).to(model.device)
     with _eval_mode(model), Progress(description, work(model, 0, ids.shape[1] - 1)) as progress:
-        return _nll(model, ids, 1, chunk, progress)
+        return _nll(model, ids, 1, chunk, progress, first)
 
 
 def sliding_windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
@@ -159,14 +169,20 @@ def sliding_window_nll(
 
 @torch.inference_mode()
 def _nll(
-    model: PreTrainedModel, ids: torch.Tensor, first: int, chunk: int, progress: Progress
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    first: int,
+    chunk: int,
+    progress: Progress,
+    opening: int | None = None,
 ) -> torch.Tensor:
     """Losses ``[S - first]`` of the tokens from ``first`` on of ``ids [1, S]``, each given all tokens before it."""
     length = ids.shape[1]
     cache = DynamicCache(config=model.config)
     result = torch.empty(length - first)
-    for start in range(0, length - 1, chunk):
-        end = min(start + chunk, length - 1)
+    start = 0
+    while start < length - 1:
+        end = min(start + (opening if opening and start == 0 else chunk), length - 1)
         scored = end - max(start, first - 1)
         # Logits of the scored tokens only, to save memory; logits_to_keep=0 would return all.
         logits = model(
@@ -177,6 +193,7 @@ def _nll(
             nll = F.cross_entropy(logits.float(), targets, reduction="none")
             result[end + 1 - scored - first : end + 1 - first] = nll.cpu()
         progress.update(work(model, start, end))
+        start = end
     return result
 
 
@@ -237,7 +254,7 @@ def measure_perplexity(
     record: Record,
     *,
     lengths: Sequence[int],
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = METHODS[:2],
     stride: int = 256,
     chunk: int = 512,
     progress: bool = False,
@@ -246,7 +263,8 @@ def measure_perplexity(
 
     ``whole`` evaluates the first ``max(lengths)`` tokens of a passage in one pass: perplexity by position, which
     includes every shorter length. ``sliding`` evaluates the passage in windows of each length
-    (:func:`sliding_window_nll`).
+    (:func:`sliding_window_nll`). ``grown`` is as ``whole``, but past the trained length the text comes in pieces of
+    :data:`PIECE` tokens, as a conversation does; only a dynamic plan reads it differently.
 
     Args:
         model: of a supported family; every variant is applied to it in turn.
@@ -272,6 +290,8 @@ def measure_perplexity(
         whole = Passage(passage.text, passage.piece, passage.ids[:, :longest])
         if "whole" in methods:
             cases.append(({"method": "whole", **whole.identity}, whole.ids, 0))
+        if "grown" in methods:
+            cases.append(({"method": "grown", "piece": PIECE, **whole.identity}, whole.ids, 0))
         if "sliding" in methods:
             for length in dict.fromkeys(lengths):
                 what = {"method": "sliding", **passage.identity, "length": length, "stride": stride}
@@ -287,6 +307,8 @@ def measure_perplexity(
         options: dict[str, Any] = {"chunk": chunk}
         if progress:
             options["description"] = f"{what['method']}, {what['text']}, {variant.label}"
+        if what["method"] == "grown":
+            options |= {"chunk": PIECE, "first": pretrained_rope(model.config)[0].length}
         nll = partial(token_nll, model, ids, **options)
         if window:
             nll = partial(sliding_window_nll, model, ids, window=window, stride=stride, **options)

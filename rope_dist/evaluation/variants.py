@@ -12,11 +12,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..dynamic import DynamicPlan, load_plan
 from ..hf import enable
 from ..planning import RopePlan
 
 STOCK = "stock"
 """Label of the unchanged model, run by stock transformers."""
+DYNAMIC = "+dynamic"
+"""What follows the name of a strategy whose plan is to grow with the text."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Variant:
     """A label and its plan (None: the stock model)."""
 
     label: str
-    plan: RopePlan | None
+    plan: RopePlan | DynamicPlan | None
 
     def applied(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """Context manager: the plan is applied to ``model`` inside it and removed after it."""
@@ -35,7 +38,11 @@ class Variant:
         """Twelve hexadecimal digits of the frequencies; ``stock`` for the stock model."""
         if self.plan is None:
             return STOCK
-        computed = [self.plan.theta, self.plan.rotary_dim, self.plan.attention_scaling, *self.plan.factors]
+        computed: list[Any]
+        if isinstance(self.plan, DynamicPlan):
+            computed = [[length, *_computed(self.plan.at(length))] for length in self.plan.lengths]
+        else:
+            computed = _computed(self.plan)
         return hashlib.sha256(json.dumps(computed).encode()).hexdigest()[:12]
 
     @property
@@ -44,14 +51,19 @@ class Variant:
         return {"variant": self.label, "frequencies": self.fingerprint}
 
 
+def _computed(plan: RopePlan) -> list[float]:
+    return [plan.theta, plan.rotary_dim, plan.attention_scaling, *plan.factors]
+
+
 def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: int) -> list[Variant]:
     """Plan every variant for a model, so that errors show before anything is evaluated.
 
     Args:
         model: of a supported family; unchanged on return.
         names: ``stock``; a name of :data:`rope_dist.strategies.STRATEGIES`; the same with settings,
-            ``dprope:threshold=0`` (comma-separated, values are JSON or plain strings); or the path of a plan,
-            ending in ``.json``. Duplicates are ignored.
+            ``dprope:threshold=0`` (comma-separated, values are JSON or plain strings); a name followed by
+            ``+dynamic``, ``auto+dynamic:fast_periods=32``, for a plan that grows with the text; or the path of a
+            plan, ending in ``.json``. Duplicates are ignored.
         target_length: tokens that strategies are planned for.
 
     Raises:
@@ -68,7 +80,13 @@ def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: i
             label = Path(name).stem
         else:
             strategy, _, settings = name.partition(":")
-            options = {"target_length": target_length, "strategy": strategy, **_settings(name, settings)}
+            dynamic = strategy.endswith(DYNAMIC)
+            options = {
+                "target_length": target_length,
+                "strategy": strategy.removesuffix(DYNAMIC),
+                "dynamic": dynamic,
+            }
+            options |= _settings(name, settings)
             label = name
         with enable(model, **options) as enabled:
             made = Variant(label, enabled.plan)
@@ -77,10 +95,10 @@ def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: i
     return list(variants.values())
 
 
-def _load_plan(path: str) -> RopePlan:
+def _load_plan(path: str) -> RopePlan | DynamicPlan:
     if not Path(path).is_file():
         raise ValueError(f"there is no plan {path}: write one with rope-dist plan -o {path}")
-    return RopePlan.load(path)
+    return load_plan(path)
 
 
 def _settings(name: str, text: str) -> dict[str, Any]:

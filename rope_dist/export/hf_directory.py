@@ -73,6 +73,7 @@ def _overrides(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None) ->
     """
     if isinstance(plan, RopePlan):
         return plan.config_overrides(config)
+    config = config if config is None else trained_config(config)
     first, last = plan.stages[0], plan.stages[-1]
     entries = last.config_overrides(config)
     layers = None

@@ -1,7 +1,9 @@
-"""Hugging Face models: :func:`enable`, :func:`disable`, :func:`report`, :func:`supported`."""
+"""Hugging Face models: :func:`enable`, :func:`disable`, :func:`report`, :func:`supported`, :func:`prepare_cache`."""
 
+from .growing import prepare_cache
 from .patching import Enabled, disable, enable, enabled_modules
 from .reporting import LayerReport, report, summary
+from .stages import expect_length
 from .support import ModelSupport, supported
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "disable",
     "enable",
     "enabled_modules",
+    "expect_length",
+    "prepare_cache",
     "report",
     "summary",
     "supported",

@@ -13,7 +13,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checking import check_plan, is_applied
+from ..dynamic import DynamicPlan, dynamic_plan, trained_config
 from ..model_config import GIVEN, pretrained_rope
 from ..planning import RopePlan, check_options
 from ..planning import plan as make_plan
@@ -29,6 +30,13 @@ from ..strategies import DEFAULT_STRATEGY
 from .enabled import EnabledAttention, enabled_class
 from .finding import Found, find
 from .forms import NotRotary, Unsupported
+from .growing import (
+    attach_compiled_call,
+    attach_growth,
+    detach_compiled_call,
+    detach_growth,
+    find_growths,
+)
 from .reporting import LayerReport, report, summary
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
 
@@ -38,7 +46,8 @@ _LOCK = threading.RLock()
 @dataclass
 class _Swap:
     """Kept on an enabled rotary embedding: what to restore, how its tables hold their values, and for which types of
-    layers they change with the length.
+    layers they change with the length; of a dynamic plan also the names of its frequencies and its attention scaling,
+    and the stage in force.
 
     Plain values, so that it copies and pickles.
     """
@@ -46,8 +55,10 @@ class _Swap:
     dtypes_before: dict[str, torch.dtype]
     tables: str
     by_length: frozenset[str | None] = frozenset()
-    plan: RopePlan | None = None
+    plan: RopePlan | DynamicPlan | None = None
     config_before: PretrainedConfig | None = None
+    names: tuple[str, str] = ("", "")
+    stage: int | None = None
 
 
 @dataclass(repr=False)
@@ -61,7 +72,7 @@ class Enabled:
     """
 
     model: nn.Module | None
-    plan: RopePlan | None
+    plan: RopePlan | DynamicPlan | None
     layers: int = 0
     _previous: _Swap | None = None
     _global: _GlobalMode | None = None
@@ -97,7 +108,9 @@ def enable(
     target_length: int | None = None,
     factor: float | None = None,
     strategy: str = DEFAULT_STRATEGY,
-    plan: RopePlan | None = None,
+    plan: RopePlan | DynamicPlan | None = None,
+    dynamic: bool = False,
+    stages: Sequence[int] | None = None,
     original_length: int | None = None,
     settings: Mapping[str, Any] | None = None,
     **more_settings: Any,
@@ -120,6 +133,10 @@ def enable(
             before where the model is loaded extended.
         strategy, settings, **more_settings: as in :func:`rope_dist.plan`.
         plan: a ready plan, instead of a target; made from this model, or the one that extended it already.
+        dynamic: plan an extension that grows with the text (:class:`rope_dist.DynamicPlan`): up to the trained length
+            the model computes what it did, beyond it each text is read by the stage for its length, and cached keys
+            are corrected where a growing text goes from one stage to the next.
+        stages: lengths of its stages; see :func:`rope_dist.dynamic_plan`.
         original_length: tokens that the model was trained to read, where its config does not say or says wrongly.
 
     Returns:
@@ -130,16 +147,27 @@ def enable(
             The model is then as it was.
         TypeError: ``model`` is not a module or ``plan`` not a :class:`RopePlan`.
     """
-    if plan is not None and not isinstance(plan, RopePlan):
-        raise TypeError(f"plan must be a RopePlan, got {type(plan).__name__}")
+    if plan is not None and not isinstance(plan, (RopePlan, DynamicPlan)):
+        raise TypeError(f"plan must be a RopePlan or a DynamicPlan, got {type(plan).__name__}")
     factor, given = check_options(strategy, target_length, factor, settings, more_settings)
     targets = [target_length is not None, factor is not None, plan is not None]
     if sum(targets) > 1:
         raise ValueError("give one of target_length, factor and plan")
-    if given and not any(targets[:2]):
+    targeted = any(targets[:2]) or stages is not None
+    if given and not targeted:
         raise ValueError(f"{', '.join(given)} are of a strategy: give target_length or factor too")
-    if original_length is not None and not any(targets[:2]):
+    if original_length is not None and not targeted:
         raise ValueError("original_length is of a new plan: give target_length or factor too")
+    if not isinstance(dynamic, bool):
+        raise TypeError(f"dynamic must be True or False, got {dynamic!r:.80}")
+    if stages is not None and not dynamic:
+        raise ValueError("stages are of a dynamic plan: give dynamic=True too")
+    if dynamic and not targeted:
+        raise ValueError(
+            "a dynamic plan needs an end: give target_length, factor or stages, or plan=DynamicPlan"
+        )
+    if stages is not None and plan is not None:
+        raise ValueError("give either a plan or stages")
     options = {
         "target_length": target_length,
         "factor": factor,
@@ -147,6 +175,8 @@ def enable(
         "plan": plan,
         "original_length": original_length,
         "settings": given,
+        "dynamic": dynamic,
+        "stages": stages,
     }
     with _LOCK:
         if model is None:
@@ -157,12 +187,21 @@ def enable(
         rotaries, attentions = found.rotaries, found.attentions
         previous = copy.copy(_swap_of(rotaries[0]))
         plans = _plans_for(rotaries, options)
-        if any(targets):
+        growths = find_growths(model, found, plans)
+        if targeted or plan is not None:
             _share_configs(model, rotaries)
         _swap_rotaries(model, found, plans)
         for attention in attentions:
             if not isinstance(attention, EnabledAttention):
                 _set_class(attention, enabled_class(type(attention)))
+        for module in list(model.modules()):
+            if module in growths:
+                attach_growth(module, growths[module])
+            else:
+                detach_growth(module)
+            detach_compiled_call(module)
+            if growths and isinstance(module, PreTrainedModel):
+                attach_compiled_call(module)
         _ENABLED_MODELS.add(model)
         return Enabled(model, plans[0], len(attentions), _previous=previous)
 
@@ -187,6 +226,8 @@ def disable(model: nn.Module | None = None) -> None:
                 _restore_rotary(module)
             elif isinstance(module, EnabledAttention):
                 _set_class(module, type(module).stock)
+            detach_growth(module)
+            detach_compiled_call(module)
         _ENABLED_MODELS.discard(model)
 
 
@@ -222,26 +263,34 @@ def _share_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
         rotary.config = config
 
 
-def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | None]:
+def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | DynamicPlan | None]:
     """The plan of each rotary embedding; those that have one config share it."""
-    made: dict[int, RopePlan | None] = {}
+    made: dict[int, RopePlan | DynamicPlan | None] = {}
     for rotary in rotaries:
         if id(rotary.config) not in made:
             made[id(rotary.config)] = _plan_for(rotary, options)
     return [made[id(rotary.config)] for rotary in rotaries]
 
 
-def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
+def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicPlan | None:
     """The plan for one rotary embedding, made from or checked against its stock config, before any change."""
     swap = _swap_of(rotary)
     plan = options["plan"]
-    if plan is None and options["target_length"] is None and options["factor"] is None:
+    if plan is None and all(options[key] is None for key in ("target_length", "factor", "stages")):
         return swap.plan if swap else None
     config = swap.config_before if swap and swap.plan else rotary.config
     if plan is None:
-        return make_plan(config, **{k: v for k, v in options.items() if k != "plan"})
-    check_plan(plan, config, any_length=True)
-    if not is_applied(plan, config) and plan.original_length_from != GIVEN:
+        own = {k: v for k, v in options.items() if k not in ("plan", "dynamic", "stages")}
+        return (
+            dynamic_plan(config, stages=options["stages"], **own)
+            if options["dynamic"]
+            else make_plan(config, **own)
+        )
+    last = plan
+    if isinstance(plan, DynamicPlan):
+        config, last = trained_config(config), plan.stages[-1]
+    check_plan(last, config, any_length=True)
+    if not is_applied(last, config) and last.original_length_from != GIVEN:
         length = pretrained_rope(config)[0].length
         if plan.original_length != length:
             warnings.warn(
@@ -252,7 +301,7 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | None:
     return plan
 
 
-def _swap_rotaries(model: nn.Module, found: Found, plans: list[RopePlan | None]) -> None:
+def _swap_rotaries(model: nn.Module, found: Found, plans: list[RopePlan | DynamicPlan | None]) -> None:
     rotaries, swaps = found.rotaries, []
     for rotary in rotaries:
         swap = _swap_of(rotary)
@@ -313,6 +362,7 @@ def _restore_rotary(rotary: nn.Module) -> None:
                 setattr(rotary.config, key, copy.deepcopy(getattr(swap.config_before, key)))
             else:
                 rotary.config.__dict__.pop(key, None)  # gone already where rotary embeddings share the config
+    swap.plan = None
     rotary.reset_frequencies()
     for name, dtype in swap.dtypes_before.items():
         if name in rotary._buffers:

@@ -62,11 +62,25 @@ def rotated_names(rotation: Rotation) -> tuple[str, str] | None:
 def condition(function: ast.FunctionDef, applies: str) -> CodeType | None:
     """The expression of ``self`` that decides whether a method rotates; None where none does."""
     where = find_rotation(function, applies)
-    if where is None or where.condition is None or set(loaded(where.condition.test)) != {"self"}:
-        return None
-    if any(getattr(n, "attr", "") == "training" for n in ast.walk(where.condition.test)):  # it changes
+    if where is None or where.condition is None or not of_self(where.condition.test):
         return None
     return compile(ast.Expression(where.condition.test), "<condition>", "eval")
+
+
+def of_self(test: ast.expr) -> bool:
+    """Whether a condition depends on the module alone, and not on whether it trains."""
+    names = {*loaded(test)} - {"hasattr", "getattr"}
+    return (
+        names == {"self"}
+        and not stored(test)
+        and not any(getattr(n, "attr", "") == "training" for n in ast.walk(test))
+    )
+
+
+def takes_a_part(function: ast.FunctionDef) -> bool:
+    """Whether a function that rotates takes the part of each head that its tables are for: ``q[..., :rotary_dim]``."""
+    bounds = [b for n in ast.walk(function) if isinstance(n, ast.Slice) for b in (n.lower, n.upper)]
+    return any(isinstance(getattr(bound, "operand", bound), ast.Name) for bound in bounds)
 
 
 def needs_its_class(function: ast.FunctionDef) -> bool:
