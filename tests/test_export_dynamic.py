@@ -143,8 +143,22 @@ class TestDirectory:
         export.hf(llama, plan, tmp_path / "a")
         export.hf(tmp_path / "source", plan, tmp_path / "b")
         export.hf(tmp_path / "b", plan, tmp_path / "c")
-        a, *others = (entries(tmp_path / name) for name in "abc")
+        with rope_dist.enable(llama, plan=plan):
+            export.hf(llama, plan, tmp_path / "d")
+        a, *others = (entries(tmp_path / name) for name in "abcd")
         assert all(other == a for other in others)
+
+    def test_enabling_what_was_exported(self, llama, plan, tmp_path):
+        """The trained model is found again, and cached keys are corrected."""
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            export.hf(llama, plan, tmp_path / "out")
+        ).eval()
+        with rope_dist.enable(model, factor=2, dynamic=True, attention_factor=1) as enabled:
+            assert enabled.plan == plan
+            got = logits(model, IDS[:, :64]), logits(model, IDS)
+        with rope_dist.enable(llama, plan=plan):
+            assert torch.equal(got[0], logits(llama, IDS[:, :64]))
+            assert torch.equal(got[1], logits(llama, IDS))
 
     @pytest.mark.parametrize(
         "make",
