@@ -21,6 +21,8 @@ from .cached_keys import CachedKeys, cached_keys
 from .correcting import change_stage
 from .enabled import enabled_class, stock_class
 from .finding import Found
+from .forms import Unsupported
+from .rotary_embedding import check_stages
 from .stages import Call, Growth, begin_call, end_call
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -74,20 +76,28 @@ def _growth(decoder: nn.Module, rotary: nn.Module, found: Found, plan: DynamicPl
     own = set(decoder.modules())
     for attention in found.attentions:
         index = getattr(attention, "layer_idx", None)
-        if attention not in own or (layer_type is not None and types[index] != layer_type):
+        if attention not in own:
             continue
         stock = stock_class(type(attention))
+        if not isinstance(index, int):
+            raise ValueError(f"it is not known which layer of the cache a {stock.__name__} has: {_STATIC}")
+        if layer_type is not None and types[index] != layer_type:
+            continue
         keys = cached_keys(stock)
         if isinstance(keys, str):
             raise ValueError(f"the cached keys of {stock.__name__} cannot be corrected: {keys}; {_STATIC}")
-        if not isinstance(index, int):
-            raise ValueError(f"it is not known which layer of the cache a {stock.__name__} has: {_STATIC}")
         if not keys.cached_by(attention):
             continue
         layers[index] = keys
         forms |= {(form.tables, form.negative) for form in enabled_class(stock).forms}
     if len(forms) != 1:
         raise ValueError(f"the layers of {type(decoder).__name__} rotate in several forms: {_STATIC}")
+    swap = rotary.__dict__.get("_rope_dist_swap")
+    before = swap.config_before if swap is not None and swap.plan else rotary.config
+    try:
+        check_stages(stock_class(type(rotary)), before, plan)
+    except Unsupported as error:
+        raise ValueError(f"{error}: {_STATIC}") from None
     names = {module: name for name, module in decoder.named_modules()}
     return Growth(plan, names[rotary], layer_type, layers, *forms.pop())
 
@@ -97,7 +107,7 @@ def attach_growth(decoder: nn.Module, growth: Growth) -> None:
     detach_growth(decoder)
     decoder._rope_dist_growth = growth
     decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
-    decoder.register_forward_hook(after_forward, with_kwargs=True)
+    decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
 
 
 def detach_growth(decoder: nn.Module) -> None:
@@ -110,6 +120,7 @@ def detach_growth(decoder: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if hook is own]:
             del hooks[key]
             with_kwargs.pop(key, None)
+            decoder._forward_hooks_always_called.pop(key, None)
 
 
 # --- a decoder's hooks ---------------------------------------------------------------------------
@@ -138,7 +149,7 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def after_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Give the cache that a call has made the record of its keys."""
+    """Give the cache that a call has made the record of its keys; of a call that failed, ``output`` is None."""
     if torch.compiler.is_compiling():
         return
     call = end_call(decoder)

@@ -52,7 +52,8 @@ class EnabledRotaryEmbedding(EnabledModule):
         What was kept between calls (by frequencies that change with the length) is forgotten.
         """
         plan = self._rope_dist_swap.plan
-        stages = self._stages(plan) if isinstance(plan, DynamicPlan) else []
+        config_before = self._rope_dist_swap.config_before
+        stages = stock_stages(self.stock, config_before, plan) if isinstance(plan, DynamicPlan) else []
         new = stages[0] if stages else new_stock(self.stock, self.config)
         device = next((buffer.device for buffer in self._buffers.values() if buffer is not None), None)
         for name in list(self._buffers):
@@ -71,16 +72,6 @@ class EnabledRotaryEmbedding(EnabledModule):
         if stages:
             self._keep_stages(stages, device)
         self._rope_dist_swap.by_length = frozenset() if stages else self._types_by_length()
-
-    def _stages(self, plan: DynamicPlan) -> list[nn.Module]:
-        """Stock's rotary embedding at each stage of a plan, on the CPU."""
-        trained = trained_config(self._rope_dist_swap.config_before)
-        configs = [trained]
-        for stage in plan.stages[1:]:
-            config = copy.deepcopy(trained)
-            config.get_text_config(decoder=True).__dict__.update(stage.config_overrides(trained))
-            configs.append(config)
-        return [new_stock(self.stock, config) for config in configs]
 
     def _keep_stages(self, stages: list[nn.Module], device: torch.device | None) -> None:
         """Frequencies ``[stages, R/2]`` and attention scalings ``[stages]`` as buffers, and those in force as well.
@@ -183,6 +174,42 @@ def new_stock(stock: type[nn.Module], config: PretrainedConfig) -> nn.Module:
     """A rotary embedding of the class ``stock`` on the CPU, whatever the default device and dtype are."""
     with torch.device("cpu"):
         return stock(config)
+
+
+def stock_stages(stock: type[nn.Module], config: PretrainedConfig, plan: DynamicPlan) -> list[nn.Module]:
+    """A rotary embedding of the class ``stock`` for each stage of a plan, on the CPU.
+
+    Args:
+        config: of the model before the plan, or one that records it.
+    """
+    trained = trained_config(config)
+    configs = [trained]
+    for stage in plan.stages[1:]:
+        changed = copy.deepcopy(trained)
+        changed.get_text_config(decoder=True).__dict__.update(stage.config_overrides(trained))
+        configs.append(changed)
+    return [new_stock(stock, one) for one in configs]
+
+
+@torch.no_grad()
+def check_stages(stock: type[nn.Module], config: PretrainedConfig, plan: DynamicPlan) -> None:
+    """:class:`Unsupported` unless the tables of a stage follow from its frequencies and attention scaling alone.
+
+    Args:
+        config: as in :func:`stock_stages`.
+    """
+    layer_type = extended_layers(trained_config(config).get_text_config(decoder=True))
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    first, *_, last = stock_stages(stock, config, plan)
+    expected = sample_tables(last, layer_type)
+    for name in (f"{prefix}inv_freq", f"{prefix}attention_scaling"):
+        if hasattr(last, name):
+            setattr(first, name, getattr(last, name))
+    found = sample_tables(first, layer_type)
+    if not all(torch.allclose(*pair, rtol=0.0, atol=_ROUGHLY) for pair in zip(found, expected, strict=True)):
+        raise Unsupported(
+            f"{stock.__name__} does not make its tables from the frequencies that it keeps and a dynamic plan changes"
+        )
 
 
 _POSITIONS = (0, 1, 2, 7, 40, 1000)
