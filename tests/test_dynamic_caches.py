@@ -1,8 +1,7 @@
-"""Keys in the caches of models with dynamic plans: whatever the pieces, those of the stage that the text is in."""
+"""Caches of models with dynamic plans: each kind, its rows, copies, what shortens it, and what others put there."""
 
 import concurrent.futures
 import copy
-import functools
 import pickle
 import threading
 
@@ -10,21 +9,27 @@ import pytest
 import torch
 import transformers
 from helpers.growing import (
+    CHUNKS,
     LENGTH,
+    PADDING,
+    TOKENS,
+    assert_keys,
     dynamic_of,
     family,
     first_keys,
     grow,
+    grown_family,
     growth_of,
     padded_positions,
     read,
+    static_cache,
     stock_at,
     text,
+    whole_family,
+    whole_keys,
     written,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 from transformers.cache_utils import Cache, QuantizedLayer, StaticLayer
 
 import rope_dist
@@ -40,83 +45,8 @@ def no_grad():
         yield
 
 
-def assert_keys(found, expected, tolerance=1e-6):
-    """Equal to within ``tolerance`` of the largest."""
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-@functools.cache
-def _grown_family(name, **changes):
-    return dynamic_of(family(name, **changes))
-
-
-def grown_family(name, **changes):
-    """A dynamic model and its plan."""
-    model, plan = _grown_family(name, **changes)
-    rope_dist.enable(model, plan=plan)  # again, where another test has disabled every model
-    return model, plan
-
-
-@functools.cache
-def whole_family(name, stage, **changes):
-    _, plan = grown_family(name, **changes)
-    return stock_at(family(name, **changes), plan, plan.lengths[stage])
-
-
-def whole_keys(name, ids, positions=None, **changes):
-    """First keys that stock makes of a text that is read whole under the plan of its stage."""
-    model, plan = grown_family(name, **changes)
-    _, cache = grow(whole_family(name, plan.stage(ids.shape[1]), **changes), ids, (), positions=positions)
-    return first_keys(model, cache)
-
-
-FAMILIES = (
-    "llama",
-    "qwen3",  # norms of queries and keys
-    "phi",  # partial
-    "stablelm",
-    "gpt_neox",
-    "cohere",  # interleaved
-    "glm",
-    "deepseek_v3",  # latent: the rotated part of its keys is where others keep values
-    "gemma3_text",  # full layers only
-    "smollm3",  # a layer without rotation
-    "mistral",  # sliding layers with the frequencies of the others
-    "gpt_oss",
-)
-PIECES = st.lists(st.integers(1, 50), max_size=12)
-
-
-class TestPieces:
-    @pytest.mark.parametrize("name", FAMILIES)
-    def test_in_any_pieces_as_read_whole(self, name):
-        model, plan = grown_family(name)
-        assert plan.lengths[0] == LENGTH
-        assert len(plan.lengths) == 7
-
-        @settings(max_examples=5)
-        @given(PIECES, st.integers(LENGTH - 4, 4 * LENGTH + 9), st.integers(0, 9))
-        def check(pieces, tokens, tail):
-            ids = text(tokens)
-            _, cache = grow(model, ids[:, : tokens - tail], pieces)
-            _, cache = grow(model, ids, [1] * tail, cache, start=tokens - tail)
-            assert record_of(cache).stage == plan.stage(tokens)
-            assert_keys(first_keys(model, cache), whole_keys(name, ids))
-
-        check()
-
-
-TOKENS = 150  # of the stage for 161: five stages, four changes
-CHUNKS = [30, 30, 10, 1, 1, 1, 20, 1, 1, 40, 1]
-
-
 def llama():
     return grown_family("llama")
-
-
-def static_cache(name="llama", tokens=4 * LENGTH, **changes):
-    return StaticCache(family(name, **changes).config, max_cache_len=tokens)
 
 
 class TestKinds:
@@ -238,9 +168,6 @@ def test_quantised(kind):
 
 def first_of(value):
     return value[0] if isinstance(value, tuple) else value
-
-
-PADDING = [0, 7, 25, 3]
 
 
 class TestRows:

@@ -8,6 +8,7 @@ import inspect
 
 import torch
 from torch import nn
+from transformers import StaticCache
 
 import rope_dist
 from helpers.tiny_models import tiny_model
@@ -102,3 +103,43 @@ def written(cache, index: int = 0, tensor: str = "keys") -> torch.Tensor:
 def family(name: str, **changes) -> nn.Module:
     """A stock model, not to be changed."""
     return tiny_model(name, **changes)
+
+
+def assert_keys(found, expected, tolerance=1e-6):
+    """Equal to within ``tolerance`` of the largest."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@functools.cache
+def _grown_family(name, **changes):
+    return dynamic_of(family(name, **changes))
+
+
+def grown_family(name, **changes):
+    """A dynamic model and its plan."""
+    model, plan = _grown_family(name, **changes)
+    rope_dist.enable(model, plan=plan)  # again, where another test has disabled every model
+    return model, plan
+
+
+@functools.cache
+def whole_family(name, stage, **changes):
+    _, plan = grown_family(name, **changes)
+    return stock_at(family(name, **changes), plan, plan.lengths[stage])
+
+
+def whole_keys(name, ids, positions=None, **changes):
+    """First keys that stock makes of a text that is read whole under the plan of its stage."""
+    model, plan = grown_family(name, **changes)
+    _, cache = grow(whole_family(name, plan.stage(ids.shape[1]), **changes), ids, (), positions=positions)
+    return first_keys(model, cache)
+
+
+TOKENS = 150  # of the stage for 161: five stages, four changes
+CHUNKS = [30, 30, 10, 1, 1, 1, 20, 1, 1, 40, 1]
+PADDING = [0, 7, 25, 3]
+
+
+def static_cache(name="llama", tokens=4 * LENGTH, **changes):
+    return StaticCache(family(name, **changes).config, max_cache_len=tokens)
