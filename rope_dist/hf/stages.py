@@ -44,7 +44,7 @@ class Growth:
     def stage(self, tokens: int, before: int = 0) -> int:
         """The stage for ``tokens`` in all, of a text that was read by the stage ``before``."""
         plan = self.plan
-        stage = plan.stage(max(tokens, getattr(_LOCAL, "at_least", 0)))
+        stage = plan.stage(max(tokens, getattr(_LOCAL, "at_least", 0), 1))
         while stage < before and tokens > plan.lengths[stage] * (1 - BACK):
             stage += 1
         return stage
