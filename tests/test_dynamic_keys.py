@@ -5,12 +5,17 @@ import torch
 from helpers.growing import (
     LENGTH,
     assert_keys,
+    dynamic_of,
     first_keys,
     grow,
     grown_family,
+    read,
+    stock_at,
     text,
+    whole_family,
     whole_keys,
 )
+from helpers.tiny_models import ROTARY_TYPES, tiny_multimodal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,3 +64,40 @@ class TestPieces:
             assert_keys(first_keys(model, cache), whole_keys(name, ids))
 
         check()
+
+
+HYBRIDS = [name for name in ("qwen3_next", "lfm2", "falcon_h1") if name in ROTARY_TYPES]
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_layers_with_other_states(name):
+    """As stock's that reads the same pieces: its linear attention depends on them, in some versions by far."""
+    model, plan = grown_family(name)
+    ids = text(110)
+    pieces = [60, 20, 1, 1, 20, 1, 1]
+    (_, cache), (_, its) = (grow(m, ids, pieces) for m in (model, whole_family(name, plan.stage(110))))
+    assert record_of(cache).stage == 3
+    assert_keys(first_keys(model, cache), first_keys(model, its))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "glm4v"])
+def test_several_position_axes(name):
+    """Time, height and width of each token, other ones in each row, which are exchanged on the way."""
+    stock = tiny_multimodal(name)
+    model, plan = dynamic_of(stock)
+    ids = text(100)
+    steps = torch.arange(100)
+    axes = torch.stack([steps, steps // 3, steps % 9 + steps // 5])
+    positions = torch.stack([axes, axes.flip(0)], dim=1)
+    _, cache = read(model, ids[:, :60], position_ids=positions[..., :60])
+    _, cache = read(model, ids[:, 60:85], cache, position_ids=positions[..., 60:85])
+    order = torch.tensor([1, 0])
+    cache.reorder_cache(order)
+    ids, positions = ids[order], positions[:, order]
+    for start in range(85, 100, 5):
+        _, cache = read(
+            model, ids[:, start : start + 5], cache, position_ids=positions[..., start : start + 5]
+        )
+    _, whole = read(stock_at(stock, plan, 100), ids, position_ids=positions)
+    assert record_of(cache).stage == 2
+    assert_keys(first_keys(model, cache), first_keys(model, whole))

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import Cache
 
 from .. import ops
-from .applying import pairs_of
+from .applying import pairs_of, sections_of
 from .cache_record import CacheRecord
 from .cached_keys import CachedKeys
 from .stages import Growth
@@ -105,7 +105,11 @@ def _difference(
         if growth.tables == "complex":
             numbers.append(tables.to(torch.complex128))
         else:
-            cos, sin = (pairs_of(growth.tables, table) for table in tables)
+            if tables[0].ndim == 4:  # of three position axes, before transformers 5.17
+                sections = rotary.config.rope_parameters["mrope_section"]
+                cos, sin = (sections_of(table, sections) for table in tables)
+            else:
+                cos, sin = (pairs_of(growth.tables, table) for table in tables)
             numbers.append(torch.complex(cos.double(), sin.double()))
     turn = numbers[1] / numbers[0]
     if growth.negative:
