@@ -25,7 +25,6 @@ from helpers.growing import (
 from transformers import DynamicCache
 
 import rope_dist
-from rope_dist.hf import stages
 from rope_dist.hf.cache_record import record_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,7 +126,7 @@ class TestGenerate:
             {"prompt_lookup_num_tokens": 4} if assistant == "prompt lookup" else {"assistant_model": helper}
         )
         options |= {cache_argument(model): cache, "eos_token_id": 1000}  # transformers 5.6 takes no None
-        with stages.at_least(120 if at_once else 0):
+        with rope_dist.expect_length(120 if at_once else 1):
             expected = self.generate(model, ids, 50)
             calls.clear()
             found = self.generate(model, ids, 50, **options)

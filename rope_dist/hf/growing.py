@@ -7,6 +7,7 @@ at their own positions: they become what the new stage would have made of them, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -14,10 +15,10 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from ..dynamic import DynamicPlan
+from ..dynamic import DynamicPlan, trained_config
 from ..layer_types import extended_layers
 from .cache_record import CacheRecord, attach, cached_tokens, record_of, recorded
-from .cached_keys import CachedKeys, cached_keys
+from .cached_keys import cached_layers
 from .correcting import change_stage
 from .enabled import enabled_class, stock_class
 from .finding import Found
@@ -39,7 +40,7 @@ def find_growths(model: nn.Module, found: Found, plans: list[Any]) -> dict[nn.Mo
         plans: of each rotary embedding; those that are not dynamic are left out.
 
     Raises:
-        ValueError: the cached keys of the model cannot be corrected.
+        Unsupported: the cached keys of the model cannot be corrected, or its tables are of more than frequencies.
     """
     growths: dict[nn.Module, Growth] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -48,9 +49,14 @@ def find_growths(model: nn.Module, found: Found, plans: list[Any]) -> dict[nn.Mo
             continue
         decoder = _decoder(model, names, rotary)
         if decoder not in growths:
-            growths[decoder] = _growth(decoder, rotary, found, plan)
+            swap = rotary.__dict__.get("_rope_dist_swap")
+            config = swap.config_before if swap is not None and swap.plan is not None else rotary.config
+            growths[decoder] = _growth(decoder, rotary, found, plan, trained_config(config))
         elif type(rotary) is not type(decoder.get_submodule(growths[decoder].rotary)):
-            raise ValueError(f"{type(decoder).__name__} has several kinds of rotary embeddings: {_STATIC}")
+            raise Unsupported(f"{type(decoder).__name__} has several kinds of rotary embeddings: {_STATIC}")
+        else:
+            of_decoder = {module: name for name, module in decoder.named_modules()}
+            growths[decoder].others += (of_decoder[rotary],)
     return growths
 
 
@@ -65,41 +71,30 @@ def _decoder(model: nn.Module, names: dict[nn.Module, str], rotary: nn.Module) -
         module = model.get_submodule(path)
         if isinstance(module, PreTrainedModel) and set(CACHE_NAMES) & set(_parameters(type(module))):
             return module
-    raise ValueError(f"no model around {names[rotary] or type(rotary).__name__} is given a cache: {_STATIC}")
+    raise Unsupported(f"no model around {names[rotary] or type(rotary).__name__} is given a cache: {_STATIC}")
 
 
-def _growth(decoder: nn.Module, rotary: nn.Module, found: Found, plan: DynamicPlan) -> Growth:
-    config = rotary.config.get_text_config(decoder=True)
+def _growth(decoder: nn.Module, rotary: nn.Module, found: Found, plan: DynamicPlan, config: Any) -> Growth:
     layer_type, types = extended_layers(config), getattr(config, "layer_types", None)
-    layers: dict[int, CachedKeys] = {}
-    forms = set()
-    own = set(decoder.modules())
-    for attention in found.attentions:
-        index = getattr(attention, "layer_idx", None)
-        if attention not in own:
-            continue
-        stock = stock_class(type(attention))
-        if not isinstance(index, int):
-            raise ValueError(f"it is not known which layer of the cache a {stock.__name__} has: {_STATIC}")
-        if layer_type is not None and types[index] != layer_type:
-            continue
-        keys = cached_keys(stock)
-        if isinstance(keys, str):
-            raise ValueError(f"the cached keys of {stock.__name__} cannot be corrected: {keys}; {_STATIC}")
-        if not keys.cached_by(attention):
-            continue
-        layers[index] = keys
-        forms |= {(form.tables, form.negative) for form in enabled_class(stock).forms}
-    if len(forms) != 1:
-        raise ValueError(f"the layers of {type(decoder).__name__} rotate in several forms: {_STATIC}")
-    swap = rotary.__dict__.get("_rope_dist_swap")
-    before = swap.config_before if swap is not None and swap.plan else rotary.config
+    inside = set(decoder.modules())
+    attentions = [attention for attention in found.attentions if attention in inside]
+    stock = stock_class(type(rotary))
+    check_stages(stock, config, plan)
     try:
-        check_stages(stock_class(type(rotary)), before, plan)
+        layers = cached_layers(attentions)
     except Unsupported as error:
-        raise ValueError(f"{error}: {_STATIC}") from None
+        raise Unsupported(f"{error}; {_STATIC}") from None
+    if layer_type is not None:
+        layers = {i: of for i, of in layers.items() if types[i] == layer_type}
+    forms = {
+        (form.tables, form.negative)
+        for attention, _ in layers.values()
+        for form in enabled_class(stock_class(type(attention))).forms
+    }
+    if len(forms) != 1:
+        raise Unsupported(f"the layers of {type(decoder).__name__} rotate in several forms: {_STATIC}")
     names = {module: name for name, module in decoder.named_modules()}
-    return Growth(plan, names[rotary], layer_type, layers, *forms.pop())
+    return Growth(plan, names[rotary], layer_type, {i: keys for i, (_, keys) in layers.items()}, *forms.pop())
 
 
 def attach_growth(decoder: nn.Module, growth: Growth) -> None:
@@ -108,6 +103,33 @@ def attach_growth(decoder: nn.Module, growth: Growth) -> None:
     decoder._rope_dist_growth = growth
     decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
     decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
+
+
+def attach_compiled_call(model: nn.Module) -> None:
+    """Let ``generate`` make each call of a model that it compiles ready, outside of the graph."""
+    if hasattr(type(model), "get_compiled_call"):
+        model.get_compiled_call = functools.partial(_get_compiled_call, model)
+
+
+def detach_compiled_call(model: nn.Module) -> None:
+    """Undo :func:`attach_compiled_call`, also of a copy."""
+    own = model.__dict__.get("get_compiled_call")
+    if isinstance(own, functools.partial) and own.func is _get_compiled_call:
+        del model.get_compiled_call
+
+
+def _get_compiled_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    compiled = type(model).get_compiled_call(model, *args, **kwargs)
+
+    def call(**inputs: Any) -> Any:
+        cache = _cache(inputs)
+        for decoder in model.modules() if cache is not None else ():
+            if "_rope_dist_growth" in decoder.__dict__:
+                decoder._rope_dist_growth.by_hand = True
+                _prepare(decoder, cache, _tokens(inputs), inputs.get("position_ids"))
+        return compiled(**inputs)
+
+    return call
 
 
 def detach_growth(decoder: nn.Module) -> None:
@@ -133,8 +155,10 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     new = _tokens(inputs)
     cache = _cache(inputs)
     if torch.compiler.is_compiling():
-        if cache is None:  # else prepare_cache() has chosen, outside of the graph
-            decoder.get_submodule(growth.rotary).use_stage(growth.stage(new))
+        if cache is None:
+            growth.use(decoder, growth.stage(new))
+        elif not growth.by_hand:
+            _prepare_outside(decoder, cache, new, inputs.get("position_ids"))
         return
     record, past, before = None, 0, 0
     if cache is not None:
@@ -144,7 +168,7 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     stage = growth.stage(past + new, before)
     if record is not None:
         change_stage(decoder, cache, record, past, stage)
-    decoder.get_submodule(growth.rotary).use_stage(stage)
+    growth.use(decoder, stage)
     begin_call(Call(decoder, stage, record, past))
 
 
@@ -195,8 +219,9 @@ def _cache(inputs: dict[str, Any]) -> Cache | None:
 def prepare_cache(model: nn.Module, cache: Cache, tokens: int) -> None:
     """Make a cache and a model with a dynamic plan ready for a call with ``tokens`` more tokens a sequence.
 
-    An eager model and ``generate`` do it themselves. A model that was compiled by hand reads whatever frequencies are
-    set, so that no graph is recorded again: call this before each of its calls with a cache.
+    Eager models and ``generate`` do it themselves, compiled models between two graphs. A graph of the whole model
+    (``fullgraph=True``, CUDA graphs) reads whatever frequencies are set, so that it is never recorded again: call this
+    before each of its calls with a cache, the first one included.
 
     Args:
         model: enabled with a dynamic plan.
@@ -209,7 +234,16 @@ def prepare_cache(model: nn.Module, cache: Cache, tokens: int) -> None:
     decoder = next((m for m in model.modules() if "_rope_dist_growth" in m.__dict__), None)
     if decoder is None:
         raise ValueError("the model has no dynamic plan: rope_dist.enable(model, factor=2, dynamic=True)")
+    decoder._rope_dist_growth.by_hand = True
     _prepare(decoder, cache, tokens, None)
+
+
+@torch.compiler.disable(
+    reason="a dynamic plan needs rope_dist.prepare_cache(model, cache, tokens) before each call of a graph with a cache"
+)
+def _prepare_outside(decoder: nn.Module, cache: Cache, tokens: int, positions: torch.Tensor | None) -> None:
+    """As :func:`prepare_cache`, between two graphs."""
+    _prepare(decoder, cache, tokens, positions)
 
 
 def _prepare(decoder: nn.Module, cache: Cache, tokens: int, positions: torch.Tensor | None) -> None:
@@ -218,9 +252,9 @@ def _prepare(decoder: nn.Module, cache: Cache, tokens: int, positions: torch.Ten
     past = cached_tokens(cache, record)
     stage = growth.stage(past + tokens, record.stage or 0)
     change_stage(decoder, cache, record, past, stage)
-    rotary = decoder.get_submodule(growth.rotary)
-    rotary.use_stage(stage)
+    growth.use(decoder, stage)
     if positions is None:
-        positions = torch.arange(past, past + tokens, device=rotary.stage_inv_freq.device)[None]
+        device = decoder.get_submodule(growth.rotary).stage_inv_freq.device
+        positions = torch.arange(past, past + tokens, device=device)[None]
     record.write(past, positions)
     record.announced = tokens

@@ -32,6 +32,8 @@ class Growth:
         layers: index in the cache of each layer whose keys are corrected, and what they have of the rotation.
         tables: how stock's tables hold their values (:class:`rope_dist.hf.forms.Form`).
         negative: stock rotates by the angles' negatives.
+        others: names of those of the other layers, where each has its own.
+        by_hand: calls of compiled graphs are prepared by :func:`rope_dist.prepare_cache`.
     """
 
     plan: DynamicPlan
@@ -40,6 +42,8 @@ class Growth:
     layers: dict[int, CachedKeys]
     tables: str
     negative: bool
+    others: tuple[str, ...] = ()
+    by_hand: bool = False
 
     def stage(self, tokens: int, before: int = 0) -> int:
         """The stage for ``tokens`` in all, of a text that was read by the stage ``before``."""
@@ -48,6 +52,11 @@ class Growth:
         while stage < before and tokens > plan.lengths[stage] * (1 - BACK):
             stage += 1
         return stage
+
+    def use(self, decoder: nn.Module, stage: int) -> None:
+        """Put the frequencies of a stage in force, for what runs outside of a call: graphs, and checkpoints again."""
+        for name in (self.rotary, *self.others):
+            decoder.get_submodule(name).use_stage(stage)
 
 
 @dataclass
@@ -101,8 +110,17 @@ def note_positions(call: Call, positions: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def at_least(length: int) -> Iterator[None]:
-    """Inside, every call of this thread is read as part of a text of at least ``length`` tokens."""
+def expect_length(length: int) -> Iterator[None]:
+    """Context manager: models with dynamic plans read what they are given as part of ``length`` tokens or more.
+
+    Around ``generate`` with the length of the prompt and ``max_new_tokens`` together, it avoids a change of stage
+    while new tokens are written. It is meant for this thread.
+
+    Raises:
+        ValueError: ``length`` is not a positive whole number.
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"the length must be a positive whole number of tokens, got {length!r}")
     before = getattr(_LOCAL, "at_least", 0)
     _LOCAL.at_least = max(before, length)
     try:
