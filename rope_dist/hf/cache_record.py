@@ -134,6 +134,16 @@ def attach(cache: Cache, record: CacheRecord) -> None:
     cache.__class__ = _recorded_class(type(cache))
 
 
+def check_cache(cache: Any) -> None:
+    """``TypeError`` unless the keys of a cache can be recorded: those of continuous batching, which keeps several texts
+    in pages, cannot."""
+    if not isinstance(cache, Cache):
+        raise TypeError(
+            f"a dynamic plan needs a cache of transformers with one entry a layer, got a {type(cache).__name__}: for "
+            "continuous batching enable a static plan (dynamic=False)"
+        )
+
+
 def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
     """The record of a cache under ``plan``; a new one where it has none.
 
@@ -144,10 +154,9 @@ def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
             its keys were rotated.
         TypeError: not a cache of transformers.
     """
-    record = record_of(cache) if isinstance(cache, Cache) else None
+    check_cache(cache)
+    record = record_of(cache)
     if record is None:
-        if not isinstance(cache, Cache):
-            raise TypeError(f"a dynamic plan needs a cache of transformers, got {type(cache).__name__}")
         record, there = CacheRecord(plan), int(cache.get_seq_length())
         if there > plan.original_length:
             raise ValueError(

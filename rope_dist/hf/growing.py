@@ -16,7 +16,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..dynamic import DynamicPlan
 from ..layer_types import extended_layers
-from .cache_record import CacheRecord, attach, cached_tokens, record_of, recorded
+from .cache_record import CacheRecord, attach, cached_tokens, check_cache, record_of, recorded
 from .cached_keys import CachedKeys, cached_keys
 from .correcting import change_stage
 from .enabled import enabled_class, stock_class
@@ -121,6 +121,8 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     inputs = _arguments(decoder, args, kwargs)
     new = _tokens(inputs)
     cache = _cache(inputs)
+    if cache is not None:
+        check_cache(cache)
     if torch.compiler.is_compiling():
         if cache is None:  # else prepare_cache() has chosen, outside of the graph
             decoder.get_submodule(growth.rotary).use_stage(growth.stage(new))
