@@ -315,7 +315,7 @@ def test_serve_saves_a_stock_model_and_prints_what_serves_it(
     assert AutoTokenizer.from_pretrained(output).encode("abc") == [97, 98, 99]
 
 
-PROMPT = "the quick brown fox jumps over the lazy dog and runs off"  # 56 tokens of the 64 that are trained
+PROMPT = "we promptly judged antique ivory buckles for the next pr"  # 56 of the 64 tokens that are trained
 
 
 def grown_by_hand(model_directory, *more, new=12):
