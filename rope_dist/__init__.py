@@ -17,7 +17,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .dynamic import DynamicPlan, dynamic_plan
-    from .hf import disable, enable, prepare_cache, report, supported
+    from .hf import disable, enable, expect_length, prepare_cache, report, supported
     from .ops import qkv_rotary, rotary
     from .planning import RopePlan, plan
 
@@ -30,6 +30,7 @@ _HOME = {
     "rotary": "ops",
     "disable": "hf",
     "enable": "hf",
+    "expect_length": "hf",
     "prepare_cache": "hf",
     "report": "hf",
     "supported": "hf",
@@ -42,6 +43,7 @@ __all__ = [
     "disable",
     "dynamic_plan",
     "enable",
+    "expect_length",
     "plan",
     "prepare_cache",
     "qkv_rotary",

@@ -3,6 +3,7 @@
 from .growing import prepare_cache
 from .patching import Enabled, disable, enable, enabled_modules
 from .reporting import LayerReport, report, summary
+from .stages import expect_length
 from .support import ModelSupport, supported
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "disable",
     "enable",
     "enabled_modules",
+    "expect_length",
     "prepare_cache",
     "report",
     "summary",

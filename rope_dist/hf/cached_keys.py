@@ -14,7 +14,6 @@ rotated keys, keys that are rotated after the cache, a second cache.
 from __future__ import annotations
 
 import ast
-import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -46,7 +45,32 @@ class CachedKeys:
         return not self.test or bool(eval(self.test, {"self": attention}))
 
 
-@functools.cache
+def cached_layers(attentions: Iterable[nn.Module]) -> dict[int, tuple[nn.Module, CachedKeys]]:
+    """The attention of each layer of a model's cache that has rotated keys, and what they have of its rotation.
+
+    Args:
+        attentions: of one model, stock or enabled.
+
+    Raises:
+        Unsupported: the cached keys of one of them cannot be corrected.
+    """
+    known: dict[type[nn.Module], CachedKeys | str] = {}
+    layers: dict[int, tuple[nn.Module, CachedKeys]] = {}
+    for attention in attentions:
+        stock = getattr(type(attention), "stock", type(attention))
+        keys = known[stock] = known.get(stock) or cached_keys(stock)
+        if isinstance(keys, str):
+            raise Unsupported(f"cached keys of {stock.__name__} cannot be corrected: {keys}")
+        if keys.cached_by(attention):
+            index = attention.layer_idx
+            if not isinstance(index, int) or index in layers:
+                raise Unsupported(
+                    f"cached keys of {stock.__name__} cannot be corrected: layer {index} of a cache is not its own"
+                )
+            layers[index] = (attention, keys)
+    return layers
+
+
 def cached_keys(stock: type[nn.Module]) -> CachedKeys | str:
     """How cached keys of a stock attention are rotated; a text says why that cannot be told, or not be corrected.
 
@@ -90,7 +114,10 @@ class _Refused(Exception):
 
 @dataclass(frozen=True)
 class _Rotated:
-    """A tensor that is rotated: ``whole`` in all dimensions of a head, else in the first or last R; perhaps by a ``test``."""
+    """A tensor that is rotated, in all dimensions of a head (``whole``) or in the first or last R.
+
+    ``test``: under this condition of ``self``; else it is not rotated.
+    """
 
     interleaved: bool
     first: bool
@@ -135,7 +162,7 @@ class _Reader:
         rotated = [(n, v) for n, v in zip(("keys", "values"), given, strict=True) if isinstance(v, _Rotated)]
         if len(rotated) != 1:
             raise _Refused("keys and values are both rotated" if rotated else "cached keys are not rotated")
-        if len(call.args) < 3 or ast.unparse(call.args[2]) not in ("self.layer_idx", "self.layer_id"):
+        if len(call.args) < 3 or ast.unparse(call.args[2]) != "self.layer_idx":
             raise _Refused(f"its layer of the cache changes: {ast.unparse(call)}")
         ((tensor, value),) = rotated
         return CachedKeys(value.first, value.interleaved, tensor, _both(*path, value.test))
@@ -154,10 +181,12 @@ class _Reader:
         known = {name for name, value in variables.items() if value is not None}
         in_place = isinstance(statement, ast.AugAssign) and known & set(stored(statement))
         if in_place or may_write(statement, known):
-            raise _Refused(f"rotated tensors are changed in place: {ast.unparse(statement)}")
+            self.forget(variables, statement)
         if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)):
             value = None if statement.value is None else self.value(statement.value, variables)
-            if isinstance(statement, ast.Assign):
+            if isinstance(statement, ast.Expr) and value is not None and not _updates(statement.value):
+                self.forget(variables, statement)
+            elif isinstance(statement, ast.Assign):
                 for target in statement.targets:
                     self.assign(target, value, variables)
             elif isinstance(statement, ast.AnnAssign):
@@ -167,8 +196,15 @@ class _Reader:
         if any(self.is_followed(node) for node in ast.walk(statement)):
             raise _Refused(f"keys are rotated or cached in a {type(statement).__name__.lower()} statement")
         value = self.of_names(statement, variables)
-        changed = known & set(loaded(statement)) if value is not None else ()
+        changed = known & set(loaded(statement))
         variables.update(dict.fromkeys([*stored(statement), *changed], value))
+
+    def forget(self, variables: _Variables, statement: ast.stmt) -> None:
+        """A rotated tensor may be changed in place; which are views of it is not known."""
+        text = ast.unparse(statement)
+        if any(variables.get(name) is _CACHED for name in loaded(statement)):
+            raise _Refused(f"cached keys are changed in place: {text}")
+        variables.update({name: _lost(value, text) for name, value in variables.items()})
 
     def condition(self, statement: ast.If, variables: _Variables) -> None:
         self.value(statement.test, variables)
@@ -183,13 +219,9 @@ class _Reader:
 
     def assign(self, target: ast.expr, value: _Value, variables: _Variables) -> None:
         if isinstance(target, (ast.Tuple, ast.List)):
-            count = len(target.elts)
-            parts = (
-                value
-                if isinstance(value, tuple) and len(value) == count
-                else (_lost(value, "unpacked"),) * count
-            )
-            for one, part in zip(target.elts, parts, strict=True):
+            if not isinstance(value, tuple) or len(value) != len(target.elts):
+                value = (_lost(value, ast.unparse(target)),) * len(target.elts)
+            for one, part in zip(target.elts, value, strict=True):
                 self.assign(one, part, variables)
         elif isinstance(target, ast.Name):
             variables[target.id] = value
@@ -200,13 +232,17 @@ class _Reader:
 
     def value(self, node: ast.expr, variables: _Variables) -> _Value:
         if isinstance(node, ast.Name):
+            if node.id in self.forms:
+                raise _Refused(f"{node.id} is used without being called")
             return variables.get(node.id)
         if isinstance(node, (ast.Tuple, ast.List)):
-            return tuple(self.value(one, variables) for one in node.elts)
+            values = tuple(self.value(one, variables) for one in node.elts)
+            return None if _lost(values, "") is None else values
         if isinstance(node, ast.Attribute) and node.attr in _NO_TENSOR:
             self.value(node.value, variables)
             return None
         if isinstance(node, ast.Compare) and all(isinstance(one, (ast.Is, ast.IsNot)) for one in node.ops):
+            self.other(node, variables)
             return None
         if isinstance(node, ast.IfExp):
             self.value(node.test, variables)
@@ -240,8 +276,9 @@ class _Reader:
         function, form = self.functions[node.func.id], self.forms[node.func.id]
         parameters = [argument.arg for argument in function.args.args]
         count = 1 if parameters[0] == "x" else 2
-        tables = node.args[count : count + (1 if form.tables == "complex" else 2)]
-        if not tables or not all(_is_table(*pair) for pair in zip(tables, parameters[count:], strict=False)):
+        end = count + (1 if form.tables == "complex" else 2)
+        tables = list(zip(node.args[count:end], parameters[count:end], strict=False))
+        if len(tables) != end - count or not all(_is_table(*table) for table in tables):
             raise _Refused(f"its tables are not known: {ast.unparse(node)}")
         before = _lost(tuple(self.value(one, variables) for one in node.args[:count]), "")
         if before is not None:
@@ -254,6 +291,8 @@ class _Reader:
 
     def concatenation(self, node: ast.Call, variables: _Variables) -> _Value:
         """With the part of each head that is not rotated."""
+        if not node.args:
+            return self.other(node, variables)
         values = self.value(node.args[0], variables)
         axis = [ast.unparse(one) for one in (*node.args[1:], *(keyword.value for keyword in node.keywords))]
         if isinstance(values, tuple) and len(values) == 2 and axis == ["-1"]:
@@ -280,7 +319,8 @@ class _Reader:
         return _lost(tuple(values), ast.unparse(node))
 
     def of_names(self, node: ast.AST, variables: _Variables) -> _Value:
-        return _lost(tuple(variables.get(name) for name in loaded(node)), type(node).__name__)
+        names = (*loaded(node), *stored(node))
+        return _lost(tuple(variables.get(name) for name in names), ast.unparse(node))
 
     def is_followed(self, node: ast.AST) -> bool:
         return name_of(node) in self.forms or _updates(node)
@@ -353,19 +393,15 @@ _TABLES = "position_embeddings"
 
 def _check_tables(method: ast.FunctionDef) -> None:
     """:class:`_Refused` unless cos and sin are those of the rotary embedding."""
-    names = {"cos", "sin", _TABLES}
-    for statement in ast.walk(method):
-        if (
-            not isinstance(statement, ast.stmt)
-            or hasattr(statement, "body")
-            or not names & set(stored(statement))
-        ):
-            continue
-        made = statement.value if isinstance(statement, ast.Assign) else None
-        if isinstance(made, ast.Subscript):  # by the type of the layer
-            made = made.value
-        whole = name_of(made) == _TABLES or (
-            isinstance(made, ast.Call) and ast.unparse(made.func) == "self.rotary_emb"
-        )
-        if not whole or ast.unparse(statement.targets[0]) not in ("cos, sin", "(cos, sin)"):
-            raise _Refused(f"its tables are not those of the rotary embedding: {ast.unparse(statement)}")
+    names = ("cos", "sin", _TABLES)
+    made = [node for node in ast.walk(method) if isinstance(node, ast.Assign) and _makes_tables(node)]
+    if sum(name in names for name in stored(method)) != 2 * len(made):
+        raise _Refused("cos and sin are not, or not only, those of the rotary embedding")
+
+
+def _makes_tables(statement: ast.Assign) -> bool:
+    """``cos, sin = position_embeddings``, perhaps of a type of layers, or of a rotary embedding of its own."""
+    value = statement.value.value if isinstance(statement.value, ast.Subscript) else statement.value
+    own = isinstance(value, ast.Call) and ast.unparse(value.func) == "self.rotary_emb"
+    targets = [ast.unparse(target).strip("()") for target in statement.targets]
+    return targets == ["cos, sin"] and (own or name_of(value) == _TABLES)

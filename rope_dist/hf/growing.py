@@ -7,6 +7,7 @@ at their own positions: they become what the new stage would have made of them, 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 
-from ..dynamic import DynamicPlan
+from ..dynamic import DynamicPlan, trained_config
 from ..layer_types import extended_layers
 from .cache_record import CacheRecord, attach, cached_tokens, check_cache, record_of, recorded
-from .cached_keys import CachedKeys, cached_keys
+from .cached_keys import cached_layers
 from .correcting import change_stage
 from .enabled import enabled_class, stock_class
 from .finding import Found
+from .forms import Unsupported
+from .rotary_embedding import check_stages
 from .stages import Call, Growth, begin_call, end_call
 
 CACHE_NAMES = ("cache", "past_key_values")
@@ -37,7 +40,7 @@ def find_growths(model: nn.Module, found: Found, plans: list[Any]) -> dict[nn.Mo
         plans: of each rotary embedding; those that are not dynamic are left out.
 
     Raises:
-        ValueError: the cached keys of the model cannot be corrected.
+        Unsupported: the cached keys of the model cannot be corrected, or its tables are of more than frequencies.
     """
     growths: dict[nn.Module, Growth] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -46,9 +49,11 @@ def find_growths(model: nn.Module, found: Found, plans: list[Any]) -> dict[nn.Mo
             continue
         decoder = _decoder(model, names, rotary)
         if decoder not in growths:
-            growths[decoder] = _growth(decoder, rotary, found, plan)
+            swap = rotary.__dict__.get("_rope_dist_swap")
+            config = swap.config_before if swap is not None and swap.plan is not None else rotary.config
+            growths[decoder] = _growth(decoder, rotary, found, plan, trained_config(config))
         elif type(rotary) is not type(decoder.get_submodule(growths[decoder].rotary)):
-            raise ValueError(f"{type(decoder).__name__} has several kinds of rotary embeddings: {_STATIC}")
+            raise Unsupported(f"{type(decoder).__name__} has several kinds of rotary embeddings: {_STATIC}")
     return growths
 
 
@@ -63,33 +68,30 @@ def _decoder(model: nn.Module, names: dict[nn.Module, str], rotary: nn.Module) -
         module = model.get_submodule(path)
         if isinstance(module, PreTrainedModel) and set(CACHE_NAMES) & set(_parameters(type(module))):
             return module
-    raise ValueError(f"no model around {names[rotary] or type(rotary).__name__} is given a cache: {_STATIC}")
+    raise Unsupported(f"no model around {names[rotary] or type(rotary).__name__} is given a cache: {_STATIC}")
 
 
-def _growth(decoder: nn.Module, rotary: nn.Module, found: Found, plan: DynamicPlan) -> Growth:
-    config = rotary.config.get_text_config(decoder=True)
+def _growth(decoder: nn.Module, rotary: nn.Module, found: Found, plan: DynamicPlan, config: Any) -> Growth:
     layer_type, types = extended_layers(config), getattr(config, "layer_types", None)
-    layers: dict[int, CachedKeys] = {}
-    forms = set()
-    own = set(decoder.modules())
-    for attention in found.attentions:
-        index = getattr(attention, "layer_idx", None)
-        if attention not in own or (layer_type is not None and types[index] != layer_type):
-            continue
-        stock = stock_class(type(attention))
-        keys = cached_keys(stock)
-        if isinstance(keys, str):
-            raise ValueError(f"the cached keys of {stock.__name__} cannot be corrected: {keys}; {_STATIC}")
-        if not isinstance(index, int):
-            raise ValueError(f"it is not known which layer of the cache a {stock.__name__} has: {_STATIC}")
-        if not keys.cached_by(attention):
-            continue
-        layers[index] = keys
-        forms |= {(form.tables, form.negative) for form in enabled_class(stock).forms}
+    inside = set(decoder.modules())
+    attentions = [attention for attention in found.attentions if attention in inside]
+    stock = stock_class(type(rotary))
+    check_stages(stock, config, plan)
+    try:
+        layers = cached_layers(attentions)
+    except Unsupported as error:
+        raise Unsupported(f"{error}; {_STATIC}") from None
+    if layer_type is not None:
+        layers = {i: of for i, of in layers.items() if types[i] == layer_type}
+    forms = {
+        (form.tables, form.negative)
+        for attention, _ in layers.values()
+        for form in enabled_class(stock_class(type(attention))).forms
+    }
     if len(forms) != 1:
-        raise ValueError(f"the layers of {type(decoder).__name__} rotate in several forms: {_STATIC}")
+        raise Unsupported(f"the layers of {type(decoder).__name__} rotate in several forms: {_STATIC}")
     names = {module: name for name, module in decoder.named_modules()}
-    return Growth(plan, names[rotary], layer_type, layers, *forms.pop())
+    return Growth(plan, names[rotary], layer_type, {i: keys for i, (_, keys) in layers.items()}, *forms.pop())
 
 
 def attach_growth(decoder: nn.Module, growth: Growth) -> None:
@@ -98,6 +100,32 @@ def attach_growth(decoder: nn.Module, growth: Growth) -> None:
     decoder._rope_dist_growth = growth
     decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
     decoder.register_forward_hook(after_forward, with_kwargs=True)
+
+
+def attach_compiled_call(model: nn.Module) -> None:
+    """Let ``generate`` make each call of a model that it compiles ready, outside of the graph."""
+    if hasattr(type(model), "get_compiled_call"):
+        model.get_compiled_call = functools.partial(_get_compiled_call, model)
+
+
+def detach_compiled_call(model: nn.Module) -> None:
+    """Undo :func:`attach_compiled_call`, also of a copy."""
+    own = model.__dict__.get("get_compiled_call")
+    if isinstance(own, functools.partial) and own.func is _get_compiled_call:
+        del model.get_compiled_call
+
+
+def _get_compiled_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    compiled = type(model).get_compiled_call(model, *args, **kwargs)
+
+    def call(**inputs: Any) -> Any:
+        cache = _cache(inputs)
+        for decoder in model.modules() if cache is not None else ():
+            if "_rope_dist_growth" in decoder.__dict__:
+                _prepare(decoder, cache, _tokens(inputs), inputs.get("position_ids"))
+        return compiled(**inputs)
+
+    return call
 
 
 def detach_growth(decoder: nn.Module) -> None:

@@ -30,7 +30,13 @@ from ..strategies import DEFAULT_STRATEGY
 from .enabled import EnabledAttention, enabled_class
 from .finding import Found, find
 from .forms import NotRotary, Unsupported
-from .growing import attach_growth, detach_growth, find_growths
+from .growing import (
+    attach_compiled_call,
+    attach_growth,
+    detach_compiled_call,
+    detach_growth,
+    find_growths,
+)
 from .reporting import LayerReport, report, summary
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
 
@@ -40,8 +46,8 @@ _LOCK = threading.RLock()
 @dataclass
 class _Swap:
     """Kept on an enabled rotary embedding: what to restore, how its tables hold their values, and for which types of
-    layers they change with the length; of a dynamic plan also what the names of its frequencies begin with, and the
-    stage in force.
+    layers they change with the length; of a dynamic plan also the names of its frequencies and its attention scaling,
+    and the stage in force.
 
     Plain values, so that it copies and pickles.
     """
@@ -51,7 +57,7 @@ class _Swap:
     by_length: frozenset[str | None] = frozenset()
     plan: RopePlan | DynamicPlan | None = None
     config_before: PretrainedConfig | None = None
-    prefix: str = ""
+    names: tuple[str, str] = ("", "")
     stage: int | None = None
 
 
@@ -193,6 +199,9 @@ def enable(
                 attach_growth(module, growths[module])
             else:
                 detach_growth(module)
+            detach_compiled_call(module)
+            if growths and isinstance(module, PreTrainedModel):
+                attach_compiled_call(module)
         _ENABLED_MODELS.add(model)
         return Enabled(model, plans[0], len(attentions), _previous=previous)
 
@@ -218,6 +227,7 @@ def disable(model: nn.Module | None = None) -> None:
             elif isinstance(module, EnabledAttention):
                 _set_class(module, type(module).stock)
             detach_growth(module)
+            detach_compiled_call(module)
         _ENABLED_MODELS.discard(model)
 
 

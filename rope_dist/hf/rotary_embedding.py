@@ -52,7 +52,9 @@ class EnabledRotaryEmbedding(EnabledModule):
         What was kept between calls (by frequencies that change with the length) is forgotten.
         """
         plan = self._rope_dist_swap.plan
-        stages = self._stages(plan) if isinstance(plan, DynamicPlan) else []
+        stages = []
+        if isinstance(plan, DynamicPlan):
+            stages = stock_stages(self.stock, trained_config(self._rope_dist_swap.config_before), plan)
         new = stages[0] if stages else new_stock(self.stock, self.config)
         device = next((buffer.device for buffer in self._buffers.values() if buffer is not None), None)
         for name in list(self._buffers):
@@ -72,51 +74,43 @@ class EnabledRotaryEmbedding(EnabledModule):
             self._keep_stages(stages, device)
         self._rope_dist_swap.by_length = frozenset() if stages else self._types_by_length()
 
-    def _stages(self, plan: DynamicPlan) -> list[nn.Module]:
-        """Stock's rotary embedding at each stage of a plan, on the CPU."""
-        trained = trained_config(self._rope_dist_swap.config_before)
-        configs = [trained]
-        for stage in plan.stages[1:]:
-            config = copy.deepcopy(trained)
-            config.get_text_config(decoder=True).__dict__.update(stage.config_overrides(trained))
-            configs.append(config)
-        return [new_stock(self.stock, config) for config in configs]
-
     def _keep_stages(self, stages: list[nn.Module], device: torch.device | None) -> None:
         """Frequencies ``[stages, R/2]`` and attention scalings ``[stages]`` as buffers, and those in force as well.
 
         They change in place, so that a compiled graph reads what is in force and is never recorded again.
         """
-        layer_type = extended_layers(
-            trained_config(self._rope_dist_swap.config_before).get_text_config(decoder=True)
-        )
-        prefix = "" if layer_type is None else f"{layer_type}_"
-        frequencies = torch.stack([getattr(stage, f"{prefix}inv_freq").float() for stage in stages])
-        scalings = torch.tensor(
-            [float(getattr(stage, f"{prefix}attention_scaling", 1.0)) for stage in stages]
-        )
-        buffers = {"stage_inv_freq": frequencies, "stage_scaling": scalings}
-        if self.__dict__.pop(f"{prefix}attention_scaling", None) is not None:
-            buffers[f"{prefix}attention_scaling"] = scalings[0].clone()
+        inv_freq, scaling = _names(trained_config(self._rope_dist_swap.config_before))
+        scalings = torch.stack([_scaling(stage, scaling) for stage in stages])
+        buffers = {
+            "stage_inv_freq": torch.stack([getattr(stage, inv_freq).float() for stage in stages]),
+            "stage_scaling": scalings,
+        }
+        if self.__dict__.pop(scaling, None) is not None:
+            buffers[scaling] = scalings[0].clone()
         for name, value in buffers.items():
             self.register_buffer(name, value.to(device), persistent=False)
-        self._rope_dist_swap.prefix, self._rope_dist_swap.stage = prefix, 0
+        self._rope_dist_swap.names, self._rope_dist_swap.stage = (inv_freq, scaling), 0
 
     def use_stage(self, stage: int) -> None:
         """Put the frequencies of a stage in force for compiled graphs and for calls outside of a decoder's."""
         swap = self._rope_dist_swap
         compiling = torch.compiler.is_compiling()
         if compiling or swap.stage != stage:
-            getattr(self, f"{swap.prefix}inv_freq").copy_(self.stage_inv_freq[stage])
-            if f"{swap.prefix}attention_scaling" in self._buffers:
-                getattr(self, f"{swap.prefix}attention_scaling").copy_(self.stage_scaling[stage])
+            inv_freq, scaling = swap.names
+            getattr(self, inv_freq).copy_(self.stage_inv_freq[stage])
+            if scaling in self._buffers:
+                getattr(self, scaling).copy_(self.stage_scaling[stage])
             swap.stage = None if compiling else stage  # a graph that runs again does not say so
+
+    def _at(self, stage: int) -> _With:
+        inv_freq, scaling = self._rope_dist_swap.names
+        return _With(self, {inv_freq: self.stage_inv_freq[stage], scaling: self.stage_scaling[stage]})
 
     def tables_at(self, stage: int, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
         """Stock's tables in float32 by the frequencies of a stage, whichever is in force."""
         like = torch.empty(0, dtype=torch.float32, device=position_ids.device)
         kwargs = {} if layer_type is None else {"layer_type": layer_type}
-        return self.tables_of.__func__(_AtStage(self, stage), like, position_ids, **kwargs)
+        return self.tables_of.__func__(self._at(stage), like, position_ids, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         kept = dict(self._buffers)
@@ -141,7 +135,7 @@ class EnabledRotaryEmbedding(EnabledModule):
             call = current_call(swap.plan)
         if call is not None:
             note_positions(call, position_ids)
-            made = self.tables_of.__func__(_AtStage(self, call.stage), x, position_ids, **kwargs)
+            made = self.tables_of.__func__(self._at(call.stage), x, position_ids, **kwargs)
         elif layer_type in swap.by_length:
             made = super().forward(x, position_ids, **kwargs)  # type: ignore[misc]
         else:
@@ -164,19 +158,61 @@ class EnabledRotaryEmbedding(EnabledModule):
         return frozenset(found)
 
 
-class _AtStage:
-    """A rotary embedding with the frequencies of another stage than the one in force, for stock's forward."""
+class _With:
+    """A rotary embedding with other frequencies than those in force, for stock's forward."""
 
-    def __init__(self, rotary: nn.Module, stage: int) -> None:
-        prefix = rotary._rope_dist_swap.prefix
-        self.__dict__ = {
-            "_rotary": rotary,
-            f"{prefix}inv_freq": rotary.stage_inv_freq[stage],
-            f"{prefix}attention_scaling": rotary.stage_scaling[stage],
-        }
+    def __init__(self, rotary: nn.Module, values: dict[str, torch.Tensor]) -> None:
+        self.__dict__ = {"_rotary": rotary, **values}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rotary, name)
+
+
+def _names(config: PretrainedConfig) -> tuple[str, str]:
+    """What a stock rotary embedding calls the frequencies and the attention scaling that a plan changes."""
+    layer_type = extended_layers(config.get_text_config(decoder=True))
+    prefix = "" if layer_type is None else f"{layer_type}_"
+    return f"{prefix}inv_freq", f"{prefix}attention_scaling"
+
+
+def _scaling(rotary: nn.Module, name: str) -> torch.Tensor:
+    return torch.tensor(float(getattr(rotary, name, 1.0)), device="cpu")
+
+
+def stock_stages(stock: type[nn.Module], config: PretrainedConfig, plan: DynamicPlan) -> list[nn.Module]:
+    """A stock rotary embedding at each stage of a plan, on the CPU.
+
+    Args:
+        config: of the trained model.
+    """
+    configs = [config]
+    for stage in plan.stages[1:]:
+        extended = copy.deepcopy(config)
+        extended.get_text_config(decoder=True).__dict__.update(stage.config_overrides(config))
+        configs.append(extended)
+    return [new_stock(stock, config) for config in configs]
+
+
+@torch.no_grad()
+def check_stages(stock: type[nn.Module], config: PretrainedConfig, plan: DynamicPlan) -> None:
+    """:class:`Unsupported` unless frequencies and attention scaling are all that tells the stages' tables apart.
+
+    Args:
+        stock, config, plan: as for :func:`stock_stages`.
+    """
+    stages = stock_stages(stock, config, plan)
+    inv_freq, scaling = _names(config)
+    for stage in stages[1:]:
+        mixed = _With(stages[0], {inv_freq: getattr(stage, inv_freq), scaling: _scaling(stage, scaling)})
+        for layer_type in layer_types(stage):
+            tables = zip(
+                sample_tables(mixed, layer_type, stock), sample_tables(stage, layer_type), strict=True
+            )
+            if not all(torch.allclose(a, b, rtol=0.0, atol=_ROUGHLY) for a, b in tables):
+                raise Unsupported(
+                    f"{stock.__name__} makes its tables of more than frequencies and an attention scaling: give the "
+                    "model a static plan (dynamic=False)"
+                )
 
 
 def new_stock(stock: type[nn.Module], config: PretrainedConfig) -> nn.Module:
@@ -219,11 +255,18 @@ def layer_types(rotary: nn.Module) -> tuple[str | None, ...]:
     return tuple(kinds) if isinstance(kinds, dict) else (None,)
 
 
-def sample_tables(rotary: nn.Module, layer_type: str | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of a stock rotary embedding on the CPU; :class:`Unsupported` if it makes none from positions."""
+def sample_tables(
+    rotary: nn.Module | _With, layer_type: str | None, stock: type[nn.Module] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of a stock rotary embedding on the CPU; :class:`Unsupported` if it makes none from positions.
+
+    Args:
+        stock: its class, by default ``type(rotary)``.
+    """
+    stock = stock or type(rotary)
     options = {} if layer_type is None else {"layer_type": layer_type}
     tokens = torch.tensor(_POSITIONS, device="cpu")
-    forward = inspect.unwrap(type(rotary).forward)  # by the frequencies that are there, whatever the length
+    forward = inspect.unwrap(stock.forward)  # by the frequencies that are there, whatever the length
     for axes in (4, 3, 2, 1):
         positions = torch.stack([tokens * (axis + 1) for axis in range(axes)])[:, None]
         try:
@@ -236,4 +279,4 @@ def sample_tables(rotary: nn.Module, layer_type: str | None) -> tuple[torch.Tens
         # [B, S, R], or [3, B, S, R] before transformers 5.17: else the axes were taken for something else.
         if cos.shape[:-1] in ((1, len(tokens)), (axes, 1, len(tokens))):
             return cos, sin
-    raise Unsupported(f"{type(rotary).__name__} makes no tables from positions")
+    raise Unsupported(f"{stock.__name__} makes no tables from positions")

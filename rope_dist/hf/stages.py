@@ -101,8 +101,17 @@ def note_positions(call: Call, positions: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def at_least(length: int) -> Iterator[None]:
-    """Inside, every call of this thread is read as part of a text of at least ``length`` tokens."""
+def expect_length(length: int) -> Iterator[None]:
+    """Context manager: models with dynamic plans read what they are given as part of ``length`` tokens or more.
+
+    Around ``generate`` with the length of the prompt and ``max_new_tokens`` together, it avoids a change of stage
+    while new tokens are written. It is meant for this thread.
+
+    Raises:
+        ValueError: ``length`` is not a positive whole number.
+    """
+    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+        raise ValueError(f"the length must be a positive whole number of tokens, got {length!r}")
     before = getattr(_LOCAL, "at_least", 0)
     _LOCAL.at_least = max(before, length)
     try:
