@@ -122,6 +122,7 @@ def _get_compiled_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         cache = _cache(inputs)
         for decoder in model.modules() if cache is not None else ():
             if "_rope_dist_growth" in decoder.__dict__:
+                decoder._rope_dist_growth.by_hand = True
                 _prepare(decoder, cache, _tokens(inputs), inputs.get("position_ids"))
         return compiled(**inputs)
 
@@ -152,8 +153,10 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if cache is not None:
         check_cache(cache)
     if torch.compiler.is_compiling():
-        if cache is None:  # else prepare_cache() has chosen, outside of the graph
+        if cache is None:
             decoder.get_submodule(growth.rotary).use_stage(growth.stage(new))
+        elif not growth.by_hand:
+            _prepare_outside(decoder, cache, new, inputs.get("position_ids"))
         return
     record, past, before = None, 0, 0
     if cache is not None:
@@ -214,8 +217,9 @@ def _cache(inputs: dict[str, Any]) -> Cache | None:
 def prepare_cache(model: nn.Module, cache: Cache, tokens: int) -> None:
     """Make a cache and a model with a dynamic plan ready for a call with ``tokens`` more tokens a sequence.
 
-    An eager model and ``generate`` do it themselves. A model that was compiled by hand reads whatever frequencies are
-    set, so that no graph is recorded again: call this before each of its calls with a cache.
+    Eager models and ``generate`` do it themselves, compiled models between two graphs. A graph of the whole model
+    (``fullgraph=True``, CUDA graphs) reads whatever frequencies are set, so that it is never recorded again: call this
+    before each of its calls with a cache, the first one included.
 
     Args:
         model: enabled with a dynamic plan.
@@ -228,7 +232,16 @@ def prepare_cache(model: nn.Module, cache: Cache, tokens: int) -> None:
     decoder = next((m for m in model.modules() if "_rope_dist_growth" in m.__dict__), None)
     if decoder is None:
         raise ValueError("the model has no dynamic plan: rope_dist.enable(model, factor=2, dynamic=True)")
+    decoder._rope_dist_growth.by_hand = True
     _prepare(decoder, cache, tokens, None)
+
+
+@torch.compiler.disable(
+    reason="a dynamic plan needs rope_dist.prepare_cache(model, cache, tokens) before each call of a graph with a cache"
+)
+def _prepare_outside(decoder: nn.Module, cache: Cache, tokens: int, positions: torch.Tensor | None) -> None:
+    """As :func:`prepare_cache`, between two graphs."""
+    _prepare(decoder, cache, tokens, positions)
 
 
 def _prepare(decoder: nn.Module, cache: Cache, tokens: int, positions: torch.Tensor | None) -> None:

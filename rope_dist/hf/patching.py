@@ -39,6 +39,7 @@ from .growing import (
 )
 from .reporting import LayerReport, report, summary
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
+from .stages import Growth
 
 _LOCK = threading.RLock()
 
@@ -69,11 +70,13 @@ class Enabled:
         model: the enabled model, or None where models yet to be built are meant.
         plan: the plan in force, or None for the model's own frequencies.
         layers: number of attention layers that were swapped.
+        why_static: why the model could not be given a dynamic plan; empty where it has one or none was wanted.
     """
 
     model: nn.Module | None
     plan: RopePlan | DynamicPlan | None
     layers: int = 0
+    why_static: str = ""
     _previous: _Swap | None = None
     _global: _GlobalMode | None = None
     _previous_options: dict[str, Any] | None = None
@@ -87,7 +90,8 @@ class Enabled:
         return report(self.model) if self.model is not None else []
 
     def __str__(self) -> str:
-        return "\n".join([repr(self), *([summary(self.report())] if self.model is not None else [])])
+        static = [f"static plan: {self.why_static}"] if self.why_static else []
+        return "\n".join([repr(self), *static, *([summary(self.report())] if self.model is not None else [])])
 
     def __enter__(self) -> Enabled:
         return self
@@ -109,7 +113,7 @@ def enable(
     factor: float | None = None,
     strategy: str = DEFAULT_STRATEGY,
     plan: RopePlan | DynamicPlan | None = None,
-    dynamic: bool = False,
+    dynamic: bool | None = None,
     stages: Sequence[int] | None = None,
     original_length: int | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -133,10 +137,12 @@ def enable(
             before where the model is loaded extended.
         strategy, settings, **more_settings: as in :func:`rope_dist.plan`.
         plan: a ready plan, instead of a target; made from this model, or the one that extended it already.
-        dynamic: plan an extension that grows with the text (:class:`rope_dist.DynamicPlan`): up to the trained length
-            the model computes what it did, beyond it each text is read by the stage for its length, and cached keys
-            are corrected where a growing text goes from one stage to the next.
-        stages: lengths of its stages; see :func:`rope_dist.dynamic_plan`.
+        dynamic: True plans an extension that grows with the text (:class:`rope_dist.DynamicPlan`): up to the trained
+            length the model computes what it did, beyond it each text is read by the stage for its length, and cached
+            keys are corrected where a growing text goes from one stage to the next. False: one plan for all lengths.
+            None: dynamic where the keys that the model caches can be corrected, else static
+            (:attr:`Enabled.why_static`).
+        stages: lengths of the stages of a dynamic plan; see :func:`rope_dist.dynamic_plan`.
         original_length: tokens that the model was trained to read, where its config does not say or says wrongly.
 
     Returns:
@@ -158,10 +164,10 @@ def enable(
         raise ValueError(f"{', '.join(given)} are of a strategy: give target_length or factor too")
     if original_length is not None and not targeted:
         raise ValueError("original_length is of a new plan: give target_length or factor too")
-    if not isinstance(dynamic, bool):
-        raise TypeError(f"dynamic must be True or False, got {dynamic!r:.80}")
-    if stages is not None and not dynamic:
-        raise ValueError("stages are of a dynamic plan: give dynamic=True too")
+    if dynamic is not None and not isinstance(dynamic, bool):
+        raise TypeError(f"dynamic must be True, False or None, got {dynamic!r:.80}")
+    if stages is not None and dynamic is False:
+        raise ValueError("stages are of a dynamic plan, and dynamic is False")
     if dynamic and not targeted:
         raise ValueError(
             "a dynamic plan needs an end: give target_length, factor or stages, or plan=DynamicPlan"
@@ -186,8 +192,7 @@ def enable(
         found = find(model)
         rotaries, attentions = found.rotaries, found.attentions
         previous = copy.copy(_swap_of(rotaries[0]))
-        plans = _plans_for(rotaries, options)
-        growths = find_growths(model, found, plans)
+        plans, growths, why_static = _plan_and_growths(model, found, options)
         if targeted or plan is not None:
             _share_configs(model, rotaries)
         _swap_rotaries(model, found, plans)
@@ -203,7 +208,7 @@ def enable(
             if growths and isinstance(module, PreTrainedModel):
                 attach_compiled_call(module)
         _ENABLED_MODELS.add(model)
-        return Enabled(model, plans[0], len(attentions), _previous=previous)
+        return Enabled(model, plans[0], len(attentions), why_static, _previous=previous)
 
 
 def disable(model: nn.Module | None = None) -> None:
@@ -263,6 +268,33 @@ def _share_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
         rotary.config = config
 
 
+def _plan_and_growths(
+    model: nn.Module, found: Found, options: dict[str, Any]
+) -> tuple[list[RopePlan | DynamicPlan | None], dict[nn.Module, Growth], str]:
+    """The plan of each rotary embedding, what decoders keep of dynamic ones, and why there is none where one may be.
+
+    Without ``dynamic`` a new plan is dynamic where the model and the target admit it.
+    """
+    if options["dynamic"] is None and _is_target(options) and options["stages"] is None:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                plans = _plans_for(found.rotaries, {**options, "dynamic": True})
+                growths = find_growths(model, found, plans)
+        except ValueError as error:
+            # Raises what is wrong with the target itself.
+            return _plans_for(found.rotaries, {**options, "dynamic": False}), {}, str(error)
+        for warning in caught:
+            warnings.warn(warning.message, stacklevel=3)
+        return plans, growths, ""
+    plans = _plans_for(found.rotaries, options)
+    return plans, find_growths(model, found, plans), ""
+
+
+def _is_target(options: dict[str, Any]) -> bool:
+    return any(options[key] is not None for key in ("target_length", "factor", "stages"))
+
+
 def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | DynamicPlan | None]:
     """The plan of each rotary embedding; those that have one config share it."""
     made: dict[int, RopePlan | DynamicPlan | None] = {}
@@ -276,7 +308,7 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicP
     """The plan for one rotary embedding, made from or checked against its stock config, before any change."""
     swap = _swap_of(rotary)
     plan = options["plan"]
-    if plan is None and all(options[key] is None for key in ("target_length", "factor", "stages")):
+    if plan is None and not _is_target(options):
         return swap.plan if swap else None
     config = swap.config_before if swap and swap.plan else rotary.config
     if plan is None:

@@ -32,6 +32,7 @@ class Growth:
         layers: index in the cache of each layer whose keys are corrected, and what they have of the rotation.
         tables: how stock's tables hold their values (:class:`rope_dist.hf.forms.Form`).
         negative: stock rotates by the angles' negatives.
+        by_hand: calls of compiled graphs are prepared by :func:`rope_dist.prepare_cache`.
     """
 
     plan: DynamicPlan
@@ -40,6 +41,7 @@ class Growth:
     layers: dict[int, CachedKeys]
     tables: str
     negative: bool
+    by_hand: bool = False
 
     def stage(self, tokens: int, before: int = 0) -> int:
         """The stage for ``tokens`` in all, of a text that was read by the stage ``before``."""
