@@ -1,11 +1,11 @@
 """Continuous batching of transformers, which keeps the keys of several texts in pages of one cache."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import rope_dist
-
-REFUSED = "for continuous batching enable a static plan (dynamic=False)"
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def batch():
 def test_a_static_plan_is_read_as_by_stock(batch, make_llama):
     model = make_llama(initializer_range=0.2)
     unextended = batch(model)
-    rope_dist.enable(model, factor=2)
+    rope_dist.enable(model, factor=2, dynamic=False)
     stock = type(model)(model.config).eval()  # which has the plan's factors
     stock.load_state_dict(model.state_dict())
     extended = batch(model)
@@ -44,10 +44,16 @@ def test_a_static_plan_is_read_as_by_stock(batch, make_llama):
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_a_dynamic_plan_is_refused(batch, make_llama, compiled):
-    """One stage for all texts of a batch would be wrong for most, and keys in pages are not corrected."""
-    model = make_llama()
-    rope_dist.enable(model, factor=2, dynamic=True)
-    for tokens, error in batch(model, compiled):
-        assert tokens == []
-        assert REFUSED in error
+def test_a_dynamic_plan_is_read_by_its_last_stage(batch, make_llama, compiled):
+    """Whatever stage is in force: pages hold the keys of several texts, which are not corrected."""
+    model, static = make_llama(initializer_range=0.2), make_llama(initializer_range=0.2)
+    short = torch.arange(3, 43)[None]
+    trained = model(short).logits
+    plan = rope_dist.enable(model, factor=2, dynamic=True).plan
+    rope_dist.enable(static, plan=plan.stages[-1])
+    expected = batch(static, compiled)
+    for _ in range(2):
+        assert torch.equal(model(short).logits, trained)
+        with nullcontext() if compiled else pytest.warns(UserWarning, match="last stage.* for 128 tokens"):
+            assert batch(model, compiled) == expected
+    assert torch.equal(model(short).logits, trained)

@@ -461,7 +461,7 @@ def test_a_growing_chat_is_read_as_by_each_plan(example, model_directory, text, 
     for column, (options, changed) in enumerate(
         [
             (None, None),
-            ({"factor": 2}, None),
+            ({"factor": 2, "dynamic": False}, None),
             ({"factor": 2, "dynamic": True}, None),
             (None, config),
         ]

@@ -134,14 +134,10 @@ def attach(cache: Cache, record: CacheRecord) -> None:
     cache.__class__ = _recorded_class(type(cache))
 
 
-def check_cache(cache: Any) -> None:
-    """``TypeError`` unless the keys of a cache can be recorded: those of continuous batching, which keeps several texts
-    in pages, cannot."""
-    if not isinstance(cache, Cache):
-        raise TypeError(
-            f"a dynamic plan needs a cache of transformers with one entry a layer, got a {type(cache).__name__}: for "
-            "continuous batching enable a static plan (dynamic=False)"
-        )
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching, whose pages hold the keys of several texts."""
+    # By its name: importing its module takes a second.
+    return type(cache).__name__ == "PagedAttentionCache"
 
 
 def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
@@ -154,9 +150,10 @@ def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
             its keys were rotated.
         TypeError: not a cache of transformers.
     """
-    check_cache(cache)
-    record = record_of(cache)
+    record = record_of(cache) if isinstance(cache, Cache) else None
     if record is None:
+        if not isinstance(cache, Cache):
+            raise TypeError(f"a dynamic plan needs a cache of transformers, got {type(cache).__name__}")
         record, there = CacheRecord(plan), int(cache.get_seq_length())
         if there > plan.original_length:
             raise ValueError(
