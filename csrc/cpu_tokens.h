@@ -1,14 +1,9 @@
-// What the passes over a CPU's tokens share: loops for each level of x86-64, blocks of tokens with their rows of the
-// tables, and threads.
+// What the passes over a CPU's tokens share: loops for each level of x86-64, and blocks of tokens with their rows of the
+// tables.
 #pragma once
 
-#include <cstddef>
-#include <exception>
-#include <new>
-#include <thread>
-#include <vector>
-
 #include "cpu_angles.h"
+#include "cpu_threads.h"
 
 #if !defined(ROPE_NO_CLONES) && defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && \
     !defined(__clang__) && __GNUC__ >= 12
@@ -79,36 +74,5 @@ inline bool supported(const Call& call) {
 
 inline int64_t size_of(int64_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 inline int64_t compute_size_of(int64_t dtype) { return dtype == kFloat64 ? 8 : 4; }
-
-// Calls run(first, last, scratch) for parts of [0, count), with at most that many threads, each of which has
-// scratch_size bytes of its own. The threads end with the call: none is there for a fork to lose.
-template <typename Run>
-int run_threads(int64_t count, int64_t threads, int64_t scratch_size, const Run& run) {
-  if (threads > count) threads = count;
-  if (threads < 1) threads = 1;
-  try {
-    // Apart by two cache lines, so that no thread waits for another's writes.
-    const size_t apart = static_cast<size_t>(scratch_size) + 128;
-    std::vector<char> scratch(apart * static_cast<size_t>(threads));
-    std::vector<std::thread> others;
-    others.reserve(static_cast<size_t>(threads - 1));
-    int64_t given = 1;
-    for (; given < threads; ++given) {
-      char* own = scratch.data() + apart * static_cast<size_t>(given);
-      const int64_t first = count * given / threads, last = count * (given + 1) / threads;
-      try {
-        others.emplace_back([=, &run] { run(first, last, own); });
-      } catch (const std::exception&) {
-        break;  // The system gives no more threads: this one does the rest.
-      }
-    }
-    run(0, count / threads, scratch.data());
-    if (given < threads) run(count * given / threads, count, scratch.data());
-    for (std::thread& other : others) other.join();
-  } catch (const std::bad_alloc&) {
-    return kNoMemory;
-  }
-  return kDone;
-}
 
 }  // namespace rope
