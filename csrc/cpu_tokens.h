@@ -15,13 +15,17 @@
 #endif
 
 // Iterations do not depend on each other although in and out may be one array: each pair is read before it is
-// written, and belongs to one iteration.
+// written, and belongs to one iteration. Few: of a number known beforehand, which GCC would else take apart.
 #if defined(__clang__)
 #define ROPE_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
 #elif defined(__GNUC__)
 #define ROPE_VECTORIZE _Pragma("GCC ivdep")
+#define ROPE_VECTORIZE_FEW _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
 #else
 #define ROPE_VECTORIZE
+#endif
+#if !defined(ROPE_VECTORIZE_FEW)
+#define ROPE_VECTORIZE_FEW ROPE_VECTORIZE
 #endif
 
 namespace rope {
@@ -38,9 +42,52 @@ constexpr int64_t kAhead = 4096;
 template <typename T>
 ROPE_INLINE void prefetch(const T* x, int64_t count) {
 #if defined(__GNUC__)
-  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + i);
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  int64_t i = 0;
+  for (; i + 4 * kLine <= count; i += 4 * kLine) {
+    __builtin_prefetch(x + i);
+    __builtin_prefetch(x + i + kLine);
+    __builtin_prefetch(x + i + 2 * kLine);
+    __builtin_prefetch(x + i + 3 * kLine);
+  }
+  for (; i < count; i += kLine) __builtin_prefetch(x + i);
 #endif
 }
+
+// Prefetches heads in the order in which they are read: the rows of a block one after the other, and then the next
+// block's first.
+template <typename T>
+struct Ahead {
+  const T* row;
+  const T* next;
+  const T* block;
+  int64_t rows, inner, outer_step, inner_step, head_dim, left;
+
+  ROPE_INLINE Ahead(const T* in, const T* next_block, int64_t outer, int64_t of_inner, int64_t of_outer_step,
+                    int64_t of_inner_step, int64_t size)
+      : row(in),
+        block(next_block),
+        rows(outer),
+        inner(of_inner),
+        outer_step(of_outer_step),
+        inner_step(of_inner_step),
+        head_dim(size) {
+    const int64_t fit = kAhead / (head_dim * static_cast<int64_t>(sizeof(T)));
+    const int64_t ahead = fit < inner ? fit : inner;
+    next = row + ahead * inner_step;
+    left = inner - ahead;
+  }
+
+  ROPE_INLINE void operator()() {
+    if (left-- == 0) {
+      row = --rows == 0 ? block : row + outer_step;
+      next = row;
+      left = inner - 1;
+    }
+    prefetch(next, head_dim);
+    next += inner_step;
+  }
+};
 
 // Tokens of one sequence of the batch that are worked on together, at most kBlock, with their rows of the tables.
 template <typename Compute>
