@@ -1,12 +1,12 @@
-"""Make the README's tables and plots from ``benchmarks/results``.
+"""Make the tables of README.md and docs/quality.md and the plots from ``benchmarks/results``.
 
     python -m benchmarks.report            rewrite them
     python -m benchmarks.report --check    fail if one is not what the results say
     python -m benchmarks.report --compare FOLDER   whether the speedups of two runs agree
 
 No number is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
-benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality`` or
-``tuning``. A table is marked where the code that it measured is not that of this tree any more.
+benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``, ``growth``
+or ``tuning``. A table is marked where the code that it measured is not that of this tree any more.
 """
 
 import json
@@ -23,9 +23,11 @@ from rope_dist.plots import plot_plans
 from . import results, roofline
 from .benchmark import Parser, find, machine_of, names
 from .figures import PLOTS, digest, draw, path_of
-from .quality import summary
+from .quality import growth_summary, summary
 from .results import DEVICES, ROOT
 from .tables import markdown, section
+
+PAGES = (ROOT / "README.md", ROOT / "docs" / "quality.md")
 
 Table = Callable[[], tuple[str, str]]
 """Its text, and the machine that it was measured on (empty: none, or in the text)."""
@@ -52,6 +54,7 @@ def tables() -> dict[str, Table]:
         "perplexity": perplexity,
         "quality": lambda: summary.block(results.RESULTS),
         "tuning": lambda: summary.tuning(results.RESULTS),
+        "growth": lambda: growth_summary.block(results.RESULTS),
         "roofline": lambda: (roofline.table(), ""),
         **{f"{name}-{device}": partial(section, name, device) for name in names() for device in DEVICES},
     }
@@ -65,7 +68,7 @@ def fill(text: str) -> str:
         nonlocal before
         name = match["name"]
         if name not in known:
-            raise ValueError(f"README.md marks an unknown table {name!r}; known: {', '.join(known)}")
+            raise ValueError(f"a page marks an unknown table {name!r}; known: {', '.join(known)}")
         content, machine = known[name]()
         if machine and machine != before:
             content, before = f"{content} Machine: {machine}.", machine
@@ -94,9 +97,10 @@ def renew(*, check: bool) -> list[Path]:
         (path, path.exists() and values in path.read_text(encoding="utf-8"), make)
         for path, values, make in plots()
     ]
-    before = (readme := ROOT / "README.md").read_text(encoding="utf-8")
-    after = fill(before)
-    made.append((readme, after == before, lambda path: write_text(path, after)))
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        after = fill(before)
+        made.append((page, after == before, partial(write_text, text=after)))
     stale = {path: make for path, current, make in made if not current}
     for path, make in () if check else stale.items():
         path.parent.mkdir(exist_ok=True)

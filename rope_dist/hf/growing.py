@@ -186,7 +186,7 @@ def _use_last_stage(decoder: nn.Module, growth: Growth) -> None:
             stacklevel=2,
         )
         begin_call(Call(decoder, last, None, 0))
-    decoder.get_submodule(growth.rotary).use_stage(last)
+    growth.use(decoder, last)
 
 
 def after_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

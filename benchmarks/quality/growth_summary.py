@@ -1,0 +1,147 @@
+"""Tables of the study of growing texts: perplexity by position, and paired differences with their standard errors."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.benchmark import machine_of
+from benchmarks.quality.growth import GROWN, RATIOS, STALE, STRATEGY
+from benchmarks.quality.summary import TRAINED, load
+from benchmarks.tables import markdown
+from rope_dist.evaluation.perplexity import WIDTH
+from rope_dist.evaluation.variants import STOCK
+
+Parts = Sequence[float]
+"""Losses of one text, the mean of every 256 positions."""
+Readings = dict[str, dict[str, Parts]]
+"""By label, then by text."""
+
+
+def readings(folder: Path, tokens: int) -> Readings:
+    """Readings of ``tokens``: stock and static plans for whole texts, dynamic plans for growing ones."""
+    found: Readings = {}
+    for kind in ("perplexity", "growth"):
+        record = load(folder, kind)
+        for m in record["measurements"]:
+            what = m["what"]
+            if what["tokens"] != tokens:
+                continue
+            label = what["variant"]
+            if label == STRATEGY:
+                label = f"{STRATEGY} for {record['plans'][what['frequencies']]['target_length']}"
+            found.setdefault(label, {})[what["text"]] = m["result"]["nll_by_position"]
+    return found
+
+
+def perplexity(texts: Sequence[Parts], start: int, end: int) -> float:
+    """Of the tokens at positions ``start`` to ``end`` of several texts."""
+    return math.exp(statistics.fmean(v for parts in texts for v in parts[start // WIDTH : end // WIDTH]))
+
+
+def difference(texts: Sequence[Parts], others: Sequence[Parts], start: int, end: int) -> str:
+    """Perplexity against that of other readings of the same tokens, in percent, with its standard error.
+
+    The error is that of the mean of paired differences of 256 positions.
+    """
+    pairs = [
+        a - b
+        for one, other in zip(texts, others, strict=True)
+        for a, b in zip(one[start // WIDTH : end // WIDTH], other[start // WIDTH : end // WIDTH], strict=True)
+    ]
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+    mean = statistics.fmean(pairs)
+    return f"{100 * math.expm1(mean):+.2f} ± {100 * math.exp(mean) * error:.2f} %"
+
+
+def by_position(folder: Path, tokens: int, labels: dict[str, str], against: str) -> tuple[str, list[str]]:
+    """A row a label, and the texts that all labels have read; empty where there are none.
+
+    Args:
+        labels: label of a reading -> what the row is called.
+        against: label that the others are compared with.
+    """
+    found = readings(folder, tokens)
+    if missing := labels.keys() - found.keys():
+        return "", sorted(missing)
+    texts = [text for text in found[against] if all(text in found[label] for label in labels)]
+    if not texts:
+        return "", []
+    step = (tokens - TRAINED) // 4
+    spans = [
+        (0, TRAINED),
+        *((start, start + step) for start in range(TRAINED, tokens, step)),
+        (TRAINED, tokens),
+    ]
+    rows = []
+    base = [found[against][text] for text in texts]
+    for label, name in labels.items():
+        own = [found[label][text] for text in texts]
+        cells = [f"{perplexity(own, *span):.2f}" for span in spans]
+        compared = (
+            [difference(own, base, *span) for span in (spans[0], spans[-1])] if label != against else ["", ""]
+        )
+        rows.append([name, *cells, *compared])
+    heads = [f"{a / 1024:g}-{b / 1024:g}k" for a, b in spans]
+    return markdown(rows, ["", *heads, f"below {TRAINED}", f"past {TRAINED}"]), texts
+
+
+def whole_texts(folder: Path) -> tuple[str, list[str]]:
+    """Whole texts of rising length: stock, the static plan for 4x, and the plan of the stage for that length."""
+    lengths = [2048, 4096, TRAINED, 3 * TRAINED // 2, 2 * TRAINED, 3 * TRAINED, 4 * TRAINED]
+    at = {tokens: readings(folder, tokens) for tokens in lengths[3:]}
+    longest = f"{STRATEGY} for {4 * TRAINED}"
+    reads = {3 * TRAINED // 2: 13004, 2 * TRAINED: 2 * TRAINED, 3 * TRAINED: 26008, 4 * TRAINED: 4 * TRAINED}
+    needed = [at[tokens].get(f"{STRATEGY} for {stage}", {}) for tokens, stage in reads.items()]
+    needed += [at[4 * TRAINED].get(label, {}) for label in (STOCK, longest)]
+    texts = [text for text in needed[0] if all(text in one for one in needed)]
+    if not texts:
+        return "", []
+    long = {label: [at[4 * TRAINED][label][text] for text in texts] for label in (STOCK, longest)}
+    rows = []
+    for tokens in lengths:
+        dynamic = long[STOCK]
+        if tokens > TRAINED:
+            dynamic = [at[tokens][f"{STRATEGY} for {reads[tokens]}"][text] for text in texts]
+        cells = [f"{perplexity(own, 0, tokens):.2f}" for own in (long[STOCK], long[longest], dynamic)]
+        compared = difference(dynamic, long[longest], 0, tokens) if tokens < 4 * TRAINED else "the same"
+        rows.append([str(tokens), *cells, compared])
+    heads = ["tokens", STOCK, f"static, for {4 * TRAINED}", "dynamic", "dynamic against static"]
+    return markdown(rows, heads), texts
+
+
+def block(folder: Path) -> tuple[str, str]:
+    """The tables, and the machines that measured them."""
+    to_2x, to_4x = f"{STRATEGY} for {2 * TRAINED}", f"{STRATEGY} for {4 * TRAINED}"
+    parts = []
+    labels = {
+        STOCK: STOCK,
+        to_4x: f"static, for {4 * TRAINED}",
+        to_2x: f"static, for {2 * TRAINED}",
+        GROWN: "dynamic, grown",
+        STALE: "dynamic, keys not corrected",
+    }
+    table, texts = by_position(folder, 2 * TRAINED, labels, to_2x)
+    if table:
+        parts += [
+            f"The first {2 * TRAINED} tokens of {'; '.join(texts)}; differences against the static plan:",
+            table,
+        ]
+    table, texts = by_position(
+        folder, 4 * TRAINED, {STOCK: STOCK, to_4x: labels[to_4x], GROWN: labels[GROWN]}, to_4x
+    )
+    if table:
+        parts += [f"The first {4 * TRAINED} tokens of {'; '.join(texts)}:", table]
+    table, texts = whole_texts(folder)
+    if table:
+        parts += [
+            f"Whole texts, read at once, as a prompt is ({'; '.join(texts)}); perplexity of all tokens:",
+            table,
+        ]
+    ladders = {GROWN: "3 stages", **{f"{GROWN}, {name}": name for name in RATIOS}}
+    table, texts = by_position(folder, 2 * TRAINED, ladders, GROWN)
+    if table:
+        parts += [f"Ladders to {2 * TRAINED} with other numbers of stages ({'; '.join(texts)}):", table]
+    machines = dict.fromkeys(machine_of(machine) for machine in load(folder, "growth")["machines"])
+    return "\n\n".join(parts), "; ".join(machines)
