@@ -4,7 +4,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks.benchmark import machine_of
 from benchmarks.quality.growth import GROWN, RATIOS, STALE, STRATEGY
