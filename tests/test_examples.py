@@ -1,18 +1,26 @@
 """The examples, run as their users run them, on a small random model."""
 
+import contextlib
+import copy
 import json
 import os
+import re
 import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+import types
+import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils.import_utils import is_serve_available
+
+from rope_dist.evaluation.models import cache_option
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -308,6 +316,168 @@ def test_serve_saves_a_stock_model_and_prints_what_serves_it(
     assert AutoTokenizer.from_pretrained(output).encode("abc") == [97, 98, 99]
 
 
+PROMPT = "we promptly judged antique ivory buckles for the next pr"  # 56 of the 64 tokens that are trained
+
+
+def grown_by_hand(model_directory, *more, new=12):
+    """The texts of a conversation, each prompt the whole text before and another of ``more``, with one cache."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+    import rope_dist
+
+    model = AutoModelForCausalLM.from_pretrained(model_directory).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_directory)
+    rope_dist.enable(model, factor=2, dynamic=True)
+    cache, text, answers = DynamicCache(config=model.config), "", []
+    for message in more:
+        text += message
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        ids = model.generate(ids, max_new_tokens=new, do_sample=False, **cache_option(model, cache))
+        answers.append(tokenizer.decode(ids[0, len(text) :]))
+        text += answers[-1]
+    return answers
+
+
+def served_in_turns(ask):
+    """What ``ask(prompt)`` answers in a conversation that grows past the trained length, then in another."""
+    first = ask(PROMPT)
+    second = ask(PROMPT + first + " and")
+    return first, second, ask(PROMPT[:20])
+
+
+CACHED = [
+    "prompt of 56 tokens, 0 of them in the cache",
+    "prompt of 72 tokens, 67 of them in the cache",
+    "prompt of 20 tokens, 19 of them in the cache",
+]
+
+
+def test_a_served_conversation_keeps_its_cache(example, model_directory, monkeypatch, capsys, stock_again):
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+
+    answers, stock = [], GenerationMixin.generate
+
+    class Serve:
+        """Loads a model and calls ``generate`` as transformers' server does."""
+
+        def __init__(self, directory, host, port):
+            assert (host, port) == ("localhost", 9000)
+            model = AutoModelForCausalLM.from_pretrained(directory)
+            tokenizer = AutoTokenizer.from_pretrained(directory)
+
+            def ask(prompt):
+                inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+                config = copy.deepcopy(model.generation_config)
+                config.max_new_tokens = 12
+                ids = model.generate(**inputs, generation_config=config, tokenizer=tokenizer)
+                return tokenizer.decode(ids[0, len(prompt) :])
+
+            answers.extend(served_in_turns(ask))
+
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    # Older versions cannot import it without what a server needs.
+    monkeypatch.setitem(sys.modules, "transformers.cli.serve", types.SimpleNamespace(Serve=Serve))
+    assert example("serve", "--model", model_directory, "--factor", 2, "--dynamic", "--port", 9000) == 0
+    out = capsys.readouterr().out
+    assert "DynamicPlan(auto, 2x, theta=10000, stages: 64, 81, 102, 128)" in out
+    assert [line for line in out.splitlines() if line.startswith("prompt of")] == CACHED
+    assert list(answers[:2]) == grown_by_hand(model_directory, PROMPT, " and")
+    assert list(answers[2:]) == grown_by_hand(model_directory, PROMPT[:20])
+    assert GenerationMixin.generate is stock
+
+
+@pytest.mark.skipif(not is_serve_available(), reason="pip install 'transformers[serving]'")
+def test_transformers_server_serves_a_dynamic_plan(model_directory, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+
+    def post(path, **body):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{path}",
+            json.dumps(body).encode() if body else None,
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.load(response)
+
+    def ask(prompt):
+        body = {"model": str(model_directory), "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        return post("/v1/completions", **body)["choices"][0]["text"]
+
+    log = tmp_path / "log"
+    arguments = ("--model", model_directory, "--factor", "2", "--dynamic", "--port", str(port))
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, EXAMPLES / "serve.py", *arguments, "--host", "127.0.0.1"],
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                post("/health")
+                break
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.2)
+        answers = served_in_turns(ask)
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+    assert [line for line in log.read_text().splitlines() if line.startswith("prompt of")] == CACHED
+    assert list(answers[:2]) == grown_by_hand(model_directory, PROMPT, " and")
+
+
+def test_serve_dynamic_prints_its_plan_and_wants_no_output(example, model_directory, tmp_path, capsys):
+    arguments = ("--model", model_directory, "--dynamic", "--dry-run")
+    assert example("serve", *arguments) == 0
+    assert f"would serve {model_directory} at http://localhost:8000/v1" in capsys.readouterr().out
+    assert example("serve", *arguments, "-o", tmp_path / "out") == 2
+    assert "with --dynamic nothing is exported" in capsys.readouterr().err
+
+
+# --- growing_chat.py ---------------------------------------------------------------------------
+
+
+def test_a_growing_chat_is_read_as_by_each_plan(example, model_directory, text, capsys, stock_again):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import rope_dist
+    from rope_dist.evaluation import token_nll
+
+    arguments = ("--opening", 40, "--turn", 8, "--tokens", 101, "--device", "cpu")
+    assert example("growing_chat", "--model", model_directory, "--text", text, *arguments) == 0
+    out = capsys.readouterr().out
+    assert "101 tokens of text.txt in turns of 8 after 40; trained on 64" in out
+    quality, speed = out.split("tokens read a second")
+    rows = [line.split() for line in quality.splitlines() if re.match(r" *\d+ - \d+ ", line)]
+    assert [[row[0], row[2]] for row in rows] == [[str(i), str(min(i + 8, 100))] for i in range(40, 100, 8)]
+    assert all(float(n) > 0 for line in speed.splitlines()[4:] for n in line.split()[3:])
+
+    ids = AutoTokenizer.from_pretrained(model_directory)(text.read_text(), return_tensors="pt").input_ids
+    config = AutoConfig.from_pretrained(model_directory)
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
+    for column, (options, changed) in enumerate(
+        [
+            (None, None),
+            ({"factor": 2, "dynamic": False}, None),
+            ({"factor": 2, "dynamic": True}, None),
+            (None, config),
+        ]
+    ):
+        model = AutoModelForCausalLM.from_pretrained(model_directory, config=changed).eval()
+        if options:
+            rope_dist.enable(model, **options)
+        nll = token_nll(model, ids[:, :101], chunk=8, first=40)
+        for row, start in zip(rows, range(40, 100, 8), strict=True):
+            expected = nll[start : min(start + 8, 100)].double().mean().exp().item()
+            assert float(row[3 + column]) == pytest.approx(expected, abs=0.011)
+    below, past = rows[1], rows[-1]
+    assert below[3] == below[5] == below[6]  # up to the trained length as stock
+    assert len(set(past[3:])) == 4
+
+
 # --- help and bad input ------------------------------------------------------------------------
 
 
@@ -315,7 +485,8 @@ def test_serve_saves_a_stock_model_and_prints_what_serves_it(
     ("name", "lines"),
     [
         ("generate", ["python examples/generate.py --quick", "  -h, --help "]),
-        ("serve", ["    python examples/serve.py --dry-run", "  --dry-run "]),
+        ("serve", ["    python examples/serve.py --dry-run", "  --dynamic "]),
+        ("growing_chat", ["python examples/growing_chat.py --quick", "  --opening "]),
         ("finetune", ["    python examples/finetune.py --quick", "  --resume "]),
     ],
 )
@@ -341,8 +512,12 @@ def test_help_is_the_docstring_with_its_examples(example, capsys, name, lines):
         ("finetune", ("--learning-rate", "0"), "--learning-rate: must be above 0"),
         ("finetune", ("--length", "129"), "more than the target of 128"),
         ("finetune", ("--factor", "2", "--target", "256"), "give --target or --factor, not both"),
+        ("growing_chat", ("--tokens", "129"), "more than the target of 128"),
+        ("growing_chat", ("--opening", "40", "--tokens", "41"), "no turn follows an opening of 40 tokens"),
+        ("growing_chat", ("--factor", "1"), "past the original length 64"),
         ("serve", ("-o", __file__), "choose another --output"),
         ("serve", ("--strategy", "longrope"), "longrope"),
+        ("serve", ("--dynamic", "--target", "64"), "past the original length 64"),
         ("serve", ("--strategy", "linear"), "unknown strategy 'linear'"),
     ],
 )

@@ -134,6 +134,12 @@ def attach(cache: Cache, record: CacheRecord) -> None:
         cache.__class__ = _recorded_class(type(cache))
 
 
+def is_paged(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching, whose pages hold the keys of several texts."""
+    # By its name: importing its module takes a second.
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
 def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
     """The record of a cache under ``plan``; a new one where it has none, or is empty.
 

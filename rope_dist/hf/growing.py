@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import Cache, PreTrainedModel
 
 from ..dynamic import DynamicPlan, trained_config
 from ..layer_types import extended_layers
-from .cache_record import CacheRecord, attach, cached_tokens, record_of, recorded
+from .cache_record import CacheRecord, attach, cached_tokens, is_paged, record_of, recorded
 from .cached_keys import cached_layers
 from .correcting import change_stage
 from .enabled import enabled_class, stock_class
@@ -154,6 +155,9 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     inputs = _arguments(decoder, args, kwargs)
     new = _tokens(inputs)
     cache = _cache(inputs)
+    if is_paged(cache):
+        _use_last_stage(decoder, growth)
+        return
     if torch.compiler.is_compiling():
         if cache is None:
             growth.use(decoder, growth.stage(new))
@@ -170,6 +174,19 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         change_stage(decoder, cache, record, past, stage)
     growth.use(decoder, stage)
     begin_call(Call(decoder, stage, record, past))
+
+
+def _use_last_stage(decoder: nn.Module, growth: Growth) -> None:
+    """Read every text of a paged cache by one stage: it has no layers whose keys could be corrected."""
+    last = len(growth.plan.stages) - 1
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "continuous batching reads every text by the last stage of the dynamic plan, for "
+            f"{growth.plan.target_length} tokens: keys in pages are not corrected",
+            stacklevel=2,
+        )
+        begin_call(Call(decoder, last, None, 0))
+    decoder.get_submodule(growth.rotary).use_stage(last)
 
 
 def after_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
