@@ -141,7 +141,7 @@ def is_paged(cache: Any) -> bool:
 
 
 def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
-    """The record of a cache under ``plan``; a new one where it has none, or where it is empty.
+    """The record of a cache under ``plan``; a new one where it has none, or is empty.
 
     Keys that another model has put there count as the trained model's, at the positions that follow, with a warning.
 
@@ -151,20 +151,24 @@ def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
         TypeError: not a cache of transformers.
     """
     if not isinstance(cache, Cache):
-        raise TypeError(f"a dynamic plan needs a cache of transformers, got {type(cache).__name__}")
+        raise TypeError(
+            f"a dynamic plan needs a transformers.Cache, got {type(cache).__name__}, whose keys cannot be corrected"
+        )
     record, there = record_of(cache), _tokens_on_cpu(cache)
-    if there == 0 and (record is None or record.plan is not plan or record.stage is None):
+    if there is None:
+        there = int(cache.get_seq_length()) if record is None else record.length
+    if there == 0:
         attach(cache, CacheRecord(plan))
         return record_of(cache)
     new = record is None
     if new:
-        record, there = CacheRecord(plan), int(cache.get_seq_length())
+        record = CacheRecord(plan)
     elif record.plan is not plan and record.plan != plan:
         raise ValueError(f"the cache was filled under another plan: {record.plan!r}, the model has {plan!r}")
     if record.stage is None:
         raise ValueError("the correction of this cache was interrupted: its keys cannot be used")
     record.plan = plan
-    if there is not None and there > record.length:
+    if there > record.length:
         _count_on(record, there)
     if new:
         attach(cache, record)
