@@ -33,7 +33,10 @@ HEADERS = ["csrc/rotary.h", "csrc/launch.h"]
 CPU = Extension(
     "rope_dist._native.librope_dist_cpu",
     ["csrc/rotary_cpu.cpp", "csrc/norm_rotary_cpu.cpp", "csrc/norm_backward_cpu.cpp"],
-    depends=[*HEADERS, "csrc/cpu_types.h", "csrc/cpu_angles.h", "csrc/cpu_tokens.h", "csrc/norm_cpu.h"],
+    depends=[
+        *HEADERS,
+        *(f"csrc/{name}.h" for name in ("cpu_types", "cpu_angles", "cpu_threads", "cpu_tokens", "norm_cpu")),
+    ],
     optional=True,
 )
 CUDA = Extension(
@@ -45,7 +48,10 @@ CUDA = Extension(
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 # GCC 12 fuses the products of an interleaved pair into vfmaddsub whatever -ffp-contract says, unless straight-line
 # code is left unvectorized; the loops are what counts here.
-CPU_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-tree-slp-vectorize", "-fvisibility=hidden"]
+# Without errno a loop of square roots is made vectors of.
+CPU_FLAGS = [
+    "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-tree-slp-vectorize", "-fvisibility=hidden",
+]  # fmt: skip
 CUDA_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 ARCHITECTURES = (80, 90, 100, 120)
 

@@ -284,13 +284,18 @@ def table(rows: Rows, unit: str) -> str:
 
 
 def notes(rows: Rows) -> list[str]:
-    """What was not timed, by reason: ``skipped: Liger, quack (needs a GPU)``."""
+    """The cases' remarks, and what was not timed, by reason: ``skipped: Liger, quack (needs a GPU)``."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
         if "note" in row:
             found.setdefault(row["note"], {})[row.get("implementation", row["case"])] = None
     parts = [(", ".join(names), *note.split(": ", 1)) for note, names in found.items()]
-    return [f"{status}: {names} ({reason})" for names, status, reason in parts]
+    return [*remarks(rows), *(f"{status}: {names} ({reason})" for names, status, reason in parts)]
+
+
+def remarks(rows: Rows) -> list[str]:
+    """Those of the cases, each once."""
+    return list(dict.fromkeys(row["remark"] for row in rows if "remark" in row))
 
 
 def commit() -> str | None:

@@ -22,7 +22,7 @@ usage() {
     cat <<'TEXT'
 parts, in order:
   tests       every kernel against float64, in CUDA graphs, the native kernel; enabled models, packed, cached, in 4 bits
-  rotary      benchmarks of the rotation, alone and with norms, and of decoding's projection
+  rotary      benchmarks of the rotation, alone, with norms and of cached keys, and of decoding's projection
   projection  benchmark of the projection with the rotation, forward and backward
   models      benchmarks of whole models and of the attention block, without torch.compile
   compile     prefill and training step at 8k with torch.compile
@@ -105,7 +105,7 @@ case "$PART" in
         ;;
     rotary)
         native
-        measure "$OUT" rotary norm_rotary cache_write decode -- --baselines torch.compile
+        measure "$OUT" rotary norm_rotary rerotate cache_write decode -- --baselines torch.compile
         ;;
     projection)
         measure "$OUT" projection -- --baselines torch.compile

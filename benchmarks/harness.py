@@ -93,6 +93,7 @@ class Case:
         gradients: whether calls are made with autograd.
         repeat: how often a bound call does its work: its time is divided by it.
         labels: columns of each row: model, tokens, dtype and the like.
+        remark: a sentence below its results, without a capital and a full stop.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Case:
     gradients: bool = False
     repeat: int = 1
     labels: dict[str, Any] = field(default_factory=dict)
+    remark: str = ""
 
 
 _PREPARED: dict[str, float] = {}
@@ -191,6 +193,7 @@ class _Run:
     def _row(self, implementation: Implementation | Skipped, **columns: Any) -> dict[str, Any]:
         case, name = self.case, implementation.name
         row = {"case": case.name, **case.labels} | ({"bytes": case.bytes} if case.bytes else {})
+        row |= {"remark": case.remark} if case.remark else {}
         row |= {"implementation": name, "kind": implementation.kind, **implementation.labels, **columns}
         self.rows[name] = row
         return row

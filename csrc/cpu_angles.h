@@ -1,15 +1,16 @@
 // Rows of cosines and sines on a CPU: of tables, or made from fixed-point frequencies.
 #pragma once
 
+#include <cstddef>
+
 #include "cpu_types.h"
 #include "launch.h"
 
 namespace rope {
 
-// Cosine and sine of an angle in 2^-32 revolutions in float64, to about its rounding. As cos_sin() of rotary.h: what
-// is left of the nearest quarter revolution, and Taylor's series, which end below 2^-55 there.
-ROPE_INLINE void cos_sin(int32_t revolutions, double& cos, double& sin) {
-  const uint32_t quarter = static_cast<uint32_t>(revolutions) + (1u << 29);
+// Cosine and sine of what is left of an angle, in 2^-32 revolutions, to its nearest quarter, in float64 to about its
+// rounding: Taylor's series, which end below 2^-55 there.
+ROPE_INLINE void cos_sin_of_rest(int32_t revolutions, double& cos, double& sin) {
   const double x = static_cast<double>(static_cast<int32_t>(static_cast<uint32_t>(revolutions) << 2)) *
                    (0.78539816339744830961566 / 2147483648.0);
   const double z = x * x;
@@ -20,7 +21,7 @@ ROPE_INLINE void cos_sin(int32_t revolutions, double& cos, double& sin) {
   s = s * z - 1.0 / 5040.0;
   s = s * z + 1.0 / 120.0;
   s = s * z - 1.0 / 6.0;
-  s = s * z * x + x;
+  sin = s * z * x + x;
   double c = 1.0 / 20922789888000.0;
   c = c * z - 1.0 / 87178291200.0;
   c = c * z + 1.0 / 479001600.0;
@@ -29,11 +30,7 @@ ROPE_INLINE void cos_sin(int32_t revolutions, double& cos, double& sin) {
   c = c * z - 1.0 / 720.0;
   c = c * z + 1.0 / 24.0;
   c = c * z - 0.5;
-  c = c * z + 1.0;
-  const bool odd = quarter & (1u << 30);
-  const double cos_size = odd ? s : c, sin_size = odd ? c : s;
-  cos = (quarter + (1u << 30)) & (1u << 31) ? -cos_size : cos_size;
-  sin = quarter & (1u << 31) ? -sin_size : sin_size;
+  cos = c * z + 1.0;
 }
 
 // Where the entry of a pair is in a row. Apart: the even entries first, then the odd ones.
@@ -42,9 +39,11 @@ ROPE_INLINE int64_t entry_of(int64_t pair, bool apart, int64_t num_pairs) {
 }
 
 // Rows of a position from fixed-point frequencies, computed in float64 and rounded once as fixed_point.tables does.
+// Apart only where num_pairs is even.
 ROPE_INLINE void make_rows(const Call& call, int64_t position, bool apart, float* cos, float* sin) {
   constexpr int64_t kSome = 64;
-  const double cos_factor = call.scaling, sin_factor = call.conjugate ? -call.scaling : call.scaling;
+  const double scaling = call.scaling;
+  const uint32_t conjugate = call.conjugate ? 1u << 31 : 0;
   const int32_t at = static_cast<int32_t>(position);
   int32_t revolutions[kSome];
   float some_cos[kSome], some_sin[kSome];
@@ -55,14 +54,30 @@ ROPE_INLINE void make_rows(const Call& call, int64_t position, bool apart, float
     for (int64_t i = 0; i < count; ++i) revolutions[i] = angle(at, high[i], low[i]);
     for (int64_t i = 0; i < count; ++i) {
       double c, s;
-      cos_sin(revolutions[i], c, s);
-      some_cos[i] = static_cast<float>(c * cos_factor);
-      some_sin[i] = static_cast<float>(s * sin_factor);
+      cos_sin_of_rest(revolutions[i], c, s);
+      some_cos[i] = static_cast<float>(c * scaling);
+      some_sin[i] = static_cast<float>(s * scaling);
     }
+    // The quarters are added last, in float32: to exchange and to negate is exact.
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t entry = entry_of(start + i, apart, call.num_pairs);
-      cos[entry] = some_cos[i];
-      sin[entry] = some_sin[i];
+      const uint32_t quarter = static_cast<uint32_t>(revolutions[i]) + (1u << 29);
+      const float c = some_cos[i], s = some_sin[i];
+      const bool odd = quarter & (1u << 30);
+      some_cos[i] = flip_sign(odd ? s : c, quarter + (1u << 30));
+      some_sin[i] = flip_sign(odd ? c : s, quarter ^ conjugate);
+    }
+    if (apart) {
+      for (int64_t i = 0; i < count / 2; ++i) {
+        const int64_t even = start / 2 + i, odd = even + call.num_pairs / 2;
+        cos[even] = some_cos[2 * i];
+        cos[odd] = some_cos[2 * i + 1];
+        sin[even] = some_sin[2 * i];
+        sin[odd] = some_sin[2 * i + 1];
+      }
+    } else {
+      const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(float);
+      std::memcpy(cos + start, some_cos, bytes);
+      std::memcpy(sin + start, some_sin, bytes);
     }
   }
 }

@@ -42,6 +42,7 @@ ROPE_INLINE void gradient_block(const Call& call, const Heads& x, const Norm& no
   const Compute* rstds = static_cast<const Compute*>(norm.rstd) + (block.b * call.length + block.s) * each;
   const Order order(x, norm.joint != 0, block.tokens);
   const Compute count = static_cast<Compute>(weights_of(call, x, norm));
+  Compute lanes[kTogether * kLanes<Compute>];
   for (int64_t i = 0; i < order.outer; ++i) {
     for (int64_t j = 0; j < order.inner; j += order.together) {
       const int64_t heads = order.inner - j < order.together ? order.inner - j : order.together;
@@ -68,7 +69,8 @@ ROPE_INLINE void gradient_block(const Call& call, const Heads& x, const Norm& no
           scaled[p] = dy[p] * weight[start + p];
         }
         sums[norm.joint ? 0 : h] +=
-            sum_of<Compute>(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return scaled[p] * normed[p]; });
+            sum_of(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return scaled[p] * normed[p]; },
+                   lanes + h % kTogether * kLanes<Compute>);
       }
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t head = order.head(i, j + h), token = order.token(i, j + h);

@@ -11,31 +11,60 @@
 
 namespace rope {
 
-// The sum of that many lanes, half of them added to the other half at a time.
-template <int64_t Count, typename Compute>
-ROPE_INLINE Compute folded(Compute* lanes) {
-  if constexpr (Count == 4) {
-    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+// Lanes of a sum, which are added in an order that does not depend on how wide vectors are.
+template <typename Compute>
+constexpr int64_t kLanes = 64 / static_cast<int64_t>(sizeof(Compute));
+
+// The sum of the lanes: quarters of them, then what is left.
+template <typename Compute>
+ROPE_INLINE Compute folded(const Compute* lanes) {
+  constexpr int64_t kFew = kLanes<Compute> / 4;
+#if defined(__GNUC__)
+  // A loop of so few the compiler would take apart into single numbers.
+  typedef Compute Vector __attribute__((vector_size(16)));
+  Vector quarters[4];
+  std::memcpy(quarters, lanes, sizeof quarters);
+  const Vector sum = (quarters[0] + quarters[2]) + (quarters[1] + quarters[3]);
+#else
+  Compute sum[kFew];
+  for (int64_t i = 0; i < kFew; ++i) {
+    sum[i] = (lanes[i] + lanes[i + 2 * kFew]) + (lanes[i + kFew] + lanes[i + 3 * kFew]);
+  }
+#endif
+  if constexpr (kFew == 2) {
+    return sum[0] + sum[1];
   } else {
-    ROPE_VECTORIZE
-    for (int64_t i = 0; i < Count / 2; ++i) lanes[i] += lanes[i + Count / 2];
-    return folded<Count / 2>(lanes);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
   }
 }
 
-// The sum of value(i) for i in [0, count): lanes that the compiler can make vectors of, added in an order that does not
-// depend on how wide they are.
+// The sum of value(i) for i in [0, count). Lanes is a buffer; an array of this function the compiler would keep in
+// registers, and take out of them number by number.
 template <typename Compute, typename Value>
-ROPE_INLINE Compute sum_of(int64_t count, const Value& value) {
-  constexpr int64_t kLanes = 128 / static_cast<int64_t>(sizeof(Compute));
-  Compute lanes[kLanes] = {};
+ROPE_INLINE Compute sum_of(int64_t count, const Value& value, Compute* lanes) {
+  constexpr int64_t kMany = kLanes<Compute>;
+  const auto four = [&](int64_t i) ROPE_INLINE_LAMBDA {
+    return (value(i) + value(i + kMany)) + (value(i + 2 * kMany) + value(i + 3 * kMany));
+  };
   int64_t start = 0;
-  for (; start + kLanes <= count; start += kLanes) {
-    ROPE_VECTORIZE
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += value(start + i);
+  if (count >= 4 * kMany) {
+    ROPE_VECTORIZE_FEW
+    for (int64_t i = 0; i < kMany; ++i) lanes[i] = four(i);
+    start = 4 * kMany;
+  } else {
+    ROPE_VECTORIZE_FEW
+    for (int64_t i = 0; i < kMany; ++i) lanes[i] = 0;
+  }
+  for (; start + 4 * kMany <= count; start += 4 * kMany) {
+    ROPE_VECTORIZE_FEW
+    for (int64_t i = 0; i < kMany; ++i) lanes[i] += four(start + i);
+  }
+  for (; start + kMany <= count; start += kMany) {
+    ROPE_VECTORIZE_FEW
+    for (int64_t i = 0; i < kMany; ++i) lanes[i] += value(start + i);
   }
   for (int64_t i = 0; start + i < count; ++i) lanes[i] += value(start + i);
-  return folded<kLanes>(lanes);
+  return folded(lanes);
 }
 
 // What a head's loops read of it, in the type that is computed in: the head itself, or wide (room for head_dim) with

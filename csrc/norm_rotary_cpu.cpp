@@ -30,45 +30,51 @@ ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, 
                             const Block<typename ComputeOf<T>::type>& block,
                             typename ComputeOf<T>::type* wide) {
   using Compute = typename ComputeOf<T>::type;
-  const int64_t head_dim = call.head_dim;
+  const int64_t head_dim = call.head_dim, joint = norm.joint;
   const T* in = static_cast<const T*>(x.in) + block.b * x.in_b + block.s * x.in_s;
   T* out = static_cast<T*>(x.out) + block.b * x.out_b + block.s * x.out_s;
   const T* bias = static_cast<const T*>(x.bias);
-  const int64_t each = norm.joint ? 1 : x.heads;
+  const int64_t each = joint ? 1 : x.heads;
   Compute* rstds = static_cast<Compute*>(norm.rstd);
   if (rstds) rstds += (block.b * call.length + block.s) * each;
-  const Order order(x, norm.joint != 0, block.tokens);
+  const Order order(x, joint != 0, block.tokens);
   const Compute eps = static_cast<Compute>(epsilon);
   const Compute count = static_cast<Compute>(weights_of(call, x, norm));
-  const int64_t fit = kAhead / (head_dim * static_cast<int64_t>(sizeof(T)));
-  const int64_t ahead = fit < order.inner ? fit : order.inner;
+  const int64_t out_outer = order.by_head ? x.out_h : x.out_s, out_inner = order.by_head ? x.out_s : x.out_h;
+  Ahead<T> ahead(in, in + block.tokens * x.in_s, order.outer, order.inner, order.outer_step, order.inner_step,
+                 head_dim);
+  Compute lanes[kTogether * kLanes<Compute>];
   for (int64_t i = 0; i < order.outer; ++i) {
     for (int64_t j = 0; j < order.inner; j += order.together) {
       const int64_t heads = order.inner - j < order.together ? order.inner - j : order.together;
-      Compute sums[kTogether] = {};
+      const T* from = in + i * order.outer_step + j * order.inner_step;
+      T* to = out + i * out_outer + j * out_inner;
+      Compute rstd[kTogether] = {};
       for (int64_t h = 0; h < heads; ++h) {
-        const int64_t at = j + h + ahead, later = at < order.inner ? at : at - order.inner;
-        prefetch(in + (later < at ? i + 1 : i) * order.outer_step + later * order.inner_step, head_dim);
-        const int64_t head = order.head(i, j + h), token = order.token(i, j + h);
+        ahead();
+        const int64_t token = order.token(i, j + h);
         // A token without a row is normalised only.
         const Compute* y = read_head<T, Interleaved>(
-            in + token * x.in_s + head * x.in_h, bias ? bias + head * head_dim : nullptr, wide + h * head_dim,
-            after, block.cos[token], block.sin[token], block.cos[token] ? call.num_pairs : 0, head_dim);
-        sums[norm.joint ? 0 : h] +=
-            sum_of<Compute>(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return y[p] * y[p]; });
+            from + h * order.inner_step, bias ? bias + order.head(i, j + h) * head_dim : nullptr,
+            wide + h * head_dim, after, block.cos[token], block.sin[token],
+            block.cos[token] ? call.num_pairs : 0, head_dim);
+        rstd[joint ? 0 : h] +=
+            sum_of(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return y[p] * y[p]; },
+                   lanes + h % kTogether * kLanes<Compute>);
       }
-      for (int64_t h = 0; h < (norm.joint ? 1 : heads); ++h) sums[h] = 1 / std::sqrt(sums[h] / count + eps);
+      ROPE_VECTORIZE_FEW
+      for (int64_t h = 0; h < kTogether; ++h) rstd[h] = 1 / std::sqrt(rstd[h] / count + eps);
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t head = order.head(i, j + h), token = order.token(i, j + h);
         const Compute* y = wide + h * head_dim;
         if constexpr (sizeof(T) == sizeof(Compute)) {
-          if (!bias && !after) y = in + token * x.in_s + head * x.in_h;
+          if (!bias && !after) y = from + h * order.inner_step;
         }
-        const Compute rstd = sums[norm.joint ? 0 : h];
-        write_head<T, Interleaved>(
-            y, out + token * x.out_s + head * x.out_h, weight + (norm.joint ? head * head_dim : 0), rstd,
-            block.cos[token], block.sin[token], after || !block.cos[token] ? 0 : call.num_pairs, head_dim);
-        if (rstds && (!norm.joint || h == 0)) rstds[token * each + head] = rstd;
+        const Compute own = rstd[joint ? 0 : h];
+        write_head<T, Interleaved>(y, to + h * out_inner, weight + (joint ? head * head_dim : 0), own,
+                                   block.cos[token], block.sin[token],
+                                   after || !block.cos[token] ? 0 : call.num_pairs, head_dim);
+        if (rstds && (!joint || h == 0)) rstds[token * each + head] = own;
       }
     }
   }

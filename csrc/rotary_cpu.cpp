@@ -116,13 +116,11 @@ ROPE_INLINE void rotate_block(const Call& call, const Heads& x, int64_t b, int64
   const T* bias = static_cast<const T*>(x.bias);
   const bool by_head = x.in_h > x.in_s;
   const int64_t outer = by_head ? x.heads : tokens, inner = by_head ? tokens : x.heads;
-  const int64_t outer_step = by_head ? x.in_h : x.in_s, inner_step = by_head ? x.in_s : x.in_h;
-  const int64_t fit = kAhead / (call.head_dim * static_cast<int64_t>(sizeof(T)));
-  const int64_t ahead = fit < inner ? fit : inner;
+  Ahead<T> ahead(in, in + tokens * x.in_s, outer, inner, by_head ? x.in_h : x.in_s, by_head ? x.in_s : x.in_h,
+                 call.head_dim);
   for (int64_t i = 0; i < outer; ++i) {
     for (int64_t j = 0; j < inner; ++j) {
-      const int64_t later = j + ahead < inner ? j + ahead : j + ahead - inner;
-      prefetch(in + (later < j + ahead ? i + 1 : i) * outer_step + later * inner_step, call.head_dim);
+      ahead();
       const int64_t head = by_head ? i : j, token = by_head ? j : i;
       // A token without a row passes through: as one of which nothing is rotated.
       rotate_head<T, In, Out>(in + token * x.in_s + head * x.in_h, out + token * x.out_s + head * x.out_h,

@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
+from .checking import check_same_model
 from .files import write_text
 from .layer_types import rope_parameters, unextendable
 from .messages import one_line
-from .planning import RopePlan, load_config, plan
+from .model_config import GIVEN
+from .planning import RopePlan, load_config, plan, pretrained_rope
 from .presets import PRESETS
 from .strategies import DEFAULT_STRATEGY, PretrainedRope, check_length, check_number
 from .trained_length import recorded_extension
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 FORMAT = "rope_dist.dynamic_plan"
 FORMAT_VERSION = 1
+
+TRAINED = "extrapolation"
+"""Strategy of the first stage: it changes nothing."""
 
 STAGE_RATIO = 2 ** (1 / 3)
 """Neighbouring stages of a ladder differ at most by this factor: three stages a doubling.
@@ -63,7 +68,8 @@ class DynamicPlan:
         if len(stages) < 2:
             raise ValueError(f"a dynamic plan has at least two stages, got {len(stages)}")
         first = stages[0]
-        if first.target_length != first.original_length or first.interpolated_dims:
+        same = first.target_length == first.original_length and not first.interpolated_dims
+        if first.strategy != TRAINED or not same:
             raise ValueError("the first stage must be the trained model: its own frequencies and length")
         for before, after in itertools.pairwise(stages):
             if after.target_length <= before.target_length:
@@ -177,7 +183,10 @@ class DynamicPlan:
         stages = data.get("stages")
         if not isinstance(stages, list):
             raise ValueError('"stages" of the plan must be a list of plans')
-        return cls(tuple(RopePlan.from_dict(stage) for stage in stages))
+        made = cls(tuple(RopePlan.from_dict(stage) for stage in stages))
+        if data.get("lengths") != list(made.lengths):
+            raise ValueError('the plan contradicts itself: its "lengths" are not those of its stages')
+        return made
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; a file already there is replaced only once the new one is whole."""
@@ -201,10 +210,13 @@ class DynamicPlan:
             ValueError: stock cannot compute the plan from ``config``.
         """
         config = config if config is None else trained_config(config)
-        entries = self.stages[-1].config_overrides(config)
+        return self.recorded(self.stages[-1].config_overrides(config), config)
+
+    def recorded(self, entries: Mapping[str, Any], trained: PretrainedConfig | None = None) -> dict[str, Any]:
+        """``entries`` of a config with the record of the stages, and of what the ``trained`` one had in their place."""
         record = {**entries["rope_dist"], "stages": list(self.lengths)}
-        if config is not None:
-            own = config.get_text_config(decoder=True).__dict__
+        if trained is not None:
+            own = trained.get_text_config(decoder=True).__dict__
             record["trained"] = {key: copy.deepcopy(own[key]) for key in entries if key in own}
             record["added"] = [key for key in entries if key not in own]
         return {**entries, "rope_dist": record}
@@ -214,17 +226,32 @@ def _model_of(stage: RopePlan) -> tuple[Any, ...]:
     return (stage.theta, stage.head_dim, stage.rotary_dim, stage.original_length, stage.base_factors)
 
 
+def check_trained(plan: DynamicPlan, config: PretrainedConfig) -> None:
+    """``ValueError`` unless ``plan`` starts from the trained model of ``config`` (:func:`trained_config`)."""
+    first = plan.stages[0]
+    given = first.original_length if first.original_length_from == GIVEN else None
+    rope, head_dim = pretrained_rope(trained_config(config), original_length=given)
+    check_same_model(first, rope, head_dim)
+    if not math.isclose(first.attention_scaling, rope.attention_scaling, rel_tol=1e-6):
+        raise ValueError(
+            f"the plan is for an attention scaling of {first.attention_scaling:.6g}, the model has "
+            f"{rope.attention_scaling:.6g}"
+        )
+
+
 def load_plan(path: str | os.PathLike[str]) -> RopePlan | DynamicPlan:
     """Read a static or a dynamic plan; ``ValueError`` names the file and what is wrong with it."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        dynamic = isinstance(data, Mapping) and data.get("format") == FORMAT
-    except (OSError, ValueError):
-        dynamic = False
-    if not dynamic:
-        return RopePlan.load(path)
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the plan {path}: {one_line(error)}") from None
     try:
-        return DynamicPlan.from_dict(data)
+        data = json.loads(text)
+        if isinstance(data, Mapping) and data.get("format") == FORMAT:
+            return DynamicPlan.from_dict(data)
+        return RopePlan.from_dict(data)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a whole JSON file: {error}") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
 
@@ -293,6 +320,8 @@ def dynamic_plan(
         target_length = lengths[-1]
     source = _trained_source(source)
     common = {"strategy": strategy, **options}
+    # Beside a target it is the strategy's setting of that name.
+    setting = None if target_length is None else factor
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         last = plan(source, target_length=target_length, factor=factor, **common)
@@ -310,8 +339,8 @@ def dynamic_plan(
     own = {key: value for key, value in options.items() if key in _OF_EVERY_STRATEGY}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said above
-        first = plan(source, target_length=original, strategy="extrapolation", **own)
-        between = [plan(source, target_length=length, **common) for length in lengths[:-1]]
+        first = plan(source, target_length=original, strategy=TRAINED, **own)
+        between = [plan(source, target_length=length, factor=setting, **common) for length in lengths[:-1]]
     return DynamicPlan((first, *between, last))
 
 

@@ -61,6 +61,13 @@ AT_ONCE = [
         "yarn has no setting 'target_length'",
     ),
     (("eval", "perplexity", "--strategies", "dprope:threshold"), 2, "not KEY=VALUE"),
+    (
+        ("eval", "perplexity", "--strategies", "yran+dynamic"),
+        2,
+        "unknown strategy 'yran', did you mean yarn?",
+    ),
+    (("eval", "perplexity", "--strategies", "stock+dynamic"), 2, "unknown strategy 'stock'"),
+    (("eval", "perplexity", "--strategies", "yarn+dynamic:betafast=3"), 2, "yarn has no setting 'betafast'"),
     (("eval", "perplexity", "--strategies", "none.json"), 2, "cannot read none.json: No such file"),
     (("eval", "perplexity", "--text", "pyhton"), 2, "did you mean python?"),
     (("eval", "perplexity", "--model", "smollm-135m"), 2, "did you mean smollm2-135m?"),
@@ -115,6 +122,14 @@ AT_ONCE = [
     ((*DPROPE, "--threshold", "0", "--set", "threshold=1"), 2, "threshold is given twice"),
     ((*DPROPE, "--candidates", "pi", "yran"), 2, "did you mean yarn?"),
     ((*DPROPE, "--set", 'candidates=["pi", "yran"]'), 2, "did you mean yarn?"),
+    (("plan", "llama2-7b", "--dynamic"), 2, "give --target or --factor"),
+    (("plan", "llama2-7b", "--stages", "8192"), 2, "--stages are of a dynamic plan: give --dynamic too"),
+    (
+        ("plan", "llama2-7b", "--dynamic", "--stages", "5120,x"),
+        2,
+        "--stages: must be a whole number, got 'x'",
+    ),
+    (("plan", "llama2-7b", "--dynamic", "--stages", "5120,"), 2, "--stages: must be a whole number, got ''"),
     ((*LLAMA, "--threshold", "0"), 2, "the strategy is auto: give --strategy dprope"),
     ((*LLAMA, "--set", "threshold"), 2, "not KEY=VALUE"),
     ((*LLAMA, "--set", "beta_fast=16"), 2, "auto has no setting 'beta_fast'; it has fast_periods"),
@@ -173,6 +188,7 @@ AT_ONCE = [
     (("export", "hf", ".", "--factor", "2", "-o", "x", "--engine", "vlm"), 2, "did you mean vllm?"),
     (("export", "vllm", "--factor", "2"), 2, "give a MODEL to plan from"),
     (("export", "vllm", "--plan", __file__, "--strategy", "pi"), 2, "--strategy goes with"),
+    (("export", "vllm", "--plan", __file__, "--set", "a=1"), 2, "--set goes with"),
     (("verify", "x", "--plan", "none.json"), 2, "cannot read none.json: No such file"),
 ]
 
@@ -284,6 +300,8 @@ def test_it_starts_at_once(arguments):
         "refined:dtype=float64",
         "yarn:beta-fast=16",
         "auto:slow_periods=0.5",
+        "auto+dynamic",
+        "yarn+dynamic:beta_fast=16",
     ],
 )
 def test_eval_takes_strategies_with_their_settings(variant):
@@ -301,6 +319,7 @@ def test_eval_takes_strategies_with_their_settings(variant):
         ("verify my-model --engine vllm --engine sglang --plan FILE", "engine", ["vllm", "sglang"]),
         ("plan llama2-7b --target 8192 --set a=-1 --set b=[2]", "settings", [("a", -1), ("b", [2])]),
         ("plan llama2-7b --factor 2 -oplan.json", "output", "plan.json"),
+        ("plan llama2-7b --dynamic --stages 5120,6144 8192", "stages", [(5120, 6144), (8192,)]),
         ("eval passkey --depths 0 1 --seed -3", "seed", -3),
         ("eval passkey --depths 0 1 --seed -3", "depths", [0, 1]),
         ("bench", "tokens", [8192, 16384]),
@@ -345,13 +364,23 @@ class TestNames:
         assert tuple(DPROPE_THRESHOLDS) == defaults.THRESHOLD_NAMES
 
     def test_engines_texts_models_and_tasks(self):
-        from rope_dist.evaluation import CORPORA, PACKAGED_MODELS, STOCK, TASK_SETS, passkey, perplexity
+        from rope_dist.cli import values
+        from rope_dist.evaluation import (
+            CORPORA,
+            PACKAGED_MODELS,
+            STOCK,
+            TASK_SETS,
+            passkey,
+            perplexity,
+            variants,
+        )
         from rope_dist.export import ENGINES
 
         assert tuple(ENGINES) == defaults.ENGINE_NAMES
         assert tuple(CORPORA) == defaults.CORPUS_NAMES
         assert tuple(PACKAGED_MODELS) == defaults.PACKAGED_MODEL_NAMES
         assert tuple(TASK_SETS) == defaults.TASK_SET_NAMES
+        assert values.DYNAMIC == variants.DYNAMIC
         assert defaults.METHODS == perplexity.METHODS
         assert (defaults.SCORINGS, defaults.DEPTHS) == (passkey.SCORINGS, passkey.DEPTHS)
         for names in (defaults.EVALUATED_STRATEGIES, defaults.QUICK_STRATEGIES, defaults.DEMO_STRATEGIES):

@@ -35,19 +35,19 @@ def engine(request, tmp_path_factory):
     return name, tree
 
 
-def tables(engine, directory, tmp_path):
+def tables(engine, directory, tmp_path, *tokens):
     name, tree = engine
     script = Path(__file__).parent / "helpers/engine_rotary.py"
     out = tmp_path / "out.pt"
-    command = [sys.executable, script, name, tree, directory, out]
+    command = [sys.executable, script, name, tree, directory, out, *tokens]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return torch.load(out)
 
 
-def planned(plan):
-    angles = torch.arange(plan.target_length, dtype=torch.float32)[:, None] * plan.inv_freq
+def planned(plan, tokens=None):
+    angles = torch.arange(tokens or plan.target_length, dtype=torch.float32)[:, None] * plan.inv_freq
     return angles.cos() * plan.attention_scaling, angles.sin() * plan.attention_scaling
 
 
@@ -73,3 +73,20 @@ def test_the_class_does_not_follow_a_naive_export(engine, llama, tmp_path):
     reasons = {check.engine: check.reason for check in export.verify(out, plan).checks}
     assert reasons["transformers"] is None
     assert "scaled by 1.08012" in reasons[engine[0]]
+
+
+def test_vllm_takes_one_stage_of_a_dynamic_plan_and_sglang_misreads_it(engine, llama, tmp_path):
+    """vLLM by its --max-model-len, SGLang by the largest position: the token at the trained length gets position 0."""
+    plan = rope_dist.dynamic_plan(llama, factor=2, strategy="pi")
+    out = export.hf(llama, plan, tmp_path / "out", config_only=True)
+    name, _ = engine
+    for tokens in (64, 65, 128):
+        cos, sin = planned(plan.at(tokens) if tokens == 64 else plan.stages[-1], tokens)
+        got = tables(engine, out, tmp_path, tokens)
+        if name == "sglang" and tokens == 65:
+            cos, sin = planned(plan.stages[0], tokens)
+            cos[64], sin[64] = 1, 0
+        assert torch.equal(got["cos"], cos)
+        assert torch.equal(got["sin"], sin)
+    reason = next(check.reason for check in export.verify(out, plan).checks if check.engine == name)
+    assert reason is None if name == "vllm" else "the factors of a whole batch" in reason

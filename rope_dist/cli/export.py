@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,9 @@ from .runner import Command, make_app
 PlanFile = Annotated[str | None, option(values.readable_file, "FILE", "Plan, from rope-dist plan -o.")]
 Strategy = Annotated[
     str | None, option(values.strategy, "NAME", f"Strategy, without a plan (default: {DEFAULT_STRATEGY}).")
+]
+Dynamic = Annotated[
+    bool, flag("--dynamic", "Write the trained frequencies too, for texts of up to the trained length.")
 ]
 Output = Annotated[str, option(str, "PATH", "Path to write.", "-o", "--output")]
 Force = Annotated[bool, flag("--force", "Replace the output if it exists.")]
@@ -45,6 +49,8 @@ def _hf(
     target: options.Target = None,
     factor: options.Factor = None,
     strategy: Strategy = None,
+    settings: options.Settings = None,
+    dynamic: Dynamic = False,
     force: Force = False,
     config_only: Annotated[bool, flag("--config-only", "Write everything but the weights.")] = False,
     link: Annotated[bool, flag("--link", "Make hard links to the weights instead of copies.")] = False,
@@ -56,13 +62,14 @@ def _hf(
     Examples:
       rope-dist export hf ./my-model --target 16384 -o my-model-16k
       rope-dist export hf ./my-model --plan plan.json --engine vllm --link -o my-model-16k
+      rope-dist export hf ./my-model --dynamic --target 16384 --set attention_factor=1 -o my-model-16k
     """
-    made = _plan(source, plan, target, factor, strategy)
+    made = _plan(source, plan, target, factor, strategy, settings, dynamic=dynamic)
 
     from ..export import hf, verify
 
     out = hf(source, made, output, config_only=config_only, link=link, engines=engine or [], force=force)
-    print(f"{verify(out, made)}\n\nwrote {out}")
+    print(f"{verify(out, made)}\n\nwrote {out}{_remark(made)}")
 
 
 @app.command("gguf", cls=Command)
@@ -73,6 +80,8 @@ def _gguf(
     target: options.Target = None,
     factor: options.Factor = None,
     strategy: Strategy = None,
+    settings: options.Settings = None,
+    dynamic: Dynamic = False,
     force: Force = False,
 ) -> None:
     """Write a copy of a GGUF file with the plan's factors, for llama.cpp.
@@ -81,12 +90,12 @@ def _gguf(
     Examples:
       rope-dist export gguf my-model.gguf --target 16384 -o my-model-16k.gguf
     """
-    made = _plan(source, plan, target, factor, strategy, gguf=True)
+    made = _plan(source, plan, target, factor, strategy, settings, dynamic=dynamic, gguf=True)
 
     from ..export import gguf, verify
 
     out = gguf(source, made, output, force=force)
-    print(f"{verify(out, made)}\n\nwrote {out}")
+    print(f"{verify(out, made)}\n\nwrote {out}{_remark(made)}")
 
 
 @app.command("vllm", cls=Command)
@@ -96,6 +105,7 @@ def _vllm(
     target: options.Target = None,
     factor: options.Factor = None,
     strategy: Strategy = None,
+    settings: options.Settings = None,
 ) -> None:
     """Print arguments for vllm serve; no file is written.
 
@@ -104,7 +114,7 @@ def _vllm(
       rope-dist export vllm --plan plan.json
       rope-dist export vllm ./my-model --factor 4
     """
-    made = _plan(source, plan, target, factor, strategy)
+    made = _plan(source, plan, target, factor, strategy, settings)
 
     from ..export import vllm_arguments
     from ..export.stock import read_config
@@ -121,19 +131,41 @@ def _plan(
     target: int | None,
     factor: float | None,
     strategy: str | None,
+    settings: Iterable[tuple[str, Any]] | None,
+    *,
+    dynamic: bool = False,
     gguf: bool = False,
 ) -> Any:
     """The plan of the file, or a new one of the model; ``ValueError`` for neither or both, without torch."""
     options.at_most_one(True, plan=path, target=target, factor=factor)
     if path is None and source is None:
         raise ValueError("give a MODEL to plan from, or --plan FILE")
-    if path is not None and strategy is not None:
-        raise ValueError("--strategy goes with --target and --factor; a plan has its own")
+    for name, given in (("strategy", strategy), ("set", settings)):
+        if path is not None and given:
+            raise ValueError(f"--{name} goes with --target and --factor; a plan has its own")
+    strategy = strategy or DEFAULT_STRATEGY
+    checked = options.settings(strategy, settings)
 
+    from ..dynamic import DynamicPlan, dynamic_plan, load_plan
     from ..export import gguf_rope
-    from ..planning import RopePlan, plan
+    from ..planning import plan
 
     if path is not None:
-        return RopePlan.load(path)
+        loaded = load_plan(path)
+        if dynamic and not isinstance(loaded, DynamicPlan):
+            raise ValueError(f"{path} is a static plan: make a dynamic one with rope-dist plan --dynamic")
+        return loaded
     rope = gguf_rope(source) if gguf else {"source": source}
-    return plan(target_length=target, factor=factor, strategy=strategy or DEFAULT_STRATEGY, **rope)
+    make: Callable[..., Any] = dynamic_plan if dynamic else plan
+    return make(target_length=target, factor=factor, strategy=strategy, settings=checked, **rope)
+
+
+def _remark(made: Any) -> str:
+    """What a dynamic plan becomes in stock engines."""
+    first, *_, last = getattr(made, "stages", None) or (made, made)
+    if first is last:
+        return ""
+    return (
+        f": as trained up to {first.target_length} tokens, past it by the plan for {last.target_length}; docs/export.md"
+        " says when each engine changes"
+    )

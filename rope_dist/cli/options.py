@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Annotated, Any
 
 import typer
@@ -49,6 +49,10 @@ Divergence = Annotated[
     Any, choice(defaults.DIVERGENCE_NAMES, "KL divergence of the paper's Table 3, or of its eq. 8.")
 ]
 MeasureDtype = Annotated[str, choice(defaults.MEASURE_DTYPES, "Dtype of the angles (the paper: float32).")]
+Settings = Annotated[
+    list[Any] | None,
+    option(values.setting, "KEY=VALUE", "Setting of the strategy, as JSON. Repeatable.", "--set"),
+]
 Json = Annotated[bool, flag("--json", "Print JSON.")]
 Plot = Annotated[str | None, option(values.output_file, "FILE", "Plot factors and disturbance.")]
 Engines = Annotated[
@@ -91,6 +95,16 @@ def at_most_one(required: bool = False, **given: Any) -> None:
         raise ValueError(f"give {' or '.join(names)}, not both")
     if required and not names:
         raise ValueError(f"give {' or '.join(f'--{name}' for name in given)}")
+
+
+def settings(strategy: str, given: Iterable[tuple[str, Any]] | None) -> dict[str, Any]:
+    """The settings of ``--set``; ``ValueError`` or ``BadParameter`` unless the strategy has them."""
+    found = dict(given or ())
+    for name, value in found.items():
+        if name in defaults.MEASURE_SETTINGS:
+            raise ValueError(f"{name} has an option of its own: give --{name} to rope-dist plan")
+        values.check_setting(strategy, name, value)
+    return found
 
 
 def extension(target: int | None, factor: float | None, strategy: str) -> dict[str, Any]:

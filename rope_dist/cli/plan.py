@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..defaults import DEFAULT_STRATEGY, DIVERGENCE_NAMES, INTERVALS, MEASURE_DTYPES, STRATEGY_SETTINGS
 from . import options, values
-from .options import option
+from .options import flag, option
+
+if TYPE_CHECKING:
+    from ..dynamic import DynamicPlan
+    from ..planning import RopePlan
 
 
 def run(
@@ -29,9 +35,14 @@ def run(
             values.strategy, "NAME...", "Strategies that dprope chooses from (default: extrapolation pi)."
         ),
     ] = None,
-    settings: Annotated[
+    settings: options.Settings = None,
+    dynamic: Annotated[
+        bool,
+        flag("--dynamic", "Extend only texts past the trained length, each by the shortest stage for it."),
+    ] = False,
+    stages: Annotated[
         list[Any] | None,
-        option(values.setting, "KEY=VALUE", "Setting of the strategy, as JSON. Repeatable.", "--set"),
+        option(values.lengths, "TOKENS...", "Lengths of the stages of --dynamic (default: evenly spaced)."),
     ] = None,
     intervals: options.Intervals = INTERVALS,
     divergence: options.Divergence = DIVERGENCE_NAMES[0],
@@ -49,19 +60,27 @@ def run(
       rope-dist plan llama2-7b --target 16384
       rope-dist plan ./my-model --factor 4 --strategy yarn --set beta_fast=16 -o plan.json
       rope-dist plan --theta 500000 --head-dim 128 --original 8192 --target 32768 --json
+      rope-dist plan ./my-model --dynamic --stages 10240,12288,16384 -o plan.json
     """
     numbers = {"theta": theta, "head_dim": head_dim, "rotary_dim": rotary_dim, "original_length": original}
     rope = options.rope(source, **numbers)
-    options.at_most_one(True, target=target, factor=factor)
+    if stages and not dynamic:
+        raise ValueError("--stages are of a dynamic plan: give --dynamic too")
+    lengths = [length for given in stages for length in given] if stages else None
+    options.at_most_one(lengths is None, target=target, factor=factor)
     dprope = {"threshold": threshold, "interpolated_dims": interpolated_dims, "candidates": candidates}
     checked = _settings(
         strategy, dict(settings or ()), {k: v for k, v in dprope.items() if v not in (None, [])}
     )
 
+    from ..dynamic import DynamicPlan, dynamic_plan
     from ..planning import plan
     from ..plots import plot_plans
 
-    made = plan(
+    make: Callable[..., RopePlan | DynamicPlan] = plan
+    if dynamic:
+        make = partial(dynamic_plan, stages=lengths)
+    made = make(
         **rope,
         target_length=target,
         factor=factor,
@@ -72,7 +91,7 @@ def run(
         dtype=dtype,
     )
     if plot:
-        plot_plans([made], plot)
+        plot_plans(made.stages[1:] if isinstance(made, DynamicPlan) else [made], plot)
     if output:
         made.save(output)
     print(json.dumps(made.to_dict(), indent=2) if as_json else made.summary())
@@ -89,10 +108,7 @@ def _settings(strategy: str, settings: dict[str, Any], dprope: dict[str, Any]) -
         if name in settings:
             raise ValueError(f"{name} is given twice: by {option} and by --set")
     given = {**settings, **dprope}
-    for name, value in given.items():
-        if name in ("intervals", "divergence", "dtype"):
-            raise ValueError(f"{name} has an option of its own: give --{name}")
-        values.check_setting(strategy, name, value)
+    options.settings(strategy, given.items())
     if {"threshold", "interpolated_dims"} <= given.keys():
         raise ValueError("give --threshold or --interpolated-dims, not both")
     return given

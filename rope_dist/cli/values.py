@@ -55,6 +55,13 @@ def real(allowed: Callable[[float], bool], rule: str) -> Callable[[str], float]:
 
 seed = whole()
 tokens = whole(2)
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Numbers of tokens between commas."""
+    return tuple(tokens(part) for part in text.split(","))
+
+
 not_negative = real(lambda value: value >= 0, "at least 0")
 positive = real(lambda value: value > 0, "above 0")
 scaling_factor = real(lambda value: value >= 1, "at least 1 (the length is only extended)")
@@ -98,11 +105,15 @@ stock_or_strategy = one_of("strategy", ("stock", *STRATEGY_NAMES))
 engine = one_of("engine", defaults.ENGINE_NAMES)
 
 
+DYNAMIC = "+dynamic"
+
+
 def variant(text: str) -> str:
-    """What ``eval`` measures: ``stock``, a strategy with or without settings, or a plan."""
+    """What ``eval`` measures: ``stock``, a strategy with or without ``+dynamic`` and settings, or a plan."""
     if text.endswith(".json"):
         return readable_file(text)
     name, _, settings = text.partition(":")
+    name = name.removesuffix(DYNAMIC)
     if text != "stock" and name not in STRATEGY_NAMES:
         raise BadParameter(unknown("strategy", name, ("stock", *STRATEGY_NAMES), ", or a plan (PATH.json)"))
     for part in filter(None, settings.split(",")):

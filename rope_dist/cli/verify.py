@@ -28,9 +28,9 @@ def run(
       rope-dist verify my-model-16k --plan plan.json
       rope-dist verify my-model-16k --plan plan.json --engine vllm --source ./my-model
     """
+    from ..dynamic import load_plan
     from ..export import verify
-    from ..planning import RopePlan
 
-    result = verify(artefact, RopePlan.load(plan), engines=engine or [], source=source)
+    result = verify(artefact, load_plan(plan), engines=engine or [], source=source)
     print(result)
     result.raise_for_failure()

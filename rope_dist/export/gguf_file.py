@@ -1,5 +1,8 @@
 """Writes a plan into a copy of a GGUF file, as the factor tensor of llama.cpp (``rope_freqs.weight``).
 
+A dynamic plan becomes the two of a longrope, ``rope_factors_short.weight`` and ``rope_factors_long.weight``, of which
+llama.cpp takes the second where the context of a sequence is larger than ``rope.scaling.original_context_length``.
+
 llama.cpp divides the angle of pair ``i`` by element ``i`` of that tensor, and multiplies cos and sin by
 ``rope.scaling.attn_factor`` whatever the scaling type. The converter writes the tensor for Llama 3's scaling alone and
 silently ignores the longrope config of a LLaMA.
@@ -17,17 +20,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..dynamic import DynamicPlan
 from ..files import check_target, copy_bytes, new_file
 from ..optional import require
 from ..planning import RopePlan
 from ..strategies import default_inv_freq
 from ..version import __version__
-from .gguf_reading import FACTORS, MAGIC, GgufFile, read
+from .engines import check_engines
+from .gguf_reading import FACTORS, LONG_FACTORS, MAGIC, SHORT_FACTORS, GgufFile, read
 from .verification import verify
 
 
 def gguf(
-    path: str | os.PathLike[str], plan: RopePlan, out: str | os.PathLike[str], *, force: bool = False
+    path: str | os.PathLike[str],
+    plan: RopePlan | DynamicPlan,
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
 ) -> Path:
     """Copy a GGUF file with the plan's factors, length and scaling; it is verified before it appears.
 
@@ -44,13 +53,15 @@ def gguf(
         The path of the new file.
 
     Raises:
-        ValueError: the file is damaged or has no slot for factors, the plan is of another model, or ``out`` exists.
+        ValueError: the file is damaged or has no slot for factors, the plan is of another model, or ``out`` exists; a
+            dynamic plan scales cos and sin otherwise than the trained model.
         OSError: the disk is full or not writable. The source is never changed.
         MissingPackageError: ``gguf`` is not installed.
     """
     out = Path(out)
+    check_engines(plan)
     source = read(path)
-    _check_plan(source, plan)
+    _check_plan(source, plan if isinstance(plan, RopePlan) else plan.stages[0])
     check_target(out, force=force, directory=False)
     if out.exists() and os.path.samefile(out, source.path):
         raise ValueError(f"{out} is the source itself: write to another file")
@@ -108,7 +119,7 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a.double(), b.double(), rtol=1e-5, atol=0.0)
 
 
-def _write(source: GgufFile, plan: RopePlan, target: Path) -> None:
+def _write(source: GgufFile, plan: RopePlan | DynamicPlan, target: Path) -> None:
     library = require("gguf", "export", "writing GGUF")
     types = library.GGUFValueType
     prefix = f"{source.architecture}."
@@ -118,8 +129,15 @@ def _write(source: GgufFile, plan: RopePlan, target: Path) -> None:
         "rope_dist.strategy": struct.pack("<I", types.STRING) + _pack_text(plan.strategy),
         "rope_dist.original_length": struct.pack("<II", types.UINT32, plan.original_length),
     }
-    if plan.attention_scaling != 1:
-        new[f"{prefix}rope.scaling.attn_factor"] = struct.pack("<If", types.FLOAT32, plan.attention_scaling)
+    last = plan if isinstance(plan, RopePlan) else plan.stages[-1]
+    if last.attention_scaling != 1:
+        new[f"{prefix}rope.scaling.attn_factor"] = struct.pack("<If", types.FLOAT32, last.attention_scaling)
+    sets = {FACTORS: last}
+    if isinstance(plan, DynamicPlan):
+        sets = {SHORT_FACTORS: plan.stages[0], LONG_FACTORS: last}
+        kind, length = f"{prefix}rope.scaling.type", f"{prefix}rope.scaling.original_context_length"
+        new[kind] = struct.pack("<I", types.STRING) + _pack_text("longrope")
+        new[length] = struct.pack("<II", types.UINT32, plan.original_length)
     fields = {
         key: field.raw
         for key, field in source.fields.items()
@@ -128,13 +146,19 @@ def _write(source: GgufFile, plan: RopePlan, target: Path) -> None:
     }
     fields.update({key: _pack_text(key) + value for key, value in new.items()})
     tensors = {name: tensor.raw for name, tensor in source.tensors.items()}
-    factors = np.array(plan.factors, dtype="<f4").tobytes()
     end = _aligned(source.data_size, source.alignment)
-    # Overwrites the old factors or is appended: no other tensor's data moves.
-    place = source.tensors[FACTORS].offset if FACTORS in source.tensors else end
-    if FACTORS not in tensors:
+    # The first set overwrites the old factors, if any, and others are appended: no other tensor's data moves.
+    slot, places = source.tensors.get(FACTORS), {}
+    for name, stage in sets.items():
+        data, place, entry = np.array(stage.factors, dtype="<f4").tobytes(), end, name
+        if slot is None:
+            end += _aligned(len(data), source.alignment)
+        else:
+            place, slot, entry = slot.offset, None, FACTORS
         float32 = library.GGMLQuantizationType.F32
-        tensors[FACTORS] = _pack_text(FACTORS) + struct.pack("<IQIQ", 1, len(plan.factors), float32, place)
+        # Entries are in the order of their data.
+        tensors[entry] = _pack_text(name) + struct.pack("<IQIQ", 1, len(stage.factors), float32, place)
+        places[place] = data
     header = MAGIC + struct.pack("<IQQ", source.version, len(tensors), len(fields))
     header += b"".join((*fields.values(), *tensors.values()))
     start = _aligned(len(header), source.alignment)
@@ -149,10 +173,9 @@ def _write(source: GgufFile, plan: RopePlan, target: Path) -> None:
         old.seek(source.data_start)
         copy_bytes(old, file, source.data_size, bar.update)
         file.write(bytes(end - source.data_size))
-        file.seek(start + place)
-        file.write(factors)
-        file.seek(0, os.SEEK_END)
-        file.write(bytes(_aligned(file.tell(), source.alignment) - file.tell()))
+        for place, factors in places.items():
+            file.seek(start + place)
+            file.write(factors)
 
 
 def _aligned(count: int, alignment: int) -> int:

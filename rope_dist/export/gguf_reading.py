@@ -22,6 +22,7 @@ from ..strategies import default_inv_freq
 from .engines import EngineConfig
 
 FACTORS = "rope_freqs.weight"
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 SLOTS = ("llama",)
 """Architectures of GGUF whose loader takes the factor tensor and whose graph uses it and ``attn_factor``."""
 MAGIC = b"GGUF"
@@ -85,25 +86,36 @@ class GgufFile:
         field = self.fields.get(f"{self.architecture}.{key}")
         return default if field is None else field.value
 
-    def engine_config(self) -> EngineConfig:
-        """What llama.cpp computes from the file; ``ValueError`` if unknown or dependent on the context length."""
+    def engine_config(self, tokens: int | None = None) -> EngineConfig:
+        """What llama.cpp computes from the file.
+
+        Args:
+            tokens: of the context of a sequence, by which it chooses between short and long factors. None: of any.
+
+        Raises:
+            ValueError: it is unknown, or depends on the context.
+        """
         if self.architecture not in SLOTS:
             raise ValueError(
                 f"llama.cpp has no slot for factors in the architecture {self.architecture!r} that is known to work; "
                 f"it has one in {', '.join(SLOTS)}"
             )
         kind = self.value("rope.scaling.type", "linear")
-        if kind not in ("none", "linear", "yarn"):
+        if kind not in ("none", "linear", "yarn") and (kind != "longrope" or tokens is None):
             raise ValueError(
                 f"its rope.scaling.type is {kind!r}, whose frequencies llama.cpp chooses by the context it is given"
             )
-        factors = torch.ones(self.head_dim // 2)
-        if FACTORS in self.tensors:
-            factors = self._factors()
+        factors, name = torch.ones(self.head_dim // 2), FACTORS
+        if kind == "longrope" and tokens is not None:
+            original = self._number("rope.scaling.original_context_length", 0)
+            long = tokens > (original or self._number("context_length", 0))
+            name = LONG_FACTORS if long else SHORT_FACTORS
+        if name in self.tensors:
+            factors = self._factors(name)
         scaling = self._number("rope.scaling.attn_factor", 1.0)
         # Zero means not given.
         stretch = self._number("rope.scaling.factor", 0) or self._number("rope.scale_linear", 0) or 1.0
-        if kind == "linear":
+        if kind in ("linear", "longrope"):
             factors = factors * stretch
         elif kind == "yarn":
             factors = factors * self._yarn(stretch)
@@ -168,11 +180,11 @@ class GgufFile:
             raise ValueError(f"{self.path} has attention heads of {length!r} dimensions")
         return length
 
-    def _factors(self) -> torch.Tensor:
-        tensor = self.tensors[FACTORS]
+    def _factors(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name]
         float32 = require("gguf", "export", "reading GGUF").GGMLQuantizationType.F32
         if tensor.kind != float32 or tensor.shape != (self.head_dim // 2,):
-            raise ValueError(f"{FACTORS} is not {self.head_dim // 2} float32 numbers, one per rotary pair")
+            raise ValueError(f"{name} is not {self.head_dim // 2} float32 numbers, one per rotary pair")
         with open(self.path, "rb") as file:
             file.seek(self.data_start + tensor.offset)
             data = file.read(tensor.size)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ..dynamic import DynamicPlan, check_trained, trained_config
 from ..files import check_target, copy_bytes, new_directory
-from ..layer_types import layer_typed
+from ..layer_types import extended_layers, layer_typed, rope_parameters
 from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
 from .architectures import unable_model, unextendable
@@ -32,7 +33,7 @@ OTHER_FORMATS = ("consolidated*", "params.json", "*.gguf", "*.onnx*", "*.msgpack
 FOLDERS = ("additional_chat_templates",)
 
 
-def config_entries(plan: RopePlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
+def config_entries(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
     """Top-level entries of a ``config.json`` from which transformers 4 and 5 and the engines compute the plan.
 
     ``rope_parameters`` is read by transformers 5, ``rope_theta`` with ``rope_scaling`` by transformers 4 (which would
@@ -40,16 +41,19 @@ def config_entries(plan: RopePlan, config: PretrainedConfig | None = None) -> di
     form but the former. Where the scaling of cos and sin is not what vLLM and SGLang derive, ``short_mscale`` and
     ``long_mscale`` repeat ``attention_factor``, which they do not read.
 
+    Of a dynamic plan the short factors are the trained model's, the long ones the last stage's, and the original
+    length, at which engines change from one to the other, is the trained one. Stages between have no place there.
+
     Args:
         plan: the extension.
         config: of the language model that is extended; its other rotary parameters are kept.
     """
-    entries = plan.config_overrides(config)
+    entries = _overrides(plan, config)
     if layer_typed(entries["rope_parameters"]):
         return entries
     rope = entries["rope_parameters"] = dict(entries["rope_parameters"])
     # PhiMoE's config requires them.
-    derived = plan.attention_scaling == 1 and rope["original_max_position_embeddings"] == plan.target_length
+    derived = rope["attention_factor"] == 1 and rope["original_max_position_embeddings"] == plan.target_length
     if not derived or getattr(config, "model_type", None) == "phimoe":
         rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
     entries["rope_theta"] = rope["rope_theta"]
@@ -59,6 +63,42 @@ def config_entries(plan: RopePlan, config: PretrainedConfig | None = None) -> di
         k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")
     }
     return entries
+
+
+def _overrides(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None) -> dict[str, Any]:
+    """Entries of a transformers 5 config.
+
+    Raises:
+        ValueError: stock cannot compute the plan from ``config``.
+    """
+    if isinstance(plan, RopePlan):
+        return plan.config_overrides(config)
+    config = config if config is None else trained_config(config)
+    first, last = plan.stages[0], plan.stages[-1]
+    entries = last.config_overrides(config)
+    layers = None
+    if config is not None:
+        text = config.get_text_config(decoder=True)
+        layers, own = extended_layers(text), rope_parameters(text)
+        scaled = own.get("original_max_position_embeddings") if own.get("llama_4_scaling_beta") else None
+        if scaled not in (None, plan.original_length):
+            raise ValueError(
+                f"{text.model_type} scales its queries by an original_max_position_embeddings of {scaled}, and engines "
+                f"would change frequencies at that length too, not at {plan.original_length}: export a static plan"
+            )
+    rope = entries["rope_parameters"] if layers is None else entries["rope_parameters"][layers]
+    rope = {
+        **rope,
+        "short_factor": list(first.factors),
+        "original_max_position_embeddings": plan.original_length,
+    }
+    if layers is None:
+        # transformers 4 and Phi3 read the length there alone.
+        entries["original_max_position_embeddings"] = plan.original_length
+        entries["rope_parameters"] = rope
+    else:
+        entries["rope_parameters"] = {**entries["rope_parameters"], layers: rope}
+    return plan.recorded(entries, config)
 
 
 def vllm_overrides(plan: RopePlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
@@ -72,6 +112,11 @@ def vllm_overrides(plan: RopePlan, config: PretrainedConfig | None = None) -> di
     Raises:
         ValueError: the plan is of another model, or vLLM cannot run this one by it.
     """
+    if isinstance(plan, DynamicPlan):
+        raise ValueError(
+            "vLLM takes one set of frequencies for all texts, by --max-model-len: give it a static plan, or none for "
+            f"texts of up to {plan.original_length} tokens"
+        )
     keys = ("max_position_embeddings", "rope_parameters")
     if config is None:
         entries = config_entries(plan)
@@ -92,7 +137,7 @@ def vllm_arguments(plan: RopePlan, config: PretrainedConfig | None = None) -> st
 
 def hf(
     model_or_dir: PreTrainedModel | str | os.PathLike[str],
-    plan: RopePlan,
+    plan: RopePlan | DynamicPlan,
     out: str | os.PathLike[str],
     *,
     config_only: bool = False,
@@ -104,7 +149,8 @@ def hf(
 
     Args:
         model_or_dir: a directory with ``config.json`` and weights, or a model (enabled or not) to save.
-        plan: made from this model.
+        plan: made from this model. A dynamic one is written as a config from which engines take the trained frequencies
+            up to the trained length and those of its last stage past it, each in its own way (``docs/export.md``).
         out: the new directory. It appears whole or not at all.
         config_only: everything but the weights.
         link: hard links in place of copies of the weights (the same file system only).
@@ -115,7 +161,8 @@ def hf(
         The path of the directory.
 
     Raises:
-        ValueError: the plan is of another model, an engine cannot run it, the source is not whole, or ``out`` exists.
+        ValueError: the plan is of another model, an engine cannot run it, the source is not whole, or ``out`` exists; a
+            dynamic plan scales cos and sin otherwise than the trained model.
         OSError: the disk is full or not writable. The source is never changed.
     """
     out, engines = Path(out), tuple(engines)
@@ -127,7 +174,7 @@ def hf(
             raise ValueError(f"there is no directory {source}; a model on the hub has to be downloaded first")
         file = read_json(source / CONFIG)
         files = _files(source, config_only)
-        config = read_config(source)
+        config = _start(read_config(source), plan)
         check_model(StockModel(config), plan, engines)
         new = extended_config(file, plan, config)
         real = source.resolve()
@@ -142,16 +189,23 @@ def hf(
         return out
     if not hasattr(model_or_dir, "save_pretrained"):
         raise TypeError(f"expected a transformers model or a directory, got {type(model_or_dir).__name__}")
-    config = model_or_dir.config
+    config = _start(model_or_dir.config, plan)
     check_model(StockModel(config), plan, engines)
     with new_directory(out, force=force) as temporary:
-        (config if config_only else model_or_dir).save_pretrained(temporary)
+        (model_or_dir.config if config_only else model_or_dir).save_pretrained(temporary)
         _write_json(temporary / CONFIG, extended_config(read_json(temporary / CONFIG), plan, config))
         _finish(temporary, plan, engines, config, out)
     return out
 
 
-def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedConfig) -> dict[str, Any]:
+def _start(config: PretrainedConfig, plan: RopePlan | DynamicPlan) -> PretrainedConfig:
+    """The config that the plan extends: a dynamic one starts from the trained model each time."""
+    return trained_config(config) if isinstance(plan, DynamicPlan) else config
+
+
+def extended_config(
+    file: Mapping[str, Any], plan: RopePlan | DynamicPlan, config: PretrainedConfig
+) -> dict[str, Any]:
     """A copy of a ``config.json`` with the plan's entries and without those that would contradict them.
 
     Args:
@@ -174,20 +228,23 @@ def extended_config(file: Mapping[str, Any], plan: RopePlan, config: PretrainedC
     derived = isinstance(getattr(type(text), "head_dim", None), property)
     if new.get("head_dim") is None and "rope_scaling" in entries and not derived:
         # The longrope of transformers 4 would multiply None (Mixtral).
-        new["head_dim"] = plan.head_dim
+        new["head_dim"] = (plan.stages[-1] if isinstance(plan, DynamicPlan) else plan).head_dim
     return {**new, **entries}
 
 
-def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) -> None:
+def check_model(model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterable[str] = ()) -> None:
     """``ValueError`` if ``plan`` is of another model, or no export for ``engines`` (or for any) can follow it."""
     text = model.text
     reason = unextendable(model)
     if reason is not None:
         raise ValueError(reason)
-    check_plan(plan, text)
+    if isinstance(plan, DynamicPlan):
+        check_trained(plan, text)
+    else:
+        check_plan(plan, text)
     # The plan applied to a copy shows what else it would change in the stock model.
     after = StockModel(copy.deepcopy(model.config))
-    after.text.__dict__.update(plan.config_overrides(text))
+    after.text.__dict__.update(_overrides(plan, text))
     reason = changed(model, after)
     if reason is not None:
         raise ValueError(f"the plan would change more of {text.model_type} than its frequencies: {reason}")
@@ -198,7 +255,11 @@ def check_model(model: StockModel, plan: RopePlan, engines: Iterable[str] = ()) 
 
 
 def _finish(
-    directory: Path, plan: RopePlan, engines: Iterable[str], source: PretrainedConfig, out: Path
+    directory: Path,
+    plan: RopePlan | DynamicPlan,
+    engines: Iterable[str],
+    source: PretrainedConfig,
+    out: Path,
 ) -> None:
     """Raise the lengths that other files repeat, and verify the directory against the plan."""
     for name, key in (

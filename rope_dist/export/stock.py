@@ -119,8 +119,11 @@ class StockModel:
         except Exception as error:
             raise ValueError(f"transformers cannot build its rotary embedding: {_message(error)}") from None
 
-    def engine_config(self) -> EngineConfig:
+    def engine_config(self, tokens: int | None = None) -> EngineConfig:
         """Frequencies, scaling of cos and sin, and length.
+
+        Args:
+            tokens: of the text. None: for a text of any length.
 
         Raises:
             ValueError: the frequencies change with the length, or transformers fails on the config.
@@ -132,6 +135,8 @@ class StockModel:
             if self.parameters.get("short_factor") != self.parameters.get("long_factor"):
                 raise ValueError("the frequencies change with the length")
             return EngineConfig(rope.inv_freq, rope.attention_scaling, length)
+        if tokens is not None:
+            return EngineConfig(*self._tables(rotary, tokens - 1), length)
         long, scaling = self._tables(rotary, length - 1)
         short, _ = self._tables(rotary, 1)
         if not torch.equal(long, short):

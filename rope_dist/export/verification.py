@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tabulate import tabulate
 
+from ..dynamic import DynamicPlan
 from ..planning import RopePlan
 from ..strategies import default_inv_freq
 from .architectures import unable_model, unextendable
@@ -66,7 +67,7 @@ class Verification:
 
 def verify(
     artefact: str | os.PathLike[str],
-    plan: RopePlan,
+    plan: RopePlan | DynamicPlan,
     *,
     engines: Iterable[str] = (),
     source: PretrainedConfig | str | os.PathLike[str] | None = None,
@@ -75,7 +76,8 @@ def verify(
 
     Args:
         artefact: a Hugging Face directory or a GGUF file.
-        plan: the plan that it was exported with.
+        plan: the plan that it was exported with. A dynamic one is compared at both sides of the trained length, at
+            which its engines change the frequencies, and at its target.
         engines: engines of :data:`ENGINES` that must run it. All engines are checked, but only a failure of those
             named here is one of the verification; one that cannot represent the plan at all is refused.
         source: the model before the extension, a directory or its config: then what else the model had is compared
@@ -148,7 +150,7 @@ def _check_safetensors(path: Path) -> None:
 
 def _directory(
     path: Path,
-    plan: RopePlan,
+    plan: RopePlan | DynamicPlan,
     engines: tuple[str, ...],
     source: PretrainedConfig | str | os.PathLike[str] | None,
 ) -> list[Check]:
@@ -176,38 +178,60 @@ def _directory(
     return checks
 
 
-def _installed_transformers(model: StockModel, source: PretrainedConfig | None) -> EngineConfig:
+def _installed_transformers(
+    model: StockModel, source: PretrainedConfig | None, tokens: int | None = None
+) -> EngineConfig:
     reason = None if source is None else changed(StockModel(source), model)
     if reason is not None:
         raise ValueError(reason)
-    return model.engine_config()
+    return model.engine_config(tokens)
 
 
 def _by_formula(
-    read_config: Callable[[Mapping[str, Any]], EngineConfig], file: Mapping[str, Any], model: StockModel
+    read_config: Callable[..., EngineConfig],
+    file: Mapping[str, Any],
+    model: StockModel,
+    tokens: int | None = None,
 ) -> EngineConfig:
     if model.part is not None:
         file = file.get(model.part, file)
     # A file may leave out the defaults of its config class.
     defaults = {key: getattr(model.text, key, None) for key in SHAPE}
-    return read_config({**{k: v for k, v in defaults.items() if v is not None}, **file})
+    options = {} if tokens is None else {"tokens": tokens}
+    return read_config({**{k: v for k, v in defaults.items() if v is not None}, **file}, **options)
 
 
 def _compare(
     engine: str,
-    read: Callable[[], EngineConfig],
-    plan: RopePlan,
+    read: Callable[..., EngineConfig],
+    plan: RopePlan | DynamicPlan,
     *,
     required: bool = True,
     relative: float = 0.0,
 ) -> Check:
     try:
-        found = read()
+        if isinstance(plan, RopePlan):
+            reason = _difference(read(), plan, relative)
+        else:
+            reason = _difference_at_lengths(read, plan, relative)
     except KeyError as error:
         return Check(engine, f"its config has no {error.args[0]!r}", required)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         return Check(engine, str(error), required)
-    return Check(engine, _difference(found, plan, relative), required)
+    return Check(engine, reason, required)
+
+
+def _difference_at_lengths(
+    read: Callable[..., EngineConfig], plan: DynamicPlan, relative: float
+) -> str | None:
+    first, last = plan.stages[0], plan.stages[-1]
+    original = plan.original_length
+    # Back to a short text in the end: what an engine keeps from a long one must not stay.
+    for tokens, stage in ((original, first), (original + 1, last), (plan.target_length, last), (1, first)):
+        reason = _difference(read(tokens=tokens), stage, relative)
+        if reason is not None:
+            return f"with {tokens} tokens {reason}"
+    return None
 
 
 def _difference(engine: EngineConfig, plan: RopePlan, relative: float) -> str | None:

@@ -79,15 +79,11 @@ def _sections(form: Form, stock: Function) -> Function:
     # Of transformers before 5.17: tables [3, B, S, R] of three position axes, of which each rotates a section.
     once = dataclasses.replace(form, tables="once")
 
-    def chosen(table: torch.Tensor, sections: list[int]) -> torch.Tensor:
-        parts = table[..., : sum(sections)].split(sections, dim=-1)
-        return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
-
     def apply_multimodal_rotary_pos_emb(q, k, cos, sin, mrope_section, unsqueeze_dim=1):
         def stock_of_sections(q, k, *tables, unsqueeze_dim):
             return stock(q, k, cos.to(q.dtype), sin.to(q.dtype), mrope_section, unsqueeze_dim)
 
-        tables = chosen(cos, mrope_section), chosen(sin, mrope_section)
+        tables = sections_of(cos, mrope_section), sections_of(sin, mrope_section)
         return rotate(once, stock_of_sections, q, k, *tables, unsqueeze_dim)
 
     return apply_multimodal_rotary_pos_emb
@@ -100,6 +96,12 @@ _SIGNATURES: dict[tuple[str, ...], Callable[[Form, Function], Function]] = {
     ("xq", "xk", "freqs_cis"): _complex,
     ("q", "k", "cos", "sin", "mrope_section", "unsqueeze_dim"): _sections,
 }
+
+
+def sections_of(table: torch.Tensor, sections: list[int]) -> torch.Tensor:
+    """Each value once, ``[B, S, R/2]``, of a table ``[3, B, S, R]`` of three position axes with a section each."""
+    parts = table[..., : sum(sections)].split(sections, dim=-1)
+    return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
 
 
 def pairs_of(tables: str, table: torch.Tensor) -> torch.Tensor:

@@ -95,11 +95,10 @@ class RecordedCache:
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)  # type: ignore[misc]
-        tokens = next(iter((*args, *kwargs.values())))
-        record = record_of(self)
-        had = record.length
-        # Below 0: to be removed; above, in older versions: to be kept.
-        record.crop(max(had + tokens, 0) if tokens <= 0 else min(had, tokens))
+        record, left = record_of(self), _tokens_on_cpu(self)
+        if left is None:  # no static cache takes anything but the number of tokens to be removed, below 0
+            left = record.length + next(iter((*args, *kwargs.values())))
+        record.crop(max(left, 0))
         record.announced = 0
 
     def reset(self) -> None:
@@ -131,7 +130,8 @@ def record_of(cache: Any) -> CacheRecord | None:
 def attach(cache: Cache, record: CacheRecord) -> None:
     """Give a cache its record."""
     setattr(cache, _RECORD, record)
-    cache.__class__ = _recorded_class(type(cache))
+    if not isinstance(cache, RecordedCache):
+        cache.__class__ = _recorded_class(type(cache))
 
 
 def is_paged(cache: Any) -> bool:
@@ -141,49 +141,64 @@ def is_paged(cache: Any) -> bool:
 
 
 def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
-    """The record of a cache under ``plan``; a new one where it has none.
+    """The record of a cache under ``plan``; a new one where it has none, or where it is empty.
 
-    Keys that are there already count as the trained model's, from position 0 on, with a warning.
+    Keys that another model has put there count as the trained model's, at the positions that follow, with a warning.
 
     Raises:
         ValueError: the cache belongs to another plan, or is longer than the trained model reads and nobody knows how
             its keys were rotated.
         TypeError: not a cache of transformers.
     """
-    record = record_of(cache) if isinstance(cache, Cache) else None
-    if record is None:
-        if not isinstance(cache, Cache):
-            raise TypeError(f"a dynamic plan needs a cache of transformers, got {type(cache).__name__}")
+    if not isinstance(cache, Cache):
+        raise TypeError(f"a dynamic plan needs a cache of transformers, got {type(cache).__name__}")
+    record, there = record_of(cache), _tokens_on_cpu(cache)
+    if there == 0 and (record is None or record.plan is not plan or record.stage is None):
+        attach(cache, CacheRecord(plan))
+        return record_of(cache)
+    new = record is None
+    if new:
         record, there = CacheRecord(plan), int(cache.get_seq_length())
-        if there > plan.original_length:
-            raise ValueError(
-                f"the cache has {there} tokens, more than the {plan.original_length} of the trained model, and was "
-                "filled by another model or plan: how its keys are rotated is not known"
-            )
-        if there:
-            warnings.warn(
-                f"the {there} tokens in the cache were not read under this plan: they count as positions 0 to "
-                f"{there - 1} of the trained model",
-                stacklevel=2,
-            )
-            record.write(0, torch.arange(there)[None])
-        attach(cache, record)
-    if record.plan is not plan:
-        if record.plan != plan:
-            raise ValueError(
-                f"the cache was filled under another plan: {record.plan!r}, the model has {plan!r}"
-            )
-        record.plan = plan
+    elif record.plan is not plan and record.plan != plan:
+        raise ValueError(f"the cache was filled under another plan: {record.plan!r}, the model has {plan!r}")
     if record.stage is None:
         raise ValueError("the correction of this cache was interrupted: its keys cannot be used")
+    record.plan = plan
+    if there is not None and there > record.length:
+        _count_on(record, there)
+    if new:
+        attach(cache, record)
     return record
+
+
+def _count_on(record: CacheRecord, there: int) -> None:
+    """Give tokens of another model the positions that follow those known; ``ValueError`` past the trained length."""
+    known, most = record.length, record.plan.original_length
+    if there > most or record.stage:
+        raise ValueError(
+            f"the cache has {there} tokens, of which {there - known} were read by another model or plan, and the "
+            f"trained model reads {most}: how their keys are rotated is not known"
+        )
+    warnings.warn(
+        f"{there - known} of the {there} tokens in the cache were not read under this plan: they count as the trained "
+        "model's, at the positions that follow",
+        stacklevel=4,
+    )
+    last = record.positions(known - 1, known) if known else torch.tensor([[-1]])
+    record.write(known, last + torch.arange(1, there - known + 1, device=last.device))
 
 
 def cached_tokens(cache: Cache, record: CacheRecord, new: int = 0) -> int:
     """Tokens in a cache before a call with ``new`` ones, without waiting for a device that a static cache counts on."""
-    there = cache.get_seq_length()
-    if not isinstance(there, torch.Tensor):
+    there = _tokens_on_cpu(cache)
+    if there is not None:
         return there
-    if there.device.type == "cpu":
-        return int(there)
     return record.length - (record.announced if record.announced == new else 0)
+
+
+def _tokens_on_cpu(cache: Cache) -> int | None:
+    """Tokens in a cache; None where only a device knows."""
+    there = cache.get_seq_length()
+    if isinstance(there, torch.Tensor) and there.device.type != "cpu":
+        return None
+    return int(there)

@@ -4,6 +4,10 @@ They are multiplied, as complex numbers, by the tables of the new stage divided 
 positions, in place and in one launch a layer. Tables are stock's, whose angles are rounded to float32: a corrected key
 equals the one that the new stage would have cached up to one rounding, attention scaling included.
 (:func:`rope_dist.ops.rerotate_` does the same from frequencies, by exact angles, for caches of other engines.)
+
+Each correction rounds once. A rotation does not lengthen the errors of earlier ones, so after n corrections a cached
+pair is off by at most (n + 1) u of its length, where u is 2^-8 in bfloat16, 2^-11 in float16 and 2^-24 in float32, and
+the one is the rounding of every cached key. Errors are independent: they grow as sqrt(n + 1).
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from torch import nn
 from transformers import Cache
 
 from .. import ops
-from .applying import pairs_of
+from .applying import pairs_of, sections_of
 from .cache_record import CacheRecord
 from .cached_keys import CachedKeys
 from .stages import Growth
@@ -38,16 +42,14 @@ def change_stage(decoder: nn.Module, cache: Cache, record: CacheRecord, past: in
                 "their positions are not known"
             )
         growth: Growth = decoder._rope_dist_growth
-        found = [(how, *_keys(cache, index, past, how.tensor)) for index, how in growth.layers.items()]
-        turn: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        layers = [(how, *_keys(cache, index, past, how.tensor)) for index, how in growth.layers.items()]
+        found = [(how, holder, keys) for how, holder, keys in layers if keys is not None]
+        turn = _difference(decoder, growth, record, past, before, stage)
+        tables = {keys.device: tuple(table.to(keys.device) for table in turn) for _, _, keys in found}
         _wait(cache)
         record.stage = None
         for how, holder, keys in found:
-            if keys is None:
-                continue
-            if keys.device not in turn:
-                turn[keys.device] = _difference(decoder, growth, record, past, before, stage, keys.device)
-            _correct(how, holder, keys, *turn[keys.device])
+            _correct(how, holder, keys, *tables[keys.device])
         _wait(cache)
     record.stage = stage
 
@@ -67,6 +69,12 @@ def _keys(cache: Cache, index: int, past: int, tensor: str) -> tuple[Any, torch.
     keys = getattr(holder, tensor)
     if hasattr(holder, "max_cache_len"):
         keys = keys.narrow(-2, 0, min(past, keys.shape[-2]))
+    tokens = keys.shape[-2]
+    if tokens > past or (tokens < past and not getattr(holder, "is_sliding", False)):
+        raise ValueError(
+            f"layer {index} of the cache, a {type(holder).__name__}, has keys of {tokens} tokens where {past} were "
+            "read: it is not known of which"
+        )
     return holder, keys
 
 
@@ -83,7 +91,6 @@ def _difference(
     past: int,
     before: int,
     stage: int,
-    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin ``[B or 1, past, R/2]`` float32: the tables of the new stage divided by those of the old.
 
@@ -98,12 +105,16 @@ def _difference(
         if growth.tables == "complex":
             numbers.append(tables.to(torch.complex128))
         else:
-            cos, sin = (pairs_of(growth.tables, table) for table in tables)
+            if tables[0].ndim == 4:  # of three position axes, before transformers 5.17
+                sections = rotary.config.rope_parameters["mrope_section"]
+                cos, sin = (sections_of(table, sections) for table in tables)
+            else:
+                cos, sin = (pairs_of(growth.tables, table) for table in tables)
             numbers.append(torch.complex(cos.double(), sin.double()))
     turn = numbers[1] / numbers[0]
     if growth.negative:
         turn = turn.conj()
-    return turn.real.float().contiguous().to(device), turn.imag.float().contiguous().to(device)
+    return turn.real.float().contiguous(), turn.imag.float().contiguous()
 
 
 def _correct(how: CachedKeys, holder: Any, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -112,10 +123,11 @@ def _correct(how: CachedKeys, holder: Any, keys: torch.Tensor, cos: torch.Tensor
     heads = keys.transpose(1, 2)
     start = 0 if how.first else heads.shape[-1] - rotary_dim
     part = heads.narrow(-1, start, rotary_dim)
-    if keys.requires_grad and torch.is_grad_enabled():
+    if keys.requires_grad:  # a backward pass needs them as they are
         turned, _ = ops.rotary(part, None, cos, sin, interleaved=how.interleaved)
         new = torch.cat((heads[..., :start], turned, heads[..., start + rotary_dim :]), dim=-1)
-        setattr(holder, how.tensor, new.transpose(1, 2))
+        room = getattr(holder, how.tensor)[..., tokens:, :]
+        setattr(holder, how.tensor, torch.cat((new.transpose(1, 2), room), dim=-2))
         return
     # Tensors made in inference mode may be changed in it only.
     with torch.inference_mode() if keys.is_inference() else torch.no_grad():

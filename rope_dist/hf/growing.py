@@ -55,6 +55,9 @@ def find_growths(model: nn.Module, found: Found, plans: list[Any]) -> dict[nn.Mo
             growths[decoder] = _growth(decoder, rotary, found, plan, trained_config(config))
         elif type(rotary) is not type(decoder.get_submodule(growths[decoder].rotary)):
             raise Unsupported(f"{type(decoder).__name__} has several kinds of rotary embeddings: {_STATIC}")
+        else:
+            of_decoder = {module: name for name, module in decoder.named_modules()}
+            growths[decoder].others += (of_decoder[rotary],)
     return growths
 
 
@@ -100,7 +103,7 @@ def attach_growth(decoder: nn.Module, growth: Growth) -> None:
     detach_growth(decoder)
     decoder._rope_dist_growth = growth
     decoder.register_forward_pre_hook(before_forward, with_kwargs=True)
-    decoder.register_forward_hook(after_forward, with_kwargs=True)
+    decoder.register_forward_hook(after_forward, with_kwargs=True, always_call=True)
 
 
 def attach_compiled_call(model: nn.Module) -> None:
@@ -140,6 +143,7 @@ def detach_growth(decoder: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if hook is own]:
             del hooks[key]
             with_kwargs.pop(key, None)
+            decoder._forward_hooks_always_called.pop(key, None)
 
 
 # --- a decoder's hooks ---------------------------------------------------------------------------
@@ -156,7 +160,7 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         return
     if torch.compiler.is_compiling():
         if cache is None:
-            decoder.get_submodule(growth.rotary).use_stage(growth.stage(new))
+            growth.use(decoder, growth.stage(new))
         elif not growth.by_hand:
             _prepare_outside(decoder, cache, new, inputs.get("position_ids"))
         return
@@ -168,7 +172,7 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     stage = growth.stage(past + new, before)
     if record is not None:
         change_stage(decoder, cache, record, past, stage)
-    decoder.get_submodule(growth.rotary).use_stage(stage)
+    growth.use(decoder, stage)
     begin_call(Call(decoder, stage, record, past))
 
 
@@ -186,7 +190,7 @@ def _use_last_stage(decoder: nn.Module, growth: Growth) -> None:
 
 
 def after_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Give the cache that a call has made the record of its keys."""
+    """Give the cache that a call has made the record of its keys; of a call that failed, ``output`` is None."""
     if torch.compiler.is_compiling():
         return
     call = end_call(decoder)
@@ -265,9 +269,9 @@ def _prepare(decoder: nn.Module, cache: Cache, tokens: int, positions: torch.Ten
     past = cached_tokens(cache, record)
     stage = growth.stage(past + tokens, record.stage or 0)
     change_stage(decoder, cache, record, past, stage)
-    rotary = decoder.get_submodule(growth.rotary)
-    rotary.use_stage(stage)
+    growth.use(decoder, stage)
     if positions is None:
-        positions = torch.arange(past, past + tokens, device=rotary.stage_inv_freq.device)[None]
+        device = decoder.get_submodule(growth.rotary).stage_inv_freq.device
+        positions = torch.arange(past, past + tokens, device=device)[None]
     record.write(past, positions)
     record.announced = tokens

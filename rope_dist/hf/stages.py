@@ -32,6 +32,7 @@ class Growth:
         layers: index in the cache of each layer whose keys are corrected, and what they have of the rotation.
         tables: how stock's tables hold their values (:class:`rope_dist.hf.forms.Form`).
         negative: stock rotates by the angles' negatives.
+        others: names of those of the other layers, where each has its own.
         by_hand: calls of compiled graphs are prepared by :func:`rope_dist.prepare_cache`.
     """
 
@@ -41,15 +42,21 @@ class Growth:
     layers: dict[int, CachedKeys]
     tables: str
     negative: bool
+    others: tuple[str, ...] = ()
     by_hand: bool = False
 
     def stage(self, tokens: int, before: int = 0) -> int:
         """The stage for ``tokens`` in all, of a text that was read by the stage ``before``."""
         plan = self.plan
-        stage = plan.stage(max(tokens, getattr(_LOCAL, "at_least", 0)))
+        stage = plan.stage(max(tokens, getattr(_LOCAL, "at_least", 0), 1))
         while stage < before and tokens > plan.lengths[stage] * (1 - BACK):
             stage += 1
         return stage
+
+    def use(self, decoder: nn.Module, stage: int) -> None:
+        """Put the frequencies of a stage in force, for what runs outside of a call: graphs, and checkpoints again."""
+        for name in (self.rotary, *self.others):
+            decoder.get_submodule(name).use_stage(stage)
 
 
 @dataclass

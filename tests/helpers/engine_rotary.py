@@ -1,7 +1,8 @@
 """Runs in a process of its own: the rotary class of a vLLM or SGLang wheel, everything around it stubbed.
 
-``python engine_rotary.py ENGINE WHEEL_DIR MODEL_DIR OUT``: OUT gets cos and sin ``[length, head_dim / 2]``, read off
-the class's own forward: queries of (1, 0) a pair come out as (cos, sin).
+``python engine_rotary.py ENGINE WHEEL_DIR MODEL_DIR OUT [TOKENS]``: OUT gets cos and sin ``[TOKENS, head_dim / 2]``,
+read off the class's own forward: queries of (1, 0) a pair come out as (cos, sin). TOKENS is the length of the text and
+vLLM's ``--max-model-len``; by default what the model reads.
 """
 
 import importlib.abc
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-engine, tree, source, out = sys.argv[1:]
+engine, tree, source, out, *limit = sys.argv[1:]
 ROTARY = {
     "vllm": "vllm.model_executor.layers.rotary_embedding",
     "sglang": "sglang.srt.layers.rotary_embedding",
@@ -71,7 +72,8 @@ torch.compile = lambda function=None, **options: function or (lambda wrapped: wr
 sys.meta_path.insert(0, Stubs())
 config = AutoConfig.from_pretrained(source)
 length, head_dim, rope = config.max_position_embeddings, config.head_dim, config.rope_parameters
-current = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=length))
+tokens = int(limit[0]) if limit else length
+current = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=tokens))
 if engine == "vllm":
     import vllm.config
 
@@ -84,7 +86,7 @@ else:
         head_dim, head_dim, length, rope["rope_theta"], True, rope, torch.float32
     )
 assert type(module).__module__.startswith(ROTARY), type(module)
-half = torch.tensor([1.0, 0.0]).repeat_interleave(head_dim // 2).repeat(length, 1)
-query, _ = module(torch.arange(length), half.clone(), half.clone())
-cos, sin = query.reshape(length, head_dim).chunk(2, dim=-1)
+half = torch.tensor([1.0, 0.0]).repeat_interleave(head_dim // 2).repeat(tokens, 1)
+query, _ = module(torch.arange(tokens), half.clone(), half.clone())
+cos, sin = query.reshape(tokens, head_dim).chunk(2, dim=-1)
 torch.save({"cos": cos, "sin": sin, "class": type(module).__name__}, out)

@@ -145,11 +145,11 @@ def test_is_as_near_to_float64_as_the_reference(dim, half, kind):
     NATIVE.norm_rotate(q, k, *outs, norms, angles)
     reference = reference_norm.norm_rotate_tokens(q, k, norms, angles)
     for x, weight, out, right in zip((q, k), norms.weights(), outs, reference, strict=False):
-        # In units of the pair's length: a sum that cancels has the error of what it is made of. One unit of the
-        # reciprocal norm, whose sum is in another order, is up to two of the product, and rounding adds its own.
+        # In units of the pair's length: a sum that cancels has the error of what it is made of. Two units of the
+        # reciprocal norm, whose sum is in another order, are up to four of the product, and rounding adds its own.
         length = right.double().unflatten(-1, (2, half)).norm(dim=-2).repeat(1, 1, 1, 2)
         unit = 2.0 ** (length.log2().floor() - 23)
-        assert ((out.double() - right).abs() <= 4 * unit).all()
+        assert ((out.double() - right).abs() <= 6 * unit).all()
         exactly = exact(x, weight, norms, angles)
         mine, its = (((y.double() - exactly).abs() / unit).mean() for y in (out, right))
         assert mine <= 1.1 * its
