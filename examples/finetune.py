@@ -174,7 +174,7 @@ def main(
 
     set_seed(seed)
     loaded, tokenizer = load_model(model, "cpu")
-    plan = rope_dist.enable(loaded, **extension).plan
+    plan = rope_dist.enable(loaded, dynamic=False, **extension).plan  # every text has the target length
     if checkpoint:
         check_same_plan(checkpoint, loaded.config)
     if torch.cuda.is_available() and is_flash_attn_2_available():

@@ -26,6 +26,7 @@ def batch():
             ),
             continuous_batching_config=ContinuousBatchingConfig(**options),
         )
+        model.set_attn_implementation("sdpa")  # transformers 5.6 leaves the paged one
         return [(one.generated_tokens, one.error) for one in made.values()]
 
     return generate
