@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -223,6 +224,38 @@ def test_compiles_whole_and_survives_a_fork():
         ROTATE(q, None, out, None, Angles(cos, sin), threads=2)
         os._exit(0 if out.numpy().tobytes() == right else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+THREADS_SCRIPT = """
+import os, sys, torch
+from rope_dist.ops import native
+from rope_dist.ops.arguments import Angles
+
+torch.set_num_threads(1)
+q, angle = torch.randn(1, 4096, 8, 64), torch.randn(1, 4096, 32)
+angles = Angles(angle.cos(), angle.sin())
+one, some = torch.empty_like(q), torch.empty_like(q)
+native.Native().rotate(q, None, one, None, angles, threads=1)
+before = len(os.listdir("/proc/self/task"))
+native.Native().rotate(q, None, some, None, angles, threads=3)
+print(len(os.listdir("/proc/self/task")) - before, torch.equal(one, some))
+"""
+
+
+@needs_library
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="this torch has no OpenMP")
+@pytest.mark.parametrize(("limit", "stay"), [("8", 2), ("1", 0)])
+def test_threads_are_those_of_openmp(limit, stay):
+    """They stay for the next call, and there may be fewer than asked for; new ones would share cores with torch's."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS_SCRIPT],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_THREAD_LIMIT": limit},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == f"{stay} True\n", done.stderr
 
 
 def test_a_missing_library_is_one_warning_and_the_reference(monkeypatch, tmp_path):
