@@ -141,7 +141,7 @@ class TestEqualsStock:
     )
     def test_compiles_whole(self, llama, ids):
         expected = llama(ids).logits
-        with rope_dist.enable(llama, factor=2) as enabled:
+        with rope_dist.enable(llama, factor=2, dynamic=False) as enabled:
             extended = llama(ids).logits
             compiled = torch.compile(llama, fullgraph=True)
             torch.testing.assert_close(compiled(ids).logits, extended, rtol=0, atol=1e-5)
@@ -205,7 +205,7 @@ class TestExtension:
 
     @pytest.mark.parametrize("strategy", ["dprope", "yarn", "pi"])
     def test_saved_and_loaded_by_stock_transformers(self, llama, ids, tmp_path, strategy):
-        rope_dist.enable(llama, target_length=200, strategy=strategy)
+        rope_dist.enable(llama, target_length=200, strategy=strategy, dynamic=False)
         long = torch.randint(3, 128, (1, 150), generator=torch.Generator().manual_seed(5))
         expected = llama(long).logits
         llama.save_pretrained(tmp_path)
@@ -233,7 +233,7 @@ class TestExtension:
         assert llama.config.max_position_embeddings == 256
         fresh = copy.deepcopy(stock)
         rope_dist.enable(fresh, factor=4)
-        assert torch.equal(llama.model.rotary_emb.inv_freq, fresh.model.rotary_emb.inv_freq)
+        assert torch.equal(llama.model.rotary_emb.stage_inv_freq, fresh.model.rotary_emb.stage_inv_freq)
         rope_dist.enable(llama)  # nothing asked for: the plan stays
         assert llama.config.max_position_embeddings == 256
         rope_dist.disable(llama)
@@ -281,7 +281,7 @@ class TestRestoring:
             with rope_dist.enable(llama, factor=4):
                 assert llama.config.max_position_embeddings == 256
             assert llama.config.max_position_embeddings == 128
-            assert torch.equal(llama.model.rotary_emb.inv_freq, outer.plan.inv_freq)
+            assert torch.equal(llama.model.rotary_emb.stage_inv_freq[-1], outer.plan.stages[-1].inv_freq)
         assert_stock(llama, stock)
 
     def test_disable_without_a_model_restores_all(self, llama, stock):
@@ -470,7 +470,7 @@ class TestRefusals:
                 ValueError,
                 "fast_periods must be a finite number",
             ),
-            ({"plan": {"factors": [1.0]}}, TypeError, "plan must be a RopePlan, got dict"),
+            ({"plan": {"factors": [1.0]}}, TypeError, "plan must be a RopePlan or a DynamicPlan, got dict"),
         ],
     )
     def test_bad_arguments(self, llama, stock, arguments, error, message):

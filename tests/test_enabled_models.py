@@ -38,7 +38,7 @@ for model, ids, stock, expected, count in saved:
         assert not list(enabled_modules(model))
         assert model.config.max_position_embeddings == 64
         torch.testing.assert_close(model(ids, use_cache=False).logits, stock, **equal)
-        with rope_dist.enable(model, factor=4):
+        with rope_dist.enable(model, factor=4, dynamic=False):
             torch.testing.assert_close(model(ids, use_cache=False).logits, expected, **equal)
 print(len(saved))
 """
@@ -57,7 +57,7 @@ def test_pickled_into_another_process(tmp_path):
     for name in ("llama", "glm4", "deepseek_v3"):
         model = tiny_model(name)
         stock = logits(model)
-        rope_dist.enable(model, factor=4)
+        rope_dist.enable(model, factor=4, dynamic=False)
         saved.append((model, IDS, stock, logits(model), len(list(enabled_modules(model)))))
         assert not torch.allclose(stock, saved[-1][3], atol=1e-3)
     torch.save(saved, tmp_path / "models.pt")

@@ -175,7 +175,7 @@ NO_PLAN = (
 def extend(model):
     """Extend ``model`` fourfold; False where that is refused for one of the known reasons."""
     try:
-        rope_dist.enable(model, factor=4)
+        rope_dist.enable(model, factor=4, dynamic=False)
     except ValueError as error:
         if not any(words in str(error) for words in NO_PLAN):
             raise

@@ -177,7 +177,7 @@ def test_extended_saved_and_read_by_stock(name, ids, tmp_path):
     skip_unless_extended(name)
     model = model_of(name)
     own = model(ids).logits
-    with rope_dist.enable(model, factor=4) as enabled:
+    with rope_dist.enable(model, factor=4, dynamic=False) as enabled:
         assert enabled.plan.target_length == 256
         extended = model(ids).logits
         assert not torch.allclose(extended, own, atol=1e-4)
@@ -195,7 +195,7 @@ def test_only_full_layers_are_extended(name):
     model = model_of(name)
     rotary = model.model.rotary_emb
     local = rotary.sliding_attention_inv_freq.clone()
-    plan = rope_dist.enable(model, factor=4).plan
+    plan = rope_dist.enable(model, factor=4, dynamic=False).plan
     assert torch.equal(rotary.sliding_attention_inv_freq, local)
     assert torch.equal(rotary.full_attention_inv_freq, plan.inv_freq)
     model.to(torch.bfloat16)
