@@ -9,8 +9,17 @@ from conftest import llama_config
 from helpers.model_families import model_of
 from transformers import LlamaForCausalLM
 
+import rope_dist
 from rope_dist.cli import main
-from rope_dist.evaluation import Record, describe, make_cases, make_variants, measure_passkey, passkey_tables
+from rope_dist.evaluation import (
+    Record,
+    Variant,
+    describe,
+    make_cases,
+    make_variants,
+    measure_passkey,
+    passkey_tables,
+)
 from rope_dist.evaluation import passkey as passkey_module
 from rope_dist.evaluation.models import cache_option
 from rope_dist.evaluation.passkey import answered_key, passkey_prompt
@@ -172,6 +181,25 @@ class TestPrompts:
         (case,) = make_cases([100], [0.5])
         with pytest.raises(ValueError, match=r"needs at least 2\d\d tokens, got the length 100"):
             passkey_prompt(letters, case)
+
+
+def test_a_dynamic_plan_reads_a_prompt_by_the_stage_for_its_length(letters, tmp_path):
+    torch.manual_seed(0)
+    config = llama_config(num_hidden_layers=2, max_position_embeddings=1000, initializer_range=0.2)
+    model = LlamaForCausalLM(config).eval()
+    plan = rope_dist.dynamic_plan(model, factor=2, strategy="pi")
+    variants = [Variant("dynamic", plan), *(Variant(str(n), plan.at(n)) for n in LENGTHS)]
+    record = Record(tmp_path / "passkey.json", "passkey", describe(model, "random"))
+    cases = make_cases(LENGTHS, (0.2, 0.9))
+    found = {}
+    for variant, m, _ in measure_passkey(model, letters, cases, variants, record, scorings=["decoys"]):
+        result = m["result"]["key_log_probability"], m["result"]["best_decoy"]
+        found[variant.label, m["what"]["length"], m["what"]["depth"]] = result
+    for case in cases:
+        of = case.length, case.depth
+        assert found["dynamic", *of] == pytest.approx(found[str(case.length), *of], abs=2e-3)
+    other = found[str(LENGTHS[0]), LENGTHS[1], 0.2]  # trained frequencies, past their length
+    assert found["dynamic", LENGTHS[1], 0.2] != pytest.approx(other, abs=2e-3)
 
 
 class TestPrefixCachingModel:

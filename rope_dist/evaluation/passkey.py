@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..dynamic import DynamicPlan
+from ..hf import expect_length
 from ..messages import unknown
 from .memory import check_memory
 from .prefix_cache import PrefixCachingModel, common_prefix
@@ -183,8 +185,10 @@ def measure_passkey(
         ]
         _announce(model, tokenizer, missing)
     for variant in variants:
-        cached = PrefixCachingModel(model, tokenizer, chunk=chunk)
+        cached, length = PrefixCachingModel(model, tokenizer, chunk=chunk), 0
         for case, scoring, what in runs:
+            if isinstance(variant.plan, DynamicPlan) and case.length != length:
+                cached, length = PrefixCachingModel(model, tokenizer, chunk=chunk), case.length
             description = f"{variant.label}, {case.length} tokens, depth {case.depth:g}" if progress else None
             answer = partial(_answer, cached, prompts[case], case, scoring, description)
             yield record.measure(what, variant, model, answer, f"evaluating {case.length} tokens")
@@ -216,7 +220,8 @@ def _announce(
 def _answer(
     cached: PrefixCachingModel, prompt: str, case: Case, scoring: str, description: str | None
 ) -> dict[str, Any]:
-    with Progress(description, cached.prefill_work(prompt)) as bar:
+    # A dynamic plan reads the filler that prompts of a length share as if the whole prompt came at once.
+    with Progress(description, cached.prefill_work(prompt)) as bar, expect_length(case.length):
         if scoring == "decoys":
             key, *others = cached.log_probabilities(prompt, [case.key, *case.decoys], bar)
             return {
