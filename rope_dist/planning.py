@@ -234,6 +234,8 @@ class RopePlan:
     @classmethod
     def from_dict(cls, data: Any) -> RopePlan:
         """The plan that :meth:`to_dict` wrote; ``ValueError`` says what is wrong with anything else."""
+        if isinstance(data, Mapping) and data.get("format") == "rope_dist.dynamic_plan":
+            raise ValueError("a dynamic plan: read it with DynamicPlan.load")
         if not isinstance(data, Mapping) or data.get("format") != FORMAT:
             raise ValueError(f'not a rope_dist plan: the key "format" is not "{FORMAT}"')
         if data.get("version") != FORMAT_VERSION:

@@ -15,9 +15,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ..defaults import DEFAULT_STRATEGY
+from ..dynamic import load_plan
 from ..hf import enable
-from ..planning import RopePlan
 from .models import PACKAGED_MODELS, load_model
+from .variants import DYNAMIC
 
 
 @register_model("rope-dist")
@@ -26,7 +27,7 @@ class ExtendedLM(HFLM):
 
     Args:
         pretrained: a directory, a hub id, a name of :data:`rope_dist.evaluation.PACKAGED_MODELS`, or a model.
-        strategy: as in :func:`rope_dist.enable`.
+        strategy: as in :func:`rope_dist.enable`; followed by ``+dynamic`` its plan grows with the text.
         factor, target_length: one of them; with neither and no ``plan`` the model keeps its frequencies.
         plan: path of a plan, instead of a strategy.
         threshold, interpolated_dims: settings of ``dprope``.
@@ -51,12 +52,14 @@ class ExtendedLM(HFLM):
         given: dict[str, Any] = {
             "factor": factor,
             "target_length": target_length,
-            "plan": RopePlan.load(plan) if plan else None,
+            "plan": load_plan(plan) if plan else None,
             "threshold": threshold,
             "interpolated_dims": interpolated_dims,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        enable(self.model, strategy=strategy, **given)
+        if given and not plan:
+            given["dynamic"] = strategy.endswith(DYNAMIC)
+        enable(self.model, strategy=strategy.removesuffix(DYNAMIC), **given)
 
 
 if __name__ == "__main__":

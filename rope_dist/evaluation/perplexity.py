@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from ..dynamic import DynamicPlan
 from ..messages import unknown
 from ..model_config import pretrained_rope
 from ..planning import RopePlan
@@ -50,7 +51,7 @@ class PerplexityResult:
     """
 
     label: str
-    plan: RopePlan | None
+    plan: RopePlan | DynamicPlan | None
     nll: torch.Tensor
 
     @property
