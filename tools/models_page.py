@@ -47,6 +47,9 @@ source, without names of variables, is looked up in a table of {forms} known for
 (`rope_dist/hf/rotary_forms.json`). A function that is not in the table is refused. So are RMS norms recognised, of
 {norms} forms (`rope_dist/hf/norm_forms.json`); one that is not in the table is called as the module that it is.
 
+Dynamic: "yes" where the keys that the attention caches can be corrected when a dynamic plan changes its stage
+(docs/dynamic.md); else a plan is static. It is read in the source: what it does not follow is not corrected.
+
 Engines: "tried" where that version of transformers computed an extension, bit for bit; "no" where it is known that the
 engine does not read the factors of this type (`rope-dist info MODEL` says why); empty where neither is known.
 """
@@ -65,7 +68,7 @@ def rows() -> list[list[str]]:
         except (ValueError, KeyError, AttributeError):  # a composite type, whose text config has another type
             pass
         reason = one.reason.rpartition(" cannot be replaced: ")[2]
-        found.append([f"`{name}`", one.path, reason, *engines])
+        found.append([f"`{name}`", one.path, reason, "" if one.why_static else "yes", *engines])
     return found
 
 
@@ -84,7 +87,7 @@ def page() -> str:
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        table = tabulate(rows(), ["model type", "enable()", "because", *ENGINES.values()], tablefmt="github")
+        table = tabulate(rows(), ["model type", "enable()", "because", "dynamic", *ENGINES.values()], tablefmt="github")
     known = sum(not form.refused for form in known_forms().values())
     numbers = {"version": transformers.__version__, "forms": known, "norms": len(known_norms())}
     return f"{INTRODUCTION.format(**numbers)}\n{table}\n"

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
 from ..stock_rotary import OTHER_TOWERS, model_class
+from .cached_keys import cached_keys
 from .enabled import enabled_class, is_rotary_embedding, stock_class
 from .forms import Form, Unsupported
 from .reporting import FUSED, FUSED_NORM, JOINT, NORM, ROTARY
@@ -29,11 +30,13 @@ class ModelSupport:
             ``"norm + rotary"`` (one launch after the layer's own projections), ``"rotary"`` (one launch after its own
             projections and norms) or ``"refused"``.
         reason: why not the first; empty where it is.
+        why_static: why its cached keys cannot be corrected, so that it has no dynamic plan; empty where they can.
     """
 
     model_type: str
     path: str
     reason: str = ""
+    why_static: str = ""
 
 
 def supported(*model_types: str) -> dict[str, ModelSupport]:
@@ -95,14 +98,16 @@ def _support(model_type: str, class_name: str) -> ModelSupport | None:
         for rotary in rotaries:
             _check_tables(model_type, rotary, {form for cls in enabled for form in cls.forms})
     except Unsupported as error:
-        return ModelSupport(model_type, REFUSED, str(error))
+        return ModelSupport(model_type, REFUSED, str(error), str(error))
+    found = [cached_keys(cls) for cls in attentions]
+    why_static = next((keys for keys in found if isinstance(keys, str)), "")
     for cls in enabled:
         if cls.norms is not None:
             separate = cls.why_separate or (JOINT if cls.norms.joint else "")
-            return ModelSupport(model_type, NORM if separate else FUSED_NORM, separate)
+            return ModelSupport(model_type, NORM if separate else FUSED_NORM, separate, why_static)
         if not cls.why_separate:
-            return ModelSupport(model_type, FUSED)
-    return ModelSupport(model_type, ROTARY, enabled[0].why_separate)
+            return ModelSupport(model_type, FUSED, why_static=why_static)
+    return ModelSupport(model_type, ROTARY, enabled[0].why_separate, why_static)
 
 
 def _check_tables(model_type: str, rotary: type[nn.Module], forms: set[Form]) -> None:
