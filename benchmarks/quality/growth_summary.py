@@ -110,6 +110,22 @@ def whole_texts(folder: Path) -> tuple[str, list[str]]:
     return markdown(rows, heads), texts
 
 
+def looking_ahead(folder: Path) -> str:
+    """A sentence: texts of 1.5 times the trained length, by the stage for all of it from the start, and grown."""
+    tokens, stage = 3 * TRAINED // 2, 13004
+    ahead = readings(folder, tokens).get(f"{STRATEGY} for {stage}", {})
+    grown = readings(folder, 2 * TRAINED).get(GROWN, {})
+    texts = [text for text in ahead if text in grown]
+    if not texts:
+        return ""
+    both = [ahead[text] for text in texts], [grown[text] for text in texts]
+    return (
+        f"Read by the stage for {tokens} tokens from the start (`expect_length`), {len(texts)} texts have "
+        f"{difference(*both, 0, TRAINED)} perplexity below {TRAINED} and {difference(*both, TRAINED, tokens)} from there "
+        f"to {tokens}, against texts that grow."
+    )
+
+
 def block(folder: Path) -> tuple[str, str]:
     """The tables, and the machines that measured them."""
     to_2x, to_4x = f"{STRATEGY} for {2 * TRAINED}", f"{STRATEGY} for {4 * TRAINED}"
@@ -138,6 +154,7 @@ def block(folder: Path) -> tuple[str, str]:
             f"Whole texts, read at once, as a prompt is ({'; '.join(texts)}); perplexity of all tokens:",
             table,
         ]
+    parts += filter(None, [looking_ahead(folder)])
     ladders = {GROWN: "3 stages", **{f"{GROWN}, {name}": name for name in RATIOS}}
     table, texts = by_position(folder, 2 * TRAINED, ladders, GROWN)
     if table:
