@@ -43,9 +43,9 @@ TRAINED = "extrapolation"
 STAGE_RATIO = 2 ** (1 / 3)
 """Neighbouring stages of a ladder differ at most by this factor: three stages a doubling.
 
-Two texts of SmolLM2 that grow to twice the trained length: with one stage past it perplexity is 0.55 +- 0.13 % higher than
-with three, with two 0.04 +- 0.09 %, with six 0.18 +- 0.09 % lower (docs/quality.md). Each stage costs one correction of the
-cached keys, and 16-bit keys one rounding.
+Two texts of SmolLM2 that grow to twice the trained length: with one stage past it perplexity is 0.55 +- 0.13 % higher
+than with three, with two 0.04 +- 0.09 %, with six 0.18 +- 0.09 % lower (docs/quality.md). Each stage costs one
+correction of the cached keys, and 16-bit keys one rounding.
 """
 
 

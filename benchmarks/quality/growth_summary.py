@@ -121,8 +121,8 @@ def looking_ahead(folder: Path) -> str:
     both = [ahead[text] for text in texts], [grown[text] for text in texts]
     return (
         f"Read by the stage for {tokens} tokens from the start (`expect_length`), {len(texts)} texts have "
-        f"{difference(*both, 0, TRAINED)} perplexity below {TRAINED} and {difference(*both, TRAINED, tokens)} from there "
-        f"to {tokens}, against texts that grow."
+        f"{difference(*both, 0, TRAINED)} perplexity below {TRAINED} and {difference(*both, TRAINED, tokens)} from "
+        f"there to {tokens}, against texts that grow."
     )
 
 
