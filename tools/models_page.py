@@ -87,7 +87,9 @@ def page() -> str:
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        table = tabulate(rows(), ["model type", "enable()", "because", "dynamic", *ENGINES.values()], tablefmt="github")
+        table = tabulate(
+            rows(), ["model type", "enable()", "because", "dynamic", *ENGINES.values()], tablefmt="github"
+        )
     known = sum(not form.refused for form in known_forms().values())
     numbers = {"version": transformers.__version__, "forms": known, "norms": len(known_norms())}
     return f"{INTRODUCTION.format(**numbers)}\n{table}\n"
