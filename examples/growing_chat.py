@@ -1,6 +1,6 @@
 """A chat that grows through the trained length: how well and how fast each turn is read, by several plans.
 
-python examples/growing_chat.py --quick              # 512 tokens, all within the trained length: does it run?
+python examples/growing_chat.py --quick              # 256 tokens, all within the trained length: does it run?
 python examples/growing_chat.py --dtype bfloat16     # SmolLM2 from 6144 to 12288 tokens, past its 8192
 python examples/growing_chat.py --model meta-llama/Llama-2-7b-hf --factor 4 --text book.txt --tokens 12000
 
@@ -123,7 +123,7 @@ def main(
     ] = None,
     device: options.Device = None,
     dtype: options.ModelDtype = None,
-    quick: Annotated[bool, flag("--quick", "512 tokens in turns of 64.")] = False,
+    quick: Annotated[bool, flag("--quick", "256 tokens in turns of 64.")] = False,
 ) -> None:
     quieten()
     extension = options.extension(target, factor, strategy)
@@ -134,7 +134,7 @@ def main(
     dynamic = rope_dist.dynamic_plan(loaded, **extension)
 
     trained = plan.original_length
-    tokens = tokens or (512 if quick else min(trained * 3 // 2, plan.target_length))
+    tokens = tokens or (256 if quick else min(trained * 3 // 2, plan.target_length))
     turn = turn or (64 if quick else 256)
     opening = (0 if quick else min(trained * 3 // 4, tokens - 2)) if opening is None else opening
     if tokens > plan.target_length:
