@@ -243,7 +243,7 @@ class TestJson:
         assert load_plan(tmp_path / "static.json") == static
         with pytest.raises(ValueError, match=r"static\.json is a static plan: read it with RopePlan\.load"):
             DynamicPlan.load(tmp_path / "static.json")
-        with pytest.raises(ValueError, match="a dynamic plan: read it with DynamicPlan.load"):
+        with pytest.raises(ValueError, match=r"a dynamic plan: read it with DynamicPlan\.load"):
             RopePlan.load(tmp_path / "plan.json")
 
     @pytest.mark.parametrize("index", [None, -1])

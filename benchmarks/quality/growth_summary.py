@@ -159,5 +159,7 @@ def block(folder: Path) -> tuple[str, str]:
     table, texts = by_position(folder, 2 * TRAINED, ladders, GROWN)
     if table:
         parts += [f"Ladders to {2 * TRAINED} with other numbers of stages ({'; '.join(texts)}):", table]
-    machines = dict.fromkeys(machine_of(machine) for machine in load(folder, "growth")["machines"])
+    record = load(folder, "growth")
+    parts.append(f"`python -m benchmarks.quality.growth`: {record['model']['name']}, {record['model']['dtype']}.")
+    machines = dict.fromkeys(machine_of(machine) for machine in record["machines"])
     return "\n\n".join(parts), "; ".join(machines)
