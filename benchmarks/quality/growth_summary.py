@@ -160,6 +160,8 @@ def block(folder: Path) -> tuple[str, str]:
     if table:
         parts += [f"Ladders to {2 * TRAINED} with other numbers of stages ({'; '.join(texts)}):", table]
     record = load(folder, "growth")
-    parts.append(f"`python -m benchmarks.quality.growth`: {record['model']['name']}, {record['model']['dtype']}.")
+    parts.append(
+        f"`python -m benchmarks.quality.growth`: {record['model']['name']}, {record['model']['dtype']}."
+    )
     machines = dict.fromkeys(machine_of(machine) for machine in record["machines"])
     return "\n\n".join(parts), "; ".join(machines)
