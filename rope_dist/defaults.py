@@ -50,6 +50,8 @@ STRATEGY_SETTINGS = {name: settings for name, (_, settings) in STRATEGIES.items(
 STRATEGY_NAMES = tuple(STRATEGY_SETTINGS)
 COMPARED_STRATEGIES = tuple(name for name in STRATEGY_NAMES if name != "longrope")
 """What ``rope-dist compare`` compares: longrope has no factors of its own, they come from a search on a model."""
+DYNAMIC = "+dynamic"
+"""What follows the name of a strategy whose plan is to grow with the text, where models are evaluated."""
 EVALUATED_STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")
 QUICK_STRATEGIES = ("stock", "yarn", "auto")
 DEMO_STRATEGIES = ("stock", "auto", "dprope")

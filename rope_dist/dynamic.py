@@ -43,9 +43,8 @@ TRAINED = "extrapolation"
 STAGE_RATIO = 2 ** (1 / 3)
 """Neighbouring stages of a ladder differ at most by this factor: three stages a doubling.
 
-Two texts of SmolLM2 that grow to twice the trained length: with one stage past it perplexity is 0.55 +- 0.13 % higher
-than with three, with two 0.04 +- 0.09 %, with six 0.18 +- 0.09 % lower (docs/quality.md). Each stage costs one
-correction of the cached keys, and 16-bit keys one rounding.
+Measured on texts that grow to twice the trained length (docs/quality.md): one stage a doubling reads worse, two as well
+within the error, six slightly better. Each stage costs one correction of the cached keys, and 16-bit keys one rounding.
 """
 
 
@@ -160,6 +159,10 @@ class DynamicPlan:
         if last.original_length_from is not None:
             notes.insert(0, f"trained length: {self.original_length} tokens ({last.original_length_from})")
         return "\n\n".join([repr(self), *(["\n".join(notes)] if notes else []), table])
+
+    def with_source(self, source: str | None) -> DynamicPlan:
+        """The plan with another name of what it was made from."""
+        return DynamicPlan(tuple(stage.with_source(source) for stage in self.stages))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; :meth:`from_dict` gives an equal plan back."""

@@ -215,6 +215,10 @@ class RopePlan:
             notes.insert(0, f"trained length: {self.original_length} tokens ({self.original_length_from})")
         return "\n\n".join([repr(self), *(["\n".join(notes)] if notes else []), table])
 
+    def with_source(self, source: str | None) -> RopePlan:
+        """The plan with another name of what it was made from."""
+        return replace(self, source=source)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON types only; :meth:`from_dict` gives an equal plan back."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}

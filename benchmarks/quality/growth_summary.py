@@ -9,6 +9,7 @@ from benchmarks.benchmark import machine_of
 from benchmarks.quality.growth import GROWN, RATIOS, STALE, STRATEGY
 from benchmarks.quality.summary import TRAINED, load
 from benchmarks.tables import markdown
+from rope_dist.dynamic import ladder
 from rope_dist.evaluation.perplexity import WIDTH
 from rope_dist.evaluation.variants import STOCK
 
@@ -32,6 +33,11 @@ def readings(folder: Path, tokens: int) -> Readings:
                 label = f"{STRATEGY} for {record['plans'][what['frequencies']]['target_length']}"
             found.setdefault(label, {})[what["text"]] = m["result"]["nll_by_position"]
     return found
+
+
+def stage_of(tokens: int) -> int:
+    """Length of the stage that reads ``tokens`` by a dynamic plan to 4x."""
+    return next(length for length in (TRAINED, *ladder(TRAINED, 4 * TRAINED)) if tokens <= length)
 
 
 def perplexity(texts: Sequence[Parts], start: int, end: int) -> float:
@@ -91,7 +97,7 @@ def whole_texts(folder: Path) -> tuple[str, list[str]]:
     lengths = [2048, 4096, TRAINED, 3 * TRAINED // 2, 2 * TRAINED, 3 * TRAINED, 4 * TRAINED]
     at = {tokens: readings(folder, tokens) for tokens in lengths[3:]}
     longest = f"{STRATEGY} for {4 * TRAINED}"
-    reads = {3 * TRAINED // 2: 13004, 2 * TRAINED: 2 * TRAINED, 3 * TRAINED: 26008, 4 * TRAINED: 4 * TRAINED}
+    reads = {tokens: stage_of(tokens) for tokens in lengths[3:]}
     needed = [at[tokens].get(f"{STRATEGY} for {stage}", {}) for tokens, stage in reads.items()]
     needed += [at[4 * TRAINED].get(label, {}) for label in (STOCK, longest)]
     texts = [text for text in needed[0] if all(text in one for one in needed)]
@@ -112,8 +118,8 @@ def whole_texts(folder: Path) -> tuple[str, list[str]]:
 
 def looking_ahead(folder: Path) -> str:
     """A sentence: texts of 1.5 times the trained length, by the stage for all of it from the start, and grown."""
-    tokens, stage = 3 * TRAINED // 2, 13004
-    ahead = readings(folder, tokens).get(f"{STRATEGY} for {stage}", {})
+    tokens = 3 * TRAINED // 2
+    ahead = readings(folder, tokens).get(f"{STRATEGY} for {stage_of(tokens)}", {})
     grown = readings(folder, 2 * TRAINED).get(GROWN, {})
     texts = [text for text in ahead if text in grown]
     if not texts:

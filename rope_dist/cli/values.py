@@ -105,15 +105,12 @@ stock_or_strategy = one_of("strategy", ("stock", *STRATEGY_NAMES))
 engine = one_of("engine", defaults.ENGINE_NAMES)
 
 
-DYNAMIC = "+dynamic"
-
-
 def variant(text: str) -> str:
     """What ``eval`` measures: ``stock``, a strategy with or without ``+dynamic`` and settings, or a plan."""
     if text.endswith(".json"):
         return readable_file(text)
     name, _, settings = text.partition(":")
-    name = name.removesuffix(DYNAMIC)
+    name = name.removesuffix(defaults.DYNAMIC)
     if text != "stock" and name not in STRATEGY_NAMES:
         raise BadParameter(unknown("strategy", name, ("stock", *STRATEGY_NAMES), ", or a plan (PATH.json)"))
     for part in filter(None, settings.split(",")):

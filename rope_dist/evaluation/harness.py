@@ -14,11 +14,10 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..defaults import DEFAULT_STRATEGY
+from ..defaults import DEFAULT_STRATEGY, DYNAMIC
 from ..dynamic import load_plan
 from ..hf import enable
 from .models import PACKAGED_MODELS, load_model
-from .variants import DYNAMIC
 
 
 @register_model("rope-dist")

@@ -79,8 +79,8 @@ class Record:
         self._data["measurements"].append(entry)
         if variant.plan is not None:
             # Without the local path of the model.
-            plan = {**variant.plan.to_dict(), "source": self._data["model"].get("name")}
-            self._data["plans"][variant.fingerprint] = plan
+            plan = variant.plan.with_source(self._data["model"].get("name"))
+            self._data["plans"][variant.fingerprint] = plan.to_dict()
         write_text(self.path, _dump(self._data))
 
     def measure(

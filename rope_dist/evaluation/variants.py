@@ -12,14 +12,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..defaults import DYNAMIC
 from ..dynamic import DynamicPlan, load_plan
 from ..hf import enable
 from ..planning import RopePlan
 
 STOCK = "stock"
 """Label of the unchanged model, run by stock transformers."""
-DYNAMIC = "+dynamic"
-"""What follows the name of a strategy whose plan is to grow with the text."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,77 @@
+"""The study of growing texts: it resumes, its records name no path of a machine, and its tables pair what was read."""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import llama_config
+from transformers import LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import rope_dist
+from benchmarks.quality import growth, growth_summary
+from rope_dist.evaluation import Variant, token_nll
+
+
+def test_the_study_resumes_and_names_no_path(
+    model_directory, tmp_path, monkeypatch, capsys, bfloat16_attention
+):
+    monkeypatch.setattr(growth, "MODEL", str(model_directory))
+    monkeypatch.setattr(growth, "TRAINED", 64)
+
+    def readings(model):
+        plan = growth.dynamic(model, 128)
+        variants = (Variant("grown", plan), growth.Stale("stale", plan), Variant("static", plan.at(128)))
+        return [growth.Reading("grown", 100, ("python",), variants)]
+
+    monkeypatch.setattr(growth, "readings", readings)
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["growth", "--output", str(tmp_path / "results"), *arguments])
+        growth.main()
+        return capsys.readouterr().out
+
+    assert "the same command goes on" in main("--seconds", "1e-9")
+    assert main().count(": on record") == 1
+    assert main().count(": on record") == 3
+    text = (tmp_path / "results" / "quality_growth.json").read_text(encoding="utf-8")
+    plans = json.loads(text)["plans"].values()
+    sources = {stage["source"] for plan in plans for stage in plan.get("stages", [plan])}
+    assert sources == {json.loads(text)["model"]["name"]}
+    assert not any(source.startswith("/") for source in sources)
+
+
+def test_keys_that_are_not_corrected_are_another_reading():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(initializer_range=0.2)).eval()  # trained to 64 tokens
+    plan = rope_dist.dynamic_plan(model, factor=2, strategy="pi")
+    ids = torch.randint(3, 128, (1, 120), generator=torch.Generator().manual_seed(1))
+    nll = {}
+    for variant in (Variant("grown", plan), growth.Stale("stale", plan)):
+        with variant.applied(model):
+            nll[variant.label] = token_nll(model, ids, chunk=8, first=64)
+    own = token_nll(model, ids[:, :64])
+    for losses in nll.values():
+        torch.testing.assert_close(losses[:63], own, rtol=0, atol=1e-5)
+    assert (nll["grown"][64:] - nll["stale"][64:]).abs().mean() > 1e-2
+    assert growth.Stale("stale", plan).fingerprint != Variant("grown", plan).fingerprint
+
+
+def test_differences_are_paired():
+    texts, others = [[1.0, 1.1, 1.4, 1.2]], [[0.9, 1.0, 1.1, 1.3]]
+    pairs = [1.4 - 1.1, 1.2 - 1.3]
+    mean, error = statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(2)
+    expected = f"{100 * (math.exp(mean) - 1):+.2f} ± {100 * math.exp(mean) * error:.2f} %"
+    assert growth_summary.difference(texts, others, 512, 1024) == expected
+    assert growth_summary.perplexity(texts, 0, 512) == pytest.approx(math.exp(1.05))
+
+
+def test_stages_are_those_of_the_plan():
+    plan = rope_dist.dynamic_plan("smollm2-135m", factor=4)
+    for tokens in (8192, 8193, 12288, 16384, 24576, 32768):
+        assert growth_summary.stage_of(tokens) == plan.at(tokens).target_length
