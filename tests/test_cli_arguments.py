@@ -364,7 +364,6 @@ class TestNames:
         assert tuple(DPROPE_THRESHOLDS) == defaults.THRESHOLD_NAMES
 
     def test_engines_texts_models_and_tasks(self):
-        from rope_dist.cli import values
         from rope_dist.evaluation import (
             CORPORA,
             PACKAGED_MODELS,
@@ -372,7 +371,6 @@ class TestNames:
             TASK_SETS,
             passkey,
             perplexity,
-            variants,
         )
         from rope_dist.export import ENGINES
 
@@ -380,7 +378,6 @@ class TestNames:
         assert tuple(CORPORA) == defaults.CORPUS_NAMES
         assert tuple(PACKAGED_MODELS) == defaults.PACKAGED_MODEL_NAMES
         assert tuple(TASK_SETS) == defaults.TASK_SET_NAMES
-        assert values.DYNAMIC == variants.DYNAMIC
         assert defaults.METHODS == perplexity.METHODS
         assert (defaults.SCORINGS, defaults.DEPTHS) == (passkey.SCORINGS, passkey.DEPTHS)
         for names in (defaults.EVALUATED_STRATEGIES, defaults.QUICK_STRATEGIES, defaults.DEMO_STRATEGIES):
