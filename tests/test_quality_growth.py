@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rope_dist
-from benchmarks.quality import growth, growth_summary
+from benchmarks.quality import growth, growth_passkeys, growth_summary
 from rope_dist.evaluation import Variant, token_nll
 
 
@@ -75,3 +75,32 @@ def test_stages_are_those_of_the_plan():
     plan = rope_dist.dynamic_plan("smollm2-135m", factor=4)
     for tokens in (8192, 8193, 12288, 16384, 24576, 32768):
         assert growth_summary.stage_of(tokens) == plan.at(tokens).target_length
+
+
+def test_passkeys_are_counted_where_every_prompt_was_answered(tmp_path):
+    prompts = [(depth, trial) for depth in growth_passkeys.DEPTHS for trial in range(growth_passkeys.TRIALS)]
+    assert len(prompts) >= 20
+
+    def answers(variant, length, scoring, correct, of=len(prompts)):
+        return [
+            {
+                "what": {"length": length, "variant": variant, "scoring": scoring, "depth": d, "trial": t},
+                "result": {"correct": i < correct},
+            }
+            for i, (d, t) in enumerate(prompts[:of])
+        ]
+
+    measurements = [
+        *answers(growth.GROWN, 12288, "generate", 17),
+        *answers(growth.GROWN, 12288, "decoys", 19),
+        *answers("auto for 32768", 12288, "generate", 3),
+        *answers("auto for 32768", 12288, "decoys", 4, of=7),
+    ]
+    (tmp_path / "quality_growth_passkey.json").write_text(json.dumps({"measurements": measurements}))
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in growth_summary.passkeys(tmp_path).splitlines()
+    ]
+    assert rows[0] == ["passkeys found", "12288"]
+    assert ["dynamic", f"17/{len(prompts)}, 19/{len(prompts)}"] in rows
+    assert ["static, for 32768", ""] in rows

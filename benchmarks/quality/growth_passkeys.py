@@ -18,6 +18,7 @@ from benchmarks.quality.study import DTYPE, MODEL, SEED, line
 from benchmarks.quality.summary import TRAINED
 from rope_dist import evaluation
 from rope_dist.evaluation import Record, Variant
+from rope_dist.evaluation.passkey import SCORINGS
 from rope_dist.evaluation.variants import STOCK
 
 DEPTHS, TRIALS = (0.25, 0.5, 0.75, 0.9), 5
@@ -55,10 +56,10 @@ def main() -> None:
     for length, variants in asked:
         cases = evaluation.make_cases((length,), depths, trials=trials, seed=SEED)
         for variant, m, finished in evaluation.measure_passkey(
-            model, tokenizer, cases, variants, record, chunk=1024
+            model, tokenizer, cases, variants, record, scorings=SCORINGS, chunk=1024
         ):
-            found = "found" if m["result"]["correct"] else f"answered {m['result']['answer']!r}"
-            what = f"{length} tokens, depth {m['what']['depth']:g}, {variant.label}, {found}"
+            found = "found" if m["result"]["correct"] else "not found"
+            what = f"{length} tokens, depth {m['what']['depth']:g}, {variant.label}, {m['what']['scoring']}, {found}"
             print(line(what, m, finished), flush=True)
             if time.monotonic() > deadline:
                 print("the same command goes on")

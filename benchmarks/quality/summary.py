@@ -14,14 +14,15 @@ from rope_dist.evaluation.tables import average_buckets, scores, total
 from rope_dist.evaluation.variants import STOCK
 
 TRAINED = 8192
+SCRIPTS = {"tuning": "tuning", "growth": "growth", "growth_passkey": "growth_passkeys"}
+"""Kind of a record -> what makes it, where that is not the study."""
 
 
 def load(folder: Path, kind: str) -> dict[str, Any]:
     """A record of the study; ``ValueError`` names the command that makes it."""
     path = folder / f"quality_{kind}.json"
     if not path.exists():
-        script = "tuning" if kind == "tuning" else "study"
-        raise ValueError(f"there is no {path}: python -m benchmarks.quality.{script}")
+        raise ValueError(f"there is no {path}: python -m benchmarks.quality.{SCRIPTS.get(kind, 'study')}")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
