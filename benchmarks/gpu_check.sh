@@ -105,7 +105,7 @@ case "$PART" in
         ;;
     rotary)
         native
-        measure "$OUT" rotary norm_rotary rerotate cache_write decode -- --baselines torch.compile
+        measure "$OUT" rotary norm_rotary attention_rest rerotate cache_write decode -- --baselines torch.compile
         ;;
     projection)
         measure "$OUT" projection -- --baselines torch.compile

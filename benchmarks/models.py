@@ -16,7 +16,7 @@ import rope_dist
 from .baselines import COMPILED
 from .benchmark import MODELS, Benchmark, Options, Size
 from .harness import Case, Implementation
-from .shapes import DTYPES
+from .shapes import DTYPES, Shape
 
 STOCK, ENABLED = "huggingface, sdpa", "rope_dist.enable"
 
@@ -118,11 +118,14 @@ def build(size: Size, layers: int, device: torch.device) -> LlamaForCausalLM:
     torch.manual_seed(0)
     with device, local_torch_dtype(DTYPES[size.dtype]):
         model = LlamaForCausalLM(config)
-    # Frequencies as a checkpoint's model has them: float32, whatever its weights are.
-    rotary = model.model.rotary_emb
-    rotary.inv_freq = shape.inv_freq(device)
-    rotary.original_inv_freq = rotary.inv_freq.clone()
+    float32_frequencies(model.model.rotary_emb, shape)
     return model.eval()
+
+
+def float32_frequencies(rotary: nn.Module, shape: Shape) -> None:
+    """Give a stock rotary embedding the frequencies that a checkpoint's has: float32, whatever its weights are."""
+    rotary.inv_freq = shape.inv_freq(rotary.inv_freq.device)
+    rotary.original_inv_freq = rotary.inv_freq.clone()
 
 
 def copied(model: LlamaForCausalLM) -> LlamaForCausalLM:
