@@ -29,10 +29,13 @@ def parts(model: PreTrainedModel) -> list[tuple[int, tuple[Variant, ...]]]:
     plan = dynamic(model, 4 * TRAINED)
     grown = Variant(GROWN, plan)
     static = {n: Variant(f"{STRATEGY} for {n * TRAINED}", plan.at(n * TRAINED)) for n in (2, 4)}
+    past = 3 * TRAINED // 2, 2 * TRAINED
     return [
-        (3 * TRAINED // 2, (grown, static[4], static[2])),
-        (TRAINED, (Variant(STOCK, None), grown, static[4], static[2])),
-        (2 * TRAINED, (grown, static[4], static[2])),
+        (past[0], (grown, static[4])),
+        (TRAINED, (Variant(STOCK, None), static[4])),
+        (past[1], (grown, static[4])),
+        (TRAINED, (grown,)),
+        *((length, (static[2],)) for length in (past[0], TRAINED, past[1])),
     ]
 
 
