@@ -101,6 +101,7 @@ def _try(function: type, count: int, head_dim: int, width: int) -> Form | None:
         out = function.forward(None, *(x.to(dtype) for x in heads), *tables, 1)
         return [out] if count == 1 else list(out)
 
+    ran = False
     with torch.no_grad():
         heads = [_numbers(1, 2 - i, 3, head_dim) for i in range(count)]
         for interleaved, layout in _PAIRS:
@@ -111,16 +112,18 @@ def _try(function: type, count: int, head_dim: int, width: int) -> Form | None:
             found = _outputs(lambda: stock(torch.float64, heads, cos, sin))  # noqa: B023
             if found is None:
                 continue
+            ran = True
             for negative in (False, True):
                 form = Form(interleaved, layout, negative, False)
                 expected = rotate(form, heads[0], heads[1] if count == 2 else None, cos, sin, 1)[:count]
                 if all(map(_same, found, expected)):
                     wide = _outputs(lambda: stock(torch.float32, heads, cos, sin))  # noqa: B023
                     return form._replace(keeps_dtype=wide is not None and wide[0].dtype == torch.float32)
-    logger.warning(
-        "%s is no rotation that this kernel knows (heads of %d, tables of %d): it stays as it is",
-        getattr(function, "__name__", function), head_dim, width,
-    )  # fmt: skip
+    if ran:
+        logger.warning(
+            "%s: no rotation that this kernel knows (heads of %d, tables of %d); the function stays as it is",
+            getattr(function, "kernel_layer_name", function.__name__), head_dim, width,
+        )  # fmt: skip
     return None
 
 
