@@ -5,18 +5,17 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-import importlib.util
 import json
 import subprocess
 import sys
 import tomllib
-from types import MethodType
 
 import pytest
 import torch
 import transformers
 from helpers import hub_kernel as hub
 from helpers.tiny_models import NOT_BUILT, ROTARY_TYPES, model_class, tiny_model
+from transformers.utils.import_utils import is_kernels_available
 
 import rope_dist
 from rope_dist import ops
@@ -200,13 +199,8 @@ def test_function_that_is_no_rotation_stays(caplog):
 
 
 def llama():
-    return FUNCTIONS["afmoe"].function  # the first of many with LLaMA's source
-
-
-def test_llama_is_among_the_functions():
-    q, k, cos, sin = tensors(torch.float64)
-    own = forms.stock_file(importlib.import_module("transformers.models.llama.modeling_llama").__name__)
-    assert all(map(torch.equal, own.function(hub.FUNCTION)(q, k, cos, sin), llama()(q, k, cos, sin)))
+    module = importlib.import_module("transformers.models.llama.modeling_llama")
+    return forms.stock_file(module.__name__).function(hub.FUNCTION)
 
 
 @pytest.mark.parametrize(
@@ -343,3 +337,109 @@ def test_models(name, monkeypatch):
     # The function was tried on the CPU's numbers, and never asked for the model's.
     assert calls
     assert all(x.dtype == torch.float64 or x.shape[0] == 1 for x, *_ in calls)
+
+
+# --- the kernels library -------------------------------------------------------------------------
+
+KERNELS = is_kernels_available()
+needs_kernels = pytest.mark.skipif(
+    not KERNELS,
+    reason=f"transformers {transformers.__version__} finds no kernels that it takes: nox -s kernels installs both",
+)
+KERNELIZED = [
+    name
+    for name in ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "phi", "gpt_oss", "nanochat", "olmo2", "deepseek_v3")
+    if name in TYPES
+]  # fmt: skip
+
+
+@pytest.fixture
+def kernelize():
+    """``kernelize(model, mode)`` with the local repository; afterwards every function is stock's again."""
+    import kernels
+
+    repository = kernels.LocalLayerRepository(hub.repository(), layer_name=layer().__name__)
+    mapping = {"rotary_pos_emb": {"cpu": repository}}
+    functions = set()
+
+    def run(model, mode):
+        function = vars(sys.modules[type(model).__module__])[hub.FUNCTION]
+        functions.add(function)
+        with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
+            kernels.kernelize(model, mode=mode, device="cpu", use_fallback=True)
+        assert function.forward.__func__.__qualname__.startswith(layer().__name__)
+
+    yield run
+    for function in functions:
+        del function.forward
+
+
+@needs_kernels
+def test_kernels_accepts_the_repository():
+    import kernels
+    from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
+
+    assert len(Build.open(hub.repository()).general.backends) == 3
+    for variant in (hub.repository() / "build").iterdir():
+        metadata = Metadata.read_from_file(variant / "metadata.json")
+        metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
+    module = kernels.get_local_kernel(hub.repository())
+    q, k, cos, sin = tensors(torch.float64)
+    torch.testing.assert_close(module.apply_rotary_pos_emb(q, k, cos, sin), llama()(q, k, cos, sin))
+
+
+@needs_kernels
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", KERNELIZED)
+def test_kernelized_for_training(name, compiled, kernelize):
+    from kernels import Mode
+
+    model = slot_model(name).double()
+    expected = logits_and_gradients(model)
+    kernelize(model, Mode.TRAINING | Mode.TORCH_COMPILE if compiled else Mode.TRAINING)
+    torch.testing.assert_close(logits_and_gradients(model), expected, rtol=1e-6, atol=1e-7)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", KERNELIZED)
+def test_kernelized_for_inference(name, kernelize):
+    from kernels import Mode
+
+    model = slot_model(name).eval()
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        expected, tokens = model(IDS).logits, model.generate(IDS, **options)
+        kernelize(model, Mode.INFERENCE)
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model.generate(IDS, **options), tokens)
+
+
+@needs_kernels
+def test_kernelized_and_compiled(kernelize):
+    from kernels import Mode
+
+    model = slot_model("llama").eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+        kernelize(model, Mode.INFERENCE | Mode.TORCH_COMPILE)
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("enabled_first", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_kernelized_and_enabled(name, enabled_first, kernelize):
+    from kernels import Mode
+
+    model = slot_model(name)
+    expected = logits_and_gradients(copy.deepcopy(model))
+    if enabled_first:
+        rope_dist.enable(model)
+    kernelize(model, Mode.TRAINING)
+    if not enabled_first:
+        rope_dist.enable(model)
+    torch.testing.assert_close(logits_and_gradients(model), expected, rtol=1e-5, atol=1e-5)
+    rope_dist.disable(model)
+    torch.testing.assert_close(logits_and_gradients(model), expected, rtol=1e-5, atol=1e-5)
