@@ -53,7 +53,13 @@ def test_repository():
     # kernel-builder writes _ops.py itself, and refuses to overwrite one.
     package = root / "torch-ext" / build["general"]["name"].replace("-", "_")
     assert not (package / "_ops.py").exists()
-    for name in ("CARD.md", "LICENSE", "flake.nix", "benchmarks/benchmark.py", "tests/test_rope_dist_rotary.py"):
+    for name in (
+        "CARD.md",
+        "LICENSE",
+        "flake.nix",
+        "benchmarks/benchmark.py",
+        "tests/test_rope_dist_rotary.py",
+    ):
         assert (root / name).is_file(), name
     for backend in build["general"]["backends"]:
         variant = root / "build" / f"torch-{backend}"
@@ -115,7 +121,9 @@ for found in module.apply_rotary_pos_emb(x, x, cos, sin):
 def test_beside_this_package():
     q, k, cos, sin = tensors(torch.float32)
     for found, expected in zip(
-        hub.kernel().apply_rotary_pos_emb(q, k, cos, sin), ops.apply_rotary_pos_emb(q, k, cos, sin), strict=True
+        hub.kernel().apply_rotary_pos_emb(q, k, cos, sin),
+        ops.apply_rotary_pos_emb(q, k, cos, sin),
+        strict=True,
     ):
         assert torch.equal(found, expected)
     assert library().NAME.partition("::")[0] != "rope_dist"
@@ -217,7 +225,9 @@ def llama():
 )  # fmt: skip
 def test_what_the_kernel_does_not_take_stays_with_the_function(change):
     arguments = change(*tensors(torch.float64))
-    expected, found = (outcome(f, arguments[:2], *arguments[2:]) for f in (llama(), hub.kernelized(llama(), layer())))
+    expected, found = (
+        outcome(f, arguments[:2], *arguments[2:]) for f in (llama(), hub.kernelized(llama(), layer()))
+    )
     if isinstance(expected, type):
         assert found is expected
         return
@@ -264,7 +274,7 @@ def test_compiles_without_graph_breaks(model):
 def test_operator(flags, has_k):
     q, k, cos, sin = tensors(torch.float64, width=4, twice=False)
     q, k = (x.transpose(1, 2).requires_grad_() for x in (q, k))
-    operator = getattr(getattr(torch.ops, library().NAME.partition("::")[0]), "rotate")
+    operator = getattr(torch.ops, library().NAME.partition("::")[0]).rotate
     torch.library.opcheck(operator.default, (q, k if has_k else None, cos, sin, *flags))
 
 
@@ -346,11 +356,9 @@ needs_kernels = pytest.mark.skipif(
     not KERNELS,
     reason=f"transformers {transformers.__version__} finds no kernels that it takes: nox -s kernels installs both",
 )
-KERNELIZED = [
-    name
-    for name in ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "phi", "gpt_oss", "nanochat", "olmo2", "deepseek_v3")
-    if name in TYPES
-]  # fmt: skip
+# Of each kind one. DeepSeek's function has the slot, but no module is told of it: kernelize() does not reach it.
+KERNELIZED = ("llama", "mistral", "mixtral", "qwen3", "qwen3_moe", "phi", "gpt_oss", "nanochat", "olmo2")
+KERNELIZED = [name for name in KERNELIZED if name in TYPES]
 
 
 @pytest.fixture
@@ -394,10 +402,10 @@ def test_kernels_accepts_the_repository():
 def test_kernelized_for_training(name, compiled, kernelize):
     from kernels import Mode
 
-    model = slot_model(name).double()
+    model = slot_model(name)
     expected = logits_and_gradients(model)
     kernelize(model, Mode.TRAINING | Mode.TORCH_COMPILE if compiled else Mode.TRAINING)
-    torch.testing.assert_close(logits_and_gradients(model), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(logits_and_gradients(model), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_kernels
@@ -443,3 +451,21 @@ def test_kernelized_and_enabled(name, enabled_first, kernelize):
     torch.testing.assert_close(logits_and_gradients(model), expected, rtol=1e-5, atol=1e-5)
     rope_dist.disable(model)
     torch.testing.assert_close(logits_and_gradients(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+def test_use_kernels():
+    """As ``from_pretrained(use_kernels=True)`` ends; a KernelConfig takes no CPU."""
+    import kernels
+
+    model = slot_model("llama")
+    expected = logits_and_gradients(model)
+    repository = kernels.LocalLayerRepository(hub.repository(), layer_name=layer().__name__)
+    function = vars(sys.modules[type(model).__module__])[hub.FUNCTION]
+    try:
+        with kernels.use_kernel_mapping({"rotary_pos_emb": {"cpu": repository}}):
+            model.set_use_kernels(True)
+        assert function.forward.__func__.__qualname__.startswith(layer().__name__)
+        torch.testing.assert_close(logits_and_gradients(model), expected, rtol=1e-5, atol=1e-5)
+    finally:
+        vars(function).pop("forward", None)

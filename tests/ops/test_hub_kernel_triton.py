@@ -28,10 +28,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 def test_values_and_gradients(dtype, width, options, has_k, device, monkeypatch):
     monkeypatch.setenv("ROPE_DIST_ROTARY_BACKEND", "triton")
     generator = torch.Generator().manual_seed(1)
-    q, k = (
-        torch.randn(2, h, 5, 16, generator=generator).to(device, dtype).requires_grad_() for h in (4, 2)
+    q, k = (torch.randn(2, h, 5, 16, generator=generator).to(device, dtype).requires_grad_() for h in (4, 2))
+    angles = (
+        torch.rand(1, 5, width if options.get("table_layout") == "half" else width // 2, generator=generator)
+        * 9
     )
-    angles = torch.rand(1, 5, width if options.get("table_layout") == "half" else width // 2, generator=generator) * 9
     if options.get("table_layout") != "half":
         angles = torch.cat((angles, angles), -1)
     cos, sin = angles.cos().to(device), angles.sin().to(device)

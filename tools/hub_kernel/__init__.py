@@ -105,9 +105,7 @@ def _write_build(folder: Path) -> None:
     for backend in general["backends"]:
         variant = folder / "build" / f"torch-{backend}"
         shutil.copytree(package, variant)
-        (variant / "_ops.py").write_text(
-            OPS.format(package=PACKAGE, identifier=identifier), encoding="utf-8"
-        )
+        (variant / "_ops.py").write_text(OPS.format(package=PACKAGE, identifier=identifier), encoding="utf-8")
         metadata = {
             "name": general["name"],
             "id": f"_{PACKAGE}_{backend}_{identifier}",

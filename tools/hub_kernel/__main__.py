@@ -9,7 +9,9 @@ from . import ROOT, write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.hub_kernel", description="Write the kernel for the hub.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.hub_kernel", description="Write the kernel for the hub."
+    )
     parser.add_argument("out", nargs="?", type=Path, default=ROOT / "build" / "hub-kernel", metavar="OUT")
     parser.add_argument("--repo-id", metavar="OWNER/NAME", help="repository on the hub")
     parser.add_argument("--force", action="store_true", help="replace OUT")

@@ -96,9 +96,10 @@ def _rotate_plain(x: torch.Tensor, angles: Angles) -> torch.Tensor:
     cos, sin = (t[:, :, None].to(compute) for t in map(present, angles[:2]))
     sin = -sin if angles.conjugate else sin
     turned, rest = x.split([2 * angles.num_pairs, x.shape[-1] - 2 * angles.num_pairs], dim=-1)
-    first, second = (
-        (turned[..., 0::2], turned[..., 1::2]) if angles.interleaved else turned.chunk(2, dim=-1)
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if angles.interleaved else turned.chunk(2, dim=-1)
+    both = (
+        first.to(compute) * cos - second.to(compute) * sin,
+        second.to(compute) * cos + first.to(compute) * sin,
     )
-    both = first.to(compute) * cos - second.to(compute) * sin, second.to(compute) * cos + first.to(compute) * sin
     turned = torch.stack(both, dim=-1).flatten(-2) if angles.interleaved else torch.cat(both, dim=-1)
     return torch.cat((turned.to(x.dtype), rest), dim=-1)

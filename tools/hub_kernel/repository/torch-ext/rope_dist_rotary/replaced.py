@@ -1,7 +1,8 @@
 """What the function that a layer replaces computes, found by trying it on a few numbers.
 
-Functions of one slot differ: most pair dimensions ``(i, i + D/2)`` and take each value of cos and sin twice, gpt-oss takes
-it once, openai_privacy_filter pairs ``(2i, 2i + 1)``, nanochat rotates by the negative angles. Shapes alone do not tell.
+Functions of one slot differ: most pair dimensions ``(i, i + D/2)`` and take each value of cos and sin twice, gpt-oss
+takes it once, openai_privacy_filter pairs ``(2i, 2i + 1)``, nanochat rotates by the negative angles. Shapes alone do
+not tell.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def form_for(
         return None
     x = heads[0]
     # Under autocast what follows has the narrow dtype anyway.
-    widens = torch.promote_types(x.dtype, cos.dtype) != x.dtype and not torch.is_autocast_enabled(x.device.type)
+    widens = torch.promote_types(x.dtype, cos.dtype) != x.dtype and not torch.is_autocast_enabled(
+        x.device.type
+    )
     return None if widens and not form.keeps_dtype else form
 
 
@@ -80,7 +83,12 @@ def _fits(heads: tuple[torch.Tensor, ...], cos: torch.Tensor, sin: torch.Tensor,
 
 
 def rotate(
-    form: Form, q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int
+    form: Form,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    unsqueeze_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As the function of that form."""
     if form.negative:
