@@ -41,3 +41,11 @@ for _version in VERSIONS:
     @nox.session(name=f"transformers-{_version}", venv_backend="venv")
     def _tests(session: nox.Session, version: str = _version) -> None:
         _run(session, version)
+
+
+@nox.session(name="kernels", venv_backend="venv")
+def _kernels(session: nox.Session) -> None:
+    """The kernel for the hub with the library that loads it: each transformers takes one minor version of that."""
+    session.install("--quiet", TORCH)
+    session.install("--quiet", "transformers==5.20.1", "kernels==0.17.2", "--editable", ".[test]")
+    session.run("python", "-m", "pytest", *(session.posargs or ("tests/test_hub_kernel.py",)))
