@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checking import check_plan, is_applied
+from ..defaults import TABLES
 from ..dynamic import DynamicPlan, dynamic_plan, trained_config
 from ..model_config import GIVEN, pretrained_rope
 from ..planning import RopePlan, check_options
@@ -46,15 +47,16 @@ _LOCK = threading.RLock()
 
 @dataclass
 class _Swap:
-    """Kept on an enabled rotary embedding: what to restore, how its tables hold their values, and for which types of
-    layers they change with the length; of a dynamic plan also the names of its frequencies and its attention scaling,
-    and the stage in force.
+    """Kept on an enabled rotary embedding: what to restore, how its tables hold their values, whether these are rounded
+    to the model's dtype, and for which types of layers they change with the length; of a dynamic plan also the names of
+    its frequencies and its attention scaling, and the stage in force.
 
     Plain values, so that it copies and pickles.
     """
 
     dtypes_before: dict[str, torch.dtype]
     tables: str
+    rounded: bool = False
     by_length: frozenset[str | None] = frozenset()
     plan: RopePlan | DynamicPlan | None = None
     config_before: PretrainedConfig | None = None
@@ -103,7 +105,8 @@ class Enabled:
                 return
             disable(self.model)
             if self._previous is not None:
-                enable(self.model, plan=self._previous.plan)
+                tables = "model" if self._previous.rounded else "float32"
+                enable(self.model, plan=self._previous.plan, tables=tables)
 
 
 def enable(
@@ -117,6 +120,7 @@ def enable(
     stages: Sequence[int] | None = None,
     original_length: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    tables: str = "float32",
     **more_settings: Any,
 ) -> Enabled:
     """Run a model's rotary embedding through this package, with new frequencies if asked for.
@@ -144,12 +148,16 @@ def enable(
             (:attr:`Enabled.why_static`).
         stages: lengths of the stages of a dynamic plan; see :func:`rope_dist.dynamic_plan`.
         original_length: tokens that the model was trained to read, where its config does not say or says wrongly.
+        tables: dtype of the values of cos and sin. ``"float32"`` is the most exact, and what SGLang computes on CUDA.
+            ``"model"`` rounds them to the dtype of the activations, and rotates what the model's own projections and
+            norms return: bit for bit what vLLM's CUDA kernel computes, for trainers whose rollouts it writes. Models
+            in float32 are the same by both.
 
     Returns:
         What was done; leaving it as a context manager undoes it.
 
     Raises:
-        ValueError: how the model rotates is not known, the plan is not for this model, or the target is bad.
+        ValueError: how the model rotates is not known, the plan is not for this model, or an argument is bad.
             The model is then as it was.
         TypeError: ``model`` is not a module or ``plan`` not a :class:`RopePlan`.
     """
@@ -174,6 +182,8 @@ def enable(
         )
     if stages is not None and plan is not None:
         raise ValueError("give either a plan or stages")
+    if tables not in TABLES:
+        raise ValueError(f"tables must be {' or '.join(map(repr, TABLES))}, got {tables!r:.80}")
     options = {
         "target_length": target_length,
         "factor": factor,
@@ -183,6 +193,7 @@ def enable(
         "settings": given,
         "dynamic": dynamic,
         "stages": stages,
+        "tables": tables,
     }
     with _LOCK:
         if model is None:
@@ -195,10 +206,12 @@ def enable(
         plans, growths, why_static = _plan_and_growths(model, found, options)
         if targeted or plan is not None:
             _share_configs(model, rotaries)
-        _swap_rotaries(model, found, plans)
+        rounded = tables == "model"
+        _swap_rotaries(model, found, plans, rounded)
         for attention in attentions:
             if not isinstance(attention, EnabledAttention):
                 _set_class(attention, enabled_class(type(attention)))
+            attention._rope_dist_rounded = rounded
         for module in list(model.modules()):
             if module in growths:
                 attach_growth(module, growths[module])
@@ -230,6 +243,7 @@ def disable(model: nn.Module | None = None) -> None:
             if isinstance(module, EnabledRotaryEmbedding):
                 _restore_rotary(module)
             elif isinstance(module, EnabledAttention):
+                module.__dict__.pop("_rope_dist_rounded", None)
                 _set_class(module, type(module).stock)
             detach_growth(module)
             detach_compiled_call(module)
@@ -312,7 +326,7 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicP
         return swap.plan if swap else None
     config = swap.config_before if swap and swap.plan else rotary.config
     if plan is None:
-        own = {k: v for k, v in options.items() if k not in ("plan", "dynamic", "stages")}
+        own = {k: v for k, v in options.items() if k not in ("plan", "dynamic", "stages", "tables")}
         return (
             dynamic_plan(config, stages=options["stages"], **own)
             if options["dynamic"]
@@ -333,7 +347,9 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicP
     return plan
 
 
-def _swap_rotaries(model: nn.Module, found: Found, plans: list[RopePlan | DynamicPlan | None]) -> None:
+def _swap_rotaries(
+    model: nn.Module, found: Found, plans: list[RopePlan | DynamicPlan | None], rounded: bool
+) -> None:
     rotaries, swaps = found.rotaries, []
     for rotary in rotaries:
         swap = _swap_of(rotary)
@@ -341,6 +357,7 @@ def _swap_rotaries(model: nn.Module, found: Found, plans: list[RopePlan | Dynami
             dtypes = {name: buffer.dtype for name, buffer in rotary.named_buffers(recurse=False)}
             swap = rotary._rope_dist_swap = _Swap(dtypes, found.tables[type(rotary).__module__])
             _set_class(rotary, enabled_class(type(rotary)))
+        swap.rounded = rounded
         swaps.append(swap)
     # Before any config changes: a model may have a rotary embedding in each layer, all with one config.
     first = {
