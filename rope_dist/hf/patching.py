@@ -109,7 +109,7 @@ class Enabled:
                 enable(self.model, plan=self._previous.plan, tables=tables)
 
 
-def enable(
+def enable(  # noqa: PLR0913
     model: nn.Module | None = None,
     *,
     target_length: int | None = None,
