@@ -50,7 +50,9 @@ def attended(monkeypatch):
         seen.clear()
         modules = [layer.self_attn for layer in model.model.layers]
         before = [
-            m.register_forward_pre_hook(lambda _, __, kw: seen.append([kw["hidden_states"]]), with_kwargs=True)
+            m.register_forward_pre_hook(
+                lambda _, __, kw: seen.append([kw["hidden_states"]]), with_kwargs=True
+            )
             for m in modules
         ]
         model(**inputs)
