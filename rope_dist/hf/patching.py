@@ -2,7 +2,8 @@
 
 A model is swapped per instance, by giving each module the enabled subclass of its own class; nothing
 of transformers is changed for other models. Without a model, ``from_pretrained`` and ``from_config``
-are wrapped so that they swap what they return. Everything is checked before the first change.
+are wrapped so that they swap what they return, and ``post_init``, which ends every constructor. Everything is checked
+before the first change.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..model_config import GIVEN, pretrained_rope
 from ..planning import RopePlan, check_options
 from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
+from .constructing import ends_construction, is_part
 from .enabled import EnabledAttention, enabled_class
 from .finding import Found, find
 from .forms import NotRotary, Unsupported
@@ -134,8 +136,8 @@ def enable(  # noqa: PLR0913
 
     Args:
         model: a ``transformers`` model with a rotary embedding (:func:`rope_dist.supported`), or a module that holds
-            one (a PEFT model). None: every such model that ``from_pretrained`` or ``from_config`` builds from now
-            on, until :func:`disable`.
+            one (a PEFT model). None: every such model that ``from_pretrained``, ``from_config`` or its class builds
+            from now on, until :func:`disable`.
         target_length: tokens to read; the plan is made from the model's config.
         factor: instead, its multiple of the trained length; as in :func:`rope_dist.plan`, it counts from the length
             before where the model is loaded extended.
@@ -451,6 +453,8 @@ def _enter_global(options: dict[str, Any]) -> Enabled:
         _GLOBAL = _GlobalMode(options, stock)
         for name, builder in stock.items():
             setattr(PreTrainedModel, name, classmethod(_enabling(builder.__func__)))
+        stock["post_init"] = PreTrainedModel.post_init
+        PreTrainedModel.post_init = _enabling_at_the_end(PreTrainedModel.post_init)
     return Enabled(None, options["plan"], _global=_GLOBAL, _previous_options=before)
 
 
@@ -474,23 +478,49 @@ def _enabling(builder: Any) -> Any:
 
     @functools.wraps(builder)
     def build(cls: type, *args: Any, **kwargs: Any) -> Any:
-        result = builder(cls, *args, **kwargs)
-        mode = _GLOBAL
-        if mode is None:
-            return result
-        # from_pretrained(output_loading_info=True) returns a pair.
-        model = result[0] if isinstance(result, tuple) else result
+        if builder.__name__ == "_from_config" and is_part():
+            return builder(cls, *args, **kwargs)  # enabled with the whole, whose config it shares
+        outer, _BUILDING.now = getattr(_BUILDING, "now", False), True
         try:
-            enable(model, **mode.options)
-        except NotRotary:
-            return result
-        except Unsupported as error:
-            warnings.warn(f"{type(model).__name__} is left as it is: {error}", stacklevel=2)
-            return result
-        mode.models.add(model)
+            result = builder(cls, *args, **kwargs)
+        finally:
+            _BUILDING.now = outer
+        if not outer:
+            # from_pretrained(output_loading_info=True) returns a pair.
+            _enable_built(result[0] if isinstance(result, tuple) else result)
         return result
 
     return build
+
+
+def _enabling_at_the_end(post_init: Any) -> Any:
+    """``PreTrainedModel.post_init``, then :func:`enable` where it ends the construction by a class itself."""
+
+    @functools.wraps(post_init)
+    def end(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        post_init(self, *args, **kwargs)
+        if not getattr(_BUILDING, "now", False) and ends_construction(self):
+            _enable_built(self)
+
+    return end
+
+
+_BUILDING = threading.local()
+"""``now``: a builder runs in this thread."""
+
+
+def _enable_built(model: nn.Module) -> None:
+    mode = _GLOBAL
+    if mode is None:
+        return
+    try:
+        enable(model, **mode.options)
+    except NotRotary:
+        return
+    except Unsupported as error:
+        warnings.warn(f"{type(model).__name__} is left as it is: {error}", stacklevel=3)
+        return
+    mode.models.add(model)
 
 
 def enabled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
