@@ -1,13 +1,35 @@
-"""Whether a model is being constructed, by the frames of the stack: a constructor that fails leaves nothing behind."""
+"""Which models a global ``enable()`` enables: those whose construction has ended and that are no part of another.
+
+The frames of the stack say so: a constructor that fails leaves nothing behind.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Iterator
 from types import CodeType, FrameType
 
 from transformers import PreTrainedModel
+
+_LOCAL = threading.local()
+
+
+@contextlib.contextmanager
+def left_alone() -> Iterator[None]:
+    """Context manager: a global ``enable()`` does not enable what this thread builds."""
+    before, _LOCAL.left_alone = is_left_alone(), True
+    try:
+        yield
+    finally:
+        _LOCAL.left_alone = before
+
+
+def is_left_alone() -> bool:
+    """Whether this thread is within :func:`left_alone`."""
+    return getattr(_LOCAL, "left_alone", False)
 
 
 def constructors(frame: FrameType | None) -> Iterator[tuple[PreTrainedModel, CodeType]]:

@@ -29,7 +29,7 @@ from ..model_config import GIVEN, pretrained_rope
 from ..planning import RopePlan, check_options
 from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
-from .constructing import ends_construction, is_part
+from .constructing import ends_construction, is_left_alone, is_part, left_alone
 from .enabled import EnabledAttention, enabled_class
 from .finding import Found, find
 from .forms import NotRotary, Unsupported
@@ -480,12 +480,9 @@ def _enabling(builder: Any) -> Any:
     def build(cls: type, *args: Any, **kwargs: Any) -> Any:
         if builder.__name__ == "_from_config" and is_part():
             return builder(cls, *args, **kwargs)  # enabled with the whole, whose config it shares
-        outer, _BUILDING.now = getattr(_BUILDING, "now", False), True
-        try:
+        with left_alone():
             result = builder(cls, *args, **kwargs)
-        finally:
-            _BUILDING.now = outer
-        if not outer:
+        if not is_left_alone():
             # from_pretrained(output_loading_info=True) returns a pair.
             _enable_built(result[0] if isinstance(result, tuple) else result)
         return result
@@ -499,14 +496,10 @@ def _enabling_at_the_end(post_init: Any) -> Any:
     @functools.wraps(post_init)
     def end(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         post_init(self, *args, **kwargs)
-        if not getattr(_BUILDING, "now", False) and ends_construction(self):
+        if not is_left_alone() and ends_construction(self):
             _enable_built(self)
 
     return end
-
-
-_BUILDING = threading.local()
-"""``now``: a builder runs in this thread."""
 
 
 def _enable_built(model: nn.Module) -> None:
