@@ -15,12 +15,30 @@ import rope_dist.integrations.vllm as plugin
 assert "vllm" not in sys.modules
 engine_stubs.install("vllm", plugin.ROTARY, sys.argv[1])
 torch.compile = lambda function=None, **options: function or (lambda wrapped: wrapped)
-import vllm.config
+import vllm.config  # noqa: E402
+import vllm.model_executor.custom_op  # noqa: E402
 
+
+class CustomOp(torch.nn.Module):
+    """As vLLM's where no kernel is enabled."""
+
+    def __init__(self, *, enforce_enable=False, compile_native=False):
+        super().__init__()
+
+    @classmethod
+    def register(cls, name):
+        return lambda operator: operator
+
+    @classmethod
+    def enabled(cls):
+        return False
+
+
+vllm.model_executor.custom_op.CustomOp = CustomOp
 model = types.SimpleNamespace(max_model_len=0)
 vllm.config.get_current_vllm_config = lambda: types.SimpleNamespace(model_config=model)
 
-import vllm.model_executor.layers.rotary_embedding as rotary
+import vllm.model_executor.layers.rotary_embedding as rotary  # noqa: E402
 
 original = rotary.Phi3LongRoPEScaledRotaryEmbedding
 FACTORS = [1.0, 1.1, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0]
