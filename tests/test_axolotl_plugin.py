@@ -88,8 +88,7 @@ def test_bad_keys_are_refused_when_the_configuration_is_read(plugin, chosen):
 
 
 MANAGER = """
-import importlib.metadata, sys
-from unittest import mock
+import importlib, importlib.metadata, sys
 import engine_stubs
 tree = sys.argv[1]
 engine_stubs.install("axolotl", "axolotl.integrations.base", tree)
@@ -97,7 +96,7 @@ engine_stubs.install("peft", "-", tree)
 point = importlib.metadata.EntryPoint("rope-dist", "rope_dist.integrations.axolotl:RopeDistPlugin", "axolotl.plugins")
 real = importlib.metadata.entry_points
 importlib.metadata.entry_points = lambda **k: [point] if k.get("group") == "axolotl.plugins" else real(**k)
-from axolotl.integrations import base
+base = importlib.import_module("axolotl.integrations.base")
 base.BUILTIN_PLUGINS = ()
 manager = base.PluginManager.get_instance()
 assert list(manager.plugins) == ["rope_dist.integrations.axolotl.RopeDistPlugin"], manager.plugins
