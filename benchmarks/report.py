@@ -1,12 +1,12 @@
-"""Make the tables of README.md and docs/quality.md and the plots from ``benchmarks/results``.
+"""Make the tables of README.md, docs/quality.md and docs/integrations.md and the plots from ``benchmarks/results``.
 
     python -m benchmarks.report            rewrite them
     python -m benchmarks.report --check    fail if one is not what the results say
     python -m benchmarks.report --compare FOLDER   whether the speedups of two runs agree
 
 No number is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
-benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``, ``growth``
-or ``tuning``. A table is marked where the code that it measured is not that of this tree any more.
+benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``, ``growth``,
+``tuning`` or ``rollout``. A table is marked where the code that it measured is not that of this tree any more.
 """
 
 import json
@@ -20,14 +20,14 @@ import rope_dist
 from rope_dist.files import write_text
 from rope_dist.plots import plot_plans
 
-from . import results, roofline
+from . import results, rollout_distance, roofline
 from .benchmark import Parser, find, machine_of, names
 from .figures import PLOTS, digest, draw, path_of
 from .quality import growth_summary, summary
 from .results import DEVICES, ROOT
 from .tables import markdown, section
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "quality.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("quality.md", "integrations.md")))
 
 Table = Callable[[], tuple[str, str]]
 """Its text, and the machine that it was measured on (empty: none, or in the text)."""
@@ -55,6 +55,7 @@ def tables() -> dict[str, Table]:
         "quality": lambda: summary.block(results.RESULTS),
         "tuning": lambda: summary.tuning(results.RESULTS),
         "growth": lambda: growth_summary.block(results.RESULTS),
+        "rollout": rollout_distance.table,
         "roofline": lambda: (roofline.table(), ""),
         **{f"{name}-{device}": partial(section, name, device) for name in names() for device in DEVICES},
     }

@@ -21,7 +21,7 @@ from rope_dist.strategies import STRATEGIES
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("plan", "compare", "export", "export hf", "export gguf", "export vllm", "verify"),
-    *("eval", "eval perplexity", "eval passkey", "eval tasks", "bench", "demo", "info"),
+    *("eval", "eval perplexity", "eval passkey", "eval tasks", "bench", "demo", "info", "run"),
 )
 
 LLAMA = ("plan", "llama2-7b", "--target", "8192")
@@ -190,6 +190,16 @@ AT_ONCE = [
     (("export", "vllm", "--plan", __file__, "--strategy", "pi"), 2, "--strategy goes with"),
     (("export", "vllm", "--plan", __file__, "--set", "a=1"), 2, "--set goes with"),
     (("verify", "x", "--plan", "none.json"), 2, "cannot read none.json: No such file"),
+    (("run",), 2, "give SCRIPT [ARGS]...: "),
+    (("run", "--factor", "2"), 2, "give SCRIPT [ARGS]...: "),
+    (("run", "--facto", "2", "x.py"), 2, "unknown option '--facto', did you mean --factor?"),
+    (("run", "none.py", "--factor", "0"), 2, "there is no script none.py"),
+    (("run", "-m", "no_such_module.part", "--factor"), 2, "there is no module no_such_module"),
+    (("run", "--factor", "2", "--target", "128", __file__), 2, "give --target or --factor, not both"),
+    (("run", "--factor", "0.5", __file__), 2, "--factor: must be at least 1"),
+    (("run", "--strategy", "pi", __file__), 2, "give --target or --factor with --strategy"),
+    (("run", "--plan", __file__, "--set", "a=1", __file__), 2, "give --target or --factor with --set"),
+    (("run", "--tables", "bf16", __file__), 2, "unknown value 'bf16'; known: float32, model"),
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import llama_config
 from helpers.stock import assert_stock, classes
+from helpers.tiny_models import tiny_multimodal
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -357,6 +358,61 @@ class TestModelsYetToBeBuilt:
         # Leaving the context undoes what it did, models built in it included.
         assert not list(enabled_modules(loaded))
         assert torch.equal(loaded(ids).logits, llama(ids).logits)
+
+    def test_the_class_itself(self, ids):
+        class Larger(LlamaForCausalLM):
+            def __init__(self, config):
+                super().__init__(config)  # ends with a post_init of its own
+                self.model = LlamaModel(config)
+                self.post_init()
+
+        class WithHead(LlamaForCausalLM):
+            def __init__(self, config):
+                super().__init__(config)
+                self.head = torch.nn.Linear(64, 1)
+
+        class Fails(LlamaForCausalLM):
+            def __init__(self, config):
+                super().__init__(config)
+                raise RuntimeError("no room")
+
+        class Holder(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = LlamaForCausalLM(llama_config())
+
+        builders = [
+            PreTrainedModel.__dict__[name] for name in ("from_pretrained", "_from_config", "post_init")
+        ]
+        with rope_dist.enable(factor=2):
+            with pytest.raises(RuntimeError, match="no room"):
+                Fails(llama_config())
+            models = [cls(llama_config()) for cls in (LlamaModel, LlamaForCausalLM, Larger, WithHead)]
+            models.append(Holder().inner)
+            assert not list(enabled_modules(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2))))
+            for model in models:
+                assert model.config.max_position_embeddings == 128
+                assert {module.config.max_position_embeddings for _, module in enabled_modules(model)} == {
+                    128
+                }
+                assert len(list(enabled_modules(model))) == 3
+                inner = getattr(model, "model", model)
+                assert inner.config is model.config
+        after = [PreTrainedModel.__dict__[name] for name in ("from_pretrained", "_from_config", "post_init")]
+        assert after == builders
+        for model in (*models, LlamaForCausalLM(llama_config())):
+            assert not list(enabled_modules(model))
+            assert model.config.max_position_embeddings == 64
+
+    def test_parts_of_a_multimodal_model_share_its_config(self, tmp_path):
+        """llava builds its language model by from_config: enabled alone, the whole config would not be extended."""
+        model = tiny_multimodal("llava")
+        model.save_pretrained(tmp_path)
+        with rope_dist.enable(factor=2):
+            for built in (type(model).from_pretrained(tmp_path), type(model)(model.config)):
+                text = built.config.get_text_config()
+                assert text.max_position_embeddings == 128
+                assert text is built.model.language_model.config
 
     def test_disable_ends_it(self, llama, tmp_path):
         llama.save_pretrained(tmp_path)

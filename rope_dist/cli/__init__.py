@@ -13,7 +13,9 @@ import typer
 
 from ..version import __version__
 from . import bench, compare, demo, eval, export, info, plan, verify
+from . import run as run_script
 from .runner import Command, make_app, run
+from .script import Script
 
 app = make_app()
 
@@ -46,6 +48,7 @@ app.command("verify", cls=Command)(verify.run)
 app.command("bench", cls=Command)(bench.run)
 app.command("demo", cls=Command)(demo.run)
 app.command("info", cls=Command)(info.run)
+app.command("run", cls=run_script.RunCommand)(run_script.run)
 app.add_typer(export.app, name="export")
 app.add_typer(eval.app, name="eval")
 
@@ -53,4 +56,6 @@ app.add_typer(eval.app, name="eval")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code (0, 2 for bad input, 130 when interrupted)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return run(app, arguments or ["--help"], "rope-dist")
+    done = run(app, arguments or ["--help"], "rope-dist")
+    # A user's script runs out here, where its errors are its own.
+    return done() if isinstance(done, Script) else done

@@ -91,15 +91,18 @@ def quieten() -> None:
         logging.disable_progress_bar()
 
 
-def run(app: typer.Typer, arguments: Sequence[str], name: str) -> int:
-    """Run the command line ``arguments``; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+def run(app: typer.Typer, arguments: Sequence[str], name: str) -> Any:
+    """Run the command line ``arguments``; returns the exit code: 0, 2 for bad input, 130 when interrupted.
+
+    What a command returns instead of an exit code is returned as it is.
+    """
     try:
         return _run(app, list(arguments), name)
     finally:
         _flush()
 
 
-def _run(app: typer.Typer, arguments: list[str], name: str) -> int:
+def _run(app: typer.Typer, arguments: list[str], name: str) -> Any:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal cannot print is printed in escapes, as Python does for errors.
         sys.stdout.reconfigure(errors="backslashreplace")

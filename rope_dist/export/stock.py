@@ -87,14 +87,15 @@ class StockModel:
         """
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+        from ..hf.constructing import left_alone
+
         # Some language models have no class of their own: the whole model is built.
         for config in (self.text, self.config):
             for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
                 if type(config) not in mapping:
                     continue
                 try:
-                    # Not by from_config, which a global enable() changes.
-                    with torch.device("meta"), without_remarks():
+                    with torch.device("meta"), without_remarks(), left_alone():
                         return model_class(mapping[type(config)])(copy.deepcopy(config))
                 except Exception as error:
                     if config is not self.text:

@@ -44,7 +44,8 @@ def change_stage(decoder: nn.Module, cache: Cache, record: CacheRecord, past: in
         growth: Growth = decoder._rope_dist_growth
         layers = [(how, *_keys(cache, index, past, how.tensor)) for index, how in growth.layers.items()]
         found = [(how, holder, keys) for how, holder, keys in layers if keys is not None]
-        turn = _difference(decoder, growth, record, past, before, stage)
+        dtype = found[0][2].dtype if found else torch.float32
+        turn = _difference(decoder, growth, record, past, (before, stage), dtype)
         tables = {keys.device: tuple(table.to(keys.device) for table in turn) for _, _, keys in found}
         _wait(cache)
         record.stage = None
@@ -89,19 +90,24 @@ def _difference(
     growth: Growth,
     record: CacheRecord,
     past: int,
-    before: int,
-    stage: int,
+    stages: tuple[int, int],
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin ``[B or 1, past, R/2]`` float32: the tables of the new stage divided by those of the old.
 
-    From stock's tables themselves, so that a corrected key equals the one that the new stage would have made up to one
-    rounding, although stock rounds its angles.
+    From the tables themselves, so that a corrected key equals the one that the new stage would have made up to one
+    rounding, although stock rounds its angles, and ``tables="model"`` cos and sin.
+
+    Args:
+        stages: the old one and the new one.
+        dtype: of the keys.
     """
     rotary = decoder.get_submodule(growth.rotary)
     positions = record.positions(0, past)
     numbers = []
-    for number in (before, stage):
-        tables = rotary.tables_at(number, positions.to(rotary.stage_inv_freq.device), growth.layer_type)
+    for number in stages:
+        device = rotary.stage_inv_freq.device
+        tables = rotary.tables_at(number, positions.to(device), dtype, growth.layer_type)
         if growth.tables == "complex":
             numbers.append(tables.to(torch.complex128))
         else:

@@ -41,6 +41,9 @@ class EnabledAttention(EnabledModule):
         copied: stock's methods.
     """
 
+    _rope_dist_rounded = False
+    """Whether the tables are rounded to the model's dtype; set on the instance."""
+
     forms: tuple[Form, ...] = ()
     why_separate: str = ""
     norms: NormCalls | None = None

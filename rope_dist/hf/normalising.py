@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .enabled import EnabledAttention
 
 
+ROUNDED = "tables='model' rotates what the modules return, rounded as it is"
+
+
 def normalise_and_rotate(  # noqa: PLR0913
     form: Form,
     stock: Callable[..., Any],
@@ -89,6 +92,8 @@ def norm_arguments(
         return "no kernels for this device: the modules are faster"
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return "every module has hooks"
+    if attention._rope_dist_rounded and x.dtype in (torch.float16, torch.bfloat16):
+        return ROUNDED
     norms = attention.norms
     q = _arguments(attention, norms.q, norms.shape == PROJECTION, x)
     if isinstance(q, str):

@@ -2,7 +2,8 @@
 
 A model is swapped per instance, by giving each module the enabled subclass of its own class; nothing
 of transformers is changed for other models. Without a model, ``from_pretrained`` and ``from_config``
-are wrapped so that they swap what they return. Everything is checked before the first change.
+are wrapped so that they swap what they return, and ``post_init``, which ends every constructor. Everything is checked
+before the first change.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checking import check_plan, is_applied
+from ..defaults import TABLES
 from ..dynamic import DynamicPlan, dynamic_plan, trained_config
 from ..model_config import GIVEN, pretrained_rope
 from ..planning import RopePlan, check_options
 from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
+from .constructing import ends_construction, is_left_alone, is_part, left_alone
 from .enabled import EnabledAttention, enabled_class
 from .finding import Found, find
 from .forms import NotRotary, Unsupported
@@ -46,15 +49,16 @@ _LOCK = threading.RLock()
 
 @dataclass
 class _Swap:
-    """Kept on an enabled rotary embedding: what to restore, how its tables hold their values, and for which types of
-    layers they change with the length; of a dynamic plan also the names of its frequencies and its attention scaling,
-    and the stage in force.
+    """Kept on an enabled rotary embedding: what to restore, how its tables hold their values, whether these are rounded
+    to the model's dtype, and for which types of layers they change with the length; of a dynamic plan also the names of
+    its frequencies and its attention scaling, and the stage in force.
 
     Plain values, so that it copies and pickles.
     """
 
     dtypes_before: dict[str, torch.dtype]
     tables: str
+    rounded: bool = False
     by_length: frozenset[str | None] = frozenset()
     plan: RopePlan | DynamicPlan | None = None
     config_before: PretrainedConfig | None = None
@@ -103,10 +107,11 @@ class Enabled:
                 return
             disable(self.model)
             if self._previous is not None:
-                enable(self.model, plan=self._previous.plan)
+                tables = "model" if self._previous.rounded else "float32"
+                enable(self.model, plan=self._previous.plan, tables=tables)
 
 
-def enable(
+def enable(  # noqa: PLR0913
     model: nn.Module | None = None,
     *,
     target_length: int | None = None,
@@ -117,6 +122,7 @@ def enable(
     stages: Sequence[int] | None = None,
     original_length: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    tables: str = "float32",
     **more_settings: Any,
 ) -> Enabled:
     """Run a model's rotary embedding through this package, with new frequencies if asked for.
@@ -130,8 +136,8 @@ def enable(
 
     Args:
         model: a ``transformers`` model with a rotary embedding (:func:`rope_dist.supported`), or a module that holds
-            one (a PEFT model). None: every such model that ``from_pretrained`` or ``from_config`` builds from now
-            on, until :func:`disable`.
+            one (a PEFT model). None: every such model that ``from_pretrained``, ``from_config`` or its class builds
+            from now on, until :func:`disable`.
         target_length: tokens to read; the plan is made from the model's config.
         factor: instead, its multiple of the trained length; as in :func:`rope_dist.plan`, it counts from the length
             before where the model is loaded extended.
@@ -144,12 +150,16 @@ def enable(
             (:attr:`Enabled.why_static`).
         stages: lengths of the stages of a dynamic plan; see :func:`rope_dist.dynamic_plan`.
         original_length: tokens that the model was trained to read, where its config does not say or says wrongly.
+        tables: dtype of the values of cos and sin. ``"float32"`` is the most exact, and what SGLang computes on CUDA.
+            ``"model"`` rounds them to the dtype of the activations, and rotates what the model's own projections and
+            norms return: bit for bit what vLLM's CUDA kernel computes, for trainers whose rollouts it writes. Models
+            in float32 are the same by both.
 
     Returns:
         What was done; leaving it as a context manager undoes it.
 
     Raises:
-        ValueError: how the model rotates is not known, the plan is not for this model, or the target is bad.
+        ValueError: how the model rotates is not known, the plan is not for this model, or an argument is bad.
             The model is then as it was.
         TypeError: ``model`` is not a module or ``plan`` not a :class:`RopePlan`.
     """
@@ -174,6 +184,8 @@ def enable(
         )
     if stages is not None and plan is not None:
         raise ValueError("give either a plan or stages")
+    if tables not in TABLES:
+        raise ValueError(f"tables must be {' or '.join(map(repr, TABLES))}, got {tables!r:.80}")
     options = {
         "target_length": target_length,
         "factor": factor,
@@ -183,6 +195,7 @@ def enable(
         "settings": given,
         "dynamic": dynamic,
         "stages": stages,
+        "tables": tables,
     }
     with _LOCK:
         if model is None:
@@ -195,10 +208,12 @@ def enable(
         plans, growths, why_static = _plan_and_growths(model, found, options)
         if targeted or plan is not None:
             _share_configs(model, rotaries)
-        _swap_rotaries(model, found, plans)
+        rounded = tables == "model"
+        _swap_rotaries(model, found, plans, rounded)
         for attention in attentions:
             if not isinstance(attention, EnabledAttention):
                 _set_class(attention, enabled_class(type(attention)))
+            attention._rope_dist_rounded = rounded
         for module in list(model.modules()):
             if module in growths:
                 attach_growth(module, growths[module])
@@ -230,6 +245,7 @@ def disable(model: nn.Module | None = None) -> None:
             if isinstance(module, EnabledRotaryEmbedding):
                 _restore_rotary(module)
             elif isinstance(module, EnabledAttention):
+                module.__dict__.pop("_rope_dist_rounded", None)
                 _set_class(module, type(module).stock)
             detach_growth(module)
             detach_compiled_call(module)
@@ -312,7 +328,7 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicP
         return swap.plan if swap else None
     config = swap.config_before if swap and swap.plan else rotary.config
     if plan is None:
-        own = {k: v for k, v in options.items() if k not in ("plan", "dynamic", "stages")}
+        own = {k: v for k, v in options.items() if k not in ("plan", "dynamic", "stages", "tables")}
         return (
             dynamic_plan(config, stages=options["stages"], **own)
             if options["dynamic"]
@@ -333,7 +349,9 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicP
     return plan
 
 
-def _swap_rotaries(model: nn.Module, found: Found, plans: list[RopePlan | DynamicPlan | None]) -> None:
+def _swap_rotaries(
+    model: nn.Module, found: Found, plans: list[RopePlan | DynamicPlan | None], rounded: bool
+) -> None:
     rotaries, swaps = found.rotaries, []
     for rotary in rotaries:
         swap = _swap_of(rotary)
@@ -341,6 +359,7 @@ def _swap_rotaries(model: nn.Module, found: Found, plans: list[RopePlan | Dynami
             dtypes = {name: buffer.dtype for name, buffer in rotary.named_buffers(recurse=False)}
             swap = rotary._rope_dist_swap = _Swap(dtypes, found.tables[type(rotary).__module__])
             _set_class(rotary, enabled_class(type(rotary)))
+        swap.rounded = rounded
         swaps.append(swap)
     # Before any config changes: a model may have a rotary embedding in each layer, all with one config.
     first = {
@@ -434,6 +453,8 @@ def _enter_global(options: dict[str, Any]) -> Enabled:
         _GLOBAL = _GlobalMode(options, stock)
         for name, builder in stock.items():
             setattr(PreTrainedModel, name, classmethod(_enabling(builder.__func__)))
+        stock["post_init"] = PreTrainedModel.post_init
+        PreTrainedModel.post_init = _enabling_at_the_end(PreTrainedModel.post_init)
     return Enabled(None, options["plan"], _global=_GLOBAL, _previous_options=before)
 
 
@@ -457,23 +478,42 @@ def _enabling(builder: Any) -> Any:
 
     @functools.wraps(builder)
     def build(cls: type, *args: Any, **kwargs: Any) -> Any:
-        result = builder(cls, *args, **kwargs)
-        mode = _GLOBAL
-        if mode is None:
-            return result
-        # from_pretrained(output_loading_info=True) returns a pair.
-        model = result[0] if isinstance(result, tuple) else result
-        try:
-            enable(model, **mode.options)
-        except NotRotary:
-            return result
-        except Unsupported as error:
-            warnings.warn(f"{type(model).__name__} is left as it is: {error}", stacklevel=2)
-            return result
-        mode.models.add(model)
+        if builder.__name__ == "_from_config" and is_part():
+            return builder(cls, *args, **kwargs)  # enabled with the whole, whose config it shares
+        with left_alone():
+            result = builder(cls, *args, **kwargs)
+        if not is_left_alone():
+            # from_pretrained(output_loading_info=True) returns a pair.
+            _enable_built(result[0] if isinstance(result, tuple) else result)
         return result
 
     return build
+
+
+def _enabling_at_the_end(post_init: Any) -> Any:
+    """``PreTrainedModel.post_init``, then :func:`enable` where it ends the construction by a class itself."""
+
+    @functools.wraps(post_init)
+    def end(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        post_init(self, *args, **kwargs)
+        if not is_left_alone() and ends_construction(self):
+            _enable_built(self)
+
+    return end
+
+
+def _enable_built(model: nn.Module) -> None:
+    mode = _GLOBAL
+    if mode is None:
+        return
+    try:
+        enable(model, **mode.options)
+    except NotRotary:
+        return
+    except Unsupported as error:
+        warnings.warn(f"{type(model).__name__} is left as it is: {error}", stacklevel=3)
+        return
+    mode.models.add(model)
 
 
 def enabled_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -13,7 +13,7 @@ from .. import ops
 from .applying import kept_pairs, rotate
 from .forms import Form
 from .fusing import PROJECTIONS, Fused
-from .normalising import norm_arguments, normalise_and_rotate
+from .normalising import ROUNDED, norm_arguments, normalise_and_rotate
 
 if TYPE_CHECKING:
     from .enabled import EnabledAttention
@@ -148,6 +148,8 @@ def why_not_fused(attention: nn.Module, x: torch.Tensor) -> str | None:
     """
     if x.dtype not in (torch.float16, torch.bfloat16):
         return "only float16 and bfloat16 are projected by the kernels"
+    if attention._rope_dist_rounded:
+        return ROUNDED
     if ops.backend_for(x) != "triton":
         return "no Triton kernels for this device"
     if torch.is_autocast_enabled(x.device.type):

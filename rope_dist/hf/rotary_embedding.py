@@ -106,11 +106,14 @@ class EnabledRotaryEmbedding(EnabledModule):
         inv_freq, scaling = self._rope_dist_swap.names
         return _With(self, {inv_freq: self.stage_inv_freq[stage], scaling: self.stage_scaling[stage]})
 
-    def tables_at(self, stage: int, position_ids: torch.Tensor, layer_type: str | None = None) -> Any:
-        """Stock's tables in float32 by the frequencies of a stage, whichever is in force."""
+    def tables_at(
+        self, stage: int, position_ids: torch.Tensor, dtype: torch.dtype, layer_type: str | None = None
+    ) -> Any:
+        """The tables of a model in ``dtype`` by the frequencies of a stage, whichever is in force; float32."""
         like = torch.empty(0, dtype=torch.float32, device=position_ids.device)
         kwargs = {} if layer_type is None else {"layer_type": layer_type}
-        return self.tables_of.__func__(self._at(stage), like, position_ids, **kwargs)
+        made = self.tables_of.__func__(self._at(stage), like, position_ids, **kwargs)
+        return rounded(made, dtype if self._rope_dist_swap.rounded else torch.float32)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         kept = dict(self._buffers)
@@ -125,11 +128,12 @@ class EnabledRotaryEmbedding(EnabledModule):
         self, x: torch.Tensor, position_ids: torch.Tensor, layer_type: str | None = None, **kwargs: Any
     ) -> Any:
         """As stock, but in float32: its tables take dtype and device of ``x``, and nothing else."""
+        swap = self._rope_dist_swap
+        dtype = activation_dtype(x) if swap.rounded else torch.float32
         if x.dtype != torch.float32:
             x = torch.empty(0, dtype=torch.float32, device=x.device)
         if layer_type is not None:
             kwargs["layer_type"] = layer_type
-        swap = self._rope_dist_swap
         call = None
         if isinstance(swap.plan, DynamicPlan) and not torch.compiler.is_compiling():
             call = current_call(swap.plan)
@@ -141,6 +145,7 @@ class EnabledRotaryEmbedding(EnabledModule):
         else:
             # Without its decorator, which looks at the positions of every call to choose between equal frequencies.
             made = self.tables_of(x, position_ids, **kwargs)
+        made = rounded(made, dtype)
         if not torch.compiler.is_compiling():
             keep_pairs(swap.tables, made)
         return made
@@ -156,6 +161,23 @@ class EnabledRotaryEmbedding(EnabledModule):
             if "dynamic" in kind or (kind == "longrope" and not same):
                 found.add(layer_type)
         return frozenset(found)
+
+
+def activation_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a model with hidden states ``x`` projects queries and keys."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def rounded(made: Any, dtype: torch.dtype) -> Any:
+    """Tables with their values rounded to a 16-bit ``dtype``, held as they were; others as they are."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return made
+    if isinstance(made, torch.Tensor):  # complex
+        parts = torch.view_as_real(made)
+        return torch.view_as_complex(parts.to(dtype).to(parts.dtype))
+    return tuple(table.to(dtype).to(table.dtype) for table in made)
 
 
 class _With:

@@ -5,12 +5,11 @@ read off the class's own forward: queries of (1, 0) a pair come out as (cos, sin
 vLLM's ``--max-model-len``; by default what the model reads.
 """
 
-import importlib.abc
-import importlib.machinery
+import importlib
 import sys
 import types
-from pathlib import Path
 
+import engine_stubs
 import torch
 from transformers import AutoConfig
 
@@ -21,55 +20,8 @@ ROTARY = {
 }[engine]
 
 
-class _AnyAttribute(type):
-    def __getattr__(cls, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *a, **k: lambda wrapped: wrapped  # CustomOp.register("...") and the like
-
-
-class Stand(torch.nn.Module, metaclass=_AnyAttribute):
-    """A base class, a decorator or a function that answers no."""
-
-    def __init__(self, *a, **k):
-        super().__init__()
-
-    def __bool__(self):
-        return False
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return lambda *a, **k: None
-
-
-class StubModule(types.ModuleType):
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Stand
-
-
-class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules of the engine outside its rotary package."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] != engine or name.startswith(ROTARY):
-            return None
-        spec = importlib.machinery.ModuleSpec(name, self, is_package=True)
-        spec.submodule_search_locations = [str(Path(tree, *name.split(".")))]
-        return spec
-
-    def create_module(self, spec):
-        return StubModule(spec.name)
-
-    def exec_module(self, module):
-        pass
-
-
 torch.compile = lambda function=None, **options: function or (lambda wrapped: wrapped)
-sys.meta_path.insert(0, Stubs())
+engine_stubs.install(engine, ROTARY, tree)
 config = AutoConfig.from_pretrained(source)
 length, head_dim, rope = config.max_position_embeddings, config.head_dim, config.rope_parameters
 tokens = int(limit[0]) if limit else length
