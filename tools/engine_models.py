@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import sys
 import tempfile
 import zipfile
@@ -42,7 +43,10 @@ TABLE = ROOT / "rope_dist" / "export" / "engine_models.json"
 WHEELS = {"vllm": "vllm", "sglang": "sglang", "mlx": "mlx_lm", "exllamav3": "exllamav3"}
 """Engine -> its distribution."""
 
-EAGER = "flag: start it with --enforce-eager, it runs transformers' own model, whose longrope of before 5.21 does not compile"
+READ = re.compile("models?/|/layers/|^mlx_lm/|/architecture/")
+"""Files that matter."""
+
+EAGER = "flag: start it with --enforce-eager: it runs transformers' own model, whose longrope compiles from 5.21 on"
 
 Entry = dict[str, str]
 """Rope type, "*" for all others -> status, with a colon and the reason where it is not "yes". Or "as" -> "text"."""
@@ -67,9 +71,11 @@ class Call:
 
     @property
     def entry(self) -> Entry:
-        given = self.sources - {"none"} or {"none"}
+        given = self.sources - {"none", "sliding"} or {"none"}
         if given == {"config"}:
             entry = {"*": "yes"}
+            if "sliding" in self.sources:
+                entry["sliding"] = f"ignored: {self.place} is given theta alone in layers with a sliding window"
             if self.longrope:
                 entry["longrope"] = self.longrope
             elif self.halves is False:
@@ -100,6 +106,8 @@ class Call:
 
 def combined(found: list[Call]) -> Entry:
     """Of all calls that build a model's rotary embeddings."""
+    # Of latent attention and its alternatives, the scaling is one.
+    found = [call for call in found if "deepseek" in call.sources] or found
     entries = [call.entry for call in found]
     first = {kind: text.partition(":")[0] for kind, text in entries[0].items()}
     for call, entry in zip(found, entries, strict=True):
@@ -139,6 +147,10 @@ def judge(tracer: Tracer, node: ast.AST, at: Place) -> set[str] | None:
         source = node.generators[0].iter
         if isinstance(source, ast.Call) and called(source) == "items":
             return tracer.trace(source.func.value, at)  # type: ignore[attr-defined]
+    if isinstance(node, ast.IfExp) and "sliding" in ast.unparse(node.test):
+        sides = [tracer.trace(side, at) for side in (node.body, node.orelse)]
+        if {"config"} in sides and ({"const"} in sides or {"none"} in sides):
+            return {"config", "sliding"}
     if isinstance(node, ast.Dict):
         parts = [tracer.trace(v, at) for k, v in zip(node.keys, node.values, strict=True) if k is None]
         if parts:
@@ -236,11 +248,6 @@ def _truth(tracer: Tracer, node: ast.AST | None, at: Place) -> bool | None:
     if node is None:
         return True
     found = Tracer(tracer.model, _switch).trace(node, at)
-    if isinstance(node, ast.Name):
-        # `is_neox_style = True`, and False under a condition on the file's format.
-        first = next((v for v in assigned(at.function, node.id) if isinstance(v, ast.Constant)), None)
-        if first is not None:
-            return bool(first.value)
     if found == {"True"}:
         return True
     return False if found == {"False"} else None
@@ -282,8 +289,18 @@ def _deepseek(model: Model, cls: Class) -> bool:
 def longrope_use(cls: Class) -> str | None:
     """What the class does with its rotary embedding that the longrope class of vLLM and SGLang cannot, or None."""
     cache = None
+    # The class itself asks for what the longrope class lacks, with a default.
+    asked = any(
+        called(c) == "getattr" and len(c.args) == 3 and _text(c.args[1]) in ("is_neox_style", "cos_sin_cache")
+        for _, function in cls.methods
+        for c in calls(function)
+    )
     for owner, function in cls.methods:
-        guarded = any(called(c) in ("hasattr", "isinstance") for c in calls(function))
+        guarded = asked or any(called(c) in ("hasattr", "isinstance") for c in calls(function)) or any(
+            # `if ops is None: return None`, where a kernel is not for this platform
+            isinstance(n, ast.If) and isinstance(n.body[0], ast.Return) and ast.unparse(n.test).endswith("ops is None")
+            for n in function.body
+        )
         for node in ast.walk(function):
             if isinstance(node, ast.Call) and called(node) == "rotary_emb":
                 place = owner.module.place(node)
@@ -308,6 +325,22 @@ def longrope_use(cls: Class) -> str | None:
             ):
                 cache = f"unknown: {owner.module.place(node)} may read cos_sin_cache, which its longrope class lacks"
     return cache
+
+
+def _style_set_later(model: Model) -> str | None:
+    """A model that tells its rotary embeddings to pair neighbours, which the longrope class does not hear."""
+    for cls in model.classes:
+        for owner, function in cls.methods:
+            for node in ast.walk(function):
+                if (
+                    isinstance(node, ast.Assign)
+                    and isinstance(node.targets[0], ast.Attribute)
+                    and ast.unparse(node.targets[0]).endswith("rotary_emb.is_neox_style")
+                    and ast.unparse(node.value) == "False"
+                ):
+                    place = owner.module.place(node)
+                    return f"ignored: {place} pairs neighbouring dimensions, its longrope halves alone"
+    return None
 
 
 def _keys(function: Function, name: str) -> set[str]:
@@ -336,7 +369,7 @@ def served(engine: str, cls: Class | None, architecture: str) -> Entry:
         return inner
     found = []
     for call, maker in rotary_calls(engine, model):
-        call.longrope = longrope_use(maker)
+        call.longrope = longrope_use(maker) or _style_set_later(model)
         found.append(call)
     return (
         combined(found)
@@ -422,6 +455,13 @@ def _mlx_model(package: Package, module: Module) -> Entry:
         return {"*": refused}
     model = Model(entry)
     found = [call for call, _ in rotary_calls("mlx", model)]
+    lacking = [
+        cls.module.place(call)
+        for cls in model.classes
+        for _, function in cls.methods
+        for call in calls(function)
+        if called(call) == "initialize_rope" and MLX.value(call, "max_position_embeddings") is None
+    ]
     own = next(
         (
             cls.module.place(call)
@@ -442,6 +482,11 @@ def _mlx_model(package: Package, module: Module) -> Entry:
         if call.halves is False:
             call.longrope = f"ignored: {call.place} pairs neighbouring dimensions, its longrope halves"
     result = combined(found)
+    result.setdefault("longrope", result["*"])
+    if result["longrope"] == "yes" and lacking:
+        result["longrope"] = f"crash: {lacking[0]} gives its longrope no max_position_embeddings"
+    if result["longrope"] == result["*"]:
+        del result["longrope"]
     fields = {n.target.id for c in arguments.mro for n in c.node.body if isinstance(n, ast.AnnAssign)
               and isinstance(n.target, ast.Name)}  # fmt: skip
     if result["*"] == "yes" and not fields & CONFIG_KEYS:
@@ -515,7 +560,8 @@ def unpack(wheels: Path, engine: str, target: Path) -> tuple[Package, str] | Non
     if not files:
         return None
     with zipfile.ZipFile(files[-1]) as wheel:
-        wheel.extractall(target, [n for n in wheel.namelist() if n.endswith(".py")])
+        names = [n for n in wheel.namelist() if n.endswith(".py") and READ.search(n)]
+        wheel.extractall(target, names)
     return Package(target), files[-1].name.split("-")[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ OTHER_PARTS = re.compile(
     "|Conformer|Image|Video|Talker|Code2Wav|DiT|Indexer|MTP|MultiTokenPredict|Eagle|NextN|Patch|Dspark|DFlash"
 )
 """Classes of parts that are no language model, whose rotary embedding is another."""
+
+
+MODEL_FILES = re.compile(r"\.models?\.|\.architecture\.")
+"""Modules that describe models: their classes are followed."""
 
 
 class Module:
@@ -155,8 +160,23 @@ class Package:
         return self._classes.setdefault((owner.name, definition.name), Class(owner, definition))
 
 
-def calls(node: ast.AST) -> Iterator[ast.Call]:
-    return (n for n in ast.walk(node) if isinstance(n, ast.Call))
+@functools.cache
+def calls(node: ast.AST) -> tuple[ast.Call, ...]:
+    return tuple(n for n in ast.walk(node) if isinstance(n, ast.Call))
+
+
+@functools.cache
+def assignments(node: ast.AST) -> tuple[ast.AST, ...]:
+    """Without those for GGUF files, which are another format."""
+    skipped = {
+        id(inner)
+        for n in ast.walk(node)
+        if isinstance(n, ast.If) and "gguf" in ast.unparse(n.test)
+        for statement in n.body
+        for inner in ast.walk(statement)
+    }
+    kinds = (ast.Assign, ast.AnnAssign, ast.NamedExpr)
+    return tuple(n for n in ast.walk(node) if isinstance(n, kinds) and id(n) not in skipped)
 
 
 def called(call: ast.Call) -> str:
@@ -206,9 +226,13 @@ class Model:
         pending = [entry]
         while pending:
             cls = pending.pop(0)
-            if cls in self.classes or (cls is not entry and OTHER_PARTS.search(cls.name)):
+            other = OTHER_PARTS.search(cls.name) or not MODEL_FILES.search(cls.module.name)
+            if cls in self.classes or (cls is not entry and other):
                 continue
             self.classes.append(cls)
+            for value in cls.fields.values():
+                target = self.package.find_class(cls.module, value)
+                pending += [target] if target else []
             for owner, function in cls.methods:
                 if function.name not in ("load_weights", "__getattr__", "sanitize", "remap_weights"):
                     pending += self._used(cls, owner, function)
@@ -238,7 +262,7 @@ class Model:
                 skip(default)
         for call in calls(function):
             for k in call.keywords:
-                if k.arg and self.package.find_class(owner.module, k.value):
+                if k.arg and self._is_class(k.value, cls, owner, function):
                     self._given.add(k.arg)
             base = next(
                 (b for b in cls.mro[1:] if _is_super(call, "__init__") and b.method("__init__")), None
@@ -247,7 +271,7 @@ class Model:
                 init = base.method("__init__")
                 names = list(parameters(init[1])) if init else []
                 for name, value in zip(names, call.args, strict=False):
-                    if self.package.find_class(owner.module, value):
+                    if self._is_class(value, cls, owner, function):
                         self._given.add(name)
         for node in ast.walk(function):
             if id(node) in skipped or not isinstance(node, (ast.Name, ast.Attribute)):
@@ -261,7 +285,16 @@ class Model:
                     found += [c for v in value[1].values if (c := self.package.find_class(value[0], v))]
         return found
 
-    def callers(self, cls: Class, name: str) -> Iterator[tuple[Class, Class, Function, ast.Call]]:
+    def _is_class(self, node: ast.AST, cls: Class, owner: Class, function: Function) -> bool:
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) == "self":
+            node = cls.fields.get(node.attr, node)
+        elif isinstance(node, ast.Name):  # a parameter that is passed on
+            node = parameters(function).get(node.id) or node
+        return self.package.find_class(owner.module, node) is not None
+
+    def callers(
+        self, cls: Class, name: str, parameter: str
+    ) -> Iterator[tuple[Class, Class, Function, ast.Call]]:
         """(class, owner, method, call) of each call of a method of ``cls``, its ``__init__`` included."""
         for other in self.classes:
             for owner, function in other.methods:
@@ -274,15 +307,16 @@ class Model:
                         target = self.package.find_class(owner.module, call.func)
                         method = None if target is None else target.method("__init__")
                         # A class that is given, e.g. attn_layer_type(...), may be this one.
-                        unknown = target is None and _is_class_name(call, function)
-                        matches = (method is not None and method[0] is cls) or unknown
+                        matches = (method is not None and method[0] is cls) or (
+                            target is None and _is_given(call) and parameter in {k.arg for k in call.keywords}
+                        )
                     if matches:
                         yield other, owner, function, call
 
 
-def _is_class_name(call: ast.Call, function: Function) -> bool:
-    name = getattr(call.func, "id", getattr(call.func, "attr", ""))
-    return name.endswith(("_type", "_cls", "_class")) or "layer_type" in name or "layer_class" in name
+def _is_given(call: ast.Call) -> bool:
+    """Whether the class that is called is a parameter or an entry of a dictionary."""
+    return called(call).endswith(("_type", "_cls", "_class")) or isinstance(call.func, ast.Subscript)
 
 
 Judge = Callable[["Tracer", ast.AST, "Place"], "set[str] | None"]
@@ -344,7 +378,7 @@ class Tracer:
         if name not in parameters(at.function):
             return {"unknown"}
         default = parameters(at.function)[name]
-        sites = list(self.model.callers(at.owner, at.function.name))
+        sites = self.model.callers(at.owner, at.function.name, name)
         for cls, owner, function, call in sites:
             if any(k.arg is None for k in call.keywords) and keyword(call, name) is None:
                 found |= {"unknown"}
@@ -364,7 +398,7 @@ class Tracer:
 
 
 def assigned(function: Function, name: str, *, attribute: bool = False) -> Iterator[ast.AST]:
-    """Values that a function assigns to a local name or an attribute of ``self``; of a tuple's part ``value[index]``."""
+    """Values that a function assigns to a local name or an attribute of ``self``; ``value[i]`` of a tuple."""
 
     def is_it(target: ast.AST) -> bool:
         if attribute:
@@ -373,7 +407,7 @@ def assigned(function: Function, name: str, *, attribute: bool = False) -> Itera
             )  # fmt: skip
         return isinstance(target, ast.Name) and target.id == name
 
-    for node in ast.walk(function):
+    for node in assignments(function):
         if isinstance(node, (ast.AnnAssign, ast.NamedExpr)) and is_it(node.target) and node.value:
             yield node.value
         for target in node.targets if isinstance(node, ast.Assign) else ():

@@ -141,6 +141,12 @@ def _tabled(engine: str, model: StockModel, rope_type: str) -> Reading:
             "unknown", version, f"{engine} {version} has no file of its own for {names[0] if names else kind}"
         )
     how, _, reason = entry.get(rope_type, entry["*"]).partition(": ")
+    if how == "yes" and "sliding" in entry and "sliding_attention" in (getattr(model.text, "layer_types", None) or ()):
+        how, _, reason = entry["sliding"].partition(": ")
+    own = getattr(type(model.text), "original_max_position_embeddings", None)
+    if how == "yes" and rope_type == "longrope" and engine == "sglang" and own is not None:
+        reason = f"its {kind} puts the original length of the config's class, {own}, over the one given"
+        return Reading("ignored", version, reason)
     if how == "yes" and rope_type == "longrope" and engine != "exllamav3" and model.interleaved:
         return Reading(
             "unknown", version, f"{kind} pairs neighbouring dimensions, and its longrope rotates halves"
