@@ -2,8 +2,8 @@
 
     python -m tools.engine_models WHEELS [--check]
 
-WHEELS is a folder with wheels of vLLM, SGLang, mlx-lm and ExLlamaV3 (``pip download --no-deps``). Their Python files are
-read, never imported: from the engine's registry to the class of each architecture, to the attention that it builds, to
+WHEELS is a folder with wheels of vLLM, SGLang, mlx-lm and ExLlamaV3 (``pip download --no-deps``). Their Python files
+are read, never imported: from the engine's registry to the class of each architecture, to the attention that it builds, to
 the call that makes its rotary embedding, and from there back to where its arguments come from. What cannot be followed
 is "unknown".
 """
@@ -75,7 +75,9 @@ class Call:
         if given == {"config"}:
             entry = {"*": "yes"}
             if "sliding" in self.sources:
-                entry["sliding"] = f"ignored: {self.place} is given theta alone in layers with a sliding window"
+                entry["sliding"] = (
+                    f"ignored: {self.place} is given theta alone in layers with a sliding window"
+                )
             if self.longrope:
                 entry["longrope"] = self.longrope
             elif self.halves is False:
@@ -296,10 +298,16 @@ def longrope_use(cls: Class) -> str | None:
         for c in calls(function)
     )
     for owner, function in cls.methods:
-        guarded = asked or any(called(c) in ("hasattr", "isinstance") for c in calls(function)) or any(
-            # `if ops is None: return None`, where a kernel is not for this platform
-            isinstance(n, ast.If) and isinstance(n.body[0], ast.Return) and ast.unparse(n.test).endswith("ops is None")
-            for n in function.body
+        guarded = (
+            asked
+            or any(called(c) in ("hasattr", "isinstance") for c in calls(function))
+            or any(
+                # `if ops is None: return None`, where a kernel is not for this platform
+                isinstance(n, ast.If)
+                and isinstance(n.body[0], ast.Return)
+                and ast.unparse(n.test).endswith("ops is None")
+                for n in function.body
+            )
         )
         for node in ast.walk(function):
             if isinstance(node, ast.Call) and called(node) == "rotary_emb":

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import layer_types
+from .engines import ENGINES
 from .gguf_reading import SLOTS
 from .stock import StockModel
 
@@ -88,6 +90,9 @@ def reading(engine: str, model: StockModel, rope_type: str = "longrope") -> Read
         import transformers
 
         return Reading("yes", transformers.__version__)
+    if model.layer_typed:
+        how = "ignored" if engine in ("transformers-4", "mlx") else "unknown"
+        return Reading(how, "", PER_LAYER_TYPE)
     if engine == "transformers-4":
         return _transformers_4(model)
     if engine in tables():
@@ -100,6 +105,13 @@ def reading(engine: str, model: StockModel, rope_type: str = "longrope") -> Read
     return Reading("unknown", "", f"what {engine} does with {kind} was not read")
 
 
+def check_names(engines: Iterable[str]) -> None:
+    """``ValueError`` for an unknown engine."""
+    for engine in engines:
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
+
+
 @functools.cache
 def tables() -> dict[str, dict[str, Any]]:
     """Engine -> its version and how its models read each rope type, from ``engine_models.json``."""
@@ -108,8 +120,6 @@ def tables() -> dict[str, dict[str, Any]]:
 
 def _transformers_4(model: StockModel) -> Reading:
     version, kind = TRANSFORMERS_4_VERSION, model.text.model_type
-    if model.layer_typed:
-        return Reading("ignored", version, PER_LAYER_TYPE)
     if kind in TRANSFORMERS_4_REFUSES:
         return Reading("crash", version, f"{kind}: {TRANSFORMERS_4_REFUSES[kind]}")
     if kind not in TRANSFORMERS_4:
@@ -124,8 +134,6 @@ def _transformers_4(model: StockModel) -> Reading:
 def _tabled(engine: str, model: StockModel, rope_type: str) -> Reading:
     version, models = tables()[engine]["version"], tables()[engine]["models"]
     kind = model.text.model_type
-    if model.layer_typed:
-        return Reading("ignored" if engine == "mlx" else "unknown", version, PER_LAYER_TYPE)
     if engine in ("vllm", "sglang") and model.multimodal_positions and rope_type not in ("default", "yarn"):
         reason = (
             f"it has no {rope_type} for positions in time, height and width (mrope_section), which {kind} has"
@@ -141,11 +149,23 @@ def _tabled(engine: str, model: StockModel, rope_type: str) -> Reading:
             "unknown", version, f"{engine} {version} has no file of its own for {names[0] if names else kind}"
         )
     how, _, reason = entry.get(rope_type, entry["*"]).partition(": ")
-    if how == "yes" and "sliding" in entry and "sliding_attention" in (getattr(model.text, "layer_types", None) or ()):
+    if (
+        how == "yes"
+        and "sliding" in entry
+        and "sliding_attention" in (getattr(model.text, "layer_types", None) or ())
+    ):
         how, _, reason = entry["sliding"].partition(": ")
     own = getattr(type(model.text), "original_max_position_embeddings", None)
-    if how == "yes" and rope_type == "longrope" and engine == "sglang" and own is not None:
-        reason = f"its {kind} puts the original length of the config's class, {own}, over the one given"
+    given = getattr(model.text, "original_max_position_embeddings", None)
+    if (
+        how == "yes"
+        and rope_type == "longrope"
+        and engine in ("vllm", "sglang")
+        and own is not None
+        and own == given
+    ):
+        # Its short_mscale and long_mscale would be derived from that length.
+        reason = f"the config of {kind} puts its own original length, {own}, over the one of its longrope"
         return Reading("ignored", version, reason)
     if how == "yes" and rope_type == "longrope" and engine != "exllamav3" and model.interleaved:
         return Reading(
@@ -173,9 +193,3 @@ PER_LAYER_TYPE = (
 def unextendable(model: StockModel) -> str | None:
     """Why no config makes an engine run this model by a plan, or None if one can."""
     return layer_types.unextendable(model.text)
-
-
-def unable_model(engine: str, model: StockModel) -> str | None:
-    """Why ``engine`` is not known to run this model by a plan's longrope, or None if it does."""
-    found = reading(engine, model)
-    return None if found.how in ("yes", "flag") else found.reason
