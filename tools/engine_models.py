@@ -3,9 +3,9 @@
     python -m tools.engine_models WHEELS [--check]
 
 WHEELS is a folder with wheels of vLLM, SGLang, mlx-lm and ExLlamaV3 (``pip download --no-deps``). Their Python files
-are read, never imported: from the engine's registry to the class of each architecture, to the attention that it builds, to
-the call that makes its rotary embedding, and from there back to where its arguments come from. What cannot be followed
-is "unknown".
+are read, never imported: from the engine's registry to the class of each architecture, to the attention that it builds,
+to the call that makes its rotary embedding, and from there back to where its arguments come from. What cannot be
+followed is "unknown".
 """
 
 from __future__ import annotations

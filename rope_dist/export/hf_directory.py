@@ -253,8 +253,9 @@ def check_model(model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterab
     reason = changed(model, after)
     if reason is not None:
         raise ValueError(f"the plan would change more of {text.model_type} than its frequencies: {reason}")
+    rope_type = after.parameters.get("rope_type", "default")
     for engine in engines:
-        found = reading(engine, model)
+        found = reading(engine, model, rope_type)
         if found.how == "unknown":
             raise ValueError(
                 f"it is not known whether {engine} runs {model.config.model_type} by a plan: {found.reason}; "
