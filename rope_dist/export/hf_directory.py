@@ -31,6 +31,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "p
 # Other formats of the same model would not follow the plan, and some engines prefer them to config.json.
 OTHER_FORMATS = ("consolidated*", "params.json", "*.gguf", "*.onnx*", "*.msgpack", "*.h5", "*.pth")
 FOLDERS = ("additional_chat_templates",)
+FORCED = "; --force-engine (force_engine=True) writes it all the same"
 
 
 def config_entries(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def hf(
         file = read_json(source / CONFIG)
         files = _files(source, config_only)
         config = _start(read_config(source), plan)
-        check_model(StockModel(config), plan, engines)
+        check_model(StockModel(config), plan, engines, hint=FORCED)
         new = extended_config(file, plan, config)
         real = source.resolve()
         if out.resolve() == real or out.resolve() in real.parents:
@@ -195,7 +196,7 @@ def hf(
     if not hasattr(model_or_dir, "save_pretrained"):
         raise TypeError(f"expected a transformers model or a directory, got {type(model_or_dir).__name__}")
     config = _start(model_or_dir.config, plan)
-    check_model(StockModel(config), plan, engines)
+    check_model(StockModel(config), plan, engines, hint=FORCED)
     with new_directory(out, force=force) as temporary:
         (model_or_dir.config if config_only else model_or_dir).save_pretrained(temporary)
         _write_json(temporary / CONFIG, extended_config(read_json(temporary / CONFIG), plan, config))
@@ -237,7 +238,9 @@ def extended_config(
     return {**new, **entries}
 
 
-def check_model(model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterable[str] = ()) -> None:
+def check_model(
+    model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), *, hint: str = ""
+) -> None:
     """``ValueError`` if ``plan`` is of another model, or no export for ``engines`` (or for any) can follow it."""
     text = model.text
     reason = unextendable(model)
@@ -258,14 +261,10 @@ def check_model(model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterab
         found = reading(engine, model, rope_type)
         if found.how == "unknown":
             raise ValueError(
-                f"it is not known whether {engine} runs {model.config.model_type} by a plan: {found.reason}; "
-                "--force-engine (force_engine=True) writes it all the same"
+                f"it is not known whether {engine} runs {model.config.model_type} by a plan: {found.reason}{hint}"
             )
         if found.how not in ("yes", "flag"):
-            raise ValueError(
-                f"{engine} cannot run {model.config.model_type} by a plan: {found.reason}; "
-                "--force-engine (force_engine=True) writes it all the same"
-            )
+            raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {found.reason}{hint}")
 
 
 def _finish(

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,8 @@ class Check:
     reason: str | None
     required: bool = True
     known: bool = True
-    version: str = ""
-    note: str = ""
+    version: str = field(default="", compare=False)
+    note: str = field(default="", compare=False)
 
     @property
     def state(self) -> str:
