@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.model_families import config_of
 
 import rope_dist
 from rope_dist import export
+from rope_dist.export.architectures import reading
+from rope_dist.export.stock import StockModel
 
 WHEELS = {"vllm": "vllm==0.33.0", "sglang": "sglang==0.5.23"}
 
@@ -58,6 +61,23 @@ def test_the_class_follows_the_plan(engine, llama, tmp_path, strategy):
     cos, sin = planned(plan)
     assert torch.equal(got["cos"], cos)
     assert torch.equal(got["sin"], sin)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Granite", "Qwen2", "Qwen3", "Gemma2", "Qwen3Moe"])
+def test_models_that_the_table_has(engine, tmp_path, kind):
+    """Where the model file hands over the config's parameters, its class gives the plan's cos and sin."""
+    config = config_of(kind, head_dim=16)
+    how = reading(engine[0], StockModel(config)).how
+    config.save_pretrained(tmp_path / "source")
+    plan = rope_dist.plan(tmp_path / "source", factor=2, strategy="yarn")
+    out = export.hf(tmp_path / "source", plan, tmp_path / "out", config_only=True)
+    state = next(check.state for check in export.verify(out, plan).checks if check.engine == engine[0])
+    assert (state == "as planned") == (how == "yes")
+    if how == "yes":
+        got = tables(engine, out, tmp_path)
+        cos, sin = planned(plan)
+        assert torch.equal(got["cos"], cos)
+        assert torch.equal(got["sin"], sin)
 
 
 def test_the_class_does_not_follow_a_naive_export(engine, llama, tmp_path):

@@ -13,14 +13,25 @@ from pathlib import Path
 import transformers
 from tabulate import tabulate
 
-from rope_dist.export.architectures import unable_model, unextendable
+from rope_dist.export.architectures import TRANSFORMERS_4_VERSION, reading, tables, unextendable
 from rope_dist.export.stock import StockModel
 from rope_dist.files import write_text
 from rope_dist.hf import supported
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"
-ENGINES = {"transformers-4": "transformers 4.57", "vllm": "vLLM", "sglang": "SGLang", "mlx": "MLX"}
+ENGINES = {
+    "transformers-4": f"transformers {TRANSFORMERS_4_VERSION}",
+    **{
+        engine: f"{name} {tables()[engine]['version']}"
+        for engine, name in (
+            ("vllm", "vLLM"),
+            ("sglang", "SGLang"),
+            ("mlx", "mlx-lm"),
+            ("exllamav3", "ExLlamaV3"),
+        )
+    },
+}
 
 INTRODUCTION = """\
 # Models
@@ -50,8 +61,15 @@ source, without names of variables, is looked up in a table of {forms} known for
 Dynamic: "yes" where the keys that the attention caches can be corrected when a dynamic plan changes its stage
 (docs/dynamic.md); else a plan is static. It is read in the source: what it does not follow is not corrected.
 
-Engines: "tried" where that version of transformers computed an extension, bit for bit; "no" where it is known that the
-engine does not read the factors of this type (`rope-dist info MODEL` says why); empty where neither is known.
+Engines: how the engine's own model of this type reads a longrope of its config, which every plan has as a form.
+Engines but transformers were read, not run, by `python -m tools.engine_models`; `rope-dist info MODEL` says why.
+
+- **yes**: it hands the parameters of the config to its rotary embedding (transformers 4.57: tried, bit for bit).
+- **ignored**: it runs with other frequencies and says nothing.
+- **crash**: it stops with an error.
+- **flag**: it needs a flag, vLLM's `--enforce-eager` where it runs transformers' own model.
+- **unknown**: it has no such model, or what it does could not be followed; empty: the type has nothing to extend, or is
+  composite and has no small config here.
 """
 
 
@@ -64,19 +82,12 @@ def rows() -> list[list[str]]:
         try:
             model = StockModel(tiny_config(name))
             if one.path != "refused" and unextendable(model) is None:
-                engines = [_engine(engine, model) for engine in ENGINES]
+                engines = [reading(engine, model).how for engine in ENGINES]
         except (ValueError, KeyError, AttributeError):  # a composite type, whose text config has another type
             pass
         reason = one.reason.rpartition(" cannot be replaced: ")[2]
         found.append([f"`{name}`", one.path, reason, "" if one.why_static else "yes", *engines])
     return found
-
-
-def _engine(engine: str, model: StockModel) -> str:
-    reason = unable_model(engine, model)
-    if reason is None:
-        return "tried" if engine == "transformers-4" else ""
-    return "" if "not tried" in reason or "not known" in reason else "no"
 
 
 def page() -> str:

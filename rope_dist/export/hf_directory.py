@@ -19,7 +19,7 @@ from ..files import check_target, copy_bytes, new_directory
 from ..layer_types import extended_layers, layer_typed, rope_parameters
 from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
-from .architectures import unable_model, unextendable
+from .architectures import check_names, reading, unextendable
 from .engines import check_engines
 from .stock import StockModel, changed, read_config
 from .verification import CONFIG, check_weights, read_json, verify
@@ -31,6 +31,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "p
 # Other formats of the same model would not follow the plan, and some engines prefer them to config.json.
 OTHER_FORMATS = ("consolidated*", "params.json", "*.gguf", "*.onnx*", "*.msgpack", "*.h5", "*.pth")
 FOLDERS = ("additional_chat_templates",)
+FORCED = "; --force-engine (force_engine=True) writes it all the same"
 
 
 def config_entries(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
@@ -144,6 +145,7 @@ def hf(
     link: bool = False,
     engines: Iterable[str] = (),
     force: bool = False,
+    force_engine: bool = False,
 ) -> Path:
     """Write the extended model as a directory that stock engines load; it is verified before it appears.
 
@@ -156,6 +158,7 @@ def hf(
         link: hard links in place of copies of the weights (the same file system only).
         engines: names of :data:`ENGINES` that must run it exactly; those that cannot are refused.
         force: replace ``out`` if it is there.
+        force_engine: write it even where one of ``engines`` is not known to follow the plan, or known not to.
 
     Returns:
         The path of the directory.
@@ -166,6 +169,9 @@ def hf(
         OSError: the disk is full or not writable. The source is never changed.
     """
     out, engines = Path(out), tuple(engines)
+    check_names(engines)
+    if force_engine:
+        engines = ()
     check_engines(plan, engines)
     check_target(out, force=force, directory=True)
     if isinstance(model_or_dir, (str, os.PathLike)):
@@ -175,7 +181,7 @@ def hf(
         file = read_json(source / CONFIG)
         files = _files(source, config_only)
         config = _start(read_config(source), plan)
-        check_model(StockModel(config), plan, engines)
+        check_model(StockModel(config), plan, engines, hint=FORCED)
         new = extended_config(file, plan, config)
         real = source.resolve()
         if out.resolve() == real or out.resolve() in real.parents:
@@ -190,7 +196,7 @@ def hf(
     if not hasattr(model_or_dir, "save_pretrained"):
         raise TypeError(f"expected a transformers model or a directory, got {type(model_or_dir).__name__}")
     config = _start(model_or_dir.config, plan)
-    check_model(StockModel(config), plan, engines)
+    check_model(StockModel(config), plan, engines, hint=FORCED)
     with new_directory(out, force=force) as temporary:
         (model_or_dir.config if config_only else model_or_dir).save_pretrained(temporary)
         _write_json(temporary / CONFIG, extended_config(read_json(temporary / CONFIG), plan, config))
@@ -232,7 +238,9 @@ def extended_config(
     return {**new, **entries}
 
 
-def check_model(model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterable[str] = ()) -> None:
+def check_model(
+    model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), *, hint: str = ""
+) -> None:
     """``ValueError`` if ``plan`` is of another model, or no export for ``engines`` (or for any) can follow it."""
     text = model.text
     reason = unextendable(model)
@@ -248,10 +256,15 @@ def check_model(model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterab
     reason = changed(model, after)
     if reason is not None:
         raise ValueError(f"the plan would change more of {text.model_type} than its frequencies: {reason}")
+    rope_type = after.parameters.get("rope_type", "default")
     for engine in engines:
-        reason = unable_model(engine, model)
-        if reason is not None:
-            raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {reason}")
+        found = reading(engine, model, rope_type)
+        if found.how == "unknown":
+            raise ValueError(
+                f"it is not known whether {engine} runs {model.config.model_type} by a plan: {found.reason}{hint}"
+            )
+        if found.how not in ("yes", "flag"):
+            raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {found.reason}{hint}")
 
 
 def _finish(
