@@ -55,8 +55,24 @@ def _hf(
     config_only: Annotated[bool, flag("--config-only", "Write everything but the weights.")] = False,
     link: Annotated[bool, flag("--link", "Make hard links to the weights instead of copies.")] = False,
     engine: options.Engines = None,
+    push_to_hub: Annotated[
+        str | None, option(str, "USER/NAME", "Upload the directory to this repository on the hub.")
+    ] = None,
+    private: Annotated[bool, flag("--private", "Make that repository a private one.")] = False,
+    base_model: Annotated[
+        str | None,
+        option(str, "USER/NAME", "Hub id of the source, for the model card, where DIR does not tell."),
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        option(
+            values.readable_file, "FILE", "perplexity.json of rope-dist eval perplexity, for the model card."
+        ),
+    ] = None,
 ) -> None:
-    """Write a Hugging Face directory (transformers, vLLM, SGLang).
+    """Write a Hugging Face directory (transformers, vLLM, SGLang), with a model card.
+
+    Nothing is uploaded without --push-to-hub; the token is that of hf auth login.
 
     \b
     Examples:
@@ -64,12 +80,24 @@ def _hf(
       rope-dist export hf ./my-model --plan plan.json --engine vllm --link -o my-model-16k
       rope-dist export hf ./my-model --dynamic --target 16384 --set attention_factor=1 -o my-model-16k
     """
+    if private and push_to_hub is None:
+        raise ValueError("--private goes with --push-to-hub")
     made = _plan(source, plan, target, factor, strategy, settings, dynamic=dynamic)
 
     from ..export import hf, verify
 
-    out = hf(source, made, output, config_only=config_only, link=link, engines=engine or [], force=force)
+    card = {
+        "push_to_hub": push_to_hub,
+        "private": private,
+        "base_model": base_model,
+        "evaluation": evaluation,
+    }
+    out = hf(
+        source, made, output, config_only=config_only, link=link, engines=engine or [], force=force, **card
+    )
     print(f"{verify(out, made)}\n\nwrote {out}{_remark(made)}")
+    if push_to_hub is not None:
+        print(f"uploaded to {push_to_hub}")
 
 
 @app.command("gguf", cls=Command)
