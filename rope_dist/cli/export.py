@@ -86,7 +86,7 @@ def _hf(
 
     from ..export import hf, verify
 
-    card = {
+    card: dict[str, Any] = {
         "push_to_hub": push_to_hub,
         "private": private,
         "base_model": base_model,
