@@ -114,8 +114,8 @@ def test_a_broken_card_costs_its_metadata_only(source, plan, tmp_path, head):
 
 class TestEvaluation:
     @pytest.fixture
-    def record(self, plan, tmp_path):
-        other = rope_dist.plan(plan.pretrained, factor=2, strategy="pi")
+    def record(self, source, plan, tmp_path):
+        other = rope_dist.plan(str(source), factor=2, strategy="pi")
         what = {"method": "whole", "text": "emma", "piece": 0, "tokens": 128, "digest": "0"}
         rows = [("stock", "stock", 3.0), ("yarn", "f1", 2.0), ("pi", "f2", 1.0)]
         data = {

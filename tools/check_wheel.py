@@ -14,7 +14,8 @@ from pathlib import Path
 def main() -> int:
     """Print the library's compiler and instruction sets; 1 where there is none."""
     found = find_spec("rope_dist")
-    assert found is not None and found.origin is not None
+    assert found is not None
+    assert found.origin is not None
     folder = Path(found.origin).parent / "_native"
     libraries = sorted(folder.glob("librope_dist_*.[sd]*"))
     if [path.stem for path in libraries] != ["librope_dist_cpu"]:
