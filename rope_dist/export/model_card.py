@@ -62,8 +62,8 @@ def write_card(
     lines = [
         f"# {name}",
         f"{model} whose rotary position "
-        f"embedding was rescaled by rope_dist {__version__}, from {last.original_length} to {last.target_length} tokens. "
-        "The weights are unchanged.",
+        f"embedding was rescaled by rope_dist {__version__}, from {last.original_length} to {last.target_length} "
+        "tokens. The weights are unchanged.",
         f"- Strategy: `{last.strategy}`" + (f" ({settings})" if settings else ""),
         f"- Written in `{CONFIG}` as: {', '.join(f'`{name}`' for name in sorted(types))}",
     ]
