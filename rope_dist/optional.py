@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -28,3 +30,21 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         raise MissingPackageError(
             f"{purpose} needs {package}, which is not installed: pip install 'rope-dist[{extra}]'"
         ) from None
+
+
+HF = ("transformers", "tabulate", "tqdm")
+"""What the extra ``hf`` installs beside the command line's typer: ``rope_dist.ops`` alone runs without."""
+
+
+def require_hf(purpose: str) -> None:
+    """``MissingPackageError`` where a package of the extra ``hf`` is not installed; none is imported.
+
+    Args:
+        purpose: what needs them, the subject of the error message.
+    """
+    for module in HF:
+        # A module that is set to None is one that cannot be imported.
+        if module in sys.modules and sys.modules[module] is not None:
+            continue
+        if module in sys.modules or find_spec(module) is None:
+            require(module, "hf", purpose)

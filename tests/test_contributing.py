@@ -210,6 +210,39 @@ class TestFiles:
         assert "rope-dist info" in fields["info"]["attributes"]["description"]
         assert fields["info"]["validations"]["required"]
 
+    @pytest.mark.parametrize("name", ["ci", "release"])
+    def test_the_commands_of_a_workflow_exist(self, name):
+        yaml = pytest.importorskip("yaml")
+        flow = yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
+        # YAML 1.1 reads the key "on" as a truth value.
+        assert {"name", True, "permissions", "jobs"} <= flow.keys()
+        targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+        versions = re.search(
+            r"^VERSIONS = \((.*?)\)", (ROOT / "noxfile.py").read_text(encoding="utf-8"), re.M | re.S
+        )
+        sessions = {f"transformers-{version}" for version in re.findall(r'"([^"]+)"', versions[1])}
+        known = {"make", "pip", "nox", "cibuildwheel", "python"}
+        for job in flow["jobs"].values():
+            assert set(job.get("needs", ())) <= flow["jobs"].keys()
+            for step in job["steps"]:
+                assert ("uses" in step) != ("run" in step)
+                words = shlex.split(re.sub(r"\$\{\{ (\S+) \}\}", r"{\1}", step.get("run", "make test")))
+                assert words[0] in known
+                if words[0] == "make":
+                    assert words[1] in targets
+                if words[0] == "nox":
+                    matrix = job["strategy"]["matrix"]["version"]
+                    assert {words[2].replace("{matrix.version}", one) for one in matrix} <= sessions
+                if words[:2] == ["python", "-m"]:
+                    assert words[2] == "build"
+
+    def test_what_wheels_are_tested_with_is_there(self):
+        tomllib = pytest.importorskip("tomllib")
+        wheels = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["cibuildwheel"]
+        program, script = wheels["test-command"].split()
+        assert program == "python"
+        assert Path(script.format(project=ROOT)).exists()
+
     def test_the_commands_of_the_page_exist(self):
         targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
         assert set(re.findall(r"`make ([\w-]+)", PAGE)) <= targets

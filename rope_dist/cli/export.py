@@ -58,8 +58,24 @@ def _hf(
     force_engine: Annotated[
         bool, flag("--force-engine", "Write it even where an --engine does not follow the plan.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None, option(str, "USER/NAME", "Upload the directory to this repository on the hub.")
+    ] = None,
+    private: Annotated[bool, flag("--private", "Make that repository a private one.")] = False,
+    base_model: Annotated[
+        str | None,
+        option(str, "USER/NAME", "Hub id of the source, for the model card, where DIR does not tell."),
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        option(
+            values.readable_file, "FILE", "perplexity.json of rope-dist eval perplexity, for the model card."
+        ),
+    ] = None,
 ) -> None:
-    """Write a Hugging Face directory (transformers, vLLM, SGLang).
+    """Write a Hugging Face directory (transformers, vLLM, SGLang), with a model card.
+
+    Nothing is uploaded without --push-to-hub; the token is that of hf auth login.
 
     \b
     Examples:
@@ -67,13 +83,23 @@ def _hf(
       rope-dist export hf ./my-model --plan plan.json --engine vllm --link -o my-model-16k
       rope-dist export hf ./my-model --dynamic --target 16384 --set attention_factor=1 -o my-model-16k
     """
+    if private and push_to_hub is None:
+        raise ValueError("--private goes with --push-to-hub")
     made = _plan(source, plan, target, factor, strategy, settings, dynamic=dynamic)
 
     from ..export import hf, verify
 
     written = {"config_only": config_only, "link": link, "force": force, "force_engine": force_engine}
-    out = hf(source, made, output, engines=engine or [], **written)
+    card: dict[str, Any] = {
+        "push_to_hub": push_to_hub,
+        "private": private,
+        "base_model": base_model,
+        "evaluation": evaluation,
+    }
+    out = hf(source, made, output, engines=engine or [], **written, **card)
     print(f"{verify(out, made)}\n\nwrote {out}{_remark(made)}")
+    if push_to_hub is not None:
+        print(f"uploaded to {push_to_hub}")
 
 
 @app.command("gguf", cls=Command)

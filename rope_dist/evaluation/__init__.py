@@ -1,5 +1,10 @@
 """Evaluation of extended models: perplexity, passkey retrieval and the tasks of lm-evaluation-harness."""
 
+from ..optional import require_hf
+
+require_hf("rope_dist.evaluation")
+
+
 from .corpora import CORPORA, Passage, install_corpus, load_text, passages
 from .models import PACKAGED_MODELS, describe, load_model
 from .passkey import make_cases, measure_passkey

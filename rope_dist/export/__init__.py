@@ -4,6 +4,11 @@
 ``--hf-overrides``; :func:`verify` reads an artefact as its engines do and compares it with the plan.
 """
 
+from ..optional import require_hf
+
+require_hf("rope_dist.export")
+
+
 from .engines import ENGINES
 from .gguf_file import gguf, gguf_rope
 from .hf_directory import config_entries, hf, vllm_arguments, vllm_overrides

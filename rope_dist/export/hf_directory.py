@@ -21,8 +21,9 @@ from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
 from .architectures import check_names, reading, unextendable
 from .engines import check_engines
+from .model_card import check_repository, hub_id, measured_perplexity, push, write_card
 from .stock import StockModel, changed, read_config
-from .verification import CONFIG, check_weights, read_json, verify
+from .verification import CONFIG, Verification, check_weights, read_json, verify
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -136,7 +137,7 @@ def vllm_arguments(plan: RopePlan, config: PretrainedConfig | None = None) -> st
     return f"--max-model-len {plan.target_length} --hf-overrides {shlex.quote(overrides)}"
 
 
-def hf(
+def hf(  # noqa: PLR0913
     model_or_dir: PreTrainedModel | str | os.PathLike[str],
     plan: RopePlan | DynamicPlan,
     out: str | os.PathLike[str],
@@ -146,6 +147,10 @@ def hf(
     engines: Iterable[str] = (),
     force: bool = False,
     force_engine: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
+    base_model: str | None = None,
+    evaluation: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write the extended model as a directory that stock engines load; it is verified before it appears.
 
@@ -159,14 +164,19 @@ def hf(
         engines: names of :data:`ENGINES` that must run it exactly; those that cannot are refused.
         force: replace ``out`` if it is there.
         force_engine: write it even where one of ``engines`` is not known to follow the plan, or known not to.
+        push_to_hub: ``"user/name"``: upload the directory there, after it is written. Nothing is uploaded without.
+        private: create that repository as a private one; it is not uploaded to a public one.
+        base_model: hub id of the source, for the model card; by default as far as the source or the plan tells.
+        evaluation: ``perplexity.json`` of ``rope-dist eval perplexity``, for the model card.
 
     Returns:
-        The path of the directory.
+        The path of the directory. Its ``README.md`` is a model card with the text of the source's.
 
     Raises:
         ValueError: the plan is of another model, an engine cannot run it, the source is not whole, or ``out`` exists; a
             dynamic plan scales cos and sin otherwise than the trained model.
-        OSError: the disk is full or not writable. The source is never changed.
+        OSError: the disk is full or not writable, or the directory is written, but not uploaded. The source is never
+            changed.
     """
     out, engines = Path(out), tuple(engines)
     check_names(engines)
@@ -174,6 +184,22 @@ def hf(
         engines = ()
     check_engines(plan, engines)
     check_target(out, force=force, directory=True)
+    if private and push_to_hub is None:
+        raise ValueError("private goes with push_to_hub")
+    for name in (push_to_hub, base_model):
+        if name is not None:
+            check_repository(name)
+    measured = [] if evaluation is None else measured_perplexity(evaluation, plan)
+
+    def describe(
+        directory: Path, verification: Verification, *sources: str | os.PathLike[str] | None
+    ) -> None:
+        base = base_model or hub_id(
+            *sources, plan.stages[-1].source if isinstance(plan, DynamicPlan) else plan.source
+        )
+        name = push_to_hub or Path(os.path.abspath(out)).name
+        write_card(directory, plan, verification, name=name, base_model=base, measured=measured)
+
     if isinstance(model_or_dir, (str, os.PathLike)):
         source = Path(model_or_dir)
         if not source.exists() and not source.is_symlink():
@@ -191,7 +217,10 @@ def hf(
         with new_directory(out, force=force) as temporary:
             _copy(files, source, temporary, link)
             _write_json(temporary / CONFIG, new)
-            _finish(temporary, plan, engines, config, out)
+            found = _finish(temporary, plan, engines, config, out)
+            describe(temporary, found, source, file.get("_name_or_path"))
+        if push_to_hub is not None:
+            push(out, push_to_hub, private=private)
         return out
     if not hasattr(model_or_dir, "save_pretrained"):
         raise TypeError(f"expected a transformers model or a directory, got {type(model_or_dir).__name__}")
@@ -200,7 +229,10 @@ def hf(
     with new_directory(out, force=force) as temporary:
         (model_or_dir.config if config_only else model_or_dir).save_pretrained(temporary)
         _write_json(temporary / CONFIG, extended_config(read_json(temporary / CONFIG), plan, config))
-        _finish(temporary, plan, engines, config, out)
+        found = _finish(temporary, plan, engines, config, out)
+        describe(temporary, found, model_or_dir.config._name_or_path)
+    if push_to_hub is not None:
+        push(out, push_to_hub, private=private)
     return out
 
 
@@ -273,7 +305,7 @@ def _finish(
     engines: Iterable[str],
     source: PretrainedConfig,
     out: Path,
-) -> None:
+) -> Verification:
     """Raise the lengths that other files repeat, and verify the directory against the plan."""
     for name, key in (
         ("tokenizer_config.json", "model_max_length"),
@@ -290,6 +322,7 @@ def _finish(
     except ValueError as error:
         raise ValueError(str(error).replace(str(directory), str(out))) from None
     dataclasses.replace(verification, artefact=out).raise_for_failure()
+    return verification
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

@@ -1,5 +1,10 @@
 """Hugging Face models: :func:`enable`, :func:`disable`, :func:`report`, :func:`supported`, :func:`prepare_cache`."""
 
+from ..optional import require_hf
+
+require_hf("rope_dist.hf")
+
+
 from .growing import prepare_cache
 from .patching import Enabled, disable, enable, enabled_modules
 from .reporting import LayerReport, report, summary
