@@ -67,5 +67,5 @@ struct OnHost {
 ROPE_EXPORT int rope_dist_cpu_norm_rotary(const rope::Call* call, const rope::Norms* norms, int64_t) {
   misaligned = 0;
   OnHost launch{*call, *norms};
-  return rope::choose_norm(*call, *norms, launch);
+  return rope::choose_norm(*call, *norms, nullptr, launch);
 }
