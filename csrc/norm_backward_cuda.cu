@@ -10,37 +10,38 @@ namespace rope {
 namespace {
 
 // 128 registers a thread: a multiprocessor has room for four blocks, as native.py counts them.
-template <typename T, bool Interleaved, int N>
+template <typename T, bool Interleaved, int N, bool Joint>
 __global__ void __launch_bounds__(kNormThreads, 4)
     norm_backward_kernel(const __grid_constant__ Call call, const __grid_constant__ Norms norms,
                          const __grid_constant__ Gradients gradients) {
-  using Thread = GradientThread<T, Interleaved, N>;
+  using Thread = GradientThread<T, Interleaved, N, Joint>;
   extern __shared__ float shared[];
   __shared__ float parts[kNormThreads];
   const int column = threadIdx.x, columns = blockDim.x, row = threadIdx.y, rows = blockDim.y;
-  const Share share(call, norms, gradients, blockIdx.x, rows);
+  const Share share(call, norms, gradients, static_cast<int>(blockIdx.x), rows);
   const int64_t tokens = call.batch * call.length;
-  WeightSums<Interleaved, N> sums(call, share, shared);
-  sums.clear(row * columns + column, rows * columns);
+  const int heads = static_cast<int>(share.x.heads);
+  typename Thread::Sums sums(call, share, row * columns + column, columns, rows, shared);
+  sums.clear();
   __syncthreads();
-  if (!share.norm.joint) {
+  if (!Joint || !share.norm.joint) {
     const int own = row / share.heads;
     if (own < share.tokens) {
-      for (int64_t token = share.block * share.tokens + own; token < tokens;
-           token += share.blocks * share.tokens) {
+      const int64_t step = static_cast<int64_t>(share.blocks) * share.tokens;
+      for (int64_t token = static_cast<int64_t>(share.block) * share.tokens + own; token < tokens; token += step) {
         Thread thread(call, norms, share, token, column, columns);
-        for (int64_t head = row % share.heads; head < share.x.heads; head += share.heads) {
-          const float sum = row_sum(thread.begin(head, &sums, row));
+        for (int head = row % share.heads; head < heads; head += share.heads) {
+          const float sum = row_sum(thread.begin(head, &sums));
           thread.end(head, sum / static_cast<float>(call.head_dim));
         }
       }
-      sums.flush(row, column);
+      sums.flush();
     }
   } else {
     for (int64_t token = share.block; token < tokens; token += share.blocks) {
       Thread thread(call, norms, share, token, column, columns);
       float sum = 0.0f;
-      for (int64_t head = row; head < share.x.heads; head += rows) sum += thread.begin(head, &sums, head);
+      for (int head = row; head < heads; head += rows) sum += thread.begin(head, &sums);
       sum = row_sum(sum);
       __syncthreads();  // parts is read of the token before
       if (column == 0) parts[row] = sum;
@@ -49,14 +50,14 @@ __global__ void __launch_bounds__(kNormThreads, 4)
       for (int other = 0; other < rows; ++other) sum += parts[other];
       const float mean = sum / static_cast<float>(share.x.heads * call.head_dim);
       // Read again, from the first cache.
-      for (int64_t head = row; head < share.x.heads; head += rows) {
-        thread.begin(head, nullptr, 0);
+      for (int head = row; head < heads; head += rows) {
+        thread.begin(head, nullptr);
         thread.end(head, mean);
       }
     }
   }
   __syncthreads();
-  sums.finish(row * columns + column, rows * columns);
+  sums.finish();
 }
 
 struct GradientOnStream {
@@ -65,13 +66,12 @@ struct GradientOnStream {
   const Gradients& gradients;
   cudaStream_t stream;
 
-  template <typename T, bool Interleaved, int N>
-  int run() {
-    const Shape shape = gradient_shape(call, N);
+  template <typename T, bool Interleaved, int N, bool Joint>
+  int run(const Shape& shape, int64_t bytes) {
     const dim3 block(static_cast<unsigned>(shape.columns), static_cast<unsigned>(shape.rows));
     const unsigned blocks = static_cast<unsigned>(gradients.q.blocks + gradients.k.blocks);
-    const size_t bytes = static_cast<size_t>(sums_bytes(call, norms, N));
-    norm_backward_kernel<T, Interleaved, N><<<blocks, block, bytes, stream>>>(call, norms, gradients);
+    norm_backward_kernel<T, Interleaved, N, Joint>
+        <<<blocks, block, static_cast<size_t>(bytes), stream>>>(call, norms, gradients);
     return static_cast<int>(cudaGetLastError());
   }
 };
