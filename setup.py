@@ -44,7 +44,10 @@ CUDA = Extension(
     ["csrc/rotary_cuda.cu", "csrc/norm_rotary_cuda.cu", "csrc/norm_backward_cuda.cu"],
     depends=[
         *HEADERS,
-        *(f"csrc/{name}.h" for name in ("rotary_threads", "norm_rotary_threads", "norm_backward_threads", "row_sum")),
+        *(
+            f"csrc/{name}.h"
+            for name in ("rotary_threads", "norm_rotary_threads", "norm_backward_threads", "row_sum")
+        ),
     ],
     optional=True,
 )

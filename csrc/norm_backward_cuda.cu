@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kNormThreads, 4)
     const int own = row / share.heads;
     if (own < share.tokens) {
       const int64_t step = static_cast<int64_t>(share.blocks) * share.tokens;
-      for (int64_t token = static_cast<int64_t>(share.block) * share.tokens + own; token < tokens; token += step) {
+      const int64_t first = static_cast<int64_t>(share.block) * share.tokens + own;
+      for (int64_t token = first; token < tokens; token += step) {
         Thread thread(call, norms, share, token, column, columns);
         for (int head = row % share.heads; head < heads; head += share.heads) {
           const float sum = row_sum(thread.begin(head, &sums));

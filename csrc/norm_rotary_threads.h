@@ -236,8 +236,8 @@ int choose_norm_for(const Call& call, const Norms& norms, const Gradients* gradi
                                    : launch.template run<T, Interleaved, 1>();
 }
 
-// Calls launch.run<T, Interleaved, N>() with the variant for this call; other results of rope::Status. Gradients: of the
-// backward pass, or null.
+// Calls launch.run<T, Interleaved, N>() with the variant for this call; other results of rope::Status. Gradients: of
+// the backward pass, or null.
 template <typename Launch>
 int choose_norm(const Call& call, const Norms& norms, const Gradients* gradients, Launch& launch) {
   const int64_t tokens = call.batch * call.length;

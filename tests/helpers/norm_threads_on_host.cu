@@ -118,7 +118,8 @@ struct GradientOnHost {
         }
       }
       // Threads of rows that have no token leave no sums behind.
-      for (int i = 0; i < share.heads * share.tokens * shape.columns; ++i) sums[static_cast<size_t>(i)].flush();
+      const int working = share.heads * share.tokens * shape.columns;
+      for (int i = 0; i < working; ++i) sums[static_cast<size_t>(i)].flush();
       for (auto& own : sums) own.finish();
       for (size_t i = room; i < shared.size(); ++i)
         if (!std::isnan(shared[i])) return 1003;

@@ -462,7 +462,9 @@ def test_the_gpu_kernels_sums_of_wide_heads_and_many(gradients_on_host, counts, 
     half = min(dim // 2, 128)
     angles = Angles(*tables(3, half))
     norms = Norms(*weights(kind, counts, dim, torch.float32), EPS)
-    xs, grads = (tuple(random(1, 3, n, dim, dtype=dtype, seed=first + n) for n in counts) for first in (0, 90))
+    xs, grads = (
+        tuple(random(1, 3, n, dim, dtype=dtype, seed=first + n) for n in counts) for first in (0, 90)
+    )
     rstds = reference_norm.norm_rotate_tokens(*xs, norms, angles)[2:]
     found = gradients_on_host((2, 1), grads, xs, rstds, norms, angles)
     assert_gradients(found, exact_gradients(grads, xs, norms, angles, (None, None)), UNITS[dtype])
