@@ -48,8 +48,14 @@ CPU = Extension(
 )
 CUDA = Extension(
     "rope_dist._native.librope_dist_cuda",
-    ["csrc/rotary_cuda.cu", "csrc/norm_rotary_cuda.cu"],
-    depends=[*HEADERS, "csrc/rotary_threads.h", "csrc/norm_rotary_threads.h"],
+    ["csrc/rotary_cuda.cu", "csrc/norm_rotary_cuda.cu", "csrc/norm_backward_cuda.cu"],
+    depends=[
+        *HEADERS,
+        *(
+            f"csrc/{name}.h"
+            for name in ("rotary_threads", "norm_rotary_threads", "norm_backward_threads", "row_sum")
+        ),
+    ],
     optional=True,
 )
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")

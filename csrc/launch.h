@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#define ROPE_ABI 4
+#define ROPE_ABI 5
 
 #if defined(_WIN32)
 #define ROPE_EXPORT extern "C" __declspec(dllexport)
@@ -74,11 +74,14 @@ struct Norms {
   int64_t after;  // the norm follows the rotation
 };
 
-// The backward pass, CPU only: of a Call whose in are the heads before the norm and whose out are their gradients.
+// The backward pass, of a Call whose in are the heads before the norm and whose out are their gradients.
 struct Gradient {
   const void* in;  // gradient of the normalised and rotated heads, with these strides
   int64_t in_b, in_s, in_h;
-  double* weight;  // gradient of the norm's weight; or null
+  // Gradient of the norm's weight, or null: float64 [weights] on a CPU; on a GPU float32 [blocks, weights], what each
+  // block of threads found, to be added up.
+  void* weight;
+  int64_t blocks;  // of a GPU that work on these heads
 };
 
 struct Gradients {
@@ -86,7 +89,7 @@ struct Gradients {
 };
 
 static_assert(sizeof(void*) == 8, "the launchers are for 64-bit systems");
-static_assert(sizeof(Call) == 8 * 44 && sizeof(Norms) == 8 * 11 && sizeof(Gradients) == 8 * 10,
+static_assert(sizeof(Call) == 8 * 44 && sizeof(Norms) == 8 * 11 && sizeof(Gradients) == 8 * 12,
               "a field is not eight bytes wide");
 
 // Of a token in no sequence; all others are within 32 bits.

@@ -167,7 +167,7 @@ ROPE_EXPORT int rope_dist_cpu_norm_rotary_backward(const rope::Call* call, const
                                    });
     if (status != kDone) return status;
     for (bool keys : {false, true}) {
-      double* out = keys ? gradients->k.weight : gradients->q.weight;
+      double* out = static_cast<double*>(keys ? gradients->k.weight : gradients->q.weight);
       const double* from = of_weights + (keys ? q_count : 0);
       for (int64_t i = 0; out && i < (keys ? k_count : q_count); ++i) {
         out[i] = 0.0;

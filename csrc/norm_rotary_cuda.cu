@@ -4,20 +4,10 @@
 #include <initializer_list>
 
 #include "norm_rotary_threads.h"
+#include "row_sum.h"
 
 namespace rope {
 namespace {
-
-// The sum over the threads of a row, the same to the last bit in each: every one adds the same pairs.
-__device__ __forceinline__ float row_sum(float value) {
-  const unsigned lane = (threadIdx.y * blockDim.x + threadIdx.x) % 32, columns = blockDim.x;
-  // Rows do not end together: only this one's lanes take part.
-  const unsigned mask = columns == 32 ? 0xffffffffu : ((1u << columns) - 1) << (lane & ~(columns - 1));
-  for (unsigned distance = columns / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(mask, value, distance);
-  }
-  return value;
-}
 
 template <typename T, bool Interleaved, int N>
 __global__ void __launch_bounds__(kNormThreads, 6)
@@ -78,5 +68,5 @@ struct NormOnStream {
 ROPE_EXPORT int rope_dist_cuda_norm_rotary(const rope::Call* call, const rope::Norms* norms,
                                            cudaStream_t stream) {
   rope::NormOnStream launch{*call, *norms, stream};
-  return rope::choose_norm(*call, *norms, launch);
+  return rope::choose_norm(*call, *norms, nullptr, launch);
 }

@@ -116,7 +116,11 @@ def test_it_needs_a_gpu(tmp_path):
 @pytest.mark.parametrize(
     ("part", "folder", "asked"),
     [
-        ("rotary", "", "rotary norm_rotary attention_rest rerotate cache_write decode -- --baselines torch.compile"),
+        (
+            "rotary",
+            "",
+            "rotary norm_rotary attention_rest rerotate cache_write decode -- --baselines torch.compile",
+        ),
         ("projection", "", "projection -- --baselines torch.compile"),
         ("models", "", "model_prefill model_decode attention_block model_train_step -- --baselines"),
         ("compile", "compile/", "model_prefill model_train_step -- --baselines torch.compile --lengths 8192"),

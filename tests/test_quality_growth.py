@@ -81,7 +81,7 @@ def test_passkeys_are_counted_where_every_prompt_was_answered(tmp_path):
     prompts = [(depth, trial) for depth in growth_passkeys.DEPTHS for trial in range(growth_passkeys.TRIALS)]
     assert len(prompts) >= 20
 
-    def answers(variant, length, scoring, correct, of=len(prompts)):
+    def answers(variant, length, scoring, correct, of=None):
         return [
             {
                 "what": {"length": length, "variant": variant, "scoring": scoring, "depth": d, "trial": t},

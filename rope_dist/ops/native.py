@@ -22,7 +22,7 @@ from . import fixed_point, reference
 from .arguments import Angles, Norms, is_joint, present
 from .backend import Backend, Launch, NotBuilt
 
-ABI = 4
+ABI = 5
 FOLDER = Path(os.environ.get("ROPE_DIST_NATIVE_DIR") or Path(__file__).resolve().parent.parent / "_native")
 """Where the libraries are; the variable names another folder, such as one of a build with sanitizers."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -33,7 +33,9 @@ CUDA_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CALL = struct.Struct("=8q 10q 10q 7q q d 7q")
 # rope::Norms: four numbers each for q and k, eps, weight_offset and the order.
 _NORMS = struct.Struct("=4q 4q 2d q")
-_GRADIENTS = struct.Struct("=5q 5q")
+_GRADIENTS = struct.Struct("=6q 6q")
+# Blocks of the backward pass that a multiprocessor has registers for.
+_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def load(name: str) -> Built | str:
         describe = getattr(library, f"rope_dist_{name}_build")
         rotary = getattr(library, f"rope_dist_{name}_rotary")
         norm_rotary = getattr(library, f"rope_dist_{name}_norm_rotary")
+        norm_rotary_backward = getattr(library, f"rope_dist_{name}_norm_rotary_backward")
     except (OSError, AttributeError) as error:
         return f"{path.name} does not load: {' '.join(str(error).split())}"
     if abi != ABI:
@@ -71,8 +74,7 @@ def load(name: str) -> Built | str:
     # The stream of CUDA is a pointer, the CPU's number of threads an integer: both are 64 bits wide.
     rotary.argtypes = (ctypes.c_char_p, ctypes.c_int64)
     norm_rotary.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
-    if name == "cpu":
-        library.rope_dist_cpu_norm_rotary_backward.argtypes = (*(ctypes.c_char_p,) * 3, ctypes.c_int64)
+    norm_rotary_backward.argtypes = (*(ctypes.c_char_p,) * 3, ctypes.c_int64)
     architectures: tuple[int, ...] = ()
     if name == "cuda":
         library.rope_dist_cuda_error.restype = ctypes.c_char_p
@@ -160,21 +162,23 @@ class Native(Backend):
     def norm_rotate_backward(
         self, grads, heads, rstds, norms, angles, q_bias=None, k_bias=None, threads: int | None = None
     ):
-        """As :meth:`Backend.norm_rotate_backward`: on a CPU in one pass, by the reference on a GPU."""
+        """As :meth:`Backend.norm_rotate_backward`, in one pass; ``threads`` as in :meth:`rotate`."""
         q, k = heads
         grads = [
             grad if x is None or grad is not None else torch.zeros_like(x)
             for grad, x in zip(grads, heads, strict=True)
         ]
-        if not q.is_cpu or any(
-            x is not None and grad.dtype != x.dtype for grad, x in zip(grads, heads, strict=True)
-        ):
+        if any(x is not None and grad.dtype != x.dtype for grad, x in zip(grads, heads, strict=True)):
             return super().norm_rotate_backward(grads, heads, rstds, norms, angles, q_bias, k_bias)
         found = [x.new_empty(x.shape) if x is not None else None for x in heads]
-        weights = [
-            torch.zeros(weight.shape, dtype=torch.float64) if weight is not None and x is not None else None
-            for weight, x in zip(norms.weights(), heads, strict=True)
-        ]
+        blocks = _blocks(heads)
+        # Of a GPU a row for each block, which writes all of it.
+        sums = [
+            None if weight is None or x is None
+            else x.new_empty((own, *weight.shape), dtype=torch.float32) if own
+            else x.new_zeros((1, *weight.shape), dtype=torch.float64)
+            for weight, x, own in zip(norms.weights(), heads, blocks, strict=True)
+        ]  # fmt: skip
         if q.numel() or (k is not None and k.numel()):
             sources = [_inner(x) if x is not None else None for x in heads]
             grads = [_inner(grad) if x is not None else None for grad, x in zip(grads, heads, strict=True)]
@@ -188,12 +192,12 @@ class Native(Backend):
             structs = (
                 packing(tensors, ready)(*tensors, ready, *biases),
                 norm_packing(tensors, whole)(whole, rstds),
-                _gradients(grads, weights),
+                packed_gradients(grads, sums, blocks),
             )
             _launcher("norm_rotary_backward", q.device, threads)(*structs)
         of_weights = [
-            found.to(weight.dtype) if found is not None else None
-            for found, weight in zip(weights, norms.weights(), strict=True)
+            own.sum(0).to(weight.dtype) if own is not None else None
+            for own, weight in zip(sums, norms.weights(), strict=True)
         ]
         return (*found, *of_weights)
 
@@ -380,15 +384,27 @@ def norm_packing(heads: tuple[torch.Tensor | None, ...], norms: Norms) -> Callab
     return pack
 
 
-def _gradients(grads, weights) -> bytes:
-    """``rope::Gradients`` of the gradients of queries and keys and of float64 tensors for those of the weights."""
+def packed_gradients(grads, sums, blocks) -> bytes:
+    """``rope::Gradients`` of gradients of queries and keys, and of what sums those of the weights: see ``launch.h``."""
     numbers = [
-        (0, 0, 0, 0, 0)
+        (0,) * 6
         if grad is None
-        else (grad.data_ptr(), *_strides(grad, 3), 0 if weight is None else weight.data_ptr())
-        for grad, weight in zip(grads, weights, strict=True)
+        else (grad.data_ptr(), *_strides(grad, 3), 0 if of_weight is None else of_weight.data_ptr(), own)
+        for grad, of_weight, own in zip(grads, sums, blocks, strict=True)
     ]
     return _GRADIENTS.pack(*numbers[0], *numbers[1])
+
+
+def _blocks(heads) -> tuple[int, int]:
+    """Blocks of a GPU for queries and for keys, in proportion to their heads: as many as run at once. 0 of a CPU."""
+    q = heads[0]
+    if q.is_cpu:
+        return 0, 0
+    counts = [0 if x is None else x.shape[2] for x in heads]
+    most = _BLOCKS * torch.cuda.get_device_properties(q.device).multi_processor_count
+    tokens = q.shape[0] * q.shape[1]
+    of_q, of_k = (min(tokens, max(1, most * n // sum(counts))) if n else 0 for n in counts)
+    return of_q, of_k
 
 
 def _inner(x: torch.Tensor) -> torch.Tensor:

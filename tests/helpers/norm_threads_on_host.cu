@@ -1,4 +1,5 @@
-// As threads_on_host.cu for norm + rotary: the threads of a block in two rounds, with their sums between.
+// As threads_on_host.cu for norm + rotary and its gradient: the threads of a block in rounds, with their sums between.
+#include <cmath>
 #include <initializer_list>
 #include <vector>
 
@@ -6,7 +7,7 @@ static int64_t misaligned;
 #if !defined(__CUDA_ARCH__)  // it is compiled for a GPU as well
 #define ROPE_ON_ACCESS(address, bytes) misaligned += reinterpret_cast<uintptr_t>(address) % (bytes) != 0
 #endif
-#include "norm_rotary_threads.h"
+#include "norm_backward_threads.h"
 
 namespace {
 
@@ -62,10 +63,82 @@ struct OnHost {
   }
 };
 
+// As norm_backward_kernel.
+struct GradientOnHost {
+  const rope::Call& call;
+  const rope::Norms& norms;
+  const rope::Gradients& gradients;
+
+  template <typename T, bool Interleaved, int N, bool Joint>
+  int run(const rope::Shape& shape, int64_t bytes) {
+    using Thread = rope::GradientThread<T, Interleaved, N, Joint>;
+    constexpr size_t kMargin = 4096;
+    const int64_t blocks = gradients.q.blocks + gradients.k.blocks, tokens = call.batch * call.length;
+    if (bytes + sizeof(float) * rope::kNormThreads > 48 * 1024) return 1001;
+    if (shape.columns * shape.rows > rope::kNormThreads) return 1002;
+    for (int index = 0; index < blocks; ++index) {
+      // What was not cleared spreads as NaN, what is written past the end is seen.
+      const size_t room = static_cast<size_t>(bytes) / sizeof(float);
+      std::vector<float> shared(room + kMargin, NAN);
+      const rope::Share share(call, norms, gradients, index, shape.rows);
+      std::vector<typename Thread::Sums> sums;
+      for (int i = 0; i < shape.columns * shape.rows; ++i)
+        sums.emplace_back(call, share, i, shape.columns, shape.rows, shared.data());
+      for (auto& own : sums) own.clear();
+      const int64_t at_once = share.tokens, step = share.blocks * at_once;
+      for (int64_t first = share.block * at_once; first < tokens; first += step) {
+        for (int64_t token = first; token < tokens && token < first + at_once; ++token) {
+          // Heads of a row one after the other, rows of a token likewise.
+          const bool joint = share.norm.joint != 0;
+          std::vector<float> parts(static_cast<size_t>(shape.rows));
+          for (int round = 0; round < 1 + joint; ++round) {
+            float mean = 0.0f;
+            for (float part : parts) mean += part;
+            mean /= static_cast<float>(share.x.heads * call.head_dim);
+            for (int row = 0; row < share.heads; ++row) {
+              const int of_block = joint ? row : static_cast<int>(token - first) * share.heads + row;
+              std::vector<Thread> threads;
+              for (int column = 0; column < shape.columns; ++column)
+                threads.emplace_back(call, norms, share, token, column, shape.columns);
+              std::vector<float> of_row(threads.size());
+              for (int head = row; head < share.x.heads; head += share.heads) {
+                std::vector<float> values;
+                for (size_t i = 0; i < threads.size(); ++i) {
+                  auto& own = sums[static_cast<size_t>(of_block * shape.columns) + i];
+                  values.push_back(threads[i].begin(head, round == 0 ? &own : nullptr));
+                  of_row[i] += values.back();
+                }
+                if (joint && round == 0) continue;
+                const float sum = joint ? mean : row_sum(values) / static_cast<float>(call.head_dim);
+                for (auto& thread : threads) thread.end(head, sum);
+              }
+              if (joint && round == 0) parts[static_cast<size_t>(row)] = row_sum(of_row);
+            }
+          }
+        }
+      }
+      // Threads of rows that have no token leave no sums behind.
+      const int working = share.heads * share.tokens * shape.columns;
+      for (int i = 0; i < working; ++i) sums[static_cast<size_t>(i)].flush();
+      for (auto& own : sums) own.finish();
+      for (size_t i = room; i < shared.size(); ++i)
+        if (!std::isnan(shared[i])) return 1003;
+    }
+    return misaligned ? 1000 : rope::kDone;
+  }
+};
+
 }  // namespace
 
 ROPE_EXPORT int rope_dist_cpu_norm_rotary(const rope::Call* call, const rope::Norms* norms, int64_t) {
   misaligned = 0;
   OnHost launch{*call, *norms};
-  return rope::choose_norm(*call, *norms, launch);
+  return rope::choose_norm(*call, *norms, nullptr, launch);
+}
+
+ROPE_EXPORT int rope_dist_cpu_norm_rotary_backward(const rope::Call* call, const rope::Norms* norms,
+                                                   const rope::Gradients* gradients, int64_t) {
+  misaligned = 0;
+  GradientOnHost launch{*call, *norms, *gradients};
+  return rope::choose_gradient(*call, *norms, *gradients, launch);
 }

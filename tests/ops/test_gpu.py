@@ -98,3 +98,26 @@ def test_the_native_kernel_agrees_with_tritons(device, dtype, interleaved):
     unit = torch.finfo(dtype).eps
     for a, b in zip(results["triton"], results["native"], strict=True):
         torch.testing.assert_close(a, b, rtol=unit, atol=8 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_native_gradient_of_norm_and_rotary_agrees_with_the_reference(device, dtype, joint):
+    angle = torch.rand(1, 300, 64, device=device) * 6
+    xs = [torch.randn(2, 300, h, 128, device=device).to(dtype).requires_grad_() for h in (8, 2)]
+    weights = [
+        torch.rand(128 * (h if joint else 1), device=device).to(dtype).requires_grad_() for h in (8, 2)
+    ]
+    reason = native.Native().supports(xs[0])
+    if reason is not None:
+        pytest.skip(reason)
+    grads = [torch.randn_like(x) for x in xs]
+    results = {}
+    for backend in ("reference", "native", "native again"):
+        with ops.use_backend(backend.split()[0]):
+            out = ops.norm_rotary(*xs, *weights, angle.cos(), angle.sin())
+            results[backend] = torch.autograd.grad(out, (*xs, *weights), grads)
+    unit = torch.finfo(dtype).eps
+    for right, a, b in zip(*results.values(), strict=True):
+        assert torch.equal(a, b)
+        assert (a.double() - right.double()).abs().max() <= 2 * unit * right.double().abs().max() + 1e-5

@@ -259,13 +259,7 @@ def test_gradients_are_those_of_float64(dtype, kind, norm_after):
         grads = [heads(layout, 2, length, n, dim, dtype, seed=30 + n) for n in counts]
         rstds = reference_norm.norm_rotate_tokens(*xs, norms, angles, bias)[2:]
         found = NATIVE.norm_rotate_backward(tuple(grads), tuple(xs), rstds, norms, angles, bias)
-        expected = []
-        for x, weight, b, grad in zip(xs, norms.weights(), (bias, None), grads, strict=True):
-            leaves = [x.double().requires_grad_()]
-            if weight is not None:
-                leaves.append(weight.double().requires_grad_())
-            y = exact(leaves[0], leaves[1] if weight is not None else None, norms, angles, b)
-            expected.append(torch.autograd.grad(y, leaves, grad.double()))
+        expected = exact_gradients(grads, xs, norms, angles, (bias, None))
         for i in range(2):
             assert found[i].is_contiguous()
             for out, right in zip(found[i::2], expected[i], strict=False):
@@ -309,15 +303,51 @@ def threads_on_host(tmp_path_factory):
     ]
     source = ROOT / "tests/helpers/norm_threads_on_host.cu"
     subprocess.run([nvcc, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(target)], check=True)
-    run = ctypes.CDLL(str(target)).rope_dist_cpu_norm_rotary
+    library = ctypes.CDLL(str(target))
+    run = library.rope_dist_cpu_norm_rotary
     run.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
+    library.rope_dist_cpu_norm_rotary_backward.argtypes = (*(ctypes.c_char_p,) * 3, ctypes.c_int64)
 
     def launch(q, k, q_out, k_out, norms, angles, q_bias=None, rstds=(None, None)):
         tensors = (q, k, q_out, k_out)
         call = native.packing(tensors, angles)(*tensors, angles, q_bias)
         return run(call, native.norm_packing(tensors, norms)(norms, rstds), 0)
 
+    launch.library = library
     return launch
+
+
+@pytest.fixture
+def gradients_on_host(threads_on_host, monkeypatch):
+    """``norm_rotate_backward`` as on a GPU with that many blocks for queries and for keys."""
+
+    def launcher(name, device, threads):
+        def run(*structs):
+            status = getattr(threads_on_host.library, f"rope_dist_cpu_{name}")(*structs, 0)
+            if status:
+                raise RuntimeError(f"status {status}")
+
+        return run
+
+    def backward(blocks, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "_launcher", launcher)
+            patch.setattr(native, "_blocks", lambda heads: blocks)
+            return NATIVE.norm_rotate_backward(*arguments)
+
+    return backward
+
+
+def exact_gradients(grads, xs, norms, angles, biases):
+    """Autograd of :func:`exact` in float64: for queries and for keys those of the heads and of the weight."""
+    found = []
+    for x, weight, bias, grad in zip(xs, norms.weights(), biases, grads, strict=True):
+        leaves = [x.double().requires_grad_()]
+        if weight is not None:
+            leaves.append(weight.double().requires_grad_())
+        y = exact(leaves[0], leaves[1] if weight is not None else None, norms, angles, bias)
+        found.append(torch.autograd.grad(y, leaves, grad.double()))
+    return found
 
 
 @pytest.mark.parametrize("norm_after", [False, True])
@@ -375,6 +405,142 @@ def test_the_gpu_kernel_takes_weights_of_two_types(threads_on_host):
         )
 
 
+UNITS = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def assert_gradients(found, expected, unit, *case):
+    """Within ``unit`` of the largest number of each."""
+    for i in range(2):
+        assert found[i].is_contiguous()
+        for out, right in zip(found[i::2], expected[i], strict=False):
+            assert (out.double() - right).abs().max() <= unit * right.abs().max(), (*case, i)
+
+
+@pytest.mark.parametrize("norm_after", [False, True])
+@pytest.mark.parametrize("kind", ["head", "joint", None])
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
+def test_the_gpu_kernels_threads_have_float64s_gradients(gradients_on_host, dtype, kind, norm_after):
+    for dim, half, counts in (*SIZES, (40, 4, (3, 2)), (33, 4, (2, 1)), (8, 0, (1, 1))):
+        for layout, interleaved, blocks in (
+            ("BSHD", dim > 128, (1, 1)),
+            ("BHSD", False, (3, 2)),
+            ("slice", True, (4, 1)),
+        )[dim in (96, 256) :]:
+            angles = Angles(*tables(5, half), interleaved=interleaved)
+            weight_dtype = torch.float32 if layout == "BHSD" else dtype
+            norms = Norms(*weights(kind, counts, dim, weight_dtype), EPS, 1.0, norm_after)
+            bias = random(counts[0] * dim, dtype=dtype, seed=3) if layout == "BSHD" else None
+            xs, grads = (
+                tuple(heads(layout, 2, 5, n, dim, dtype, seed=first + n) for n in counts) for first in (0, 30)
+            )
+            rstds = reference_norm.norm_rotate_tokens(*xs, norms, angles, bias)[2:]
+            found = gradients_on_host(blocks, grads, xs, rstds, norms, angles, bias)
+            expected = exact_gradients(grads, xs, norms, angles, (bias, None))
+            assert_gradients(found, expected, UNITS[dtype], dim, layout)
+            on_cpu = NATIVE.norm_rotate_backward(grads, xs, rstds, norms, angles, bias)
+            for one, other in zip(found, on_cpu, strict=True):
+                assert (one is None) == (other is None)
+                if one is not None:
+                    assert one.dtype == other.dtype
+                    error = (one.double() - other.double()).abs().max()
+                    assert error <= UNITS[dtype] * other.double().abs().max(), (dim, layout)
+
+
+@pytest.mark.parametrize(
+    ("counts", "dim", "kind", "dtype"),
+    [
+        ((97, 2), 128, "joint", torch.bfloat16),  # more sums than shared memory has room for, of all heads
+        ((88, 2), 128, "joint", torch.float32),  # the most that 16-byte accesses have room for
+        ((2, 1), 3202, "head", torch.float32),  # and of one: a row a block
+        ((2, 1), 3201, "joint", torch.float32),
+        ((5, 2), 600, "joint", torch.float16),  # several units a thread
+        ((40, 8), 64, "head", torch.bfloat16),  # heads in rounds, and tokens at once
+        ((1, 1), 16, "head", torch.float32),  # 64 tokens at once
+    ],
+)
+def test_the_gpu_kernels_sums_of_wide_heads_and_many(gradients_on_host, counts, dim, kind, dtype):
+    half = min(dim // 2, 128)
+    angles = Angles(*tables(3, half))
+    norms = Norms(*weights(kind, counts, dim, torch.float32), EPS)
+    xs, grads = (
+        tuple(random(1, 3, n, dim, dtype=dtype, seed=first + n) for n in counts) for first in (0, 90)
+    )
+    rstds = reference_norm.norm_rotate_tokens(*xs, norms, angles)[2:]
+    found = gradients_on_host((2, 1), grads, xs, rstds, norms, angles)
+    assert_gradients(found, exact_gradients(grads, xs, norms, angles, (None, None)), UNITS[dtype])
+
+
+def test_the_gpu_kernels_gradients_in_every_form_of_angles(gradients_on_host):
+    q, k, q_grad, k_grad = (random(1, 9, n, 32, seed=10 * i + n) for i in (0, 3) for n in (3, 1))
+    q[0, 0, 0, 0] = float("inf")  # in no sequence: it is not rotated, and no other head has NaN of it
+    norms = Norms(*weights("head", (3, 1), 32, torch.float32), EPS)
+    inv_freq_q64 = fixed_point.to_fixed_point(1.0 / 10000.0 ** (torch.arange(16) / 16))
+    bounds = torch.tensor([2, 5, 7])
+    for source in (
+        Angles(*tables(2, 16), cu_seqlens=bounds),
+        Angles(inv_freq_q64=inv_freq_q64, cu_seqlens=bounds, scaling=1.5),
+        Angles(inv_freq_q64=inv_freq_q64, positions=torch.arange(9)[None] * 1000, conjugate=True),
+    ):
+        for after in (False, True):
+            own = norms._replace(norm_after=after)
+            rstds = reference_norm.norm_rotate_tokens(q, k, own, source)[2:]
+            arguments = (q_grad, k_grad), (q, k), rstds, own, source
+            found, right = gradients_on_host((2, 2), *arguments), NATIVE.norm_rotate_backward(*arguments)
+            for one, other in zip(found, right, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+            assert found[0][0, 1:].isfinite().all()
+
+
+def test_the_gpu_kernels_gradients_of_queries_alone_expanded_and_of_no_tokens(gradients_on_host):
+    q, angles, norms = random(1, 7, 4, 64), Angles(*tables(7, 32)), Norms(random(64, seed=1), None, EPS)
+    grad = torch.ones(()).expand(q.shape)
+    rstds = (reference_norm.norm_rotate_tokens(q, None, norms, angles)[2], None)
+    found = gradients_on_host((3, 0), (grad, None), (q, None), rstds, norms, angles)
+    right = NATIVE.norm_rotate_backward((grad, None), (q, None), rstds, norms, angles)
+    for one, other in zip(found[::2], right[::2], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert found[1] is found[3] is None
+    empty = gradients_on_host(
+        (0, 0), (grad[:, :0], None), (q[:, :0], None), (rstds[0][:, :0], None), norms, angles
+    )
+    assert empty[0].shape == (1, 0, 4, 64)
+    assert torch.equal(empty[2], torch.zeros(64))
+
+
+def test_the_gpu_kernels_gradients_are_the_same_bits_every_time(gradients_on_host):
+    q, k, q_grad, k_grad = (random(1, 40, n, 64, seed=10 * i + n) for i in (0, 3) for n in (4, 2))
+    angles, norms = Angles(*tables(40, 32)), Norms(*weights("head", (4, 2), 64, torch.float32), EPS)
+    rstds = reference_norm.norm_rotate_tokens(q, k, norms, angles)[2:]
+    arguments = (q_grad, k_grad), (q, k), rstds, norms, angles
+    first, again, other = (gradients_on_host(blocks, *arguments) for blocks in ((3, 2), (3, 2), (5, 1)))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert same_bits(a, b)
+        torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
+    # The heads' gradients are no sums over tokens: blocks change no bit of them.
+    assert same_bits(first[0], other[0])
+    assert same_bits(first[1], other[1])
+
+
+def test_blocks_are_in_proportion_to_heads(monkeypatch):
+    class Properties:
+        multi_processor_count = 10
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+
+    class OnGpu:
+        is_cpu, device = False, "cuda"
+
+        def __init__(self, tokens, count):
+            self.shape = (1, tokens, count, 64)
+
+    assert native._blocks((OnGpu(1000, 6), OnGpu(1000, 2))) == (30, 10)
+    assert native._blocks((OnGpu(1000, 71), OnGpu(1000, 1))) == (39, 1)
+    assert native._blocks((OnGpu(7, 6), OnGpu(7, 2))) == (7, 7)
+    assert native._blocks((OnGpu(1000, 6), None)) == (40, 0)
+    assert native._blocks((OnGpu(0, 6), OnGpu(0, 2))) == (0, 0)
+    assert native._blocks((random(1, 3, 2, 64), None)) == (0, 0)
+
+
 @pytest.mark.skipif(isinstance(native.load("cuda"), str), reason="no native CUDA library")
 def test_the_cuda_library_refuses_where_cuda_is_absent():
     if torch.cuda.is_available():
@@ -385,4 +551,10 @@ def test_the_cuda_library_refuses_where_cuda_is_absent():
         native.packing(tensors, angles)(*tensors, angles),
         native.norm_packing(tensors, norms)(norms, (None, None)),
     )
-    assert native.load("cuda").library.rope_dist_cuda_norm_rotary(*structs, 0) > 0
+    library = native.load("cuda").library
+    assert library.rope_dist_cuda_norm_rotary(*structs, 0) > 0
+    gradients = native.packed_gradients((q, None), (random(2, 32), None), (2, 0))
+    assert library.rope_dist_cuda_norm_rotary_backward(*structs, gradients, 0) > 0
+    # Queries without a block would stay unwritten.
+    gradients = native.packed_gradients((q, None), (None, None), (0, 0))
+    assert library.rope_dist_cuda_norm_rotary_backward(*structs, gradients, 0) == -1
