@@ -430,6 +430,7 @@ ONE_SET = {
     "sglang": "sglang chooses the factors of a whole batch by its longest text, whatever cached keys were made with",
     "mlx": "mlx reads every text by long_factor",
     "tensorrt-llm": "tensorrt-llm derives a scaling of cos and sin from the original and the extended length",
+    "exllamav3": "exllamav3 derives a scaling of cos and sin from the original and the extended length",
 }
 """Engine -> why a config with short and long factors that differ is not exact in it up to the trained length."""
 
