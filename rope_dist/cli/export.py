@@ -55,6 +55,9 @@ def _hf(
     config_only: Annotated[bool, flag("--config-only", "Write everything but the weights.")] = False,
     link: Annotated[bool, flag("--link", "Make hard links to the weights instead of copies.")] = False,
     engine: options.Engines = None,
+    force_engine: Annotated[
+        bool, flag("--force-engine", "Write it even where an --engine does not follow the plan.")
+    ] = False,
 ) -> None:
     """Write a Hugging Face directory (transformers, vLLM, SGLang).
 
@@ -68,7 +71,8 @@ def _hf(
 
     from ..export import hf, verify
 
-    out = hf(source, made, output, config_only=config_only, link=link, engines=engine or [], force=force)
+    written = {"config_only": config_only, "link": link, "force": force, "force_engine": force_engine}
+    out = hf(source, made, output, engines=engine or [], **written)
     print(f"{verify(out, made)}\n\nwrote {out}{_remark(made)}")
 
 

@@ -19,7 +19,7 @@ from ..files import check_target, copy_bytes, new_directory
 from ..layer_types import extended_layers, layer_typed, rope_parameters
 from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
-from .architectures import unable_model, unextendable
+from .architectures import check_names, reading, unextendable
 from .engines import check_engines
 from .stock import StockModel, changed, read_config
 from .verification import CONFIG, check_weights, read_json, verify
@@ -144,6 +144,7 @@ def hf(
     link: bool = False,
     engines: Iterable[str] = (),
     force: bool = False,
+    force_engine: bool = False,
 ) -> Path:
     """Write the extended model as a directory that stock engines load; it is verified before it appears.
 
@@ -156,6 +157,7 @@ def hf(
         link: hard links in place of copies of the weights (the same file system only).
         engines: names of :data:`ENGINES` that must run it exactly; those that cannot are refused.
         force: replace ``out`` if it is there.
+        force_engine: write it even where one of ``engines`` is not known to follow the plan, or known not to.
 
     Returns:
         The path of the directory.
@@ -166,6 +168,9 @@ def hf(
         OSError: the disk is full or not writable. The source is never changed.
     """
     out, engines = Path(out), tuple(engines)
+    check_names(engines)
+    if force_engine:
+        engines = ()
     check_engines(plan, engines)
     check_target(out, force=force, directory=True)
     if isinstance(model_or_dir, (str, os.PathLike)):
@@ -249,9 +254,17 @@ def check_model(model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterab
     if reason is not None:
         raise ValueError(f"the plan would change more of {text.model_type} than its frequencies: {reason}")
     for engine in engines:
-        reason = unable_model(engine, model)
-        if reason is not None:
-            raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {reason}")
+        found = reading(engine, model)
+        if found.how == "unknown":
+            raise ValueError(
+                f"it is not known whether {engine} runs {model.config.model_type} by a plan: {found.reason}; "
+                "--force-engine (force_engine=True) writes it all the same"
+            )
+        if found.how not in ("yes", "flag"):
+            raise ValueError(
+                f"{engine} cannot run {model.config.model_type} by a plan: {found.reason}; "
+                "--force-engine (force_engine=True) writes it all the same"
+            )
 
 
 def _finish(
