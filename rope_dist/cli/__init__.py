@@ -52,6 +52,6 @@ app.add_typer(eval.app, name="eval")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0, 1 where engines differ, 2 for bad input, 130 when interrupted)."""
+    """Run the command line; returns the exit code: 0, 1 (engines differ), 2 for bad input, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return run(app, arguments or ["--help"], "rope-dist")

@@ -75,14 +75,19 @@ def faults(file: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:
         found.append(
             f"there is a factor of {factor} without a rope_type: nothing scales by it. Write the rope_type."
         )
-    if kind == "yarn" and all(isinstance(v, (int, float)) and v > 0 for v in (original, factor, length)):
-        if abs(length / original / factor - 1) > 0.02:
-            found.append(
-                f"max_position_embeddings is {length}, and factor {factor:g} x original length {original} "
-                f"{round(factor * original)}: engines allow the first (ExLlamaV3 takes their ratio for the factor). Write "
-                "max_position_embeddings as the length to be read."
-            )
-    if kind == "linear" and original is None:
+    numbers = all(isinstance(v, (int, float)) and v > 0 for v in (original, factor, length))
+    if kind == "yarn" and numbers and abs(length / original / factor - 1) > 0.02:
+        found.append(
+            f"max_position_embeddings is {length}, and factor {factor:g} x original length {original} "
+            f"{round(factor * original)}: engines allow the first (ExLlamaV3 takes their ratio for the factor). "
+            "Write max_position_embeddings as the length to be read."
+        )
+    if kind in ("longrope", "su") and top is not None and length is not None and top < length:
+        found.append(
+            f"vLLM starts with {top} tokens and the short factors, unless --max-model-len says more; from then on it "
+            "takes the long factors for every text."
+        )
+    if kind == "linear" and original is None and "gemma3" not in str(text.get("model_type")):
         found.append(
             f"max_position_embeddings {length} of a linear scaling: vLLM and SGLang multiply it by the factor, all "
             "others do not."
@@ -113,15 +118,25 @@ def cause(engine: str, text: Mapping[str, Any]) -> str | None:
     reads_old = engine == "transformers-4" or (
         engine == "mlx" and text.get("model_type") not in MLX_READS_RECENT
     )
-    if reads_old and not old and isinstance(new, Mapping) and new:
-        if _kind(new) != "default" or text.get("rope_theta") is None:
-            return f"It does not read rope_parameters, which alone the file has. {BOTH_SCHEMAS}"
+    recent = isinstance(new, Mapping) and new and (_kind(new) != "default" or text.get("rope_theta") is None)
+    if reads_old and not old and recent:
+        return f"It does not read rope_parameters, which alone the file has. {BOTH_SCHEMAS}"
     rope = old or new
     if not isinstance(rope, Mapping):
         return None
     kind = _kind(rope)
+    if engine == "exllamav3" and text.get("rope_theta") not in (
+        None,
+        rope.get("rope_theta", text["rope_theta"]),
+    ):
+        return "It takes the rope_theta of the top level."
     if kind == "yarn":
-        if engine == "exllamav3" and rope.get("original_max_position_embeddings"):
+        original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+        if (
+            engine == "exllamav3"
+            and original
+            and text.get("max_position_embeddings") != original * (factor or 1)
+        ):
             return "It takes max_position_embeddings / original_max_position_embeddings for the factor."
         unread = []
         if engine in ("sglang", "mlx", "tensorrt-llm") and rope.get("attention_factor") is not None:
@@ -135,7 +150,7 @@ def cause(engine: str, text: Mapping[str, Any]) -> str | None:
     if kind in ("longrope", "su") and rope.get("attention_factor") is not None and engine != "transformers-4":
         return "It does not read attention_factor of a longrope: it derives the scaling from the lengths."
     if kind == "dynamic" and engine in ("vllm", "sglang", "tensorrt-llm"):
-        return "It computes dynamic NTK once, not by the length of the text: use yarn, or serve up to the trained length."
+        return "It computes dynamic NTK once, not by the length: use yarn, or serve up to the trained length."
     if kind == "linear" and engine in ("vllm", "sglang"):
         return "It multiplies max_position_embeddings by the factor: give it the length to be read as an argument."
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..layer_types import extended_layers, layer_typed
 from ..strategies import default_inv_freq
 from .architectures import ROPE_TYPES, reading
 from .config_faults import cause, faults, neighbours
-from .engines import ENGINES, VERSIONS, EngineConfig
+from .engines import ENGINES, TRANSFORMERS_4_KEYS, VERSIONS, EngineConfig
 from .gguf_reading import read as read_gguf
 from .stock import StockModel, read_config
 from .verification import CONFIG, SHAPE, read_json
@@ -132,8 +132,8 @@ def doctor(source: str | os.PathLike[str]) -> Diagnosis:
     """What each known engine computes from a checkpoint, and where they differ.
 
     Args:
-        source: a directory with a ``config.json`` (and perhaps GGUF files), a ``config.json``, a GGUF file, or a hub id,
-            of which ``config.json`` and small files beside it are read. Weights are not needed.
+        source: a directory with a ``config.json`` (and perhaps GGUF files), a ``config.json``, a GGUF file, or a hub
+            id, of which ``config.json`` and small files beside it are read. Weights are not needed.
 
     Raises:
         ValueError: there is nothing to read, or it is no JSON or no GGUF.
@@ -210,14 +210,14 @@ def _installed(model: StockModel | None, failure: str) -> Finding:
     if model is None:
         return Finding("transformers", version, None, None, "fails", failure)
 
+    kind = model.parameters.get("rope_type", "default")
+
     def read(config: Mapping[str, Any], tokens: int | None = None) -> EngineConfig:
         found = model.engine_config(tokens)
-        kind = model.parameters.get("rope_type", "default")
         return EngineConfig(found.inv_freq, found.attention_scaling, found.length, kind)
 
-    return _read(
-        "transformers", version, read, {"max_position_embeddings": model.text.max_position_embeddings}
-    )
+    config = {"max_position_embeddings": model.text.max_position_embeddings, "rope_scaling": model.parameters}
+    return _read("transformers", version, read, config)
 
 
 def _by_formula(engine: str, text: Mapping[str, Any], model: StockModel | None) -> Finding:
@@ -228,26 +228,25 @@ def _by_formula(engine: str, text: Mapping[str, Any], model: StockModel | None) 
     if model is not None:
         if engine not in ("mlx", "exllamav3"):
             _add_defaults(config, model)
-        found = reading(engine, model, kind if kind in ROPE_TYPES else "longrope")
-        version = found.version or version
-        if found.how == "unknown" and not _latent_yarn(config, kind):
-            return Finding(engine, version, None, None, "unknown", found.reason)
-        if found.how == "crash" and kind != "default":
-            return Finding(engine, version, None, None, "fails", found.reason)
-        if (
-            found.how == "ignored"
-            and kind != "default"
-            and not (engine == "transformers-4" and model.layer_typed)
-        ):
-            status, reason = "ignored", found.reason
+        found = reading(engine, model, _tabled_type(kind))
+        version, reason = found.version or version, found.reason
+        by_formula = engine == "transformers-4" and model.text.model_type in TRANSFORMERS_4_KEYS
+        by_formula |= engine == "mlx" and "old key `type`" in reason and "type" in rope
+        by_formula |= "its own original length" in reason and "original_max_position_embeddings" in text
+        by_formula |= engine == "transformers-4" and model.layer_typed
+        by_formula |= (
+            kind == "yarn" and config.get("kv_lora_rank") is not None
+        )  # DeepSeek's formula is known.
+        if not by_formula and found.how == "unknown":
+            return Finding(engine, version, None, None, "unknown", reason)
+        if not by_formula and found.how == "crash" and kind != "default":
+            return Finding(engine, version, None, None, "fails", reason)
+        if not by_formula and found.how == "ignored" and kind != "default":
+            status = "ignored"
             theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
             config.update(rope_scaling=None, rope_parameters=None, rope_theta=theta)
     found = _read(engine, version, ENGINES[engine], config)
-    return (
-        found
-        if status == "ok" or found.short is None
-        else Finding(engine, version, found.short, found.long, status, reason)
-    )
+    return found if status == "ok" or found.short is None else replace(found, status=status, reason=reason)
 
 
 def _add_defaults(config: dict[str, Any], model: StockModel) -> None:
@@ -258,25 +257,24 @@ def _add_defaults(config: dict[str, Any], model: StockModel) -> None:
             value = model.parameters.get(key)
         except ValueError:
             return
-        if config.get(key) is None and rope.get(key) is None and value is not None:
-            if not isinstance((config.get("rope_parameters") or {}).get(key), (int, float)):
-                config[key] = value
+        recent = (config.get("rope_parameters") or {}).get(key)
+        if value is not None and config.get(key) is None and rope.get(key) is None and recent is None:
+            config[key] = value
 
 
-def _latent_yarn(config: Mapping[str, Any], kind: str) -> bool:
-    """Multi-head latent attention with YaRN, whose formula is known."""
-    return kind == "yarn" and config.get("kv_lora_rank") is not None
+def _tabled_type(kind: str) -> str:
+    """The name in the tables of ``architectures.py``, for the types that they have not, of one without exceptions."""
+    kind = {"mrope": "default", "su": "longrope"}.get(kind, kind)
+    return kind if kind in ROPE_TYPES else "linear"
 
 
 def _read(engine: str, version: str, read: Callable[..., EngineConfig], config: Mapping[str, Any]) -> Finding:
     try:
-        try:
-            short = long = read(config)
-        except ValueError as error:
-            if "change with the length" not in str(error):
-                raise
+        if _changing(config):
             length = int(config["max_position_embeddings"])
             short, long = read(config, tokens=1), read(config, tokens=2 * length)
+        else:
+            short = long = read(config)
         if not bool(torch.isfinite(short.inv_freq).all()):
             raise ValueError("its frequencies are not finite")
         return Finding(engine, version, short, long)
@@ -284,6 +282,16 @@ def _read(engine: str, version: str, read: Callable[..., EngineConfig], config: 
         return Finding(engine, version, None, None, "fails", f"its config has no {error.args[0]!r}")
     except (ValueError, TypeError, ArithmeticError, AttributeError, RuntimeError) as error:
         return Finding(engine, version, None, None, "fails", " ".join(str(error).split())[:300])
+
+
+def _changing(config: Mapping[str, Any]) -> bool:
+    """Whether frequencies change with the length in some engines."""
+    for rope in (config.get("rope_scaling"), config.get("rope_parameters")):
+        if isinstance(rope, Mapping):
+            kind = rope.get("rope_type", rope.get("type"))
+            if kind == "dynamic" or rope.get("short_factor") != rope.get("long_factor"):
+                return True
+    return False
 
 
 def _gguf(path: Path, name: str) -> Finding:
@@ -369,7 +377,8 @@ def _reference(findings: list[Finding]) -> Finding | None:
 def _difference(found: Finding, reference: Finding) -> str | None:
     name = f"{reference.engine} {reference.version}"
     if found.short is None or found.long is None or reference.short is None or reference.long is None:
-        return f"fails on it: {found.reason.rstrip('.')}"
+        reason = found.reason.strip('".')
+        return f"fails on it: {reason}"
     relative = GGUF_TOLERANCE if found.engine.startswith("llama.cpp") else TOLERANCE
     for text, mine, other in (
         ("", found.short, reference.short),
@@ -391,18 +400,10 @@ def _compared(mine: EngineConfig, other: EngineConfig, name: str, relative: floa
     if not torch.allclose(found, expected, rtol=relative, atol=1e-30):
         ratios = (found / expected).nan_to_num(1.0).clamp(min=1e-30)
         pair = int(ratios.log().abs().argmax())
-        kind = "drops the scaling: " if mine.rope_type == "default" != other.rope_type else ""
-        return (
-            (
-                f"{kind}its frequencies differ from those of {name}, most in pair {pair}: {float(found[pair]):.6g} "
-                f"radians per token, {float(expected[pair]):.6g} there"
-            )
-            if not kind
-            else (
-                f"drops the {other.rope_type} scaling of {name}: the frequency of pair {pair} is {float(found[pair]):.6g} "
-                f"radians per token, {float(expected[pair]):.6g} there"
-            )
-        )
+        numbers = f"{float(found[pair]):.6g} radians per token, {float(expected[pair]):.6g} there"
+        if mine.rope_type == "default" != other.rope_type:
+            return f"drops the {other.rope_type} scaling of {name}: the frequency of pair {pair} is {numbers}"
+        return f"computes other frequencies than {name}, most in pair {pair}: {numbers}"
     if not math.isclose(mine.attention_scaling, other.attention_scaling, rel_tol=1e-6):
         return f"scales cos and sin by {mine.attention_scaling:.6g}, {name} by {other.attention_scaling:.6g}"
     return None

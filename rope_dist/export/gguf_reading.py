@@ -111,7 +111,9 @@ class GgufFile:
             )
 
     def engine_config(self, tokens: int | None = None) -> EngineConfig:
-        """What llama.cpp computes from the file with its default arguments (its commit 0c1e57098, of llama-cpp-python 0.3.36).
+        """What llama.cpp computes from the file with its default arguments.
+
+        Read in its commit 0c1e57098, which llama-cpp-python 0.3.36 has.
 
         Args:
             tokens: of the context of a sequence, by which it chooses between short and long factors. None: of any.

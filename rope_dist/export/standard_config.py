@@ -47,10 +47,12 @@ def standard_rope(config: Mapping[str, Any], *, vllm: bool = False, top_level: b
     if vllm and kind == "mrope" and "mrope_section" not in rope:
         raise KeyError("mrope_section")
     if vllm:
-        kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
+        kind = "longrope" if kind == "su" else kind
         if kind == "telechat3-yarn":
             kind = "yarn"
             rope["attention_factor"] = 0.07 * math.log(rope["factor"]) + 1.0
+    if kind == "mrope" and "mrope_section" in rope:
+        kind = "default"  # So do the config classes that have it.
     if config.get("model_type") == "phi3" and kind in ("su", "yarn"):
         kind = "longrope"
     rope["rope_type"] = kind
