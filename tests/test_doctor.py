@@ -9,44 +9,49 @@ import rope_dist
 from rope_dist import export
 from rope_dist.cli import main
 
-L = dict(
-    architectures=["LlamaForCausalLM"],
-    model_type="llama",
-    hidden_size=4096,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    num_hidden_layers=1,
-    vocab_size=256,
-    intermediate_size=64,
-)
-l3 = dict(
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-    rope_type="llama3",
-)
-Q = dict(L, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
-Q3 = dict(L, architectures=["Qwen3ForCausalLM"], model_type="qwen3")
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "num_hidden_layers": 1,
+    "vocab_size": 256,
+    "intermediate_size": 64,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+QWEN2 = dict(LLAMA, architectures=["Qwen2ForCausalLM"], model_type="qwen2")
+QWEN3 = dict(LLAMA, architectures=["Qwen3ForCausalLM"], model_type="qwen3")
 CONFIGS = {
-    "llama31_v4": dict(L, max_position_embeddings=131072, rope_theta=500000.0, rope_scaling=l3),
-    "llama31_v5": dict(L, max_position_embeddings=131072, rope_parameters=dict(l3, rope_theta=500000.0)),
+    "llama31_v4": dict(LLAMA, max_position_embeddings=131072, rope_theta=500000.0, rope_scaling=LLAMA3),
+    "llama31_v5": dict(
+        LLAMA, max_position_embeddings=131072, rope_parameters=dict(LLAMA3, rope_theta=500000.0)
+    ),
     "qwen25": dict(
-        Q,
+        QWEN2,
         max_position_embeddings=32768,
         rope_theta=1e6,
-        rope_scaling=dict(factor=4.0, original_max_position_embeddings=32768, type="yarn"),
+        rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
     ),
     "qwen3_v5": dict(
-        Q3,
+        QWEN3,
         max_position_embeddings=131072,
-        rope_parameters=dict(
-            rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32768
-        ),
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+        },
     ),
     "phi3": dict(
-        L,
+        LLAMA,
         architectures=["Phi3ForCausalLM"],
         model_type="phi3",
         hidden_size=3072,
@@ -56,14 +61,14 @@ CONFIGS = {
         original_max_position_embeddings=4096,
         rope_theta=1e4,
         pad_token_id=0,
-        rope_scaling=dict(
-            type="longrope",
-            short_factor=[1.0 + i / 100 for i in range(48)],
-            long_factor=[1.0 + i for i in range(48)],
-        ),
+        rope_scaling={
+            "type": "longrope",
+            "short_factor": [1.0 + i / 100 for i in range(48)],
+            "long_factor": [1.0 + i for i in range(48)],
+        },
     ),
     "dsv3": dict(
-        L,
+        LLAMA,
         architectures=["DeepseekV3ForCausalLM"],
         model_type="deepseek_v3",
         kv_lora_rank=512,
@@ -74,18 +79,18 @@ CONFIGS = {
         head_dim=64,
         max_position_embeddings=163840,
         rope_theta=10000,
-        rope_scaling=dict(
-            beta_fast=32,
-            beta_slow=1,
-            factor=40,
-            mscale=1.0,
-            mscale_all_dim=1.0,
-            original_max_position_embeddings=4096,
-            type="yarn",
-        ),
+        rope_scaling={
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
     ),
     "gptoss": dict(
-        L,
+        LLAMA,
         architectures=["GptOssForCausalLM"],
         model_type="gpt_oss",
         hidden_size=2880,
@@ -93,17 +98,17 @@ CONFIGS = {
         head_dim=64,
         max_position_embeddings=131072,
         rope_theta=150000,
-        rope_scaling=dict(
-            beta_fast=32.0,
-            beta_slow=1.0,
-            factor=32.0,
-            original_max_position_embeddings=4096,
-            rope_type="yarn",
-            truncate=False,
-        ),
+        rope_scaling={
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
     ),
     "mistral": dict(
-        L,
+        LLAMA,
         architectures=["MistralForCausalLM"],
         model_type="mistral",
         max_position_embeddings=32768,
@@ -111,7 +116,7 @@ CONFIGS = {
         sliding_window=None,
     ),
     "mixtral": dict(
-        L,
+        LLAMA,
         architectures=["MixtralForCausalLM"],
         model_type="mixtral",
         max_position_embeddings=32768,
@@ -119,53 +124,59 @@ CONFIGS = {
         num_local_experts=2,
     ),
     "gemma3": dict(
-        L,
+        LLAMA,
         architectures=["Gemma3ForCausalLM"],
         model_type="gemma3_text",
         head_dim=256,
         max_position_embeddings=131072,
-        rope_parameters=dict(
-            full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6),
-            sliding_attention=dict(rope_type="default", rope_theta=1e4),
-        ),
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
         layer_types=["full_attention"],
     ),
     "qwen2vl": dict(
-        Q,
+        QWEN2,
         architectures=["Qwen2VLForConditionalGeneration"],
         model_type="qwen2_vl",
         max_position_embeddings=32768,
         rope_theta=1e6,
-        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]},
     ),
     "linear": dict(
-        L, max_position_embeddings=4096, rope_theta=1e4, rope_scaling=dict(type="linear", factor=4.0)
+        LLAMA, max_position_embeddings=4096, rope_theta=1e4, rope_scaling={"type": "linear", "factor": 4.0}
     ),
     "dynamic": dict(
-        L, max_position_embeddings=4096, rope_theta=1e4, rope_scaling=dict(type="dynamic", factor=2.0)
+        LLAMA, max_position_embeddings=4096, rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 2.0}
     ),
     "yarn_att": dict(
-        L,
+        LLAMA,
         max_position_embeddings=16384,
         rope_theta=1e4,
-        rope_scaling=dict(
-            rope_type="yarn", factor=4.0, original_max_position_embeddings=4096, attention_factor=1.0
-        ),
+        rope_scaling={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 4096,
+            "attention_factor": 1.0,
+        },
     ),
     "lost": dict(
-        L,
+        LLAMA,
         max_position_embeddings=16384,
         rope_theta=1e4,
-        rope_scaling=dict(rope_type="yarn", original_max_position_embeddings=4096),
+        rope_scaling={"rope_type": "yarn", "original_max_position_embeddings": 4096},
     ),
     "contra": dict(
-        L,
+        LLAMA,
         max_position_embeddings=16384,
         rope_theta=1e4,
         rope_scaling=None,
-        rope_parameters=dict(
-            rope_type="yarn", factor=4.0, rope_theta=5e5, original_max_position_embeddings=4096
-        ),
+        rope_parameters={
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "rope_theta": 5e5,
+            "original_max_position_embeddings": 4096,
+        },
     ),
 }
 
