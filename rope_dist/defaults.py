@@ -85,7 +85,7 @@ CORPUS_NAMES = (
     "pg19",
     "wikitext",
 )
-ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm")
+ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm", "exllamav3")
 METHODS = ("whole", "sliding", "grown")
 SCORINGS = ("generate", "decoys")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

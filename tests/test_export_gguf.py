@@ -292,7 +292,7 @@ class TestBadInput:
         other = tmp_path / "other.gguf"
         other.write_bytes(done.replace(b"llama", b"qwen2"))
         (check,) = export.verify(other, plan).checks
-        assert "no slot for factors in the architecture 'qwen2'" in check.reason
+        assert "the graph of the architecture 'qwen2' does not use" in check.reason
 
     def test_a_plan_for_another_model(self, fails, model, plan, source, tmp_path):
         for name, numbers in (
@@ -310,24 +310,29 @@ class TestBadInput:
         part = write_gguf(model, tmp_path / "part.gguf", split__count=(2, gguf.GGUFValueType.UINT16))
         assert "join them" in fails(of=part)
 
-    def test_scaling_at_run_time(self, fails, model, tmp_path):
+    def test_scaling_at_run_time(self, fails, source, model, tmp_path):
         """llama.cpp takes the long or the short factors of a longrope by the size of its context."""
-        longrope = write_gguf(
-            model,
-            tmp_path / "longrope.gguf",
-            llama__rope__scaling__type=("longrope", gguf.GGUFValueType.STRING),
-        )
-        assert "'longrope', whose frequencies llama.cpp chooses by the context" in fails(of=longrope)
+        dynamic = rope_dist.dynamic_plan(model, factor=2, strategy="pi")
+        out = export.gguf(source, dynamic, tmp_path / "longrope.gguf")
+        assert "which llama.cpp chooses by the context" in fails(of=out)
 
-    def test_a_yarn_of_another_kind(self, fails, model, tmp_path):
+    def test_settings_that_llama_cpp_does_not_read_of_a_file(self, model, tmp_path):
+        """yarn_ext_factor and the betas are arguments, but for few architectures."""
         kinds = gguf.GGUFValueType
-        yarn = write_gguf(
-            model,
-            tmp_path / "yarn.gguf",
-            llama__rope__scaling__type=("yarn", kinds.STRING),
-            llama__rope__scaling__yarn_ext_factor=(0.5, kinds.FLOAT32),
-        )
-        assert "extrapolation factor" in fails(of=yarn)
+        fields = {
+            "llama__rope__scaling__type": ("yarn", kinds.STRING),
+            "llama__rope__scaling__factor": (4.0, kinds.FLOAT32),
+        }
+        plain = read(write_gguf(model, tmp_path / "yarn.gguf", **fields)).engine_config()
+        for key, value in (("ext_factor", 0.5), ("beta_fast", 8.0), ("attn_factor", 2.0)):
+            own = {f"llama__rope__scaling__yarn_{key}": (value, kinds.FLOAT32)}
+            found = read(write_gguf(model, tmp_path / f"{key}.gguf", **fields, **own)).engine_config()
+            assert torch.equal(found.inv_freq, plain.inv_freq)
+            assert found.attention_scaling == plain.attention_scaling
+        # This one is read, by every architecture.
+        own = {"llama__rope__scaling__attn_factor": (2.0, kinds.FLOAT32)}
+        found = read(write_gguf(model, tmp_path / "scaled.gguf", **fields, **own)).engine_config()
+        assert found.attention_scaling == pytest.approx(2 * plain.attention_scaling)
 
     def test_targets(self, fails, tmp_path, source):
         (tmp_path / "there.gguf").write_text("mine")

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, compare, demo, eval, export, info, plan, verify
+from . import bench, compare, demo, doctor, eval, export, info, plan, verify
 from . import run as run_script
 from .runner import Command, make_app, run
 from .script import Script
@@ -45,6 +45,7 @@ def _rope_dist(
 app.command("plan", cls=Command)(plan.run)
 app.command("compare", cls=Command)(compare.run)
 app.command("verify", cls=Command)(verify.run)
+app.command("doctor", cls=Command)(doctor.run)
 app.command("bench", cls=Command)(bench.run)
 app.command("demo", cls=Command)(demo.run)
 app.command("info", cls=Command)(info.run)
@@ -54,7 +55,7 @@ app.add_typer(eval.app, name="eval")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0, 2 for bad input, 130 when interrupted)."""
+    """Run the command line; returns the exit code: 0, 1 (engines differ), 2 for bad input, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     done = run(app, arguments or ["--help"], "rope-dist")
     # A user's script runs out here, where its errors are its own.
