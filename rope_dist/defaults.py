@@ -40,6 +40,10 @@ STRATEGIES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "refined": ("refinement.refined", {"tolerance": NUMBER, "slack": NUMBER, **_MEASURE}),
     "auto": ("auto.auto", {"fast_periods": NUMBER, "slow_periods": NUMBER, "attention_factor": NUMBER}),
+    "auto-yarn": (
+        "auto_yarn.auto_yarn",
+        {"beta_fast": NUMBER, "beta_slow": NUMBER, "attention_factor": NUMBER, "truncate": BOOLEAN},
+    ),
 }
 """Every strategy: its function in rope_dist/strategies, and what each of its settings takes.
 
