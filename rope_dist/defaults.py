@@ -88,6 +88,8 @@ CORPUS_NAMES = (
     "wikitext",
 )
 ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm")
+FLAG_ENGINES = ("vllm", "sglang", "llama-server", "transformers")
+"""Engines of ``rope-dist export flags``."""
 METHODS = ("whole", "sliding", "grown")
 SCORINGS = ("generate", "decoys")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -19,6 +19,7 @@ from ..planning import RopePlan
 from ..strategies import default_inv_freq
 from .architectures import unable_model, unextendable
 from .engines import ENGINES, EngineConfig, check_engines, unable
+from .forms import ROUNDING, written_form
 from .gguf_reading import read as read_gguf
 from .stock import StockModel, changed, read_config
 
@@ -84,8 +85,8 @@ def verify(
             too, e.g. the scaling of its softmax. Not for GGUF.
 
     Returns:
-        A check for each engine. Frequencies of a config are compared bit for bit, those of a GGUF file to 1e-6
-        (llama.cpp multiplies its own).
+        A check for each engine. Frequencies of a longrope are compared bit for bit, those of a native form to the
+        rounding of float32, those of a GGUF file to 1e-6 (llama.cpp multiplies its own).
 
     Raises:
         ValueError: the artefact cannot be read: missing, truncated, without one of its shards.
@@ -154,8 +155,9 @@ def _directory(
     engines: tuple[str, ...],
     source: PretrainedConfig | str | os.PathLike[str] | None,
 ) -> list[Check]:
-    check_engines(plan, engines)
     file = read_json(path / CONFIG)
+    form = written_form(file)
+    check_engines(plan, engines, form)
     if any(n.name.endswith((".safetensors", ".index.json", ".bin")) for n in path.iterdir()):
         check_weights(path)
     model = StockModel(read_config(path))
@@ -166,7 +168,7 @@ def _directory(
     nothing = unextendable(model)
     checks = []
     for engine in ("transformers", *ENGINES):
-        reason = nothing or unable_model(engine, model) or unable(engine, plan)
+        reason = nothing or unable_model(engine, model) or unable(engine, plan, form)
         if reason is not None:
             checks.append(Check(engine, reason, required=engine in ("transformers", *engines)))
             continue
@@ -174,7 +176,9 @@ def _directory(
             read = functools.partial(_installed_transformers, model, before)
         else:
             read = functools.partial(_by_formula, ENGINES[engine], file, model)
-        checks.append(_compare(engine, read, plan))
+        # Two formulas for the same frequencies differ by roundings, the factors of a longrope do not.
+        relative = 0.0 if form == "longrope" else ROUNDING
+        checks.append(_compare(engine, read, plan, relative=relative))
     return checks
 
 
