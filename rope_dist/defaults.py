@@ -87,7 +87,7 @@ CORPUS_NAMES = (
     "pg19",
     "wikitext",
 )
-ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm")
+ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm", "exllamav3")
 FLAG_ENGINES = ("vllm", "sglang", "llama-server", "transformers")
 """Engines of ``rope-dist export flags``."""
 METHODS = ("whole", "sliding", "grown")

@@ -291,7 +291,7 @@ class TestBadInput:
         assert "factors are missing" in error
         config = {**json.loads((source / "config.json").read_text()), **export.config_entries(plan)}
         for key, value, reason in (
-            ("original_max_position_embeddings", 64, "64 tokens"),
+            ("original_max_position_embeddings", 64, "scaled by 1.08012"),
             ("max_seq_len", 64, "64 tokens"),
             ("rope_scaling", {**config["rope_scaling"], "long_factor": [1.0] * 8}, "change with the length"),
             (

@@ -78,6 +78,7 @@ def gguf_rope(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is damaged, has no slot for factors, or is scaled already (its plan needs its config).
     """
     source = read(path)
+    source.check_slot()
     found = source.engine_config()
     plain = default_inv_freq(source.theta, source.head_dim)
     if not _close(found.inv_freq, plain) or found.attention_scaling != 1:
@@ -88,6 +89,7 @@ def gguf_rope(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_plan(source: GgufFile, plan: RopePlan) -> None:
+    source.check_slot()
     found = source.engine_config()
     for what, planned, own in (
         ("head_dim", plan.head_dim, source.head_dim),

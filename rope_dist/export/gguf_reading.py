@@ -20,11 +20,27 @@ import torch
 from ..optional import require
 from ..strategies import default_inv_freq
 from .engines import EngineConfig
+from .rope_types import yarn_mscale
 
 FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 SLOTS = ("llama",)
-"""Architectures of GGUF whose loader takes the factor tensor and whose graph uses it and ``attn_factor``."""
+"""Architectures of GGUF whose loader takes the factor tensor and whose graph uses it and ``attn_factor``: tried."""
+TAKES_FACTORS = frozenset((
+    "apertus", "arcee", "bailingmoe", "cohere2", "cohere2moe", "deci", "deepseek", "eagle3", "exaone", "exaone-moe",
+    "exaone4", "granite", "granite-hybrid", "granite-swa", "granite-switch", "hunyuan-moe", "hunyuan-vl", "hy-v3",
+    "llama", "llama4", "minicpm3", "mistral3", "nanbeige", "phi3", "phimoe", "step35",
+))  # fmt: skip
+"""Architectures whose graph in llama.cpp (0c1e57098) uses factor tensors: read."""
+YARN_SETTINGS = {
+    "ext_factor": ("grok",),
+    "attn_factor": ("grok",),
+    "beta_fast": ("grok", "mistral3"),
+    "beta_slow": ("grok", "mistral3"),
+    "log_multiplier": ("deepseek2", "deepseek32", "mistral3"),
+}
+"""``rope.scaling.yarn_...`` -> architectures that read it of the file. For all others they are arguments only, and
+``attn_factor`` is without effect beside YaRN: ``rope.scaling.attn_factor``, which all read, is the one to write."""
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEAD_DIM = 1 << 16  # A damaged number must not become an allocation.
@@ -86,8 +102,16 @@ class GgufFile:
         field = self.fields.get(f"{self.architecture}.{key}")
         return default if field is None else field.value
 
+    def check_slot(self) -> None:
+        """``ValueError`` unless llama.cpp has a slot for factors in this architecture that is known to work."""
+        if self.architecture not in SLOTS:
+            raise ValueError(
+                f"llama.cpp has no slot for factors in the architecture {self.architecture!r} that is known to work; "
+                f"it has one in {', '.join(SLOTS)}"
+            )
+
     def engine_config(self, tokens: int | None = None) -> EngineConfig:
-        """What llama.cpp computes from the file.
+        """What llama.cpp computes from the file with its default arguments (its commit 0c1e57098, of llama-cpp-python 0.3.36).
 
         Args:
             tokens: of the context of a sequence, by which it chooses between short and long factors. None: of any.
@@ -95,58 +119,91 @@ class GgufFile:
         Raises:
             ValueError: it is unknown, or depends on the context.
         """
-        if self.architecture not in SLOTS:
-            raise ValueError(
-                f"llama.cpp has no slot for factors in the architecture {self.architecture!r} that is known to work; "
-                f"it has one in {', '.join(SLOTS)}"
-            )
         kind = self.value("rope.scaling.type", "linear")
-        if kind not in ("none", "linear", "yarn") and (kind != "longrope" or tokens is None):
-            raise ValueError(
-                f"its rope.scaling.type is {kind!r}, whose frequencies llama.cpp chooses by the context it is given"
-            )
-        factors, name = torch.ones(self.head_dim // 2), FACTORS
-        if kind == "longrope" and tokens is not None:
-            original = self._number("rope.scaling.original_context_length", 0)
-            long = tokens > (original or self._number("context_length", 0))
-            name = LONG_FACTORS if long else SHORT_FACTORS
-        if name in self.tensors:
-            factors = self._factors(name)
-        scaling = self._number("rope.scaling.attn_factor", 1.0)
+        if kind not in ("none", "linear", "yarn", "longrope"):
+            raise ValueError(f"its rope.scaling.type is {kind!r}, which llama.cpp does not know")
+        factors = self._factor_tensor(tokens)
         # Zero means not given.
         stretch = self._number("rope.scaling.factor", 0) or self._number("rope.scale_linear", 0) or 1.0
-        if kind in ("linear", "longrope"):
+        if kind == "none":
+            stretch = 1.0
+        scaling = self._number("rope.scaling.attn_factor", 1.0)
+        mixed = self._yarn_setting("ext_factor", -1.0)
+        if mixed < 0:
+            mixed = 1.0 if kind == "yarn" else 0.0
+        if mixed:
+            factors = factors * self._yarn(stretch, mixed)
+            scaling *= self._yarn_mscale(stretch)
+        else:
             factors = factors * stretch
-        elif kind == "yarn":
-            factors = factors * self._yarn(stretch)
-            # llama.cpp scales by this itself, and by attn_factor on top.
-            scaling *= 1 + 0.1 * math.log(stretch) if stretch > 1 else 1.0
+            scaling *= self._yarn_setting("attn_factor", 1.0)
+        length = int(self._number("context_length", 0))
+        read_as = kind if stretch != 1 or kind == "longrope" else "default"
         return EngineConfig(
             default_inv_freq(self.theta, self.head_dim, factors),
             scaling,
-            int(self.value("context_length", 0)),
+            length,
+            f"{read_as}, factors" if FACTORS in self.tensors else read_as,
         )
 
-    def _yarn(self, stretch: float) -> torch.Tensor:
+    def _factor_tensor(self, tokens: int | None) -> torch.Tensor:
+        """``[head_dim / 2]``: of the tensor that llama.cpp takes for a context of ``tokens``, or ones."""
+        name = FACTORS
+        if SHORT_FACTORS in self.tensors or LONG_FACTORS in self.tensors:
+            if tokens is None and not self._factors_agree():
+                raise ValueError(
+                    "it has factors for short and long contexts, which llama.cpp chooses by the context it is given"
+                )
+            original = self._number("rope.scaling.original_context_length", 0)
+            long = tokens is None or tokens > (original or self._number("context_length", 0))
+            name = LONG_FACTORS if long else SHORT_FACTORS
+        if FACTORS in self.tensors:
+            name = FACTORS
+        if name not in self.tensors:
+            return torch.ones(self.head_dim // 2)
+        if self.architecture not in TAKES_FACTORS:
+            raise ValueError(
+                f"it has {name}, which the graph of the architecture {self.architecture!r} does not use"
+            )
+        return self._factors(name)
+
+    def _factors_agree(self) -> bool:
+        names = (SHORT_FACTORS, LONG_FACTORS)
+        return all(name in self.tensors for name in names) and torch.equal(*map(self._factors, names))
+
+    def _yarn_setting(self, name: str, default: float) -> float:
+        """``rope.scaling.yarn_NAME``, which few architectures read; for the others it is an argument only."""
+        if self.architecture not in YARN_SETTINGS.get(name, ()):
+            return default
+        return self._number(f"rope.scaling.yarn_{name}", default)
+
+    def _yarn_mscale(self, stretch: float) -> float:
+        """The scaling of cos and sin, beside ``rope.scaling.attn_factor``."""
+        multiplier = self._yarn_setting("log_multiplier", 0.0)
+        if not multiplier:
+            return yarn_mscale(stretch)
+        all_dim = multiplier if self.architecture == "mistral3" else multiplier / 0.1
+        mscale = all_dim if self.architecture == "deepseek2" and all_dim != 1 else 1.0
+        return yarn_mscale(stretch, mscale) / yarn_mscale(stretch, all_dim)
+
+    def _yarn(self, stretch: float, mixed: float) -> torch.Tensor:
         """``[head_dim / 2]`` factors of llama.cpp's YaRN (``ggml_rope_yarn_corr_dims``), the same for any context."""
-        if self._number("rope.scaling.yarn_ext_factor", 1.0) != 1:
-            raise ValueError("its YaRN has an extrapolation factor of its own, which is not known here")
         original = self._number("rope.scaling.original_context_length", 0) or self._number(
             "context_length", 0
         )
-        fast = self._number("rope.scaling.yarn_beta_fast", 32.0)
-        slow = self._number("rope.scaling.yarn_beta_slow", 1.0)
+        fast, slow = self._yarn_setting("beta_fast", 32.0), self._yarn_setting("beta_slow", 1.0)
         if min(original, fast, slow, stretch) <= 0 or self.theta <= 1:
             raise ValueError("its YaRN has settings out of range")
 
-        def dimension(periods: float) -> float:
+        def dimension(periods: float) -> np.float32:
             """The dimension whose pair has ``periods`` periods within the original length."""
-            return self.head_dim * math.log(original / (periods * 2 * math.pi)) / (2 * math.log(self.theta))
+            logarithm = np.log(np.float32(original) / (np.float32(periods) * 2 * np.float32(math.pi)))
+            return self.head_dim * logarithm / (2 * np.log(np.float32(self.theta)))
 
         low = max(0, math.floor(dimension(fast)))
         high = min(self.head_dim - 1, math.ceil(dimension(slow)))
         pairs = torch.arange(self.head_dim // 2, dtype=torch.float64)
-        kept = 1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)
+        kept = (1 - ((pairs - low) / max(0.001, high - low)).clamp(0, 1)) * mixed
         return 1 / (kept + (1 - kept) / stretch)
 
     def trained_lengths(self) -> tuple[int, ...]:
