@@ -88,6 +88,7 @@ CORPUS_NAMES = (
     "wikitext",
 )
 ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm", "exllamav3")
+FORM_NAMES = ("native", "longrope")
 FLAG_ENGINES = ("vllm", "sglang", "llama-server", "transformers")
 """Engines of ``rope-dist export flags``."""
 METHODS = ("whole", "sliding", "grown")

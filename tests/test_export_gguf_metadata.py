@@ -100,8 +100,21 @@ def test_llama_server_flags_run_the_plan(architecture, strategy, tmp_path, capsy
     assert main(arguments) == 0
     words = shlex.split(capsys.readouterr().out)
     assert words == shlex.split(llama_server_arguments(plan, architecture))
+    assert words[:2] == ["-c", "128"]
+    flags, overrides = words[2:], {}
+    while "--override-kv" in flags:
+        i = flags.index("--override-kv")
+        _, entry = flags[i : i + 2]
+        del flags[i : i + 2]
+        key, kind, value = entry.replace("=", ":").split(":")
+        overrides[key] = {"int": int, "float": float}[kind](value)
+    # The binding has no overrides: a file with these entries is what llama.cpp makes of them.
+    assert overrides.pop(f"{architecture}.context_length") == 128
+    fields = {k.replace(".", "__"): (v, gguf.GGUFValueType.FLOAT32) for k, v in overrides.items()}
+    assert bool(fields) == (strategy == "auto-yarn")
+    file = write_gguf(model, tmp_path / "overridden.gguf", context_length=128, **fields)
     with rope_dist.enable(model, plan=plan):
-        same, difference = compare(model, LlamaCpp(source, 192, flags=words), IDS)
+        same, difference = compare(model, LlamaCpp(file, 192, flags=flags), IDS)
         assert same
         assert difference < 1e-3
         assert compare(model, LlamaCpp(source, 192), IDS)[1] > 0.05

@@ -124,7 +124,7 @@ def _gguf_tensors(model):
 class LlamaCpp:
     """llama.cpp with float32 caches on one thread: greedy tokens and log-probabilities of token ids."""
 
-    def __init__(self, path, n_ctx, threads=1):
+    def __init__(self, path, n_ctx, threads=1, flags=()):
         import xllamacpp
 
         p = xllamacpp.CommonParams()
@@ -134,6 +134,19 @@ class LlamaCpp:
         p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
+        for flag, value in zip(flags[::2], flags[1::2], strict=True):
+            # As common/arg.cpp sets them.
+            if flag == "--rope-scaling":
+                kind = f"LLAMA_ROPE_SCALING_TYPE_{value.upper()}"
+                p.rope_scaling_type = getattr(xllamacpp.llama_rope_scaling_type, kind)
+            elif flag == "--rope-scale":
+                p.rope_freq_scale = 1 / float(value)
+            elif flag == "--yarn-orig-ctx":
+                p.yarn_orig_ctx = int(value)
+            else:
+                name = flag.removeprefix("--").replace("-", "_")
+                assert hasattr(p, name), flag
+                setattr(p, name, float(value))
         self.server = xllamacpp.Server(p)
 
     def greedy(self, ids, count, forbidden=()):
