@@ -292,7 +292,7 @@ class TestBadInput:
         other = tmp_path / "other.gguf"
         other.write_bytes(done.replace(b"llama", b"qwen2"))
         (check,) = export.verify(other, plan).checks
-        assert "no slot for factors in the architecture 'qwen2'" in check.reason
+        assert "the graph of the architecture 'qwen2' does not use" in check.reason
 
     def test_a_plan_for_another_model(self, fails, model, plan, source, tmp_path):
         for name, numbers in (
@@ -310,24 +310,13 @@ class TestBadInput:
         part = write_gguf(model, tmp_path / "part.gguf", split__count=(2, gguf.GGUFValueType.UINT16))
         assert "join them" in fails(of=part)
 
-    def test_scaling_at_run_time(self, fails, model, tmp_path):
+    def test_scaling_at_run_time(self, fails, make_llama, tmp_path):
         """llama.cpp takes the long or the short factors of a longrope by the size of its context."""
-        longrope = write_gguf(
-            model,
-            tmp_path / "longrope.gguf",
-            llama__rope__scaling__type=("longrope", gguf.GGUFValueType.STRING),
-        )
-        assert "'longrope', whose frequencies llama.cpp chooses by the context" in fails(of=longrope)
-
-    def test_a_yarn_of_another_kind(self, fails, model, tmp_path):
-        kinds = gguf.GGUFValueType
-        yarn = write_gguf(
-            model,
-            tmp_path / "yarn.gguf",
-            llama__rope__scaling__type=("yarn", kinds.STRING),
-            llama__rope__scaling__yarn_ext_factor=(0.5, kinds.FLOAT32),
-        )
-        assert "extrapolation factor" in fails(of=yarn)
+        model = make_llama(initializer_range=0.3)
+        source = write_gguf(model, tmp_path / "longrope.gguf")
+        dynamic = rope_dist.dynamic_plan(model, factor=2, strategy="dprope")
+        export.gguf(source, dynamic, tmp_path / "dynamic.gguf")
+        assert "which llama.cpp chooses by the context" in fails(of=tmp_path / "dynamic.gguf")
 
     def test_targets(self, fails, tmp_path, source):
         (tmp_path / "there.gguf").write_text("mine")

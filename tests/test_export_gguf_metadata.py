@@ -82,7 +82,8 @@ class TestArchitectures:
         with rope_dist.enable(model, plan=plan):
             same, difference = compare(model, LlamaCpp(out, 192), IDS)
             assert same
-            assert difference < 1e-3
+            # llama.cpp looks Gemma's GELU up in a table of float16.
+            assert difference < (5e-3 if architecture == "gemma" else 1e-3)
             # Both see the frequencies and the scaling.
             plain = write_gguf(model, tmp_path / "plain.gguf", context_length=128)
             assert compare(model, LlamaCpp(plain, 192), IDS)[1] > 0.05
@@ -117,7 +118,8 @@ def test_llama_server_flags_run_the_plan(architecture, strategy, tmp_path, capsy
         same, difference = compare(model, LlamaCpp(file, 192, flags=flags), IDS)
         assert same
         assert difference < 1e-3
-        assert compare(model, LlamaCpp(source, 192), IDS)[1] > 0.05
+        plain = write_gguf(model, tmp_path / "plain.gguf", context_length=128)
+        assert compare(model, LlamaCpp(plain, 192), IDS)[1] > 0.05
 
 
 class TestRefusals:
