@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import defaults
-from .export.architectures import unable_model, unextendable
+from .export.architectures import reading, unextendable
 from .export.engines import ENGINES
 from .export.stock import StockModel
 from .hf import enable, report, summary, supported
@@ -110,9 +110,15 @@ def _engines(config: PretrainedConfig) -> str:
     nothing = unextendable(model)
     if nothing is not None:
         return nothing
-    reasons = {engine: unable_model(engine, model) for engine in ("transformers", *ENGINES)}
-    able = ", ".join(engine for engine, reason in reasons.items() if reason is None)
-    return "; ".join([able, *(f"not {engine}: {reason}" for engine, reason in reasons.items() if reason)])
+    able, others = [], []
+    for engine in ("transformers", *ENGINES):
+        how, version, reason = reading(engine, model)
+        name = f"{engine} {version}".strip()
+        if how in ("yes", "flag"):
+            able.append(name if how == "yes" else f"{name} ({reason})")
+        else:
+            others.append(f"{'unknown for' if how == 'unknown' else 'not'} {name}: {reason}")
+    return "; ".join([", ".join(able), *others])
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -157,7 +157,9 @@ def recorded_theta(config: PretrainedConfig) -> float | None:
     if recorded_extension(config) is None:
         return None
     theta = config.rope_dist.get("rope_theta")
-    return None if theta is None else check_number(theta, "rope_theta of the record of rope_dist", positive=True)
+    return (
+        None if theta is None else check_number(theta, "rope_theta of the record of rope_dist", positive=True)
+    )
 
 
 def tokenizer_length(config: PretrainedConfig) -> int | None:

@@ -1,4 +1,4 @@
-"""GGUF by metadata alone: llama.cpp computes what the enabled model computes, in architectures without a factor slot."""
+"""GGUF by metadata: llama.cpp computes what the enabled model computes, also in architectures without a factor slot."""
 
 import shlex
 
@@ -131,7 +131,7 @@ class TestRefusals:
             rope_dist.plan(model, factor=2, strategy="yarn", beta_fast=4),  # which a file cannot say
             rope_dist.plan(model, factor=2, strategy="yarn", truncate=False),
         ):
-            with pytest.raises(ValueError, match="only yarn .betas 32 and 1., pi and ntk"):
+            with pytest.raises(ValueError, match=r"only yarn .betas 32 and 1., pi and ntk"):
                 export.gguf(source, plan, tmp_path / "out.gguf")
         assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
 

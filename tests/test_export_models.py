@@ -177,7 +177,7 @@ class TestComposite:
         text.__dict__.update(plan.config_overrides(text))
         config.save_pretrained(tmp_path / "saved")
         found = export.verify(tmp_path / "saved", plan)
-        assert found.checks[0] == export.Check("transformers", None)
+        assert (found.checks[0].engine, found.checks[0].reason) == ("transformers", None)
         make().save_pretrained(tmp_path / "plain")
         assert "factors are missing" in reasons(tmp_path / "plain", plan)["transformers"]
         if make is gemma3:
@@ -304,15 +304,24 @@ class TestEngines:
             ("Olmo2", "transformers-4", "`type` and a `factor`"),
             ("Phi3", "transformers-4", "`short_factor` and `long_factor`"),
             ("Cohere", "vllm", "pairs neighbouring dimensions"),
-            ("Glm", "vllm", "pairs neighbouring dimensions"),
             ("Ernie4_5", "vllm", "pairs neighbouring dimensions"),
+            ("Glm4", "vllm", "pairs neighbouring dimensions"),
+            ("GptOss", "vllm", "takes every type for yarn"),
             ("Cohere", "sglang", "pairs neighbouring dimensions"),
-            ("Cohere", "mlx", "pairs neighbouring dimensions"),
             ("DeepseekV3", "vllm", "DeepSeek's YaRN"),
             ("DeepseekV3", "sglang", "DeepSeek's YaRN"),
-            ("Mixtral", "mlx", "does not scale"),
-            ("Gemma2", "mlx", "does not scale"),
-            ("Qwen3Moe", "mlx", "does not scale"),
+            ("Mixtral", "sglang", "mixtral.py:174 is given theta alone"),
+            ("Gemma", "sglang", "gemma.py:130 is given theta alone"),
+            ("Gemma2", "sglang", "gemma2.py:154 is given theta alone"),
+            ("Starcoder2", "sglang", "starcoder2.py:103 is given theta alone"),
+            ("Qwen3Moe", "sglang", "qwen3_moe.py:723 passes fused_set_kv_buffer_arg"),
+            ("GptOss", "sglang", "passes fused_set_kv_buffer_arg"),
+            ("Cohere", "mlx", "cohere.py:67 is given theta alone"),
+            ("Mixtral", "mlx", "mixtral.py:59 is given theta alone"),
+            ("Gemma", "mlx", "gemma.py:53 is given theta alone"),
+            ("Gemma2", "mlx", "gemma2.py:57 is given theta alone"),
+            ("Qwen3Moe", "mlx", "qwen3_moe.py:61 is given theta alone"),
+            ("GptOss", "mlx", "no max_position_embeddings"),
         ],
     )
     def test_what_is_known_to_fail_is_not_as_planned(self, kind, engine, reason, directory, tmp_path):

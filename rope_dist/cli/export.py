@@ -63,6 +63,9 @@ def _hf(
             "native (yarn, linear, llama3, a new base) or longrope (default: native where it is one).",
         ),
     ] = None,
+    force_engine: Annotated[
+        bool, flag("--force-engine", "Write it even where an --engine does not follow the plan.")
+    ] = False,
 ) -> None:
     """Write a Hugging Face directory (transformers, vLLM, SGLang).
 
@@ -76,9 +79,14 @@ def _hf(
 
     from ..export import hf, verify
 
-    out = hf(
-        source, made, output, config_only=config_only, link=link, engines=engine or [], form=form, force=force
-    )
+    written = {
+        "config_only": config_only,
+        "link": link,
+        "force": force,
+        "force_engine": force_engine,
+        "form": form,
+    }
+    out = hf(source, made, output, engines=engine or [], **written)
     print(f"{verify(out, made)}\n\nwrote {out}{_remark(made)}")
 
 
@@ -113,7 +121,9 @@ def _flags(
     engine: Annotated[
         str,
         typer.Argument(
-            metavar="ENGINE", help=f"One of {', '.join(FLAG_ENGINES)}.", parser=values.one_of("engine", FLAG_ENGINES)
+            metavar="ENGINE",
+            help=f"One of {', '.join(FLAG_ENGINES)}.",
+            parser=values.one_of("engine", FLAG_ENGINES),
         ),
     ],
     source: options.Source = None,

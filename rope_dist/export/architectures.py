@@ -1,13 +1,26 @@
-"""Model types that an engine runs with a plan's longrope, beyond what the formulas of ``engines.py`` tell.
+"""Whether an engine's model of an architecture reads the rotary parameters of its config.
 
-Known failures are listed. In transformers 4 and MLX every model reads its config in its own way, so that the model
-types known to work are listed instead: tested for transformers 4, from the source code for MLX.
+The formulas of ``engines.py`` are of an engine's rotary class; whether a model file hands it the config's parameters
+is another question for every file. ``engine_models.json`` answers it for vLLM, SGLang, mlx-lm and ExLlamaV3; it is
+written by ``tools/engine_models.py`` from the engines' source code. transformers 4 was tried. What is in no table is
+"unknown".
 """
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
 from .. import layer_types
+from .engines import ENGINES
+from .gguf_reading import SLOTS
 from .stock import StockModel
+
+STATUSES = ("yes", "ignored", "crash", "flag", "unknown")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 TRANSFORMERS_4 = frozenset((
     "apertus", "arcee", "aria_text", "bamba", "bitnet", "code_llama", "cohere", "deepseek_v2",
@@ -41,47 +54,142 @@ TRANSFORMERS_4_REFUSES = {
 }
 """``model_type`` that fails in transformers 4.57.6 (tried)."""
 
-MLX = frozenset((
-    "apertus", "bitnet", "dots1", "exaone", "exaone4", "falcon_h1", "granite", "granitemoe", "llama", "mimo",
-    "mistral", "olmo2", "olmoe", "qwen2", "qwen3", "seed_oss", "smollm3",
-))  # fmt: skip
-"""``model_type`` whose model in mlx-lm 0.32 hands ``rope_scaling`` to a rotary embedding that knows longrope (read)."""
+
+TRANSFORMERS_4_VERSION = "4.57"
+
+TENSORRT_LLM = frozenset(("llama",))
+"""``model_type`` whose model in TensorRT-LLM takes ``RopeParams.from_config`` (read)."""
+
+
+class Reading(NamedTuple):
+    """How an engine's model of an architecture reads the rotary parameters of its config.
+
+    Attributes:
+        how: "yes"; "ignored": it runs with other frequencies and says nothing; "crash"; "flag": it reads them if it is
+            started with the flag that ``reason`` names; "unknown".
+        version: of the engine that was read or tried; empty where none was.
+        reason: why not "yes", with the place in the engine's source.
+    """
+
+    how: str
+    version: str = ""
+    reason: str = ""
+
+
+def reading(engine: str, model: StockModel, rope_type: str = "longrope") -> Reading:
+    """How ``engine`` reads a ``rope_type`` of this model's config.
+
+    Args:
+        engine: "transformers", one of :data:`ENGINES`, "exllamav3", "llama.cpp" or "ollama".
+        model: the model; its ``architectures``, or else the class of its ``model_type``, is looked up.
+        rope_type: one of :data:`ROPE_TYPES`; "default" is another theta.
+    """
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"unknown rope_type {rope_type!r}; there are {', '.join(ROPE_TYPES)}")
+    if engine == "transformers":
+        import transformers
+
+        return Reading("yes", transformers.__version__)
+    if model.layer_typed:
+        how = "ignored" if engine in ("transformers-4", "mlx") else "unknown"
+        return Reading(how, "", PER_LAYER_TYPE)
+    if engine == "transformers-4":
+        return _transformers_4(model)
+    if engine in tables():
+        return _tabled(engine, model, rope_type)
+    kind = model.text.model_type
+    if engine == "tensorrt-llm" and kind in TENSORRT_LLM and model.text is model.config:
+        return Reading("yes")
+    if engine == "llama.cpp" and kind in SLOTS:
+        return Reading("yes")
+    return Reading("unknown", "", f"what {engine} does with {kind} was not read")
+
+
+def check_names(engines: Iterable[str]) -> None:
+    """``ValueError`` for an unknown engine."""
+    for engine in engines:
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
+
+
+@functools.cache
+def tables() -> dict[str, dict[str, Any]]:
+    """Engine -> its version and how its models read each rope type, from ``engine_models.json``."""
+    return json.loads(Path(__file__).with_name("engine_models.json").read_text(encoding="utf-8"))
+
+
+def _transformers_4(model: StockModel) -> Reading:
+    version, kind = TRANSFORMERS_4_VERSION, model.text.model_type
+    if kind in TRANSFORMERS_4_REFUSES:
+        return Reading("crash", version, f"{kind}: {TRANSFORMERS_4_REFUSES[kind]}")
+    if kind not in TRANSFORMERS_4:
+        return Reading("unknown", version, f"{kind} was not tried in transformers {version}")
+    if model.part is not None and model.config.model_type not in TRANSFORMERS_4_PARTS:
+        return Reading(
+            "unknown", version, f"{model.config.model_type} was not tried in transformers {version}"
+        )
+    return Reading("yes", version)
+
+
+def _tabled(engine: str, model: StockModel, rope_type: str) -> Reading:
+    version, models = tables()[engine]["version"], tables()[engine]["models"]
+    kind = model.text.model_type
+    if engine in ("vllm", "sglang") and model.multimodal_positions and rope_type not in ("default", "yarn"):
+        reason = (
+            f"it has no {rope_type} for positions in time, height and width (mrope_section), which {kind} has"
+        )
+        return Reading("crash", version, reason)
+    names = [model.config.model_type] if engine == "mlx" else _architectures(model.config)
+    entry = next((models[name] for name in names if name in models), None)
+    if entry is not None and "as" in entry:
+        names = _architectures(model.text)
+        entry = next((models[name] for name in names if name in models), None)
+    if entry is None:
+        return Reading(
+            "unknown", version, f"{engine} {version} has no file of its own for {names[0] if names else kind}"
+        )
+    how, _, reason = entry.get(rope_type, entry["*"]).partition(": ")
+    if (
+        how == "yes"
+        and "sliding" in entry
+        and "sliding_attention" in (getattr(model.text, "layer_types", None) or ())
+    ):
+        how, _, reason = entry["sliding"].partition(": ")
+    own = getattr(type(model.text), "original_max_position_embeddings", None)
+    given = getattr(model.text, "original_max_position_embeddings", None)
+    if (
+        how == "yes"
+        and rope_type == "longrope"
+        and engine in ("vllm", "sglang")
+        and own is not None
+        and own == given
+    ):
+        # Its short_mscale and long_mscale would be derived from that length.
+        reason = f"the config of {kind} puts its own original length, {own}, over the one of its longrope"
+        return Reading("ignored", version, reason)
+    if how == "yes" and rope_type == "longrope" and engine != "exllamav3" and model.interleaved:
+        return Reading(
+            "unknown", version, f"{kind} pairs neighbouring dimensions, and its longrope rotates halves"
+        )
+    return Reading(how, version, reason)
+
+
+def _architectures(config: Any) -> list[str]:
+    """Names of the model's class: of the config, else those that transformers has for its type."""
+    from transformers.models.auto import modeling_auto as auto
+
+    names = list(config.architectures or ())
+    for mapping in ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
+        found = getattr(auto, mapping, {}).get(config.model_type, ())
+        names += [found] if isinstance(found, str) else found
+    return names
+
+
+PER_LAYER_TYPE = (
+    "the model has a rotary embedding per layer type, for which only transformers 5 has a form here"
+)
 
 
 def unextendable(model: StockModel) -> str | None:
     """Why no config makes an engine run this model by a plan, or None if one can."""
     return layer_types.unextendable(model.text)
-
-
-def unable_model(engine: str, model: StockModel) -> str | None:
-    """Why ``engine`` cannot run this model by a plan; None where no reason is known."""
-    if engine == "transformers":
-        return None
-    text = model.text
-    kind = text.model_type
-    if model.layer_typed:
-        return (
-            "the model has a rotary embedding per layer type, for which only transformers 5 has a form here"
-        )
-    if model.multimodal_positions and engine != "transformers-4":
-        return f"it has no longrope for positions in time, height and width (mrope_section), which {kind} has"
-    latent = getattr(text, "kv_lora_rank", None) is not None  # multi-head latent attention
-    if latent and engine in ("vllm", "sglang"):
-        return f"it takes every rotary scaling of {kind} (MLA) for DeepSeek's YaRN"
-    if engine in ("vllm", "sglang", "mlx") and (latent or model.interleaved):
-        return f"its longrope rotates halves of a head, and {kind} pairs neighbouring dimensions"
-    if engine == "transformers-4":
-        reason = TRANSFORMERS_4_REFUSES.get(kind)
-        if reason is not None:
-            return f"{kind}: {reason}"
-        if kind not in TRANSFORMERS_4:
-            return f"{kind} was not tried in transformers 4.57"
-        if model.part is not None and model.config.model_type not in TRANSFORMERS_4_PARTS:
-            return f"{model.config.model_type} was not tried in transformers 4.57"
-    if engine == "mlx" and kind not in MLX:
-        return f"mlx-lm does not scale the rotary embedding of {kind} by its config, as far as it was read"
-    if engine in ("mlx", "tensorrt-llm") and text is not model.config:
-        return f"what it does with a language model inside {model.config.model_type} is not known"
-    if engine == "tensorrt-llm" and latent:
-        return f"what it does with a longrope of {kind} (MLA) is not known"
-    return None

@@ -430,6 +430,7 @@ ONE_SET = {
     "sglang": "sglang chooses the factors of a whole batch by its longest text, whatever cached keys were made with",
     "mlx": "mlx reads every text by long_factor",
     "tensorrt-llm": "tensorrt-llm derives a scaling of cos and sin from the original and the extended length",
+    "exllamav3": "exllamav3 derives a scaling of cos and sin from the original and the extended length",
 }
 """Engine -> why a config with short and long factors that differ is not exact in it up to the trained length."""
 
@@ -451,9 +452,7 @@ def unable(engine: str, plan: RopePlan | DynamicPlan, form: str = "longrope") ->
     return None
 
 
-def check_engines(
-    plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), form: str = "longrope"
-) -> None:
+def check_engines(plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), form: str = "longrope") -> None:
     """``ValueError`` for an unknown engine, or one that cannot represent the plan, or if none can."""
     if isinstance(plan, DynamicPlan):
         _check_one_scaling(plan)

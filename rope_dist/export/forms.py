@@ -111,9 +111,7 @@ def native_form(plan: RopePlan | DynamicPlan) -> NativeForm | None:
     elif plan.strategy in ("ntk", "dynamic-ntk"):
         by = settings.get("factor", 1.0)
         scale = by * s - (by - 1)
-        found = NativeForm(
-            "default", plan.theta * scale ** (plan.rotary_dim / (plan.rotary_dim - 2)), {}
-        )
+        found = NativeForm("default", plan.theta * scale ** (plan.rotary_dim / (plan.rotary_dim - 2)), {})
     elif plan.strategy == "llama3":
         found = NativeForm("llama3", plan.theta, {**settings, **original})
     else:
@@ -139,7 +137,9 @@ def _follows_from_settings(plan: RopePlan) -> bool:
     return torch.allclose(scaling.factors.float(), planned, rtol=ROUNDING, atol=0.0)
 
 
-def native_entries(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None) -> dict[str, Any] | None:
+def native_entries(
+    plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None
+) -> dict[str, Any] | None:
     """Entries of a transformers 5 config with the plan's native form, as :meth:`RopePlan.config_overrides`.
 
     None where the plan has none, or where stock transformers computes other frequencies from it than planned (by more

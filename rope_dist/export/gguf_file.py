@@ -118,7 +118,10 @@ def gguf_form(source: GgufFile, plan: RopePlan | DynamicPlan) -> NativeForm | No
             return form
         if form.rope_type == "yarn":
             betas = form.parameters["beta_fast"], form.parameters["beta_slow"]
-            if betas == YARN_BETAS and inexact_yarn(form, plan.pretrained.theta, plan.pretrained.rotary_dim) is None:
+            if (
+                betas == YARN_BETAS
+                and inexact_yarn(form, plan.pretrained.theta, plan.pretrained.rotary_dim) is None
+            ):
                 return form
     if source.architecture in METADATA and source.architecture not in SLOTS:
         raise ValueError(
@@ -178,9 +181,7 @@ def _metadata(form: NativeForm, library: ModuleType) -> dict[str, bytes]:
     return entries
 
 
-def _write(
-    source: GgufFile, plan: RopePlan | DynamicPlan, form: NativeForm | None, target: Path
-) -> None:
+def _write(source: GgufFile, plan: RopePlan | DynamicPlan, form: NativeForm | None, target: Path) -> None:
     library = require("gguf", "export", "writing GGUF")
     types = library.GGUFValueType
     prefix = f"{source.architecture}."

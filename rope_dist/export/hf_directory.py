@@ -18,7 +18,7 @@ from ..files import check_target, copy_bytes, new_directory
 from ..layer_types import extended_layers, layer_typed, rope_parameters
 from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
-from .architectures import unable_model, unextendable
+from .architectures import check_names, reading, unextendable
 from .engines import check_engines
 from .forms import FORMS, Form, check_form, native_entries, native_form
 from .stock import StockModel, changed, read_config
@@ -61,7 +61,9 @@ def config_entries(
     rope = entries["rope_parameters"] = dict(entries["rope_parameters"])
     if rope["rope_type"] == "longrope":
         # PhiMoE's config requires them.
-        derived = rope["attention_factor"] == 1 and rope["original_max_position_embeddings"] == plan.target_length
+        derived = (
+            rope["attention_factor"] == 1 and rope["original_max_position_embeddings"] == plan.target_length
+        )
         if not derived or getattr(config, "model_type", None) == "phimoe":
             rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
     entries["rope_theta"] = rope["rope_theta"]
@@ -130,6 +132,7 @@ def hf(
     engines: Iterable[str] = (),
     form: Form | None = None,
     force: bool = False,
+    force_engine: bool = False,
 ) -> Path:
     """Write the extended model as a directory that stock engines load; it is verified before it appears.
 
@@ -145,6 +148,7 @@ def hf(
             ``rope_theta``), within the rounding of float32; ``"longrope"`` its factors, bit for bit. None: native where
             it is one and ``engines`` run it so, else longrope.
         force: replace ``out`` if it is there.
+        force_engine: write it even where one of ``engines`` is not known to follow the plan, or known not to.
 
     Returns:
         The path of the directory.
@@ -157,6 +161,9 @@ def hf(
     """
     out, engines = Path(out), tuple(engines)
     check_form(form)
+    check_names(engines)
+    if force_engine:
+        engines = ()
     check_engines(plan, engines, form="native" if form is None and native_form(plan) else form or "longrope")
     check_target(out, force=force, directory=True)
     if isinstance(model_or_dir, (str, os.PathLike)):
@@ -247,10 +254,21 @@ def check_model(
     reason = changed(model, after)
     if reason is not None:
         raise ValueError(f"the plan would change more of {text.model_type} than its frequencies: {reason}")
+    own = after.parameters.get("rope_type", "default")
+    kinds = dict.fromkeys((own, *(("longrope",) if form is None else ())))
     for engine in engines:
-        reason = unable_model(engine, model)
-        if reason is not None:
-            raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {reason}")
+        readings = [reading(engine, model, kind) for kind in kinds]
+        found = next((r for r in readings if r.how in ("yes", "flag")), readings[0])
+        if found.how == "unknown":
+            raise ValueError(
+                f"it is not known whether {engine} runs {model.config.model_type} by a plan: {found.reason}; "
+                "--force-engine (force_engine=True) writes it all the same"
+            )
+        if found.how not in ("yes", "flag"):
+            raise ValueError(
+                f"{engine} cannot run {model.config.model_type} by a plan: {found.reason}; "
+                "--force-engine (force_engine=True) writes it all the same"
+            )
 
 
 def _write_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -17,7 +18,7 @@ from tabulate import tabulate
 from ..dynamic import DynamicPlan
 from ..planning import RopePlan
 from ..strategies import default_inv_freq
-from .architectures import unable_model, unextendable
+from .architectures import ROPE_TYPES, reading, unextendable
 from .engines import ENGINES, EngineConfig, check_engines, unable
 from .forms import ROUNDING, written_form
 from .gguf_reading import read as read_gguf
@@ -32,11 +33,30 @@ SHAPE = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddi
 
 @dataclass(frozen=True)
 class Check:
-    """The result for one engine: ``reason`` is None if it follows the plan, else what differs."""
+    """The result for one engine.
+
+    Attributes:
+        engine: its name.
+        reason: None if it follows the plan, else what differs or, where ``known`` is false, what is not known.
+        required: whether the verification fails with it.
+        known: false where it is not known what the engine does.
+        version: of the engine that was read, tried or run; empty where none was.
+        note: what the engine needs to follow the plan, e.g. a flag.
+    """
 
     engine: str
     reason: str | None
     required: bool = True
+    known: bool = True
+    version: str = ""
+    note: str = ""
+
+    @property
+    def state(self) -> str:
+        """ "as planned", "no: ..." or "unknown: ..."."""
+        if self.reason is None:
+            return f"as planned; {self.note}" if self.note else "as planned"
+        return f"{'no' if self.known else 'unknown'}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -54,16 +74,21 @@ class Verification:
         return self.ok
 
     def __str__(self) -> str:
-        rows = [(c.engine, "as planned" if c.reason is None else f"no: {c.reason}") for c in self.checks]
+        rows = [(f"{c.engine} {c.version}".strip(), c.state) for c in self.checks]
         return tabulate(rows, ("engine", "frequencies, scaling, length"), disable_numparse=True)
 
     def raise_for_failure(self) -> None:
         """``ValueError`` with the first required check that failed."""
         for check in self.checks:
-            if check.required and check.reason is not None:
+            if not check.required or check.reason is None:
+                continue
+            if check.known:
                 raise ValueError(
                     f"{self.artefact} does not follow the plan in {check.engine}: {check.reason}"
                 )
+            raise ValueError(
+                f"it is not known whether {self.artefact} follows the plan in {check.engine}: {check.reason}"
+            )
 
 
 def verify(
@@ -80,13 +105,15 @@ def verify(
         plan: the plan that it was exported with. A dynamic one is compared at both sides of the trained length, at
             which its engines change the frequencies, and at its target.
         engines: engines of :data:`ENGINES` that must run it. All engines are checked, but only a failure of those
-            named here is one of the verification; one that cannot represent the plan at all is refused.
+            named here is one of the verification, be it "no" or "unknown"; one that cannot represent the plan at all
+            is refused.
         source: the model before the extension, a directory or its config: then what else the model had is compared
             too, e.g. the scaling of its softmax. Not for GGUF.
 
     Returns:
-        A check for each engine. Frequencies of a longrope are compared bit for bit, those of a native form to the
-        rounding of float32, those of a GGUF file to 1e-6 (llama.cpp multiplies its own).
+        A check for each engine: "as planned", "no" with what differs, or "unknown" with what is not known, e.g. where
+        nobody read the engine's model of this architecture. Frequencies of a longrope are compared bit for bit, those
+        of a native form to the rounding of float32, those of a GGUF file to 1e-6 (llama.cpp multiplies its own).
 
     Raises:
         ValueError: the artefact cannot be read: missing, truncated, without one of its shards.
@@ -94,7 +121,8 @@ def verify(
     path = Path(artefact)
     if path.is_dir():
         return Verification(path, tuple(_directory(path, plan, tuple(engines), source)))
-    return Verification(path, (_compare("llama.cpp", read_gguf(path).engine_config, plan, relative=1e-6),))
+    check = _compare(read_gguf(path).engine_config, plan, Check("llama.cpp", None), relative=1e-6)
+    return Verification(path, (check,))
 
 
 def check_weights(directory: Path) -> None:
@@ -166,11 +194,19 @@ def _directory(
     else:
         before = source
     nothing = unextendable(model)
+    rope_type = model.text.rope_parameters.get("rope_type", "default") if nothing is None else "longrope"
     checks = []
     for engine in ("transformers", *ENGINES):
-        reason = nothing or unable_model(engine, model) or unable(engine, plan, form)
+        required = engine in ("transformers", *engines)
+        if nothing is not None:
+            checks.append(Check(engine, nothing, required))
+            continue
+        found = reading(engine, model, rope_type if rope_type in ROPE_TYPES else "longrope")
+        check = Check(engine, None, required, version=found.version)
+        reason = None if found.how in ("yes", "flag") else found.reason
+        reason = reason or unable(engine, plan, form)
         if reason is not None:
-            checks.append(Check(engine, reason, required=engine in ("transformers", *engines)))
+            checks.append(dataclasses.replace(check, reason=reason, known=found.how != "unknown"))
             continue
         if engine == "transformers":
             read = functools.partial(_installed_transformers, model, before)
@@ -178,7 +214,12 @@ def _directory(
             read = functools.partial(_by_formula, ENGINES[engine], file, model)
         # Two formulas for the same frequencies differ by roundings, the factors of a longrope do not.
         relative = 0.0 if form == "longrope" else ROUNDING
-        checks.append(_compare(engine, read, plan, relative=relative))
+        # A longrope is for all; what an engine leaves out of a native form (MLX truncate=false) counts where it is named.
+        check = dataclasses.replace(check, required=required or form == "longrope")
+        check = _compare(read, plan, check, relative=relative)
+        if check.reason is None and found.how == "flag":
+            check = dataclasses.replace(check, note=found.reason)
+        checks.append(check)
     return checks
 
 
@@ -206,23 +247,23 @@ def _by_formula(
 
 
 def _compare(
-    engine: str,
     read: Callable[..., EngineConfig],
     plan: RopePlan | DynamicPlan,
+    check: Check,
     *,
-    required: bool = True,
     relative: float = 0.0,
 ) -> Check:
+    """``check`` with what differs."""
     try:
         if isinstance(plan, RopePlan):
             reason = _difference(read(), plan, relative)
         else:
             reason = _difference_at_lengths(read, plan, relative)
     except KeyError as error:
-        return Check(engine, f"its config has no {error.args[0]!r}", required)
+        reason = f"its config has no {error.args[0]!r}"
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        return Check(engine, str(error), required)
-    return Check(engine, reason, required)
+        reason = str(error)
+    return dataclasses.replace(check, reason=reason)
 
 
 def _difference_at_lengths(
