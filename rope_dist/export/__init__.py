@@ -1,7 +1,8 @@
 """Standard artefacts of an extended model, for engines without this package.
 
 :func:`hf` writes a Hugging Face directory, :func:`gguf` a GGUF file, :func:`vllm_overrides` the value of vLLM's
-``--hf-overrides``, :func:`flags` command line flags; :func:`verify` reads an artefact as its engines do and compares it with the plan.
+``--hf-overrides``, :func:`flags` command line flags; :func:`verify` reads an artefact as its engines do and compares it
+with the plan.
 """
 
 from .engines import ENGINES

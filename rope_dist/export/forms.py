@@ -145,8 +145,8 @@ def native_entries(
     None where the plan has none, or where stock transformers computes other frequencies from it than planned (by more
     than :data:`ROUNDING`) or another scaling.
 
-    ``max_position_embeddings`` is the target length. vLLM and SGLang multiply the length that they read by the factor of
-    a ``linear`` scaling, but prefer ``model_max_length``, which then is the length before.
+    ``max_position_embeddings`` is the target length. vLLM and SGLang multiply the length that they read by the factor
+    of a ``linear`` scaling, but prefer ``model_max_length``, which then is the length before.
 
     Args:
         plan: the extension.
@@ -214,7 +214,7 @@ def inexact_yarn(form: NativeForm, theta: float, rotary_dim: int) -> str | None:
         pair = rotary_dim * math.log(periods) / (2 * math.log(theta))
         if 0 < pair < rotary_dim - 1 and abs(pair - round(pair)) < 1e-4:
             return (
-                f"the bound of YaRN's ramp at {beta:g} periods is so near to pair {round(pair)} that llama.cpp may round "
-                "it to another: take a slightly different beta"
+                f"the bound of YaRN's ramp at {beta:g} periods is so near to pair {round(pair)} that llama.cpp may "
+                "round it to another: take a slightly different beta"
             )
     return None
