@@ -123,7 +123,7 @@ def test_what_is_not_native_where_the_strategy_is(source, tmp_path):
     dynamic = rope_dist.dynamic_plan(source, factor=2, strategy="ntk")
     assert export.native_entries(dynamic) is None
     plan = rope_dist.plan(source, factor=2, strategy="yarn")
-    edited = rope_dist.RopePlan.from_dict({**plan.to_dict(), "settings": {**plan.settings, "beta_fast": 4.0}})
+    edited = rope_dist.RopePlan.from_dict({**plan.to_dict(), "settings": {**plan.settings, "beta_fast": 1.2}})
     assert native_form(edited) is None  # Its factors are not those of its settings.
 
 
