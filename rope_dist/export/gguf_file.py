@@ -1,15 +1,17 @@
 """Writes a plan into a copy of a GGUF file: as metadata where that says it, else as factors.
 
-Metadata are ``rope.scaling.type`` ``linear`` or ``yarn``, or another ``rope.freq_base``, which llama.cpp reads in every
-architecture of :data:`METADATA`. Of YaRN it reads no betas there (they are 32 and 1, but for flags), and rounds the ramp
-to whole pairs.
+Metadata are ``rope.scaling.type`` ``linear`` or ``yarn``, or another ``rope.freq_base``, which llama.cpp reads in
+every architecture of :data:`METADATA`. Of YaRN it reads no betas there (they are 32 and 1, but for flags), and rounds
+the ramp to whole pairs.
 
-Other factors are the tensor ``rope_freqs.weight``, where the architecture takes one: llama.cpp divides the angle of pair
-``i`` by element ``i``. The converter writes it for Llama 3's scaling alone and silently ignores the longrope config of a
-LLaMA. A dynamic plan becomes the two of a longrope, ``rope_factors_short.weight`` and ``rope_factors_long.weight``, of
-which llama.cpp takes the second where the context of a sequence is larger than ``rope.scaling.original_context_length``.
+Other factors are the tensor ``rope_freqs.weight``, where the architecture takes one: llama.cpp divides the angle of
+pair ``i`` by element ``i``. The converter writes it for Llama 3's scaling alone and silently ignores the longrope
+config of a LLaMA. A dynamic plan becomes the two of a longrope, ``rope_factors_short.weight`` and
+``rope_factors_long.weight``, of which llama.cpp takes the second where the context of a sequence is larger than
+``rope.scaling.original_context_length``.
 
-cos and sin are multiplied by ``rope.scaling.attn_factor`` whatever the scaling type, and of YaRN by ``1 + 0.1 ln s`` too.
+cos and sin are multiplied by ``rope.scaling.attn_factor`` whatever the scaling type, and of YaRN by ``1 + 0.1 ln s``
+too.
 """
 
 from __future__ import annotations
