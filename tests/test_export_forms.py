@@ -1,4 +1,4 @@
-"""Native forms: stock transformers and the engines' formulas compute the plan from them, and rope_dist reads them back."""
+"""Native forms: stock transformers and the engines' formulas compute the plan from them, rope_dist reads them back."""
 
 import json
 import shlex

@@ -61,8 +61,8 @@ def gguf(
     grow with the file.
 
     Args:
-        path: a file of the architecture ``llama`` (LLaMA, Mistral, Yi, SmolLM2, ... all convert to it), or for a plan by
-            ``yarn``, ``pi`` or ``ntk`` of any of :data:`METADATA`.
+        path: a file of the architecture ``llama`` (LLaMA, Mistral, Yi, SmolLM2, ... all convert to it), or for a plan
+            by ``yarn``, ``pi`` or ``ntk`` of any of :data:`METADATA`.
         plan: made from this model.
         out: the new file; it appears whole or not at all.
         force: replace ``out`` if it is there.
@@ -127,8 +127,8 @@ def gguf_form(source: GgufFile, plan: RopePlan | DynamicPlan) -> NativeForm | No
                 return form
     if source.architecture in METADATA and source.architecture not in SLOTS:
         raise ValueError(
-            f"llama.cpp has no slot for factors in the architecture {source.architecture!r} that is known to work, and a "
-            f"file says only yarn (betas 32 and 1), pi and ntk there, not this plan by {plan.strategy}: take one of "
+            f"llama.cpp has no slot for factors in the architecture {source.architecture!r} that is known to work, and "
+            f"a file says only yarn (betas 32 and 1), pi and ntk there, not this plan by {plan.strategy}: take one of "
             "these, or auto-yarn by flags (rope-dist export flags llama-server)"
         )
     source.check_slot()

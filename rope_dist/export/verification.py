@@ -214,7 +214,7 @@ def _directory(
             read = functools.partial(_by_formula, ENGINES[engine], file, model)
         # Two formulas for the same frequencies differ by roundings, the factors of a longrope do not.
         relative = 0.0 if form == "longrope" else ROUNDING
-        # A longrope is for all; what an engine leaves out of a native form (MLX truncate=false) counts where it is named.
+        # A longrope is for all; what an engine leaves out of a native form (MLX truncate) counts where it is named.
         check = dataclasses.replace(check, required=required or form == "longrope")
         check = _compare(read, plan, check, relative=relative)
         if check.reason is None and found.how == "flag":
