@@ -40,6 +40,10 @@ STRATEGIES: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "refined": ("refinement.refined", {"tolerance": NUMBER, "slack": NUMBER, **_MEASURE}),
     "auto": ("auto.auto", {"fast_periods": NUMBER, "slow_periods": NUMBER, "attention_factor": NUMBER}),
+    "auto-yarn": (
+        "auto_yarn.auto_yarn",
+        {"beta_fast": NUMBER, "beta_slow": NUMBER, "attention_factor": NUMBER, "truncate": BOOLEAN},
+    ),
 }
 """Every strategy: its function in rope_dist/strategies, and what each of its settings takes.
 
@@ -86,6 +90,9 @@ CORPUS_NAMES = (
     "wikitext",
 )
 ENGINE_NAMES = ("transformers-4", "vllm", "sglang", "mlx", "tensorrt-llm", "exllamav3")
+FORM_NAMES = ("native", "longrope")
+FLAG_ENGINES = ("vllm", "sglang", "llama-server", "transformers")
+"""Engines of ``rope-dist export flags``."""
 METHODS = ("whole", "sliding", "grown")
 SCORINGS = ("generate", "decoys")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -24,7 +24,7 @@ from .strategies import (
     check_rotary_dim,
     default_inv_freq,
 )
-from .trained_length import LENGTH_KEYS, recorded_extension, trained_length
+from .trained_length import LENGTH_KEYS, recorded_extension, recorded_theta, trained_length
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -168,6 +168,9 @@ def read_rope(config: PretrainedConfig, original_length: int | None = None) -> M
         length, length_from = trained_length(config, text, parameters, per_layer_type=layers is not None)
     else:
         length, length_from = check_length(original_length, "original_length"), GIVEN
+    recorded = recorded_extension(text) if original_length is None else None
+    # An extension by a change of base: factors are relative to the base that the model was trained with.
+    theta = recorded_theta(text) or theta
     rope = _trained(text, parameters, layers, theta, length)
     loss, notes = None, []
     if kind == "dynamic" and not parameters.get("alpha"):
@@ -183,7 +186,6 @@ def read_rope(config: PretrainedConfig, original_length: int | None = None) -> M
     still = sum(factor == STILL for factor in rope.factors or ())
     if still:
         notes.append(f"{still} of the {rope.pairs} pairs of a head do not rotate, and stay so")
-    recorded = recorded_extension(text) if original_length is None else None
     if recorded is not None and recorded < length:
         notes.append(
             f"rope_dist extended the model from {recorded} tokens already, which is what a factor counts from"

@@ -60,6 +60,7 @@ COLOURS = {
     "dprope": "#1f77b4",
     "refined": "#ff7f0e",
     "auto": "#d62728",
+    "auto-yarn": "#e7969c",
 }
 """Every strategy has the same colour in all plots."""
 

@@ -152,6 +152,16 @@ def recorded_extension(config: PretrainedConfig) -> int | None:
     return original if original <= target == config.max_position_embeddings else None
 
 
+def recorded_theta(config: PretrainedConfig) -> float | None:
+    """The RoPE base before rope_dist changed it, where its config records that; else None."""
+    if recorded_extension(config) is None:
+        return None
+    theta = config.rope_dist.get("rope_theta")
+    return (
+        None if theta is None else check_number(theta, "rope_theta of the record of rope_dist", positive=True)
+    )
+
+
 def tokenizer_length(config: PretrainedConfig) -> int | None:
     """``model_max_length`` of the tokenizer beside a config that was read from a directory or the hub, or None."""
     name = getattr(config, "_name_or_path", None)

@@ -20,8 +20,8 @@ from rope_dist.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-    *("plan", "compare", "export", "export hf", "export gguf", "export vllm", "verify"),
-    *("eval", "eval perplexity", "eval passkey", "eval tasks", "bench", "demo", "info", "run"),
+    *("plan", "compare", "export", "export hf", "export gguf", "export flags", "export vllm", "verify"),
+    *("eval", "eval perplexity", "eval passkey", "eval tasks", "bench", "demo", "info", "run", "doctor"),
 )
 
 LLAMA = ("plan", "llama2-7b", "--target", "8192")
@@ -35,7 +35,7 @@ AT_ONCE = [
     (("paln",), 2, "unknown command 'paln', did you mean plan?"),
     (("eval",), 2, "give a command: perplexity, passkey, tasks"),
     (("eval", "tasks"), 2, "give --tasks: "),
-    (("export", "onnx"), 2, "unknown command 'onnx'; known: hf, gguf, vllm"),
+    (("export", "onnx"), 2, "unknown command 'onnx'; known: hf, gguf, flags, vllm"),
     (("--vresion",), 2, "rope-dist: error: unknown option '--vresion', did you mean --version?"),
     (
         (*LLAMA, "--treshold", "0"),

@@ -520,7 +520,7 @@ class TestFaults:
 
     def test_nothing_is_said_about_keys_for_other_engines(self, directory, tmp_path, caplog):
         source = directory(config_of("Llama"))
-        plan = rope_dist.plan(source, factor=2, strategy="yarn")
+        plan = rope_dist.plan(source, factor=2, strategy="auto")
         logging.getLogger("transformers").addHandler(caplog.handler)
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_warning()

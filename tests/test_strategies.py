@@ -99,6 +99,30 @@ def test_yarn_settings_equal_hugging_face(settings):
     assert ours.attention_scaling == pytest.approx(attention)
 
 
+@pytest.mark.parametrize(
+    "rope", ROPES[:3], ids=lambda rope: f"{rope.theta:g}-{rope.rotary_dim}-{rope.length}"
+)
+@pytest.mark.parametrize(("scale", "whole", "free"), [(2, 0.047, 0.0281), (4, 0.14, 0.107)])
+def test_auto_yarn_is_near_auto_by_parameters_of_yarn(rope, scale, whole, free):
+    target = scale * rope.length
+    auto = STRATEGIES["auto"](rope, target)
+    for truncate, most in ((True, whole), (False, free)):
+        ours = STRATEGIES["auto-yarn"](rope, target, truncate=truncate)
+        parameters = {"rope_type": "yarn", "factor": float(scale), **ours.settings}
+        parameters["original_max_position_embeddings"] = rope.length
+        expected, attention = hugging_face(rope, target, parameters)
+        inv_freq = default_inv_freq(rope.theta, rope.rotary_dim, ours.factors)
+        torch.testing.assert_close(inv_freq, expected, rtol=1e-6, atol=0.0)
+        assert ours.attention_scaling == attention == auto.attention_scaling
+        assert math.expm1(float((ours.factors / auto.factors).log().abs().max())) <= most
+    # The ramp that llama.cpp and MLX round is the same a little further out.
+    whole_pairs = STRATEGIES["auto-yarn"](rope, target)
+    near = {key: whole_pairs.settings[key] * 1.002 for key in ("beta_fast", "beta_slow")}
+    moved = STRATEGIES["auto-yarn"](rope, target, **near)
+    assert torch.equal(moved.factors, whole_pairs.factors)
+    assert moved.settings["beta_fast"] == near["beta_fast"]
+
+
 def test_ntk_is_a_change_of_base():
     scaled = default_inv_freq(10000.0 * 4 ** (128 / 126), 128).double()
     ours = LLAMA2.inv_freq.double() / STRATEGIES["ntk"](LLAMA2, 16384).factors

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..defaults import DEFAULT_STRATEGY, PRESETS
+from ..defaults import DEFAULT_STRATEGY, FLAG_ENGINES, FORM_NAMES, PRESETS
 from . import options, values
 from .options import flag, option
 from .runner import Command, make_app
@@ -55,6 +55,14 @@ def _hf(
     config_only: Annotated[bool, flag("--config-only", "Write everything but the weights.")] = False,
     link: Annotated[bool, flag("--link", "Make hard links to the weights instead of copies.")] = False,
     engine: options.Engines = None,
+    form: Annotated[
+        str | None,
+        option(
+            values.one_of("form", FORM_NAMES),
+            "FORM",
+            "native (yarn, linear, llama3, a new base) or longrope (default: native where it is one).",
+        ),
+    ] = None,
     force_engine: Annotated[
         bool, flag("--force-engine", "Write it even where an --engine does not follow the plan.")
     ] = False,
@@ -89,7 +97,13 @@ def _hf(
 
     from ..export import hf, verify
 
-    written = {"config_only": config_only, "link": link, "force": force, "force_engine": force_engine}
+    written = {
+        "config_only": config_only,
+        "link": link,
+        "force": force,
+        "force_engine": force_engine,
+        "form": form,
+    }
     card: dict[str, Any] = {
         "push_to_hub": push_to_hub,
         "private": private,
@@ -114,7 +128,7 @@ def _gguf(
     dynamic: Dynamic = False,
     force: Force = False,
 ) -> None:
-    """Write a copy of a GGUF file with the plan's factors, for llama.cpp.
+    """Write a copy of a GGUF file with the plan, for llama.cpp.
 
     \b
     Examples:
@@ -128,6 +142,36 @@ def _gguf(
     print(f"{verify(out, made)}\n\nwrote {out}{_remark(made)}")
 
 
+@app.command("flags", cls=Command)
+def _flags(
+    engine: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENGINE",
+            help=f"One of {', '.join(FLAG_ENGINES)}.",
+            parser=values.one_of("engine", FLAG_ENGINES),
+        ),
+    ],
+    source: options.Source = None,
+    plan: PlanFile = None,
+    target: options.Target = None,
+    factor: options.Factor = None,
+    strategy: Strategy = None,
+    settings: options.Settings = None,
+) -> None:
+    """Print the flags with which an engine serves the unchanged model; no file is written.
+
+    For llama-server MODEL is the GGUF file, or the directory that it was converted from.
+
+    \b
+    Examples:
+      rope-dist export flags vllm ./my-model --factor 4
+      rope-dist export flags sglang ./my-model --plan plan.json
+      rope-dist export flags llama-server my-model.gguf --target 16384 --strategy auto-yarn
+    """
+    _print_flags(engine, source, plan, target, factor, strategy, settings)
+
+
 @app.command("vllm", cls=Command)
 def _vllm(
     source: options.Source = None,
@@ -137,22 +181,42 @@ def _vllm(
     strategy: Strategy = None,
     settings: options.Settings = None,
 ) -> None:
-    """Print arguments for vllm serve; no file is written.
+    """Print arguments for vllm serve: the same as export flags vllm.
 
     \b
     Examples:
       rope-dist export vllm --plan plan.json
       rope-dist export vllm ./my-model --factor 4
     """
-    made = _plan(source, plan, target, factor, strategy, settings)
+    _print_flags("vllm", source, plan, target, factor, strategy, settings)
 
-    from ..export import vllm_arguments
+
+def _print_flags(
+    engine: str,
+    source: Any,
+    plan: str | None,
+    target: int | None,
+    factor: float | None,
+    strategy: str | None,
+    settings: Iterable[tuple[str, Any]] | None,
+) -> None:
+    gguf = engine == "llama-server" and str(source).endswith(".gguf")
+    made = _plan(source, plan, target, factor, strategy, settings, gguf=gguf)
+
+    from ..export import flags
+    from ..export.flags import GGUF_NAMES, gguf_architecture
     from ..export.stock import read_config
 
-    if source is None:
+    if source is None and engine != "llama-server":
         print("not checked against a model: give MODEL too", file=sys.stderr)
-    config = None if source is None or source in PRESETS else read_config(Path(source))
-    print(vllm_arguments(made, config))
+    config = architecture = None
+    if gguf:
+        architecture = gguf_architecture(source)
+    elif source in PRESETS:
+        architecture = GGUF_NAMES.get(PRESETS[source][1])
+    elif source is not None:
+        config = read_config(Path(source))
+    print(flags(engine, made, config, architecture=architecture))
 
 
 def _plan(

@@ -435,14 +435,14 @@ ONE_SET = {
 """Engine -> why a config with short and long factors that differ is not exact in it up to the trained length."""
 
 
-def unable(engine: str, plan: RopePlan | DynamicPlan) -> str | None:
-    """Why ``engine`` cannot represent ``plan`` in a LLaMA's config, or None if it can.
+def unable(engine: str, plan: RopePlan | DynamicPlan, form: str = "longrope") -> str | None:
+    """Why ``engine`` cannot represent ``plan`` in a LLaMA's config of that form, or None if it can.
 
     Other models are in ``architectures.py``.
     """
     if isinstance(plan, DynamicPlan):
         return f"{ONE_SET[engine]}: export a static plan for it" if engine in ONE_SET else None
-    if engine in ("mlx", "tensorrt-llm", "exllamav3") and plan.attention_scaling != 1:
+    if form == "longrope" and engine in ("mlx", "tensorrt-llm", "exllamav3") and plan.attention_scaling != 1:
         return (
             f"{engine} does not scale cos and sin of a longrope, and the plan scales them by "
             f"{plan.attention_scaling:.6g}: take a strategy that does not, e.g. dprope"
@@ -452,14 +452,14 @@ def unable(engine: str, plan: RopePlan | DynamicPlan) -> str | None:
     return None
 
 
-def check_engines(plan: RopePlan | DynamicPlan, engines: Iterable[str] = ()) -> None:
+def check_engines(plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), form: str = "longrope") -> None:
     """``ValueError`` for an unknown engine, or one that cannot represent the plan, or if none can."""
     if isinstance(plan, DynamicPlan):
         _check_one_scaling(plan)
     for engine in engines:
         if engine not in ENGINES:
             raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
-        reason = unable(engine, plan)
+        reason = unable(engine, plan, form)
         if reason is not None:
             raise ValueError(reason)
 

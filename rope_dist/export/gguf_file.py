@@ -1,11 +1,17 @@
-"""Writes a plan into a copy of a GGUF file, as the factor tensor of llama.cpp (``rope_freqs.weight``).
+"""Writes a plan into a copy of a GGUF file: as metadata where that says it, else as factors.
 
-A dynamic plan becomes the two of a longrope, ``rope_factors_short.weight`` and ``rope_factors_long.weight``, of which
-llama.cpp takes the second where the context of a sequence is larger than ``rope.scaling.original_context_length``.
+Metadata are ``rope.scaling.type`` ``linear`` or ``yarn``, or another ``rope.freq_base``, which llama.cpp reads in
+every architecture of :data:`METADATA`. Of YaRN it reads no betas there (they are 32 and 1, but for flags), and rounds
+the ramp to whole pairs.
 
-llama.cpp divides the angle of pair ``i`` by element ``i`` of that tensor, and multiplies cos and sin by
-``rope.scaling.attn_factor`` whatever the scaling type. The converter writes the tensor for Llama 3's scaling alone and
-silently ignores the longrope config of a LLaMA.
+Other factors are the tensor ``rope_freqs.weight``, where the architecture takes one: llama.cpp divides the angle of
+pair ``i`` by element ``i``. The converter writes it for Llama 3's scaling alone and silently ignores the longrope
+config of a LLaMA. A dynamic plan becomes the two of a longrope, ``rope_factors_short.weight`` and
+``rope_factors_long.weight``, of which llama.cpp takes the second where the context of a sequence is larger than
+``rope.scaling.original_context_length``.
+
+cos and sin are multiplied by ``rope.scaling.attn_factor`` whatever the scaling type, and of YaRN by ``1 + 0.1 ln s``
+too.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ import dataclasses
 import os
 import struct
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,8 +34,18 @@ from ..planning import RopePlan
 from ..strategies import default_inv_freq
 from ..version import __version__
 from .engines import check_engines
-from .gguf_reading import FACTORS, LONG_FACTORS, MAGIC, SHORT_FACTORS, GgufFile, read
+from .forms import NativeForm, inexact_yarn, native_form, yarn_attention
+from .gguf_reading import FACTORS, LONG_FACTORS, MAGIC, SHORT_FACTORS, SLOTS, GgufFile, read
 from .verification import verify
+
+METADATA = frozenset((
+    "arcee", "baichuan", "bitnet", "command-r", "dots1", "exaone", "falcon-h1", "gemma", "granite", "internlm2",
+    "llama", "olmo", "olmoe", "orion", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "smollm3", "starcoder2", "xverse",
+))  # fmt: skip
+"""Architectures of GGUF all of whose layers rotate by the base and the scaling of the metadata (llama.cpp 0c1e57098,
+``src/models``: read; llama, qwen2, qwen3 and gemma: tried)."""
+YARN_BETAS = (32.0, 1.0)
+"""What llama.cpp takes for ``beta_fast`` and ``beta_slow`` where no flags give others."""
 
 
 def gguf(
@@ -38,13 +55,14 @@ def gguf(
     *,
     force: bool = False,
 ) -> Path:
-    """Copy a GGUF file with the plan's factors, length and scaling; it is verified before it appears.
+    """Copy a GGUF file with the plan's scaling or factors and its length; it is verified before it appears.
 
     Every other tensor keeps its bytes and every other field its value. The data is streamed, so that memory does not
     grow with the file.
 
     Args:
-        path: a file of the architecture ``llama`` (LLaMA, Mistral, Yi, SmolLM2, ... all convert to it).
+        path: a file of the architecture ``llama`` (LLaMA, Mistral, Yi, SmolLM2, ... all convert to it), or for a plan
+            by ``yarn``, ``pi`` or ``ntk`` of any of :data:`METADATA`.
         plan: made from this model.
         out: the new file; it appears whole or not at all.
         force: replace ``out`` if it is there.
@@ -53,7 +71,7 @@ def gguf(
         The path of the new file.
 
     Raises:
-        ValueError: the file is damaged or has no slot for factors, the plan is of another model, or ``out`` exists; a
+        ValueError: the file is damaged or has no place for the plan, the plan is of another model, or ``out`` exists; a
             dynamic plan scales cos and sin otherwise than the trained model.
         OSError: the disk is full or not writable. The source is never changed.
         MissingPackageError: ``gguf`` is not installed.
@@ -61,12 +79,13 @@ def gguf(
     out = Path(out)
     check_engines(plan)
     source = read(path)
+    form = gguf_form(source, plan)
     _check_plan(source, plan if isinstance(plan, RopePlan) else plan.stages[0])
     check_target(out, force=force, directory=False)
     if out.exists() and os.path.samefile(out, source.path):
         raise ValueError(f"{out} is the source itself: write to another file")
     with new_file(out, force=force) as temporary:
-        _write(source, plan, temporary)
+        _write(source, plan, form, temporary)
         dataclasses.replace(verify(temporary, plan), artefact=out).raise_for_failure()
     return out
 
@@ -75,10 +94,11 @@ def gguf_rope(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The numbers that :func:`rope_dist.plan` asks for, from a GGUF file: theta, head_dim and trained length.
 
     Raises:
-        ValueError: the file is damaged, has no slot for factors, or is scaled already (its plan needs its config).
+        ValueError: the file is damaged, has no place for a plan, or is scaled already (its plan needs its config).
     """
     source = read(path)
-    source.check_slot()
+    if source.architecture not in METADATA:
+        source.check_slot()
     found = source.engine_config()
     plain = default_inv_freq(source.theta, source.head_dim)
     if not _close(found.inv_freq, plain) or found.attention_scaling != 1:
@@ -88,9 +108,38 @@ def gguf_rope(path: str | os.PathLike[str]) -> dict[str, Any]:
     return {"theta": source.theta, "head_dim": source.head_dim, "original_length": found.length}
 
 
-def _check_plan(source: GgufFile, plan: RopePlan) -> None:
+def gguf_form(source: GgufFile, plan: RopePlan | DynamicPlan) -> NativeForm | None:
+    """The plan as metadata of a file; None where it has to be factors.
+
+    Raises:
+        ValueError: the file has no place for either.
+    """
+    form = native_form(plan)
+    if form is not None and source.architecture in METADATA and FACTORS not in source.tensors:
+        if form.rope_type in ("default", "linear"):
+            return form
+        if form.rope_type == "yarn":
+            betas = form.parameters["beta_fast"], form.parameters["beta_slow"]
+            if (
+                betas == YARN_BETAS
+                and inexact_yarn(form, plan.pretrained.theta, plan.pretrained.rotary_dim) is None
+            ):
+                return form
+    if source.architecture in METADATA and source.architecture not in SLOTS:
+        raise ValueError(
+            f"llama.cpp has no slot for factors in the architecture {source.architecture!r} that is known to work, and "
+            f"a file says only yarn (betas 32 and 1), pi and ntk there, not this plan by {plan.strategy}: take one of "
+            "these, or auto-yarn by flags (rope-dist export flags llama-server)"
+        )
     source.check_slot()
+    return None
+
+
+def _check_plan(source: GgufFile, plan: RopePlan) -> None:
     found = source.engine_config()
+    exported = found.inv_freq.shape == plan.inv_freq.shape and _close(found.inv_freq, plan.inv_freq)
+    if exported and found.length == plan.target_length:
+        return  # By this plan before.
     for what, planned, own in (
         ("head_dim", plan.head_dim, source.head_dim),
         ("rotary_dim", plan.rotary_dim, source.head_dim),
@@ -99,8 +148,6 @@ def _check_plan(source: GgufFile, plan: RopePlan) -> None:
     ):
         if planned != own:
             raise ValueError(f"the plan is for {what} {planned}, {source.path} has {own}")
-    if _close(found.inv_freq, plan.inv_freq) and found.length == plan.target_length:
-        return  # Exported by this plan before.
     if plan.original_length not in source.trained_lengths():
         # A converter keeps the target length of an exported config, but not its factors.
         hint = (
@@ -121,7 +168,22 @@ def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a.double(), b.double(), rtol=1e-5, atol=0.0)
 
 
-def _write(source: GgufFile, plan: RopePlan | DynamicPlan, target: Path) -> None:
+def _metadata(form: NativeForm, library: ModuleType) -> dict[str, bytes]:
+    """Entries of the architecture, packed."""
+    types = library.GGUFValueType
+    if form.rope_type == "default":
+        return {"rope.freq_base": struct.pack("<If", types.FLOAT32, form.theta)}
+    entries = {
+        "rope.scaling.type": struct.pack("<I", types.STRING) + _pack_text(form.rope_type),
+        "rope.scaling.factor": struct.pack("<If", types.FLOAT32, form.parameters["factor"]),
+    }
+    if form.rope_type == "yarn":
+        original = form.parameters["original_max_position_embeddings"]
+        entries["rope.scaling.original_context_length"] = struct.pack("<II", types.UINT32, original)
+    return entries
+
+
+def _write(source: GgufFile, plan: RopePlan | DynamicPlan, form: NativeForm | None, target: Path) -> None:
     library = require("gguf", "export", "writing GGUF")
     types = library.GGUFValueType
     prefix = f"{source.architecture}."
@@ -132,9 +194,12 @@ def _write(source: GgufFile, plan: RopePlan | DynamicPlan, target: Path) -> None
         "rope_dist.original_length": struct.pack("<II", types.UINT32, plan.original_length),
     }
     last = plan if isinstance(plan, RopePlan) else plan.stages[-1]
-    if last.attention_scaling != 1:
-        new[f"{prefix}rope.scaling.attn_factor"] = struct.pack("<If", types.FLOAT32, last.attention_scaling)
-    sets = {FACTORS: last}
+    attn_factor, sets = last.attention_scaling, {FACTORS: last}
+    if form is not None:
+        attn_factor, sets = yarn_attention(form, last.attention_scaling), {}
+        new.update({f"{prefix}{key}": value for key, value in _metadata(form, library).items()})
+    if attn_factor != 1:
+        new[f"{prefix}rope.scaling.attn_factor"] = struct.pack("<If", types.FLOAT32, attn_factor)
     if isinstance(plan, DynamicPlan):
         sets = {SHORT_FACTORS: plan.stages[0], LONG_FACTORS: last}
         kind, length = f"{prefix}rope.scaling.type", f"{prefix}rope.scaling.original_context_length"

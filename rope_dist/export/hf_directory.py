@@ -1,4 +1,4 @@
-"""Export to a Hugging Face directory, with the plan in both schemas of ``config.json``, and to vLLM's flags."""
+"""Export to a Hugging Face directory, with the plan in both schemas of ``config.json``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import fnmatch
 import json
 import os
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
 from .architectures import check_names, reading, unextendable
 from .engines import check_engines
+from .forms import FORMS, Form, check_form, native_entries, native_form
 from .model_card import check_repository, hub_id, measured_perplexity, push, write_card
 from .stock import StockModel, changed, read_config
 from .verification import CONFIG, Verification, check_weights, read_json, verify
@@ -35,13 +35,15 @@ FOLDERS = ("additional_chat_templates",)
 FORCED = "; --force-engine (force_engine=True) writes it all the same"
 
 
-def config_entries(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
+def config_entries(
+    plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None, form: Form | None = None
+) -> dict[str, Any]:
     """Top-level entries of a ``config.json`` from which transformers 4 and 5 and the engines compute the plan.
 
     ``rope_parameters`` is read by transformers 5, ``rope_theta`` with ``rope_scaling`` by transformers 4 (which would
     silently take a file with the former alone for a model without scaling). Rotary parameters per layer type have no
-    form but the former. Where the scaling of cos and sin is not what vLLM and SGLang derive, ``short_mscale`` and
-    ``long_mscale`` repeat ``attention_factor``, which they do not read.
+    form but the former. Where the scaling of cos and sin of a longrope is not what vLLM and SGLang derive,
+    ``short_mscale`` and ``long_mscale`` repeat ``attention_factor``, which they do not read.
 
     Of a dynamic plan the short factors are the trained model's, the long ones the last stage's, and the original
     length, at which engines change from one to the other, is the trained one. Stages between have no place there.
@@ -49,30 +51,45 @@ def config_entries(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None
     Args:
         plan: the extension.
         config: of the language model that is extended; its other rotary parameters are kept.
+        form: see :func:`hf`.
+
+    Raises:
+        ValueError: stock cannot compute the plan from ``config``, or the plan has no native form and ``form`` asks for
+            it.
     """
-    entries = _overrides(plan, config)
+    entries = _overrides(plan, config, form)
     if layer_typed(entries["rope_parameters"]):
         return entries
     rope = entries["rope_parameters"] = dict(entries["rope_parameters"])
-    # PhiMoE's config requires them.
-    derived = rope["attention_factor"] == 1 and rope["original_max_position_embeddings"] == plan.target_length
-    if not derived or getattr(config, "model_type", None) == "phimoe":
-        rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
+    if rope["rope_type"] == "longrope":
+        # PhiMoE's config requires them.
+        derived = (
+            rope["attention_factor"] == 1 and rope["original_max_position_embeddings"] == plan.target_length
+        )
+        if not derived or getattr(config, "model_type", None) == "phimoe":
+            rope["short_mscale"] = rope["long_mscale"] = rope["attention_factor"]
     entries["rope_theta"] = rope["rope_theta"]
     if "partial_rotary_factor" in rope:
         entries["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    entries["rope_scaling"] = {
-        k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")
-    }
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    if scaling != {"rope_type": "default"}:
+        entries["rope_scaling"] = scaling
     return entries
 
 
-def _overrides(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None) -> dict[str, Any]:
-    """Entries of a transformers 5 config.
-
-    Raises:
-        ValueError: stock cannot compute the plan from ``config``.
-    """
+def _overrides(
+    plan: RopePlan | DynamicPlan, config: PretrainedConfig | None, form: Form | None
+) -> dict[str, Any]:
+    """Entries of a transformers 5 config."""
+    if form != "longrope":
+        native = native_entries(plan, config)
+        if native is not None:
+            return native
+        if form == "native":
+            raise ValueError(
+                f"the plan has no native form: the frequencies of {_name(plan)} are no published scaling's in this "
+                "model; leave the form out, or take longrope"
+            )
     if isinstance(plan, RopePlan):
         return plan.config_overrides(config)
     config = config if config is None else trained_config(config)
@@ -103,38 +120,8 @@ def _overrides(plan: RopePlan | DynamicPlan, config: PretrainedConfig | None) ->
     return plan.recorded(entries, config)
 
 
-def vllm_overrides(plan: RopePlan, config: PretrainedConfig | None = None) -> dict[str, Any]:
-    """The value of vLLM's ``hf_overrides`` with which it runs the unchanged model by the plan.
-
-    Args:
-        plan: the extension.
-        config: of the model (the whole one, where it has parts). Without it nothing but the plan is known: the model
-            is then taken for one whose config is a LLaMA's.
-
-    Raises:
-        ValueError: the plan is of another model, or vLLM cannot run this one by it.
-    """
-    if isinstance(plan, DynamicPlan):
-        raise ValueError(
-            "vLLM takes one set of frequencies for all texts, by --max-model-len: give it a static plan, or none for "
-            f"texts of up to {plan.original_length} tokens"
-        )
-    keys = ("max_position_embeddings", "rope_parameters")
-    if config is None:
-        entries = config_entries(plan)
-        return {key: entries[key] for key in keys}
-    model = StockModel(config)
-    check_model(model, plan, ("vllm",))
-    entries = config_entries(plan, model.text)
-    overrides = {key: entries[key] for key in keys}
-    # vLLM merges an entry that is itself a config.
-    return overrides if model.part is None else {model.part: overrides}
-
-
-def vllm_arguments(plan: RopePlan, config: PretrainedConfig | None = None) -> str:
-    """:func:`vllm_overrides` as arguments of ``vllm serve``, quoted for a shell."""
-    overrides = json.dumps(vllm_overrides(plan, config), separators=(",", ":"), allow_nan=False)
-    return f"--max-model-len {plan.target_length} --hf-overrides {shlex.quote(overrides)}"
+def _name(plan: RopePlan | DynamicPlan) -> str:
+    return plan.strategy if isinstance(plan, RopePlan) else f"a dynamic plan by {plan.strategy}"
 
 
 def hf(  # noqa: PLR0913
@@ -145,6 +132,7 @@ def hf(  # noqa: PLR0913
     config_only: bool = False,
     link: bool = False,
     engines: Iterable[str] = (),
+    form: Form | None = None,
     force: bool = False,
     force_engine: bool = False,
     push_to_hub: str | None = None,
@@ -162,6 +150,9 @@ def hf(  # noqa: PLR0913
         config_only: everything but the weights.
         link: hard links in place of copies of the weights (the same file system only).
         engines: names of :data:`ENGINES` that must run it exactly; those that cannot are refused.
+        form: ``"native"`` writes the published scaling that the plan is (``yarn``, ``linear``, ``llama3`` or a new
+            ``rope_theta``), within the rounding of float32; ``"longrope"`` its factors, bit for bit. None: native where
+            it is one and ``engines`` run it so, else longrope.
         force: replace ``out`` if it is there.
         force_engine: write it even where one of ``engines`` is not known to follow the plan, or known not to.
         push_to_hub: ``"user/name"``: upload the directory there, after it is written. Nothing is uploaded without.
@@ -173,16 +164,18 @@ def hf(  # noqa: PLR0913
         The path of the directory. Its ``README.md`` is a model card with the text of the source's.
 
     Raises:
-        ValueError: the plan is of another model, an engine cannot run it, the source is not whole, or ``out`` exists; a
-            dynamic plan scales cos and sin otherwise than the trained model.
+        ValueError: the plan is of another model, an engine cannot run it, the source is not whole, or ``out`` exists;
+            the plan has no native form and ``form`` asks for it; a dynamic plan scales cos and sin otherwise than the
+            trained model.
         OSError: the disk is full or not writable, or the directory is written, but not uploaded. The source is never
             changed.
     """
     out, engines = Path(out), tuple(engines)
+    check_form(form)
     check_names(engines)
     if force_engine:
         engines = ()
-    check_engines(plan, engines)
+    check_engines(plan, engines, form="native" if form is None and native_form(plan) else form or "longrope")
     check_target(out, force=force, directory=True)
     if private and push_to_hub is None:
         raise ValueError("private goes with push_to_hub")
@@ -207,16 +200,15 @@ def hf(  # noqa: PLR0913
         file = read_json(source / CONFIG)
         files = _files(source, config_only)
         config = _start(read_config(source), plan)
-        check_model(StockModel(config), plan, engines, hint=FORCED)
-        new = extended_config(file, plan, config)
+        check_model(StockModel(config), plan, engines, form, hint=FORCED)
         real = source.resolve()
         if out.resolve() == real or out.resolve() in real.parents:
             raise ValueError(f"{out} contains the source {source}: write to another directory")
         if not config_only:
             check_weights(source)
         with new_directory(out, force=force) as temporary:
+            _write_config(temporary, file, plan, engines, form, config, out)
             _copy(files, source, temporary, link)
-            _write_json(temporary / CONFIG, new)
             found = _finish(temporary, plan, engines, config, out)
             describe(temporary, found, source, file.get("_name_or_path"))
         if push_to_hub is not None:
@@ -225,10 +217,10 @@ def hf(  # noqa: PLR0913
     if not hasattr(model_or_dir, "save_pretrained"):
         raise TypeError(f"expected a transformers model or a directory, got {type(model_or_dir).__name__}")
     config = _start(model_or_dir.config, plan)
-    check_model(StockModel(config), plan, engines, hint=FORCED)
+    check_model(StockModel(config), plan, engines, form, hint=FORCED)
     with new_directory(out, force=force) as temporary:
         (model_or_dir.config if config_only else model_or_dir).save_pretrained(temporary)
-        _write_json(temporary / CONFIG, extended_config(read_json(temporary / CONFIG), plan, config))
+        _write_config(temporary, read_json(temporary / CONFIG), plan, engines, form, config, out)
         found = _finish(temporary, plan, engines, config, out)
         describe(temporary, found, model_or_dir.config._name_or_path)
     if push_to_hub is not None:
@@ -242,7 +234,10 @@ def _start(config: PretrainedConfig, plan: RopePlan | DynamicPlan) -> Pretrained
 
 
 def extended_config(
-    file: Mapping[str, Any], plan: RopePlan | DynamicPlan, config: PretrainedConfig
+    file: Mapping[str, Any],
+    plan: RopePlan | DynamicPlan,
+    config: PretrainedConfig,
+    form: Form | None = None,
 ) -> dict[str, Any]:
     """A copy of a ``config.json`` with the plan's entries and without those that would contradict them.
 
@@ -250,6 +245,7 @@ def extended_config(
         file: the contents of the file.
         plan: the extension.
         config: the config that transformers reads from it. The entries go where its language model's are.
+        form: see :func:`hf`.
     """
     model = StockModel(config)
     text, part = model.text, model.part
@@ -257,8 +253,8 @@ def extended_config(
         if not isinstance(file.get(part), Mapping):
             # Flat, as earlier versions wrote it: transformers 5 saves it with its parts.
             file = json.loads(config.to_json_string())
-        return {**file, part: extended_config(file[part], plan, text)}
-    entries = config_entries(plan, text)
+        return {**file, part: extended_config(file[part], plan, text, form)}
+    entries = config_entries(plan, text, form)
     new = {k: v for k, v in file.items() if k not in ("original_max_position_embeddings", "rope_scaling")}
     for key in LENGTH_KEYS:
         if isinstance(new.get(key), int):
@@ -271,7 +267,12 @@ def extended_config(
 
 
 def check_model(
-    model: StockModel, plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), *, hint: str = ""
+    model: StockModel,
+    plan: RopePlan | DynamicPlan,
+    engines: Iterable[str] = (),
+    form: Form | None = None,
+    *,
+    hint: str = "",
 ) -> None:
     """``ValueError`` if ``plan`` is of another model, or no export for ``engines`` (or for any) can follow it."""
     text = model.text
@@ -284,19 +285,43 @@ def check_model(
         check_plan(plan, text)
     # The plan applied to a copy shows what else it would change in the stock model.
     after = StockModel(copy.deepcopy(model.config))
-    after.text.__dict__.update(_overrides(plan, text))
+    after.text.__dict__.update(_overrides(plan, text, form))
     reason = changed(model, after)
     if reason is not None:
         raise ValueError(f"the plan would change more of {text.model_type} than its frequencies: {reason}")
-    rope_type = after.parameters.get("rope_type", "default")
+    own = after.parameters.get("rope_type", "default")
+    kinds = dict.fromkeys((own, *(("longrope",) if form is None else ())))
     for engine in engines:
-        found = reading(engine, model, rope_type)
+        readings = [reading(engine, model, kind) for kind in kinds]
+        found = next((r for r in readings if r.how in ("yes", "flag")), readings[0])
         if found.how == "unknown":
             raise ValueError(
                 f"it is not known whether {engine} runs {model.config.model_type} by a plan: {found.reason}{hint}"
             )
         if found.how not in ("yes", "flag"):
             raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {found.reason}{hint}")
+
+
+def _write_config(
+    directory: Path,
+    file: Mapping[str, Any],
+    plan: RopePlan | DynamicPlan,
+    engines: tuple[str, ...],
+    form: Form | None,
+    source: PretrainedConfig,
+    out: Path,
+) -> None:
+    """Write ``config.json`` in the first form that all ``engines`` run; ``ValueError`` if there is none."""
+    native = form is None and native_entries(plan, StockModel(source).text) is not None
+    forms: tuple[Form | None, ...] = FORMS if native else (form or "longrope",)
+    for tried in forms:
+        _write_json(directory / CONFIG, extended_config(file, plan, source, tried))
+        try:
+            _verified(directory, plan, engines, source, out)
+            return
+        except ValueError:
+            if tried == forms[-1]:
+                raise
 
 
 def _finish(
@@ -317,6 +342,17 @@ def _finish(
             # generate() stops there; vLLM takes the smaller length for some tasks.
             if isinstance(data.get(key), int) and plan.original_length <= data[key] < plan.target_length:
                 _write_json(path, {**data, key: plan.target_length})
+    return _verified(directory, plan, engines, source, out)
+
+
+def _verified(
+    directory: Path,
+    plan: RopePlan | DynamicPlan,
+    engines: Iterable[str],
+    source: PretrainedConfig,
+    out: Path,
+) -> Verification:
+    """What was found; ``ValueError``, which names ``out``, unless the directory follows the plan."""
     try:
         verification = verify(directory, plan, engines=engines, source=source)
     except ValueError as error:

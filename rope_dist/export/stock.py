@@ -210,7 +210,7 @@ SUPERSEDED = frozenset((
     "rope_type", "type", "factor", "attention_factor", "original_max_position_embeddings", "short_factor",
     "long_factor", "short_mscale", "long_mscale", "low_freq_factor", "high_freq_factor", "beta_fast",
     "beta_slow", "truncate", "mscale", "attn_factor", "extrapolation_factor", "finetuned", "alpha",
-    "partial_rotary_factor",
+    "partial_rotary_factor", "rope_theta",
 ))  # fmt: skip
 """Rotary parameters whose effect a plan's frequencies and scaling include: an extension may drop them."""
 

@@ -20,6 +20,7 @@ from ..planning import RopePlan
 from ..strategies import default_inv_freq
 from .architectures import ROPE_TYPES, reading, unextendable
 from .engines import ENGINES, EngineConfig, check_engines, unable
+from .forms import ROUNDING, written_form
 from .gguf_reading import read as read_gguf
 from .stock import StockModel, changed, read_config
 
@@ -111,8 +112,8 @@ def verify(
 
     Returns:
         A check for each engine: "as planned", "no" with what differs, or "unknown" with what is not known, e.g. where
-        nobody read the engine's model of this architecture. Frequencies of a config are compared bit for bit, those of
-        a GGUF file to 1e-6 (llama.cpp multiplies its own).
+        nobody read the engine's model of this architecture. Frequencies of a longrope are compared bit for bit, those
+        of a native form to the rounding of float32, those of a GGUF file to 1e-6 (llama.cpp multiplies its own).
 
     Raises:
         ValueError: the artefact cannot be read: missing, truncated, without one of its shards.
@@ -182,8 +183,9 @@ def _directory(
     engines: tuple[str, ...],
     source: PretrainedConfig | str | os.PathLike[str] | None,
 ) -> list[Check]:
-    check_engines(plan, engines)
     file = read_json(path / CONFIG)
+    form = written_form(file)
+    check_engines(plan, engines, form)
     if any(n.name.endswith((".safetensors", ".index.json", ".bin")) for n in path.iterdir()):
         check_weights(path)
     model = StockModel(read_config(path))
@@ -202,7 +204,7 @@ def _directory(
         found = reading(engine, model, rope_type if rope_type in ROPE_TYPES else "longrope")
         check = Check(engine, None, required, version=found.version)
         reason = None if found.how in ("yes", "flag") else found.reason
-        reason = reason or unable(engine, plan)
+        reason = reason or unable(engine, plan, form)
         if reason is not None:
             checks.append(dataclasses.replace(check, reason=reason, known=found.how != "unknown"))
             continue
@@ -210,7 +212,11 @@ def _directory(
             read = functools.partial(_installed_transformers, model, before)
         else:
             read = functools.partial(_by_formula, ENGINES[engine], file, model)
-        check = _compare(read, plan, dataclasses.replace(check, required=True))
+        # Two formulas for the same frequencies differ by roundings, the factors of a longrope do not.
+        relative = 0.0 if form == "longrope" else ROUNDING
+        # A longrope is for all; what an engine leaves out of a native form (MLX truncate) counts where it is named.
+        check = dataclasses.replace(check, required=required or form == "longrope")
+        check = _compare(read, plan, check, relative=relative)
         if check.reason is None and found.how == "flag":
             check = dataclasses.replace(check, note=found.reason)
         checks.append(check)

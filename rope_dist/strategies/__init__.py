@@ -23,6 +23,7 @@ from .. import defaults
 from ..defaults import DEFAULT_STRATEGY
 from ..messages import unknown
 from .auto import auto
+from .auto_yarn import auto_yarn
 from .base import (
     MAX_LENGTH,
     STILL,
@@ -70,6 +71,7 @@ __all__ = [
     "Scaling",
     "Strategy",
     "auto",
+    "auto_yarn",
     "check_factors",
     "check_length",
     "check_number",

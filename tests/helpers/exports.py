@@ -44,11 +44,14 @@ def stock_run(directory, ids, tmp_path, path="", start=0):
 
 
 def write_gguf(model, path, **fields):
-    """A LLaMA as an F32 GGUF with a vocabulary of plain words, as the stock converter writes it: no factors."""
+    """A LLaMA as an F32 GGUF with a vocabulary of plain words, as the stock converter writes it: no factors.
+
+    ``arch`` names another architecture for it; by default that of the model (Qwen2, Qwen3 and Gemma too).
+    """
     import gguf
 
     config = model.config
-    writer = gguf.GGUFWriter(path, fields.pop("arch", "llama"))
+    writer = gguf.GGUFWriter(path, fields.pop("arch", config.model_type))
     writer.add_context_length(fields.pop("context_length", config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -57,7 +60,10 @@ def write_gguf(model, path, **fields):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    head_dim = model.model.layers[0].self_attn.head_dim
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(
@@ -82,14 +88,18 @@ def write_gguf(model, path, **fields):
 
 def _gguf_tensors(model):
     config, decoder = model.config, model.model
+    gemma = config.model_type == "gemma"
 
     def adjacent(weight, heads):
-        # llama.cpp rotates neighbours where Hugging Face rotates halves.
+        # llama.cpp rotates neighbours where Hugging Face rotates halves, in this architecture.
+        if config.model_type != "llama":
+            return weight
         return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
     yield "token_embd.weight", decoder.embed_tokens.weight
-    yield "output_norm.weight", decoder.norm.weight
-    yield "output.weight", model.lm_head.weight
+    yield "output_norm.weight", decoder.norm.weight + gemma
+    if not gemma:
+        yield "output.weight", model.lm_head.weight
     for i, layer in enumerate(decoder.layers):
         attention, mlp = layer.self_attn, layer.mlp
         yield f"blk.{i}.attn_q.weight", adjacent(attention.q_proj.weight, config.num_attention_heads)
@@ -99,14 +109,22 @@ def _gguf_tensors(model):
         yield f"blk.{i}.ffn_gate.weight", mlp.gate_proj.weight
         yield f"blk.{i}.ffn_up.weight", mlp.up_proj.weight
         yield f"blk.{i}.ffn_down.weight", mlp.down_proj.weight
-        yield f"blk.{i}.attn_norm.weight", layer.input_layernorm.weight
-        yield f"blk.{i}.ffn_norm.weight", layer.post_attention_layernorm.weight
+        yield f"blk.{i}.attn_norm.weight", layer.input_layernorm.weight + gemma
+        yield f"blk.{i}.ffn_norm.weight", layer.post_attention_layernorm.weight + gemma
+        for name in ("q", "k", "v"):
+            bias = getattr(attention, f"{name}_proj").bias
+            if bias is not None:
+                yield f"blk.{i}.attn_{name}.bias", bias
+        for name in ("q", "k"):
+            norm = getattr(attention, f"{name}_norm", None)
+            if norm is not None:
+                yield f"blk.{i}.attn_{name}_norm.weight", norm.weight
 
 
 class LlamaCpp:
     """llama.cpp with float32 caches on one thread: greedy tokens and log-probabilities of token ids."""
 
-    def __init__(self, path, n_ctx, threads=1):
+    def __init__(self, path, n_ctx, threads=1, flags=()):
         import xllamacpp
 
         p = xllamacpp.CommonParams()
@@ -116,6 +134,19 @@ class LlamaCpp:
         p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         p.cpuparams.n_threads = p.cpuparams_batch.n_threads = threads
+        for flag, value in zip(flags[::2], flags[1::2], strict=True):
+            # As common/arg.cpp sets them.
+            if flag == "--rope-scaling":
+                kind = f"LLAMA_ROPE_SCALING_TYPE_{value.upper()}"
+                p.rope_scaling_type = getattr(xllamacpp.llama_rope_scaling_type, kind)
+            elif flag == "--rope-scale":
+                p.rope_freq_scale = 1 / float(value)
+            elif flag == "--yarn-orig-ctx":
+                p.yarn_orig_ctx = int(value)
+            else:
+                name = flag.removeprefix("--").replace("-", "_")
+                assert hasattr(p, name), flag
+                setattr(p, name, float(value))
         self.server = xllamacpp.Server(p)
 
     def greedy(self, ids, count, forbidden=()):

@@ -1,0 +1,188 @@
+"""A plan as command line flags, with which an engine serves the unchanged model by it: no file is written."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..defaults import FLAG_ENGINES
+from ..dynamic import DynamicPlan
+from ..messages import unknown
+from ..planning import RopePlan
+from .forms import Form, inexact_yarn, native_form, yarn_attention
+from .gguf_reading import read
+from .hf_directory import check_model, config_entries
+from .stock import StockModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GGUF_NAMES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "arcee": "arcee",
+    "exaone4": "exaone4",
+    "gemma": "gemma",
+    "granite": "granite",
+    "olmo2": "olmo2",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "smollm3": "smollm3",
+}
+"""``model_type`` -> the name of its architecture in GGUF (``conversion/`` of llama.cpp)."""
+
+
+def flags(
+    engine: str,
+    plan: RopePlan | DynamicPlan,
+    config: PretrainedConfig | None = None,
+    *,
+    architecture: str | None = None,
+) -> str:
+    """Flags, quoted for a shell, with which ``engine`` serves the unchanged model by ``plan``.
+
+    Args:
+        engine: ``"vllm"``, ``"sglang"`` or ``"llama-server"``.
+        plan: the extension.
+        config: of the model (the whole one, where it has parts). Without it nothing but the plan is known: the model
+            is then taken for one whose config is a LLaMA's.
+        architecture: of the GGUF file (``general.architecture``), for llama-server; by default that of ``config``.
+
+    Raises:
+        ValueError: the plan is of another model, or flags of this engine cannot express it.
+    """
+    if engine == "vllm":
+        return vllm_arguments(plan, config)
+    if engine == "sglang":
+        return sglang_arguments(plan, config)
+    if engine == "llama-server":
+        if architecture is None and config is not None:
+            check_model(StockModel(config), plan)
+            architecture = GGUF_NAMES.get(config.get_text_config(decoder=True).model_type)
+        return llama_server_arguments(plan, architecture)
+    if engine == "transformers":
+        raise ValueError(
+            "transformers serve has no flag for rotary parameters: write the extended model with rope-dist export hf, "
+            "and serve its directory"
+        )
+    raise ValueError(unknown("engine", engine, FLAG_ENGINES))
+
+
+def vllm_overrides(
+    plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None, form: Form | None = None
+) -> dict[str, Any]:
+    """The value of vLLM's ``hf_overrides`` with which it runs the unchanged model by the plan.
+
+    Args:
+        plan: the extension.
+        config: of the model (the whole one, where it has parts). Without it nothing but the plan is known: the model
+            is then taken for one whose config is a LLaMA's.
+        form: see :func:`rope_dist.export.hf`.
+
+    Raises:
+        ValueError: the plan is of another model, or vLLM cannot run this one by it.
+    """
+    return _overrides("vllm", plan, config, form)
+
+
+def vllm_arguments(
+    plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None, form: Form | None = None
+) -> str:
+    """:func:`vllm_overrides` as arguments of ``vllm serve``, quoted for a shell."""
+    overrides = _json(vllm_overrides(plan, config, form))
+    return f"--max-model-len {plan.target_length} --hf-overrides {shlex.quote(overrides)}"
+
+
+def sglang_arguments(
+    plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None, form: Form | None = None
+) -> str:
+    """Arguments of ``python -m sglang.launch_server``, quoted for a shell; errors as :func:`vllm_overrides`."""
+    overrides = _json(_overrides("sglang", plan, config, form))
+    return f"--context-length {plan.target_length} --json-model-override-args {shlex.quote(overrides)}"
+
+
+def _json(overrides: Mapping[str, Any]) -> str:
+    return json.dumps(overrides, separators=(",", ":"), allow_nan=False)
+
+
+def _overrides(
+    engine: str, plan: RopePlan | DynamicPlan, config: PretrainedConfig | None, form: Form | None
+) -> dict[str, Any]:
+    if isinstance(plan, DynamicPlan):
+        raise ValueError(_one_set(engine, plan))
+    keys = ("max_position_embeddings", "rope_parameters", "model_max_length")
+    model = None if config is None else StockModel(config)
+    if model is not None:
+        check_model(model, plan, (engine,), form)
+    entries = config_entries(plan, None if model is None else model.text, form)
+    overrides = {key: entries[key] for key in keys if key in entries}
+    if model is None or model.part is None:
+        return overrides
+    # An entry that is itself a config is merged.
+    return {model.part: overrides}
+
+
+def _one_set(engine: str, plan: DynamicPlan) -> str:
+    name = {"vllm": "vLLM", "sglang": "SGLang"}.get(engine, engine)
+    length = "--max-model-len" if engine == "vllm" else "its context length"
+    return (
+        f"{name} takes one set of frequencies for all texts, by {length}: give it a static plan, or none for texts of "
+        f"up to {plan.original_length} tokens"
+    )
+
+
+def llama_server_arguments(plan: RopePlan | DynamicPlan, architecture: str | None) -> str:
+    """Arguments of ``llama-server`` for an unchanged GGUF file, quoted for a shell.
+
+    llama.cpp has YaRN, linear scaling and another base. It scales cos and sin by ``1 + 0.1 ln s`` of YaRN, times the
+    metadata entry ``rope.scaling.attn_factor``; ``--yarn-attn-factor`` has no effect there since PR 17945. The server
+    limits a context to ``context_length``. Both are overridden by ``--override-kv``.
+
+    Args:
+        plan: the extension.
+        architecture: ``general.architecture`` of the file.
+
+    Raises:
+        ValueError: flags cannot express the plan, or the architecture is not known.
+    """
+    if isinstance(plan, DynamicPlan):
+        raise ValueError(_one_set("llama-server", plan))
+    form = native_form(plan)
+    if form is None or form.rope_type == "llama3":
+        raise ValueError(
+            f"flags of llama-server cannot express the factors of {plan.strategy}, only those of yarn, auto-yarn, pi "
+            "and ntk: take auto-yarn, or write a file with rope-dist export gguf"
+        )
+    if architecture is None:
+        raise ValueError(
+            "llama-server's flags name the architecture of the GGUF file, which is not known here: give the file"
+        )
+    attn_factor = yarn_attention(form, plan.attention_scaling)
+    words = ["-c", str(plan.target_length)]
+    if form.rope_type == "linear":
+        words += ["--rope-scaling", "linear", "--rope-scale", repr(form.parameters["factor"])]
+    elif form.rope_type == "yarn":
+        reason = inexact_yarn(form, plan.theta, plan.rotary_dim)
+        if reason is not None:
+            raise ValueError(reason)
+        words += ["--rope-scaling", "yarn", "--rope-scale", repr(form.parameters["factor"])]
+        words += ["--yarn-orig-ctx", str(plan.original_length), "--yarn-ext-factor", "1.0"]
+        words += ["--yarn-beta-fast", repr(form.parameters["beta_fast"])]
+        words += ["--yarn-beta-slow", repr(form.parameters["beta_slow"])]
+    elif form.theta != plan.theta:
+        words += ["--rope-freq-base", repr(form.theta)]
+    words += ["--override-kv", f"{architecture}.context_length=int:{plan.target_length}"]
+    if attn_factor != 1:
+        words += ["--override-kv", f"{architecture}.rope.scaling.attn_factor=float:{attn_factor!r}"]
+    return shlex.join(words)
+
+
+def gguf_architecture(path: str | Path) -> str:
+    """``general.architecture`` of a GGUF file; ``ValueError`` if it is none."""
+    return read(path).architecture
