@@ -97,7 +97,7 @@ def _hf(
 
     from ..export import hf, verify
 
-    written = {
+    written: dict[str, Any] = {
         "config_only": config_only,
         "link": link,
         "force": force,

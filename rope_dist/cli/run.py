@@ -28,7 +28,7 @@ class RunCommand(Command):
             own.append(rest.popleft())
             if own[-1] == "-m":
                 break
-            if (param := known.get(own[-1])) is not None and not param.is_flag and rest:
+            if (param := known.get(own[-1])) is not None and not getattr(param, "is_flag", False) and rest:
                 own.append(rest.popleft())
         if rest and rest[0] == "--":
             rest.popleft()

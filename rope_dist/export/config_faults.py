@@ -75,11 +75,11 @@ def faults(file: Mapping[str, Any], text: Mapping[str, Any]) -> list[str]:
         found.append(
             f"there is a factor of {factor} without a rope_type: nothing scales by it. Write the rope_type."
         )
-    numbers = all(isinstance(v, (int, float)) and v > 0 for v in (original, factor, length))
-    if kind == "yarn" and numbers and abs(length / original / factor - 1) > 0.02:
+    sizes = [v for v in (original, factor, length) if isinstance(v, (int, float)) and v > 0]
+    if kind == "yarn" and len(sizes) == 3 and abs(sizes[2] / sizes[0] / sizes[1] - 1) > 0.02:
         found.append(
             f"max_position_embeddings is {length}, and factor {factor:g} x original length {original} "
-            f"{round(factor * original)}: engines allow the first (ExLlamaV3 takes their ratio for the factor). "
+            f"{round(sizes[1] * sizes[0])}: engines allow the first (ExLlamaV3 takes their ratio for the factor). "
             "Write max_position_embeddings as the length to be read."
         )
     if kind in ("longrope", "su") and top is not None and length is not None and top < length:

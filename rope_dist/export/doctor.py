@@ -77,7 +77,7 @@ class Diagnosis:
         return self.agree
 
     def __str__(self) -> str:
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for found in self.findings:
             name = f"{found.engine} {found.version}".strip()
             for label, read in _stages(found):
@@ -228,8 +228,8 @@ def _by_formula(engine: str, text: Mapping[str, Any], model: StockModel | None) 
     if model is not None:
         if engine not in ("mlx", "exllamav3"):
             _add_defaults(config, model)
-        found = reading(engine, model, _tabled_type(kind))
-        version, reason = found.version or version, found.reason
+        tabled = reading(engine, model, _tabled_type(kind))
+        version, reason = tabled.version or version, tabled.reason
         by_formula = engine == "transformers-4" and model.text.model_type in TRANSFORMERS_4_KEYS
         by_formula |= engine == "mlx" and "old key `type`" in reason and "type" in rope
         by_formula |= "its own original length" in reason and "original_max_position_embeddings" in text
@@ -237,11 +237,11 @@ def _by_formula(engine: str, text: Mapping[str, Any], model: StockModel | None) 
         by_formula |= (
             kind == "yarn" and config.get("kv_lora_rank") is not None
         )  # DeepSeek's formula is known.
-        if not by_formula and found.how == "unknown":
+        if not by_formula and tabled.how == "unknown":
             return Finding(engine, version, None, None, "unknown", reason)
-        if not by_formula and found.how == "crash" and kind != "default":
+        if not by_formula and tabled.how == "crash" and kind != "default":
             return Finding(engine, version, None, None, "fails", reason)
-        if not by_formula and found.how == "ignored" and kind != "default":
+        if not by_formula and tabled.how == "ignored" and kind != "default":
             status = "ignored"
             theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
             config.update(rope_scaling=None, rope_parameters=None, rope_theta=theta)

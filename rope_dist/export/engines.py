@@ -104,10 +104,9 @@ def transformers_4(config: Mapping[str, Any], tokens: int | None = None) -> Engi
         original = config.get("original_max_position_embeddings")
         factors = chosen_factors(rope, None if tokens is None else tokens > (original or length))
         inv_freq = rope_types.longrope(theta, rotary_dim, factors)
-        factor = length / original if original else rope.get("factor")
-        scaling = rope.get("attention_factor")
-        if scaling is None:
-            scaling = rope_types.longrope_scaling(factor, original or length)
+        ratio: Any = length / original if original else rope.get("factor")
+        given = rope.get("attention_factor")
+        scaling = rope_types.longrope_scaling(ratio, original or length) if given is None else given
     else:
         raise ValueError(f"it knows no rope_type {kind!r}")
     return EngineConfig(inv_freq, float(scaling), length, kind)
@@ -147,9 +146,12 @@ def transformers_5(config: Mapping[str, Any], tokens: int | None = None) -> Engi
     elif kind == "longrope":
         factors = chosen_factors(rope, None if tokens is None else tokens > original)
         inv_freq = rope_types.longrope(theta, rotary_dim, factors)
-        scaling = rope.get("attention_factor")
-        if scaling is None:
-            scaling = rope_types.longrope_scaling(rope.get("factor") or length / original, original)
+        given = rope.get("attention_factor")
+        scaling = (
+            rope_types.longrope_scaling(rope.get("factor") or length / original, original)
+            if given is None
+            else given
+        )
     elif kind == "proportional":
         inv_freq = rope_types.proportional(theta, head_dim_of(config), rotary_dim, rope.get("factor", 1.0))
     else:
@@ -390,15 +392,13 @@ def exllamav3(config: Mapping[str, Any], tokens: int | None = None) -> EngineCon
             raise KeyError("factor")
         settings = {k: rope[k] for k in ("beta_fast", "beta_slow", "truncate") if k in rope}
         inv_freq = rope_types.yarn(theta, rotary_dim, factor, original, **settings)
-        scaling = rope.get("attention_factor")
-        if scaling is None:
-            mscales = rope.get("mscale"), rope.get("mscale_all_dim")
-            if config.get("kv_lora_rank") is not None and all(mscales):
-                scaling = rope_types.yarn_mscale(factor, mscales[0]) / rope_types.yarn_mscale(
-                    factor, mscales[1]
-                )
-            else:
-                scaling = 1.0 if rope.get("llama_4_scaling_beta") else rope_types.yarn_mscale(factor)
+        given, over, under = (rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+        if given is not None:
+            scaling = given
+        elif config.get("kv_lora_rank") is not None and over and under:
+            scaling = rope_types.yarn_mscale(factor, over) / rope_types.yarn_mscale(factor, under)
+        else:
+            scaling = 1.0 if rope.get("llama_4_scaling_beta") else rope_types.yarn_mscale(factor)
     elif kind in ("longrope", "su"):
         original = rope.get(
             "original_max_position_embeddings", config.get("original_max_position_embeddings")

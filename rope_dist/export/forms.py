@@ -92,7 +92,7 @@ def native_form(plan: RopePlan | DynamicPlan) -> NativeForm | None:
         return None
     original = {"original_max_position_embeddings": plan.original_length}
     if plan.strategy in ("yarn", "auto-yarn"):
-        parameters = {
+        parameters: dict[str, Any] = {
             "factor": s,
             **original,
             "attention_factor": scaling,

@@ -124,11 +124,11 @@ def read_yarn(
 
 def yarn_scaling(rope: Mapping[str, Any], factor: float) -> float:
     """Of transformers and vLLM."""
-    given, mscales = rope.get("attention_factor"), (rope.get("mscale"), rope.get("mscale_all_dim"))
+    given, over, under = (rope.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
     if given is not None:
         return float(given)
-    if all(mscales):
-        return rope_types.yarn_mscale(factor, mscales[0]) / rope_types.yarn_mscale(factor, mscales[1])
+    if over and under:
+        return rope_types.yarn_mscale(factor, over) / rope_types.yarn_mscale(factor, under)
     return rope_types.yarn_mscale(factor)
 
 

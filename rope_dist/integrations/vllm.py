@@ -52,7 +52,7 @@ def _parameters(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.__init__).parameters)[1:] if inspect.isclass(cls) else ()
 
 
-def replacement(original: type, fused: type) -> Any:
+def replacement(original: Any, fused: Any) -> Any:
     """What is called in place of the class ``original``; ``fused`` is vLLM's plain rotary embedding."""
 
     @functools.wraps(original, updated=())
@@ -70,7 +70,7 @@ def replacement(original: type, fused: type) -> Any:
     return longrope
 
 
-def _fused(made: Any, given: dict[str, Any], fused: type) -> Any:
+def _fused(made: Any, given: dict[str, Any], fused: Any) -> Any:
     """A ``fused`` with the table of ``made`` for the lengths that vLLM serves; ``made`` itself where it is another."""
     first, rows = 0, given["original_max_position_embeddings"]
     if made.use_long_rope:
