@@ -156,7 +156,8 @@ def passkeys(folder: Path) -> str:
             both = [asked.get(label, {}).get((length, scoring), []) for scoring in SCORINGS]
             answered = all(len(answers) == prompts for answers in both)
             cells.append(", ".join(f"{sum(answers)}/{prompts}" for answers in both) if answered else "")
-        rows.append([name, *cells])
+        if any(cells):
+            rows.append([name, *cells])
     return markdown(rows, ["passkeys found", *map(str, lengths)])
 
 

@@ -26,8 +26,9 @@ from rope_dist.optional import MissingPackageError
 from rope_dist.plots import plot_relative_perplexity
 
 MODEL = "smollm2-135m"
-STRATEGIES = ("stock", "pi", "ntk", "yarn", "dprope:threshold=5e-4", "refined", "auto")
+STRATEGIES = ("stock", "pi", "ntk", "yarn", "dprope:threshold=5e-4", "refined", "auto", "auto-yarn")
 CLOSEST = ("stock", "ntk", "yarn", "auto")
+SERVED = (*CLOSEST, "auto-yarn")
 # Those of the first two groups are of different kinds: a study that is stopped early has them. The constants of "auto"
 # were chosen on emma, which is therefore the last.
 FIRST, SECOND = ("persuasion", "state-of-the-union"), ("moby-dick", "python")
@@ -53,13 +54,14 @@ DEPTHS = (0.1, 0.5, 0.9)
 PARTS = (
     Part(2 * TRAINED, FIRST, 2 * TRAINED),
     Part(2 * TRAINED, (), 0, (12288, 16384), DEPTHS, CLOSEST),
-    Part(4 * TRAINED, FIRST[:1], 4 * TRAINED, strategies=CLOSEST),
+    Part(4 * TRAINED, FIRST[:1], 4 * TRAINED, strategies=SERVED),
     Part(3 * TRAINED // 2, FIRST, 3 * TRAINED // 2, strategies=CLOSEST),
     Part(2 * TRAINED, SECOND, 2 * TRAINED),
-    Part(4 * TRAINED, FIRST[1:], 4 * TRAINED, strategies=CLOSEST),
+    Part(4 * TRAINED, FIRST[1:], 4 * TRAINED, strategies=SERVED),
     Part(2 * TRAINED, REST, 2 * TRAINED),
     Part(3 * TRAINED // 2, SECOND + REST, 3 * TRAINED // 2, strategies=CLOSEST),
-    Part(4 * TRAINED, SECOND[:1], 4 * TRAINED, (32768,), DEPTHS, CLOSEST),
+    Part(4 * TRAINED, SECOND[:1], 4 * TRAINED, strategies=SERVED),
+    Part(4 * TRAINED, (), 0, (32768,), DEPTHS, CLOSEST),
 )
 QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),)
 
