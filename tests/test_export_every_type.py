@@ -19,6 +19,7 @@ from helpers.tiny_models import (
 import rope_dist
 from rope_dist import export
 from rope_dist.cli import main
+from rope_dist.export.forms import ROUNDING
 from rope_dist.layer_types import extended_layers
 
 VERSION = tuple(int(n) for n in transformers.__version__.split(".")[:2])
@@ -110,11 +111,13 @@ def test_planned_exported_and_read_by_stock(model_type, tmp_path):
     export.hf(source, plan, out, config_only=True)
     verification = export.verify(out, plan, source=source)
     assert verification.checks[0] == export.Check("transformers", None)
-    again = type(model)(type(config).from_pretrained(out))
-    for new in (extended(model, plan), again):
+    longrope = export.hf(source, plan, tmp_path / "longrope", config_only=True, form="longrope")
+    again, exact = (type(model)(type(config).from_pretrained(d)) for d in (out, longrope))
+    for new, rounding in ((extended(model, plan), 0), (exact, 0), (again, ROUNDING)):
         found = frequencies(new, layers)
         assert found
-        assert all(torch.equal(inv_freq, plan.inv_freq) for inv_freq in found)
+        for inv_freq in found:
+            torch.testing.assert_close(inv_freq, plan.inv_freq, rtol=rounding, atol=0)
     # Other types of layers keep theirs.
     others = [] if layers is None else [k for k in set(text_of(config).layer_types) if k != layers]
     for kind in others:
@@ -124,7 +127,8 @@ def test_planned_exported_and_read_by_stock(model_type, tmp_path):
     # vLLM may be unable to run it: for the same reason in both.
     reason = next(check.reason for check in verification.checks if check.engine == "vllm")
     if reason is None:
-        assert "longrope" in export.vllm_arguments(plan, config)
+        written = text_of(again.config).rope_parameters
+        assert written.get(layers, written)["rope_type"] in export.vllm_arguments(plan, config)
     else:
         with pytest.raises(ValueError, match=re.escape(f"{config.model_type} by a plan: {reason}")):
             export.vllm_arguments(plan, config)
@@ -163,7 +167,8 @@ def test_the_language_model_of_a_multimodal_model(model_type, tmp_path):
     loaded = type(model).from_pretrained(out).eval()
     layers = extended_layers(text_of(model.config))
     assert frequencies(loaded, layers)
-    assert all(torch.equal(inv_freq, plan.inv_freq) for inv_freq in frequencies(loaded, layers))
+    for inv_freq in frequencies(loaded, layers):
+        torch.testing.assert_close(inv_freq, plan.inv_freq, rtol=ROUNDING, atol=0)
     # The rest of the config is the source's.
     before, after = (json.loads((d / "config.json").read_text()) for d in (source, out))
     part = next(k for k in after if after[k] != before.get(k))

@@ -46,11 +46,12 @@ def stock_run(directory, ids, tmp_path, path="", start=0):
 def write_gguf(model, path, **fields):
     """A LLaMA as an F32 GGUF with a vocabulary of plain words, as the stock converter writes it: no factors.
 
-    ``arch`` names another architecture for it; by default that of the model (Qwen2, Qwen3 and Gemma too).
+    ``arch`` names another architecture for it; by default that of the model (Qwen2, Qwen3 and Gemma too). ``factors``
+    ``[R/2]`` become its ``rope_freqs.weight``, as of Llama 3.
     """
     import gguf
 
-    config = model.config
+    config, factors = model.config, fields.pop("factors", None)
     writer = gguf.GGUFWriter(path, fields.pop("arch", config.model_type))
     writer.add_context_length(fields.pop("context_length", config.max_position_embeddings))
     writer.add_embedding_length(config.hidden_size)
@@ -79,6 +80,8 @@ def write_gguf(model, path, **fields):
         writer.add_key_value(key.replace("__", "."), *value_and_types)
     for name, tensor in _gguf_tensors(model):
         writer.add_tensor(name, np.ascontiguousarray(tensor.detach().float().numpy()))
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(factors, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
