@@ -39,10 +39,11 @@ from setuptools.command.build_ext import build_ext
 HEADERS = ["csrc/rotary.h", "csrc/launch.h"]
 CPU = Extension(
     "rope_dist._native.librope_dist_cpu",
-    ["csrc/rotary_cpu.cpp", "csrc/norm_rotary_cpu.cpp", "csrc/norm_backward_cpu.cpp"],
+    [f"csrc/{name}_cpu.cpp" for name in ("rotary", "norm_rotary", "norm_backward", "angles")],
     depends=[
         *HEADERS,
-        *(f"csrc/{name}.h" for name in ("cpu_types", "cpu_angles", "cpu_threads", "cpu_tokens", "norm_cpu")),
+        *(f"csrc/cpu_{name}.h" for name in ("types", "angles", "clones", "threads", "tokens")),
+        "csrc/norm_cpu.h",
     ],
     optional=True,
 )

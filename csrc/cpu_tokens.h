@@ -1,32 +1,9 @@
-// What the passes over a CPU's tokens share: loops for each level of x86-64, and blocks of tokens with their rows of the
-// tables.
+// What the passes over a CPU's tokens share: blocks of tokens with their rows of the tables.
 #pragma once
 
 #include "cpu_angles.h"
+#include "cpu_clones.h"
 #include "cpu_threads.h"
-
-#if !defined(ROPE_NO_CLONES) && defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && \
-    !defined(__clang__) && __GNUC__ >= 12
-#define ROPE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define ROPE_LEVELS "x86-64-v4 x86-64-v3 x86-64"
-#else
-#define ROPE_CLONES
-#define ROPE_LEVELS "one instruction set"
-#endif
-
-// Iterations do not depend on each other although in and out may be one array: each pair is read before it is
-// written, and belongs to one iteration. Few: of a number known beforehand, which GCC would else take apart.
-#if defined(__clang__)
-#define ROPE_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
-#elif defined(__GNUC__)
-#define ROPE_VECTORIZE _Pragma("GCC ivdep")
-#define ROPE_VECTORIZE_FEW _Pragma("GCC ivdep") _Pragma("GCC unroll 1")
-#else
-#define ROPE_VECTORIZE
-#endif
-#if !defined(ROPE_VECTORIZE_FEW)
-#define ROPE_VECTORIZE_FEW ROPE_VECTORIZE
-#endif
 
 namespace rope {
 
@@ -99,17 +76,16 @@ struct Block {
 };
 
 // The block from a token on, of those before last. Own holds 2 * kBlock * num_pairs elements.
-template <typename T, typename Compute>
-ROPE_INLINE void block_at(const Call& call, int64_t first, int64_t last, bool apart, Compute* own,
-                          Block<Compute>& block) {
+template <typename Compute>
+inline void block_at(const Call& call, int64_t first, int64_t last, bool apart, Compute* own,
+                     Block<Compute>& block) {
   block.b = first / call.length;
   block.s = first % call.length;
   block.tokens = call.length - block.s;
   if (block.tokens > last - first) block.tokens = last - first;
   if (block.tokens > kBlock) block.tokens = kBlock;
-  for (int64_t t = 0; t < block.tokens; ++t, own += 2 * call.num_pairs) {
-    token_rows<T>(call, block.b, block.s + t, apart, own, block.cos[t], block.sin[t]);
-  }
+  const bool narrow = call.dtype == kFloat16 || call.dtype == kBFloat16;
+  token_rows(call, block.b, block.s, block.tokens, narrow, apart, own, block.cos, block.sin);
 }
 
 // Fewer bytes than this are worked on before another thread has started.

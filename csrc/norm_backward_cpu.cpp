@@ -68,9 +68,9 @@ ROPE_INLINE void gradient_block(const Call& call, const Heads& x, const Norm& no
           of_weight[start + p] += dy[p] * normed[p];
           scaled[p] = dy[p] * weight[start + p];
         }
-        sums[norm.joint ? 0 : h] +=
-            sum_of(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return scaled[p] * normed[p]; },
-                   lanes + h % kTogether * kLanes<Compute>);
+        sums[norm.joint ? 0 : h] += sum_of(
+            head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return scaled[p] * normed[p]; },
+            lanes + h % kTogether * kLanes<Compute>);
       }
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t head = order.head(i, j + h), token = order.token(i, j + h);
@@ -83,54 +83,49 @@ ROPE_INLINE void gradient_block(const Call& call, const Heads& x, const Norm& no
   }
 }
 
+#define ROPE_GRADIENT(name, T)                                                                            \
+  void name(const Call& call, const Heads& x, const Norm& norm, const Gradient& gradient, bool after,     \
+            const ComputeOf<T>::type* weight, const Block<ComputeOf<T>::type>& block,                     \
+            ComputeOf<T>::type* of_weight, ComputeOf<T>::type* normed, ComputeOf<T>::type* scaled) {      \
+    if (call.interleaved_in) {                                                                            \
+      gradient_block<T, true>(call, x, norm, gradient, after, weight, block, of_weight, normed, scaled);  \
+    } else {                                                                                              \
+      gradient_block<T, false>(call, x, norm, gradient, after, weight, block, of_weight, normed, scaled); \
+    }                                                                                                     \
+  }
+ROPE_CLONES ROPE_GRADIENT(gradient_float32, float) ROPE_CLONES
+    ROPE_GRADIENT(gradient_float16, Half) ROPE_CLONES ROPE_GRADIENT(gradient_bfloat16, BFloat16)
+        ROPE_GRADIENT(gradient_float64, double)  // rare
+
+    template <typename Compute>
+    using GradientBlock = void (*)(const Call&, const Heads&, const Norm&, const Gradient&, bool,
+                                   const Compute*, const Block<Compute>&, Compute*, Compute*, Compute*);
+
 // Tokens [first, last) of batch * length; adds the gradients of the weights, queries' first, to of_weights.
-template <typename T, bool Interleaved>
-ROPE_INLINE void gradient_tokens(const Call& call, const Norms& norms, const Gradients& gradients,
-                                 int64_t first, int64_t last, void* scratch, double* of_weights) {
-  using Compute = typename ComputeOf<T>::type;
+template <typename Compute>
+void gradient_tokens(const Call& call, const Norms& norms, const Gradients& gradients,
+                     GradientBlock<Compute> gradient_block, int64_t first, int64_t last, void* scratch,
+                     double* of_weights) {
   const int64_t q_count = weights_of(call, call.q, norms.q), k_count = weights_of(call, call.k, norms.k);
   Compute* rows = static_cast<Compute*>(scratch);
   Compute* weights = rows + 2 * kBlock * call.num_pairs;
   Compute* sums = weights + q_count + k_count;
   Compute* normed = sums + q_count + k_count;
   Compute* scaled = normed + together(call, norms) * call.head_dim;
-  prepare_weight<T>(call, call.q, norms.q, norms.weight_offset, weights);
-  prepare_weight<T>(call, call.k, norms.k, norms.weight_offset, weights + q_count);
+  prepare_weight(call, call.q, norms.q, norms.weight_offset, weights);
+  prepare_weight(call, call.k, norms.k, norms.weight_offset, weights + q_count);
   Block<Compute> block;
   for (; first < last; first += block.tokens) {
-    block_at<T>(call, first, last, false, rows, block);
+    block_at(call, first, last, false, rows, block);
     for (int64_t i = 0; i < q_count + k_count; ++i) sums[i] = 0;
     for (bool keys : {false, true}) {
-      gradient_block<T, Interleaved>(call, keys ? call.k : call.q, keys ? norms.k : norms.q,
-                                     keys ? gradients.k : gradients.q, norms.after != 0,
-                                     weights + (keys ? q_count : 0), block, sums + (keys ? q_count : 0),
-                                     normed, scaled);
+      gradient_block(call, keys ? call.k : call.q, keys ? norms.k : norms.q, keys ? gradients.k : gradients.q,
+                     norms.after != 0, weights + (keys ? q_count : 0), block, sums + (keys ? q_count : 0),
+                     normed, scaled);
     }
     for (int64_t i = 0; i < q_count + k_count; ++i) of_weights[i] += static_cast<double>(sums[i]);
   }
 }
-
-template <typename T>
-ROPE_INLINE void gradient_any(const Call& call, const Norms& norms, const Gradients& gradients, int64_t first,
-                              int64_t last, void* scratch, double* of_weights) {
-  if (call.interleaved_in) {
-    gradient_tokens<T, true>(call, norms, gradients, first, last, scratch, of_weights);
-  } else {
-    gradient_tokens<T, false>(call, norms, gradients, first, last, scratch, of_weights);
-  }
-}
-
-#define ROPE_GRADIENT(name, type)                                                                        \
-  ROPE_CLONES void name(const Call& call, const Norms& norms, const Gradients& gradients, int64_t first, \
-                        int64_t last, void* scratch, double* of_weights) {                               \
-    gradient_any<type>(call, norms, gradients, first, last, scratch, of_weights);                        \
-  }
-ROPE_GRADIENT(gradient_float32, float)
-ROPE_GRADIENT(gradient_float64, double)
-ROPE_GRADIENT(gradient_float16, Half)
-ROPE_GRADIENT(gradient_bfloat16, BFloat16)
-
-using Range = void (*)(const Call&, const Norms&, const Gradients&, int64_t, int64_t, void*, double*);
 
 // Parts of the tokens: the more, the more threads; each has its own sums of the weights' gradients.
 constexpr int64_t kMostParts = 256, kTokensAPart = 64;
@@ -142,9 +137,7 @@ constexpr int64_t kMostParts = 256, kTokensAPart = 64;
 ROPE_EXPORT int rope_dist_cpu_norm_rotary_backward(const rope::Call* call, const rope::Norms* norms,
                                                    const rope::Gradients* gradients, int64_t threads) {
   using namespace rope;
-  static const Range ranges[] = {gradient_float32, gradient_float64, gradient_float16, gradient_bfloat16};
   if (!supported(*call) || call->interleaved_in != call->interleaved_out) return kUnsupported;
-  const Range range = ranges[call->dtype];
   const int64_t tokens = call->batch * call->length;
   const int64_t q_count = weights_of(*call, call->q, norms->q),
                 k_count = weights_of(*call, call->k, norms->k);
@@ -158,13 +151,22 @@ ROPE_EXPORT int rope_dist_cpu_norm_rotary_backward(const rope::Call* call, const
     double* of_weights = sums.data();
     const int64_t scratch =
         2 * kBlock * call->num_pairs + 2 * count + 2 * together(*call, *norms) * call->head_dim;
-    const int status = run_threads(parts, threads, scratch * compute_size_of(call->dtype),
-                                   [=](int64_t first, int64_t last, void* own) {
-                                     for (int64_t part = first; part < last; ++part) {
-                                       range(*call, *norms, *gradients, tokens * part / parts,
-                                             tokens * (part + 1) / parts, own, of_weights + part * count);
-                                     }
-                                   });
+    const auto run = [=](int64_t first, int64_t last, void* own, double* of_part) {
+      if (call->dtype == kFloat64) {
+        gradient_tokens(*call, *norms, *gradients, GradientBlock<double>(gradient_float64), first, last, own,
+                        of_part);
+      } else {
+        static const GradientBlock<float> blocks[] = {gradient_float32, nullptr, gradient_float16,
+                                                      gradient_bfloat16};
+        gradient_tokens(*call, *norms, *gradients, blocks[call->dtype], first, last, own, of_part);
+      }
+    };
+    const int status = run_threads(
+        parts, threads, scratch * compute_size_of(call->dtype), [=](int64_t first, int64_t last, void* own) {
+          for (int64_t part = first; part < last; ++part) {
+            run(tokens * part / parts, tokens * (part + 1) / parts, own, of_weights + part * count);
+          }
+        });
     if (status != kDone) return status;
     for (bool keys : {false, true}) {
       double* out = static_cast<double*>(keys ? gradients->k.weight : gradients->q.weight);

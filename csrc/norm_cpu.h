@@ -103,35 +103,37 @@ ROPE_INLINE const Compute* read_head(const T* in, const T* bias, Compute* own, b
   return own;
 }
 
-template <typename T, typename W, typename Compute>
-ROPE_INLINE void convert_weight(const W* weight, int64_t count, Compute offset, Compute* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const Compute value = static_cast<Compute>(load(weight, i)) + offset;
-    // 16-bit heads are rounded without a look at NaN, see cpu_types.h.
-    out[i] = sizeof(T) != 2 || value == value ? value : static_cast<Compute>(from_bits(0x7fc00000u));
-  }
+template <typename W, typename Compute>
+inline void convert_weight(const W* weight, int64_t count, Compute offset, Compute* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Compute>(load(weight, i)) + offset;
 }
 
 inline int64_t weights_of(const Call& call, const Heads& x, const Norm& norm) {
   return norm.joint ? x.heads * call.head_dim : call.head_dim;
 }
 
-// The weight plus the offset, as the loops take it.
-template <typename T, typename Compute>
-ROPE_INLINE void prepare_weight(const Call& call, const Heads& x, const Norm& norm, double weight_offset,
-                                Compute* out) {
+// The weight plus the offset, as the loops take it: compiled once, and run once for many tokens.
+template <typename Compute>
+inline void prepare_weight(const Call& call, const Heads& x, const Norm& norm, double weight_offset,
+                           Compute* out) {
   const int64_t count = weights_of(call, x, norm);
   const Compute offset = static_cast<Compute>(weight_offset);
   if (!norm.weight || x.heads == 0) {
     for (int64_t i = 0; i < count; ++i) out[i] = 1;
   } else if (norm.weight_dtype == kFloat32) {
-    convert_weight<T>(static_cast<const float*>(norm.weight), count, offset, out);
+    convert_weight(static_cast<const float*>(norm.weight), count, offset, out);
   } else if (norm.weight_dtype == kFloat64) {
-    convert_weight<T>(static_cast<const double*>(norm.weight), count, offset, out);
+    convert_weight(static_cast<const double*>(norm.weight), count, offset, out);
   } else if (norm.weight_dtype == kFloat16) {
-    convert_weight<T>(static_cast<const Half*>(norm.weight), count, offset, out);
+    convert_weight(static_cast<const Half*>(norm.weight), count, offset, out);
   } else {
-    convert_weight<T>(static_cast<const BFloat16*>(norm.weight), count, offset, out);
+    convert_weight(static_cast<const BFloat16*>(norm.weight), count, offset, out);
+  }
+  if (size_of(call.dtype) == 2) {
+    // Those heads are rounded without a look at NaN, see cpu_types.h.
+    for (int64_t i = 0; i < count; ++i) {
+      if (out[i] != out[i]) out[i] = static_cast<Compute>(from_bits(0x7fc00000u));
+    }
   }
 }
 

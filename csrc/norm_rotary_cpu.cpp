@@ -1,8 +1,6 @@
 // RMS norm and rotation on a CPU in one pass over memory; types, places and strides as in rotary_cpu.cpp.
 //
 // A head is read twice, the second time from the first cache: for the sum of its squares, and to be written.
-#include <initializer_list>
-
 #include "norm_cpu.h"
 
 namespace rope {
@@ -58,9 +56,9 @@ ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, 
             from + h * order.inner_step, bias ? bias + order.head(i, j + h) * head_dim : nullptr,
             wide + h * head_dim, after, block.cos[token], block.sin[token],
             block.cos[token] ? call.num_pairs : 0, head_dim);
-        rstd[joint ? 0 : h] +=
-            sum_of(head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return y[p] * y[p]; },
-                   lanes + h % kTogether * kLanes<Compute>);
+        rstd[joint ? 0 : h] += sum_of(
+            head_dim, [=](int64_t p) ROPE_INLINE_LAMBDA { return y[p] * y[p]; },
+            lanes + h % kTogether * kLanes<Compute>);
       }
       ROPE_VECTORIZE_FEW
       for (int64_t h = 0; h < kTogether; ++h) rstd[h] = 1 / std::sqrt(rstd[h] / count + eps);
@@ -80,54 +78,41 @@ ROPE_INLINE void norm_block(const Call& call, const Heads& x, const Norm& norm, 
   }
 }
 
+#define ROPE_NORM(name, T)                                                                  \
+  void name(const Call& call, const Heads& x, const Norm& norm, double epsilon, bool after, \
+            const ComputeOf<T>::type* weight, const Block<ComputeOf<T>::type>& block,       \
+            ComputeOf<T>::type* wide) {                                                     \
+    if (call.interleaved_in) {                                                              \
+      norm_block<T, true>(call, x, norm, epsilon, after, weight, block, wide);              \
+    } else {                                                                                \
+      norm_block<T, false>(call, x, norm, epsilon, after, weight, block, wide);             \
+    }                                                                                       \
+  }
+ROPE_CLONES ROPE_NORM(norm_float32, float) ROPE_CLONES ROPE_NORM(norm_float16, Half) ROPE_CLONES
+    ROPE_NORM(norm_bfloat16, BFloat16) ROPE_NORM(norm_float64, double)  // rare
+
+    template <typename Compute>
+    using NormBlock = void (*)(const Call&, const Heads&, const Norm&, double, bool, const Compute*,
+                               const Block<Compute>&, Compute*);
+
 // Tokens [first, last) of batch * length.
-template <typename T, bool Interleaved>
-ROPE_INLINE void norm_tokens(const Call& call, const Norms& norms, int64_t first, int64_t last,
-                             void* scratch) {
-  using Compute = typename ComputeOf<T>::type;
+template <typename Compute>
+void norm_tokens(const Call& call, const Norms& norms, NormBlock<Compute> norm_block, int64_t first,
+                 int64_t last, void* scratch) {
   Compute* rows = static_cast<Compute*>(scratch);
   Compute* q_weight = rows + 2 * kBlock * call.num_pairs;
   Compute* k_weight = q_weight + weights_of(call, call.q, norms.q);
   Compute* wide = k_weight + weights_of(call, call.k, norms.k);
-  prepare_weight<T>(call, call.q, norms.q, norms.weight_offset, q_weight);
-  prepare_weight<T>(call, call.k, norms.k, norms.weight_offset, k_weight);
+  prepare_weight(call, call.q, norms.q, norms.weight_offset, q_weight);
+  prepare_weight(call, call.k, norms.k, norms.weight_offset, k_weight);
   Block<Compute> block;
   for (; first < last; first += block.tokens) {
-    block_at<T>(call, first, last, false, rows, block);
-    for (bool keys : {false, true}) {
-      norm_block<T, Interleaved>(call, keys ? call.k : call.q, keys ? norms.k : norms.q, norms.eps,
-                                 norms.after != 0, keys ? k_weight : q_weight, block, wide);
-    }
+    block_at(call, first, last, false, rows, block);
+    norm_block(call, call.q, norms.q, norms.eps, norms.after != 0, q_weight, block, wide);
+    if (call.k.heads > 0)
+      norm_block(call, call.k, norms.k, norms.eps, norms.after != 0, k_weight, block, wide);
   }
 }
-
-template <typename T>
-ROPE_INLINE void norm_any(const Call& call, const Norms& norms, int64_t first, int64_t last, void* scratch) {
-  if (call.interleaved_in) {
-    norm_tokens<T, true>(call, norms, first, last, scratch);
-  } else {
-    norm_tokens<T, false>(call, norms, first, last, scratch);
-  }
-}
-
-ROPE_CLONES void norm_float32(const Call& call, const Norms& norms, int64_t first, int64_t last,
-                              void* scratch) {
-  norm_any<float>(call, norms, first, last, scratch);
-}
-ROPE_CLONES void norm_float64(const Call& call, const Norms& norms, int64_t first, int64_t last,
-                              void* scratch) {
-  norm_any<double>(call, norms, first, last, scratch);
-}
-ROPE_CLONES void norm_float16(const Call& call, const Norms& norms, int64_t first, int64_t last,
-                              void* scratch) {
-  norm_any<Half>(call, norms, first, last, scratch);
-}
-ROPE_CLONES void norm_bfloat16(const Call& call, const Norms& norms, int64_t first, int64_t last,
-                               void* scratch) {
-  norm_any<BFloat16>(call, norms, first, last, scratch);
-}
-
-using Range = void (*)(const Call&, const Norms&, int64_t, int64_t, void*);
 
 }  // namespace
 }  // namespace rope
@@ -135,15 +120,20 @@ using Range = void (*)(const Call&, const Norms&, int64_t, int64_t, void*);
 // Normalises and rotates q and k, with at most that many threads, whose number changes no bit of the results.
 ROPE_EXPORT int rope_dist_cpu_norm_rotary(const rope::Call* call, const rope::Norms* norms, int64_t threads) {
   using namespace rope;
-  static const Range ranges[] = {norm_float32, norm_float64, norm_float16, norm_bfloat16};
   if (!supported(*call) || call->interleaved_in != call->interleaved_out) return kUnsupported;
-  const Range range = ranges[call->dtype];
   const int64_t tokens = call->batch * call->length;
   const int64_t bytes = tokens * (call->q.heads + call->k.heads) * call->head_dim * size_of(call->dtype);
   if (bytes == 0) return kDone;
   if (threads > bytes / kBytesAThread) threads = bytes / kBytesAThread;
   const int64_t scratch = 2 * kBlock * call->num_pairs + weights_of(*call, call->q, norms->q) +
                           weights_of(*call, call->k, norms->k) + together(*call, *norms) * call->head_dim;
-  return run_threads(tokens, threads, scratch * compute_size_of(call->dtype),
-                     [=](int64_t first, int64_t last, void* own) { range(*call, *norms, first, last, own); });
+  return run_threads(
+      tokens, threads, scratch * compute_size_of(call->dtype), [=](int64_t first, int64_t last, void* own) {
+        if (call->dtype == kFloat64) {
+          norm_tokens(*call, *norms, NormBlock<double>(norm_float64), first, last, own);
+        } else {
+          static const NormBlock<float> blocks[] = {norm_float32, nullptr, norm_float16, norm_bfloat16};
+          norm_tokens(*call, *norms, blocks[call->dtype], first, last, own);
+        }
+      });
 }
