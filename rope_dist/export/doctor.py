@@ -18,12 +18,13 @@ from tabulate import tabulate
 
 from ..layer_types import extended_layers, layer_typed
 from ..strategies import default_inv_freq
-from .architectures import ROPE_TYPES, reading
+from .architectures import VERSIONS, reading, tabled_type
 from .config_faults import cause, faults, neighbours
-from .engines import ENGINES, TRANSFORMERS_4_KEYS, VERSIONS, EngineConfig
+from .engines import ENGINES, TRANSFORMERS_4_KEYS, EngineConfig
 from .gguf_reading import read as read_gguf
+from .standard_config import completed
 from .stock import StockModel, read_config
-from .verification import CONFIG, SHAPE, read_json
+from .verification import CONFIG, read_json
 
 TOLERANCE = 5e-7
 """Relative difference of frequencies that is rounding: engines compute them in float32, in different orders."""
@@ -193,9 +194,7 @@ def _text_file(file: Mapping[str, Any], model: StockModel | None) -> dict[str, A
     text = dict(text if isinstance(text, Mapping) else file)
     if model is None:
         return text
-    for key in SHAPE:
-        if text.get(key) is None and getattr(model.text, key, None) is not None:
-            text[key] = getattr(model.text, key)
+    text = completed("", text, model.text)
     given = text.get("rope_parameters")
     if isinstance(given, Mapping) and layer_typed(given):
         layers = extended_layers(model.text)
@@ -226,13 +225,11 @@ def _by_formula(engine: str, text: Mapping[str, Any], model: StockModel | None) 
     kind = rope.get("rope_type", rope.get("type", "default"))
     status, reason = "ok", ""
     if model is not None:
-        if engine not in ("mlx", "exllamav3"):
-            _add_defaults(config, model)
-        tabled = reading(engine, model, _tabled_type(kind))
-        version, reason = tabled.version or version, tabled.reason
+        config = completed(engine, config, model.text)
+        tabled = reading(engine, model, tabled_type(kind))
+        reason = tabled.reason
         by_formula = engine == "transformers-4" and model.text.model_type in TRANSFORMERS_4_KEYS
         by_formula |= engine == "mlx" and "old key `type`" in reason and "type" in rope
-        by_formula |= "its own original length" in reason and "original_max_position_embeddings" in text
         by_formula |= engine == "transformers-4" and model.layer_typed
         by_formula |= (
             kind == "yarn" and config.get("kv_lora_rank") is not None
@@ -247,25 +244,6 @@ def _by_formula(engine: str, text: Mapping[str, Any], model: StockModel | None) 
             config.update(rope_scaling=None, rope_parameters=None, rope_theta=theta)
     found = _read(engine, version, ENGINES[engine], config)
     return found if status == "ok" or found.short is None else replace(found, status=status, reason=reason)
-
-
-def _add_defaults(config: dict[str, Any], model: StockModel) -> None:
-    """Rotary defaults of the config's class, which engines on transformers read."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        try:
-            value = model.parameters.get(key)
-        except ValueError:
-            return
-        recent = (config.get("rope_parameters") or {}).get(key)
-        if value is not None and config.get(key) is None and rope.get(key) is None and recent is None:
-            config[key] = value
-
-
-def _tabled_type(kind: str) -> str:
-    """The name in the tables of ``architectures.py``, for the types that they have not, of one without exceptions."""
-    kind = {"mrope": "default", "su": "longrope"}.get(kind, kind)
-    return kind if kind in ROPE_TYPES else "linear"
 
 
 def _read(engine: str, version: str, read: Callable[..., EngineConfig], config: Mapping[str, Any]) -> Finding:
