@@ -204,19 +204,17 @@ def _print_flags(
     made = _plan(source, plan, target, factor, strategy, settings, gguf=gguf)
 
     from ..export import flags
-    from ..export.flags import GGUF_NAMES, gguf_architecture
+    from ..export.flags import GGUF_NAMES
     from ..export.stock import read_config
 
     if source is None and engine != "llama-server":
         print("not checked against a model: give MODEL too", file=sys.stderr)
     config = architecture = None
-    if gguf:
-        architecture = gguf_architecture(source)
-    elif source in PRESETS:
+    if source in PRESETS:
         architecture = GGUF_NAMES.get(PRESETS[source][1])
-    elif source is not None:
+    elif source is not None and not gguf:
         config = read_config(Path(source))
-    print(flags(engine, made, config, architecture=architecture))
+    print(flags(engine, made, config, architecture=architecture, gguf=source if gguf else None))
 
 
 def _plan(

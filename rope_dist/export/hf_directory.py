@@ -302,6 +302,15 @@ def check_model(
             raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {found.reason}{hint}")
 
 
+def possible_forms(
+    plan: RopePlan | DynamicPlan, text: PretrainedConfig, form: Form | None
+) -> tuple[Form, ...]:
+    """Forms to try in turn where ``form`` is asked for in the config of a language model."""
+    if form is not None:
+        return (form,)
+    return FORMS if native_entries(plan, text) is not None else ("longrope",)
+
+
 def _write_config(
     directory: Path,
     file: Mapping[str, Any],
@@ -312,8 +321,7 @@ def _write_config(
     out: Path,
 ) -> None:
     """Write ``config.json`` in the first form that all ``engines`` run; ``ValueError`` if there is none."""
-    native = form is None and native_entries(plan, StockModel(source).text) is not None
-    forms: tuple[Form | None, ...] = FORMS if native else (form or "longrope",)
+    forms = possible_forms(plan, StockModel(source).text, form)
     for tried in forms:
         _write_json(directory / CONFIG, extended_config(file, plan, source, tried))
         try:
