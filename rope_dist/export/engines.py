@@ -443,7 +443,9 @@ def unable(engine: str, plan: RopePlan | DynamicPlan, form: str = "longrope") ->
     return None
 
 
-def check_engines(plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), form: str = "longrope") -> None:
+def check_engines(
+    plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), form: str = "longrope", *, hint: str = ""
+) -> None:
     """``ValueError`` for an unknown engine, or one that cannot represent the plan, or if none can."""
     if isinstance(plan, DynamicPlan):
         _check_one_scaling(plan)
@@ -452,7 +454,7 @@ def check_engines(plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), for
             raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
         reason = unable(engine, plan, form)
         if reason is not None:
-            raise ValueError(reason)
+            raise ValueError(f"{reason}{hint}")
 
 
 def _check_one_scaling(plan: DynamicPlan) -> None:

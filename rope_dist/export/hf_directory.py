@@ -175,7 +175,8 @@ def hf(  # noqa: PLR0913
     check_names(engines)
     if force_engine:
         engines = ()
-    check_engines(plan, engines, form="native" if form is None and native_form(plan) else form or "longrope")
+    likely = "native" if form is None and native_form(plan) else form or "longrope"
+    check_engines(plan, engines, likely, hint=FORCED)
     check_target(out, force=force, directory=True)
     if private and push_to_hub is None:
         raise ValueError("private goes with push_to_hub")
@@ -365,7 +366,11 @@ def _verified(
         verification = verify(directory, plan, engines=engines, source=source)
     except ValueError as error:
         raise ValueError(str(error).replace(str(directory), str(out))) from None
-    dataclasses.replace(verification, artefact=out).raise_for_failure()
+    try:
+        dataclasses.replace(verification, artefact=out).raise_for_failure()
+    except ValueError as error:
+        named = all(c.engine in engines for c in verification.checks if c.required and c.reason is not None)
+        raise ValueError(f"{error}{FORCED if named else ''}") from None
     return verification
 
 
