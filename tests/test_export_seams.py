@@ -6,15 +6,17 @@ import shlex
 import pytest
 import torch
 from helpers.exports import write_gguf
+from helpers.model_families import config_of
 from transformers import AutoModelForCausalLM
 
 import rope_dist
 from rope_dist import export
 from rope_dist.cli import main
+from rope_dist.defaults import STRATEGIES
 from rope_dist.dynamic import load_plan, trained_config
 from rope_dist.export.architectures import VERSIONS, tables
 from rope_dist.export.flags import GGUF_NAMES
-from rope_dist.export.forms import ROUNDING
+from rope_dist.export.forms import NATIVE_STRATEGIES, ROUNDING, native_form
 from rope_dist.export.gguf_file import METADATA
 from rope_dist.export.stock import StockModel, read_config
 
@@ -163,6 +165,7 @@ class TestOnNativeExports:
             assert found == expected
 
 
+SETTINGS = {"longrope": {"factors": [1.0] * 4 + [2.5] * 4}}
 ONE_SCALING = {"yarn": {"attention_factor": 1}, "auto-yarn": {"attention_factor": 1}}
 
 
@@ -185,6 +188,38 @@ class TestLengths:
             "vllm",
             "sglang",
         }
+
+
+class TestFlags:
+    @pytest.mark.parametrize("kind", ["Mixtral", "Olmo2", "Qwen3", "Gemma2"])
+    @pytest.mark.parametrize("strategy", ["dprope", "yarn", "pi"])
+    def test_families(self, kind, strategy, tmp_path):
+        """transformers computes the plan from the changed config; vLLM's own flag is there where it needs one."""
+        config = config_of(kind)
+        plan = rope_dist.plan(config, factor=2, strategy=strategy)
+        words = shlex.split(export.flags("vllm", plan, config))
+        config.update(json.loads(words[3]))
+        found = StockModel(config).engine_config()
+        torch.testing.assert_close(found.inv_freq, plan.inv_freq, rtol=ROUNDING, atol=0)
+        assert words[4:] == (["--enforce-eager"] if (kind, strategy) == ("Olmo2", "dprope") else [])
+
+    def test_a_gguf_file_for_another_engine(self, llama, tmp_path, capsys):
+        path = write_gguf(llama, tmp_path / "model.gguf")
+        assert main(["export", "flags", "vllm", str(path), "--factor", "2"]) == 2
+        assert "model.gguf is a GGUF file" in capsys.readouterr().err
+        assert main(["export", "hf", str(path), "--factor", "2", "-o", str(tmp_path / "out")]) == 2
+        assert "rope-dist export gguf" in capsys.readouterr().err
+
+
+def test_native_strategies(source, tmp_path):
+    for strategy in STRATEGIES:
+        plan = rope_dist.plan(source, factor=2, strategy=strategy, **SETTINGS.get(strategy, {}))
+        assert (native_form(plan) is not None) == (strategy in NATIVE_STRATEGIES), strategy
+    plan = rope_dist.plan(source, factor=2, strategy="auto")
+    with pytest.raises(
+        ValueError, match="those of yarn, auto-yarn, pi, ntk, dynamic-ntk, llama3, extrapolation are"
+    ):
+        export.hf(source, plan, tmp_path / "out", form="native")
 
 
 class TestLlamaServer:

@@ -93,6 +93,8 @@ def _hf(
     """
     if private and push_to_hub is None:
         raise ValueError("--private goes with --push-to-hub")
+    if source.endswith(".gguf"):
+        raise ValueError(f"{source} is a GGUF file: rope-dist export gguf writes these")
     made = _plan(source, plan, target, factor, strategy, settings, dynamic=dynamic)
 
     from ..export import hf, verify
@@ -200,7 +202,11 @@ def _print_flags(
     strategy: str | None,
     settings: Iterable[tuple[str, Any]] | None,
 ) -> None:
-    gguf = engine == "llama-server" and str(source).endswith(".gguf")
+    gguf = str(source).endswith(".gguf")
+    if gguf and engine != "llama-server":
+        raise ValueError(
+            f"flags of {engine} are for a directory with a config.json, and {source} is a GGUF file"
+        )
     made = _plan(source, plan, target, factor, strategy, settings, gguf=gguf)
 
     from ..export import flags

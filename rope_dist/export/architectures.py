@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,6 +87,12 @@ class Reading(NamedTuple):
     how: str
     version: str = ""
     reason: str = ""
+
+    @property
+    def flag(self) -> str:
+        """The flag that ``reason`` names, after a space; empty where it needs none."""
+        found = re.search(r" --[a-z-]+", self.reason) if self.how == "flag" else None
+        return "" if found is None else found[0]
 
 
 def reading(engine: str, model: StockModel, rope_type: str = "longrope") -> Reading:

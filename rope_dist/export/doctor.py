@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from ..defaults import PRESETS
 from ..layer_types import extended_layers, layer_typed
 from ..strategies import default_inv_freq
 from .architectures import VERSIONS, reading, tabled_type
 from .config_faults import cause, faults, neighbours
 from .engines import ENGINES, TRANSFORMERS_4_KEYS, EngineConfig
 from .gguf_reading import read as read_gguf
+from .model_card import HUB_ID
 from .standard_config import completed
 from .stock import StockModel, read_config
 from .verification import CONFIG, read_json
@@ -160,7 +162,11 @@ def _config_path(source: str | os.PathLike[str]) -> Path:
         return path / CONFIG
     if path.exists():
         return path
-    if str(source).count("/") != 1:
+    if str(source) in PRESETS:
+        raise ValueError(
+            f"{source} is a preset, not a checkpoint: give its directory, or {PRESETS[str(source)][0]}"
+        )
+    if not HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise ValueError(f"there is no file or directory {source}")
     from transformers.utils import cached_file
 
@@ -221,6 +227,9 @@ def _installed(model: StockModel | None, failure: str) -> Finding:
 
 def _by_formula(engine: str, text: Mapping[str, Any], model: StockModel | None) -> Finding:
     config, version = dict(text), VERSIONS[engine]
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            return Finding(engine, version, None, None, "fails", f"its {key} is {config[key]!r:.80}")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     status, reason = "ok", ""
@@ -329,7 +338,9 @@ def _diagnosis(
 ) -> Diagnosis:
     differences = []
     reference = _reference(findings)
-    if reference is not None:
+    if reference is None:
+        differences.append(f"No engine reads it. {findings[0].engine}: {findings[0].reason.strip('.')}.")
+    else:
         for found in findings:
             if found is reference or found.status == "unknown":
                 continue

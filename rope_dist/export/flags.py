@@ -99,23 +99,23 @@ def vllm_overrides(
     Raises:
         ValueError: the plan is of another model, or vLLM cannot run this one by it.
     """
-    return _overrides("vllm", plan, config, form)
+    return _overrides("vllm", plan, config, form)[0]
 
 
 def vllm_arguments(
     plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None, form: Form | None = None
 ) -> str:
     """:func:`vllm_overrides` as arguments of ``vllm serve``, quoted for a shell."""
-    overrides = _json(vllm_overrides(plan, config, form))
-    return f"--max-model-len {plan.target_length} --hf-overrides {shlex.quote(overrides)}"
+    overrides, flag = _overrides("vllm", plan, config, form)
+    return f"--max-model-len {plan.target_length} --hf-overrides {shlex.quote(_json(overrides))}{flag}"
 
 
 def sglang_arguments(
     plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None, form: Form | None = None
 ) -> str:
     """Arguments of ``python -m sglang.launch_server``, quoted for a shell; errors as :func:`vllm_overrides`."""
-    overrides = _json(_overrides("sglang", plan, config, form))
-    return f"--context-length {plan.target_length} --json-model-override-args {shlex.quote(overrides)}"
+    overrides, flag = _overrides("sglang", plan, config, form)
+    return f"--context-length {plan.target_length} --json-model-override-args {shlex.quote(_json(overrides))}{flag}"
 
 
 def _json(overrides: Mapping[str, Any]) -> str:
@@ -124,47 +124,45 @@ def _json(overrides: Mapping[str, Any]) -> str:
 
 def _overrides(
     engine: str, plan: RopePlan | DynamicPlan, config: PretrainedConfig | None, form: Form | None
-) -> dict[str, Any]:
-    """In the first form that ``engine`` runs, as its formula says of the config with these entries."""
+) -> tuple[dict[str, Any], str]:
+    """In the first form that ``engine`` runs, as its formula says of the config with these entries; and a flag."""
     if isinstance(plan, DynamicPlan):
         raise ValueError(_one_set(engine, plan))
     if config is None:
-        return _changes(config_entries(plan, None, form))
+        return _changes(config_entries(plan, None, form)), ""
     model = StockModel(config)
     check_model(model, plan, (engine,), form)
     reason = None
     for tried in possible_forms(plan, model.text, form):
         changes = _changes(config_entries(plan, model.text, tried))
-        reason = _difference(engine, plan, config, changes)
+        after = StockModel(copy.deepcopy(config))
+        after.text.update(copy.deepcopy(changes))
+        found = reading(engine, after, tabled_type(after.parameters["rope_type"]))
+        reason = _difference(engine, plan, after) if found.how in ("yes", "flag") else found.reason
         if reason is None:
             # An entry that is itself a config is merged.
-            return changes if model.part is None else {model.part: changes}
+            return changes if model.part is None else {model.part: changes}, found.flag
     raise ValueError(f"{engine} does not follow the plan by flags: {reason}")
 
 
 def _changes(entries: Mapping[str, Any]) -> dict[str, Any]:
-    # Phi-3's config puts its own original length over that of the rotary parameters.
     keys = (
         "max_position_embeddings",
         "rope_parameters",
         "model_max_length",
+        # Phi-3's config puts its own over that of the rotary parameters.
         "original_max_position_embeddings",
+        # transformers' longrope multiplies one that is there but None (Mixtral).
+        "head_dim",
     )
     return {key: entries[key] for key in keys if key in entries}
 
 
-def _difference(
-    engine: str, plan: RopePlan, config: PretrainedConfig, changes: Mapping[str, Any]
-) -> str | None:
-    """What ``engine`` computes otherwise than planned from ``config`` with these entries, or None."""
-    after = StockModel(copy.deepcopy(config))
-    after.text.update(copy.deepcopy(dict(changes)))
-    kind = after.parameters["rope_type"]
-    found = reading(engine, after, tabled_type(kind))
-    if found.how not in ("yes", "flag"):
-        return found.reason
-    read_file = functools.partial(by_formula, engine, after.config.to_dict(), after)
-    relative = 0.0 if kind == "longrope" else ROUNDING
+def _difference(engine: str, plan: RopePlan, after: StockModel) -> str | None:
+    """What ``engine`` computes otherwise than planned from the changed config, or None."""
+    file = after.config.to_dict()
+    relative = 0.0 if after.parameters["rope_type"] == "longrope" else ROUNDING
+    read_file = functools.partial(by_formula, engine, file, after)
     return compared(read_file, plan, Check(engine, None), relative=relative).reason
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Form = Literal["native", "longrope"]
 FORMS: tuple[Form, ...] = ("native", "longrope")
+NATIVE_STRATEGIES = ("yarn", "auto-yarn", "pi", "ntk", "dynamic-ntk", "llama3", "extrapolation")
+"""Strategies whose static plans have a native form where the model was trained without a scaling."""
 
 ROUNDING = 2**-21
 """Relative: the largest difference between two float32 computations of a frequency.

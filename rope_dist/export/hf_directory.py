@@ -20,7 +20,7 @@ from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
 from .architectures import check_names, reading, unextendable
 from .engines import check_engines
-from .forms import FORMS, Form, check_form, native_entries, native_form
+from .forms import FORMS, NATIVE_STRATEGIES, Form, check_form, native_entries, native_form
 from .model_card import check_repository, hub_id, measured_perplexity, push, write_card
 from .stock import StockModel, changed, read_config
 from .verification import CONFIG, Verification, check_weights, read_json, verify
@@ -88,7 +88,8 @@ def _overrides(
         if form == "native":
             raise ValueError(
                 f"the plan has no native form: the frequencies of {_name(plan)} are no published scaling's in this "
-                "model; leave the form out, or take longrope"
+                f"model (those of {', '.join(NATIVE_STRATEGIES)} are in most that were trained without a scaling); "
+                "leave the form out, or take longrope"
             )
     if isinstance(plan, RopePlan):
         return plan.config_overrides(config)
