@@ -233,6 +233,7 @@ class TestVerify:
         found = export.verify(out, plan, engines=["vllm"])
         assert found.ok
         assert "as planned; start it with --enforce-eager" in str(found)
+        assert "--max-model-len 128 --enforce-eager\n" in (out / "README.md").read_text()
 
     def test_an_unknown_architecture_is_as_planned_nowhere(self, source, tmp_path):
         directory = source(config_of("Helium", **OWN_HEAD_DIM))

@@ -242,6 +242,11 @@ class TestLlamaServer:
         assert self.flags(out, plan, tmp_path) == 2
         assert "as it was before the extension" in capsys.readouterr().err
 
+    def test_a_model_with_a_scaling_of_its_own(self, tmp_path, capsys):
+        arguments = ["llama-server", "llama3.1-8b", "--factor", "2", "--strategy", "pi"]
+        assert main(["export", "flags", *arguments]) == 2
+        assert "trained with a scaling: write a file" in capsys.readouterr().err
+
     def test_an_architecture_with_other_layers(self, llama, tmp_path, capsys):
         path = write_gguf(llama, tmp_path / "model.gguf", arch="gemma3")
         assert self.flags(path, rope_dist.plan(llama, factor=2, strategy="pi"), tmp_path) == 2

@@ -192,6 +192,11 @@ def llama_server_arguments(plan: RopePlan | DynamicPlan, architecture: str | Non
     if isinstance(plan, DynamicPlan):
         raise ValueError(_one_set("llama-server", plan))
     form = native_form(plan)
+    if plan.base_factors is not None:
+        raise ValueError(
+            "flags of llama-server cannot express a plan of a model that was trained with a scaling: write a file with "
+            "rope-dist export gguf"
+        )
     if form is None or form.rope_type == "llama3":
         raise ValueError(
             f"flags of llama-server cannot express the factors of {plan.strategy}, only those of yarn, auto-yarn, pi "

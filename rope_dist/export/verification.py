@@ -42,6 +42,7 @@ class Check:
         known: false where it is not known what the engine does.
         version: of the engine that was read, tried or run; empty where none was.
         note: what the engine needs to follow the plan, e.g. a flag.
+        flag: that flag, after a space.
     """
 
     engine: str
@@ -50,6 +51,7 @@ class Check:
     known: bool = True
     version: str = field(default="", compare=False)
     note: str = field(default="", compare=False)
+    flag: str = field(default="", compare=False)
 
     @property
     def state(self) -> str:
@@ -218,7 +220,7 @@ def _directory(
         check = dataclasses.replace(check, required=required or form == "longrope")
         check = compared(read, plan, check, relative=relative)
         if check.reason is None and found.how == "flag":
-            check = dataclasses.replace(check, note=found.reason)
+            check = dataclasses.replace(check, note=found.reason, flag=found.flag)
         checks.append(check)
     return checks
 
