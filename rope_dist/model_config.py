@@ -298,8 +298,8 @@ def extended_parameters(
         # transformers would fill in a missing one.
         parameters.setdefault("partial_rotary_factor", 1.0)
     kept = {key: copy.deepcopy(value) for key, value in own.items() if key not in _FREQUENCY_KEYS}
-    if own.get("rope_type", "default") == "default":
-        # Models with multi-head latent attention read these only beside another type.
+    if own.get("rope_type", "default") == "default" or not own.get("mscale_all_dim"):
+        # Models with multi-head latent attention read these only beside another type, and a zero as none.
         kept = {key: value for key, value in kept.items() if key not in ("mscale", "mscale_all_dim")}
     # Some models read the scaling's own numbers for more than frequencies. Both are free here: the two factors are
     # equal and the attention factor is written out.

@@ -371,3 +371,28 @@ class TestCommandLine:
         assert code == 2
         assert printed.err.count("\n") == 1
         assert "from the hub or its cache" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("./nothing-here", "there is no file or directory ./nothing-here"),
+        ("../nothing/here", "there is no file or directory"),
+        ("nothing.gguf", "there is no file or directory nothing.gguf"),
+        ("llama3-8b", "is a preset, not a checkpoint: give its directory, or meta-llama/Meta-Llama-3-8B"),
+    ],
+)
+def test_what_is_not_there(source, reason, capsys):
+    assert main(["doctor", source]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", [{"model_type": "clip"}, {**LLAMA, "rope_scaling": "yarn"}])
+def test_what_no_engine_reads(file, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    assert main(["doctor", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "No engine reads it. transformers: " in out
+    assert "compute the same" not in out

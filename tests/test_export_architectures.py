@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from rope_dist.cli import main
 from rope_dist.export.architectures import ROPE_TYPES, STATUSES, reading, tables
 from rope_dist.export.stock import StockModel
 
-# Read in the engines' source by hand, a file and a line each (vLLM 0.33.0, SGLang 0.5.23, mlx-lm 0.32.2).
+# Written down beside the table, after looking at the engines' model files; the opt-in tests read the wheels.
 FAMILIES = {
     "Llama": {"vllm": "yes", "sglang": "yes", "mlx": "yes", "exllamav3": "yes"},
     "Mistral": {"vllm": "yes", "sglang": "yes", "mlx": "yes", "exllamav3": "yes"},
@@ -135,9 +136,27 @@ class TestTable:
         assert found.how == "ignored"
         assert "sliding window" in found.reason
 
-    def test_a_model_with_an_original_length_of_its_own(self):
-        """Phi-3's config class has one, which transformers puts over that of its longrope for every engine."""
-        assert reading("vllm", StockModel(transformers.Phi3Config(**SMALL))).how == "ignored"
+    @pytest.mark.parametrize("engine", ["vllm", "sglang"])
+    @pytest.mark.parametrize("strategy", ["dprope", "yarn"])
+    def test_a_model_with_an_original_length_of_its_own(self, engine, strategy, source, tmp_path):
+        """Phi-3's config class has 4096, which transformers puts over that of its longrope: the plan's goes there."""
+        config = transformers.Phi3Config(**SMALL)
+        plan = rope_dist.plan(config, factor=2, strategy=strategy)
+        out = export.hf(source(config), plan, tmp_path / "out", config_only=True, engines=[engine])
+        overrides = json.loads(shlex.split(export.flags(engine, plan, config))[-1])
+        started = transformers.Phi3Config(**SMALL)
+        started.update(overrides)
+        started.standardize_rope_params()  # as vLLM does after it
+        for read in (transformers.AutoConfig.from_pretrained(out), started):
+            assert read.rope_parameters["original_max_position_embeddings"] == 128
+        # Without that entry the engine would derive a scaling from 4096 and 128, or misread position 4096.
+        file = json.loads((out / "config.json").read_text())
+        del file["original_max_position_embeddings"]
+        rope = {k: v for k, v in file["rope_scaling"].items() if "mscale" not in k}
+        (out / "config.json").write_text(json.dumps({**file, "rope_scaling": rope, "rope_parameters": rope}))
+        assert transformers.AutoConfig.from_pretrained(out).original_max_position_embeddings == 4096
+        reason = states(out, plan)[engine].reason
+        assert (reason is None) == (strategy == "dprope"), reason  # 128 / 4096 is no scaling
 
     def test_the_wheels_give_the_table(self):
         """Opt-in: the engines' own source, read again."""
@@ -214,6 +233,7 @@ class TestVerify:
         found = export.verify(out, plan, engines=["vllm"])
         assert found.ok
         assert "as planned; start it with --enforce-eager" in str(found)
+        assert "--max-model-len 128 --enforce-eager\n" in (out / "README.md").read_text()
 
     def test_an_unknown_architecture_is_as_planned_nowhere(self, source, tmp_path):
         directory = source(config_of("Helium", **OWN_HEAD_DIM))

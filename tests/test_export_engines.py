@@ -1,4 +1,4 @@
-"""The rotary classes of vLLM and SGLang give bit for bit the plan's cos and sin from an exported directory."""
+"""The rotary classes of vLLM and SGLang give the plan's cos and sin from an exported directory."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from helpers.model_families import config_of
 import rope_dist
 from rope_dist import export
 from rope_dist.export.architectures import reading
+from rope_dist.export.forms import ROUNDING
 from rope_dist.export.stock import StockModel
 
 WHEELS = {"vllm": "vllm==0.33.0", "sglang": "sglang==0.5.23"}
@@ -54,30 +55,43 @@ def planned(plan, tokens=None):
     return angles.cos() * plan.attention_scaling, angles.sin() * plan.attention_scaling
 
 
-@pytest.mark.parametrize("strategy", ["dprope", "yarn"])
-def test_the_class_follows_the_plan(engine, llama, tmp_path, strategy):
+FORMS = [
+    ("dprope", "longrope"),
+    ("yarn", "longrope"),
+    ("yarn", "native"),
+    ("pi", "native"),
+    ("ntk", "native"),
+]
+FORMS += [("llama3", "native"), ("auto-yarn", "native")]
+
+
+def assert_planned(got, plan, form):
+    """Bit for bit from a longrope; from a native form, angles to the rounding of a frequency."""
+    angle = 0 if form == "longrope" else plan.target_length * ROUNDING
+    for found, expected in zip((got["cos"], got["sin"]), planned(plan), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=angle * plan.attention_scaling)
+
+
+@pytest.mark.parametrize(("strategy", "form"), FORMS)
+def test_the_class_follows_the_plan(engine, llama, tmp_path, strategy, form):
     plan = rope_dist.plan(llama, factor=2, strategy=strategy)
-    got = tables(engine, export.hf(llama, plan, tmp_path / "out", config_only=True), tmp_path)
-    cos, sin = planned(plan)
-    assert torch.equal(got["cos"], cos)
-    assert torch.equal(got["sin"], sin)
+    got = tables(engine, export.hf(llama, plan, tmp_path / "out", config_only=True, form=form), tmp_path)
+    assert_planned(got, plan, form)
 
 
+@pytest.mark.parametrize("form", ["native", "longrope"])
 @pytest.mark.parametrize("kind", ["Mistral", "Granite", "Qwen2", "Qwen3", "Gemma2", "Qwen3Moe"])
-def test_models_that_the_table_has(engine, tmp_path, kind):
+def test_models_that_the_table_has(engine, tmp_path, kind, form):
     """Where the model file hands over the config's parameters, its class gives the plan's cos and sin."""
     config = config_of(kind, head_dim=16)
-    how = reading(engine[0], StockModel(config)).how
+    how = reading(engine[0], StockModel(config), "yarn" if form == "native" else form).how
     config.save_pretrained(tmp_path / "source")
     plan = rope_dist.plan(tmp_path / "source", factor=2, strategy="yarn")
-    out = export.hf(tmp_path / "source", plan, tmp_path / "out", config_only=True)
+    out = export.hf(tmp_path / "source", plan, tmp_path / "out", config_only=True, form=form)
     state = next(check.state for check in export.verify(out, plan).checks if check.engine == engine[0])
     assert (state == "as planned") == (how == "yes")
     if how == "yes":
-        got = tables(engine, out, tmp_path)
-        cos, sin = planned(plan)
-        assert torch.equal(got["cos"], cos)
-        assert torch.equal(got["sin"], sin)
+        assert_planned(tables(engine, out, tmp_path), plan, form)
 
 
 def test_the_class_does_not_follow_a_naive_export(engine, llama, tmp_path):

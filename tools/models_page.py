@@ -13,7 +13,7 @@ from pathlib import Path
 import transformers
 from tabulate import tabulate
 
-from rope_dist.export.architectures import TRANSFORMERS_4_VERSION, reading, tables, unextendable
+from rope_dist.export.architectures import VERSIONS, reading, unextendable
 from rope_dist.export.stock import StockModel
 from rope_dist.files import write_text
 from rope_dist.hf import supported
@@ -21,16 +21,14 @@ from rope_dist.hf import supported
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"
 ENGINES = {
-    "transformers-4": f"transformers {TRANSFORMERS_4_VERSION}",
-    **{
-        engine: f"{name} {tables()[engine]['version']}"
-        for engine, name in (
-            ("vllm", "vLLM"),
-            ("sglang", "SGLang"),
-            ("mlx", "mlx-lm"),
-            ("exllamav3", "ExLlamaV3"),
-        )
-    },
+    engine: f"{name} {VERSIONS[engine]}"
+    for engine, name in (
+        ("transformers-4", "transformers"),
+        ("vllm", "vLLM"),
+        ("sglang", "SGLang"),
+        ("mlx", "mlx-lm"),
+        ("exllamav3", "ExLlamaV3"),
+    )
 }
 
 INTRODUCTION = """\

@@ -93,6 +93,8 @@ def _hf(
     """
     if private and push_to_hub is None:
         raise ValueError("--private goes with --push-to-hub")
+    if source.endswith(".gguf"):
+        raise ValueError(f"{source} is a GGUF file: rope-dist export gguf writes these")
     made = _plan(source, plan, target, factor, strategy, settings, dynamic=dynamic)
 
     from ..export import hf, verify
@@ -200,23 +202,25 @@ def _print_flags(
     strategy: str | None,
     settings: Iterable[tuple[str, Any]] | None,
 ) -> None:
-    gguf = engine == "llama-server" and str(source).endswith(".gguf")
+    gguf = str(source).endswith(".gguf")
+    if gguf and engine != "llama-server":
+        raise ValueError(
+            f"flags of {engine} are for a directory with a config.json, and {source} is a GGUF file"
+        )
     made = _plan(source, plan, target, factor, strategy, settings, gguf=gguf)
 
     from ..export import flags
-    from ..export.flags import GGUF_NAMES, gguf_architecture
+    from ..export.flags import GGUF_NAMES
     from ..export.stock import read_config
 
     if source is None and engine != "llama-server":
         print("not checked against a model: give MODEL too", file=sys.stderr)
     config = architecture = None
-    if gguf:
-        architecture = gguf_architecture(source)
-    elif source in PRESETS:
+    if source in PRESETS:
         architecture = GGUF_NAMES.get(PRESETS[source][1])
-    elif source is not None:
+    elif source is not None and not gguf:
         config = read_config(Path(source))
-    print(flags(engine, made, config, architecture=architecture))
+    print(flags(engine, made, config, architecture=architecture, gguf=source if gguf else None))
 
 
 def _plan(

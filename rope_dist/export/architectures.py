@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,10 +56,22 @@ TRANSFORMERS_4_REFUSES = {
 """``model_type`` that fails in transformers 4.57.6 (tried)."""
 
 
-TRANSFORMERS_4_VERSION = "4.57"
-
 TENSORRT_LLM = frozenset(("llama",))
 """``model_type`` whose model in TensorRT-LLM takes ``RopeParams.from_config`` (read)."""
+
+
+@functools.cache
+def tables() -> dict[str, dict[str, Any]]:
+    """Engine -> its version and how its models read each rope type, from ``engine_models.json``."""
+    return json.loads(Path(__file__).with_name("engine_models.json").read_text(encoding="utf-8"))
+
+
+VERSIONS: dict[str, str] = {
+    "transformers-4": "4.57",
+    "tensorrt-llm": "1.x",
+    **{engine: table["version"] for engine, table in tables().items()},
+}
+"""Engine -> the version whose code was read or tried."""
 
 
 class Reading(NamedTuple):
@@ -74,6 +87,12 @@ class Reading(NamedTuple):
     how: str
     version: str = ""
     reason: str = ""
+
+    @property
+    def flag(self) -> str:
+        """The flag that ``reason`` names, after a space; empty where it needs none."""
+        found = re.search(r" --[a-z-]+", self.reason) if self.how == "flag" else None
+        return "" if found is None else found[0]
 
 
 def reading(engine: str, model: StockModel, rope_type: str = "longrope") -> Reading:
@@ -92,17 +111,17 @@ def reading(engine: str, model: StockModel, rope_type: str = "longrope") -> Read
         return Reading("yes", transformers.__version__)
     if model.layer_typed:
         how = "ignored" if engine in ("transformers-4", "mlx") else "unknown"
-        return Reading(how, "", PER_LAYER_TYPE)
+        return Reading(how, VERSIONS.get(engine, ""), PER_LAYER_TYPE)
     if engine == "transformers-4":
         return _transformers_4(model)
     if engine in tables():
         return _tabled(engine, model, rope_type)
     kind = model.text.model_type
     if engine == "tensorrt-llm" and kind in TENSORRT_LLM and model.text is model.config:
-        return Reading("yes")
+        return Reading("yes", VERSIONS[engine])
     if engine == "llama.cpp" and kind in SLOTS:
         return Reading("yes")
-    return Reading("unknown", "", f"what {engine} does with {kind} was not read")
+    return Reading("unknown", VERSIONS.get(engine, ""), f"what {engine} does with {kind} was not read")
 
 
 def check_names(engines: Iterable[str]) -> None:
@@ -112,14 +131,14 @@ def check_names(engines: Iterable[str]) -> None:
             raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
 
 
-@functools.cache
-def tables() -> dict[str, dict[str, Any]]:
-    """Engine -> its version and how its models read each rope type, from ``engine_models.json``."""
-    return json.loads(Path(__file__).with_name("engine_models.json").read_text(encoding="utf-8"))
+def tabled_type(kind: str) -> str:
+    """The rope type in the tables for a name in a config: for one that they have not, one without exceptions."""
+    kind = {"mrope": "default", "su": "longrope"}.get(kind, kind)
+    return kind if kind in ROPE_TYPES else "linear"
 
 
 def _transformers_4(model: StockModel) -> Reading:
-    version, kind = TRANSFORMERS_4_VERSION, model.text.model_type
+    version, kind = VERSIONS["transformers-4"], model.text.model_type
     if kind in TRANSFORMERS_4_REFUSES:
         return Reading("crash", version, f"{kind}: {TRANSFORMERS_4_REFUSES[kind]}")
     if kind not in TRANSFORMERS_4:
@@ -132,7 +151,7 @@ def _transformers_4(model: StockModel) -> Reading:
 
 
 def _tabled(engine: str, model: StockModel, rope_type: str) -> Reading:
-    version, models = tables()[engine]["version"], tables()[engine]["models"]
+    version, models = VERSIONS[engine], tables()[engine]["models"]
     kind = model.text.model_type
     if engine in ("vllm", "sglang") and model.multimodal_positions and rope_type not in ("default", "yarn"):
         reason = (
@@ -155,18 +174,6 @@ def _tabled(engine: str, model: StockModel, rope_type: str) -> Reading:
         and "sliding_attention" in (getattr(model.text, "layer_types", None) or ())
     ):
         how, _, reason = entry["sliding"].partition(": ")
-    own = getattr(type(model.text), "original_max_position_embeddings", None)
-    given = getattr(model.text, "original_max_position_embeddings", None)
-    if (
-        how == "yes"
-        and rope_type == "longrope"
-        and engine in ("vllm", "sglang")
-        and own is not None
-        and own == given
-    ):
-        # Its short_mscale and long_mscale would be derived from that length.
-        reason = f"the config of {kind} puts its own original length, {own}, over the one of its longrope"
-        return Reading("ignored", version, reason)
     if how == "yes" and rope_type == "longrope" and engine != "exllamav3" and model.interleaved:
         return Reading(
             "unknown", version, f"{kind} pairs neighbouring dimensions, and its longrope rotates halves"

@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from ..defaults import PRESETS
 from ..layer_types import extended_layers, layer_typed
 from ..strategies import default_inv_freq
-from .architectures import ROPE_TYPES, reading
+from .architectures import VERSIONS, reading, tabled_type
 from .config_faults import cause, faults, neighbours
-from .engines import ENGINES, TRANSFORMERS_4_KEYS, VERSIONS, EngineConfig
+from .engines import ENGINES, TRANSFORMERS_4_KEYS, EngineConfig
 from .gguf_reading import read as read_gguf
+from .model_card import HUB_ID
+from .standard_config import completed
 from .stock import StockModel, read_config
-from .verification import CONFIG, SHAPE, read_json
+from .verification import CONFIG, read_json
 
 TOLERANCE = 5e-7
 """Relative difference of frequencies that is rounding: engines compute them in float32, in different orders."""
@@ -159,7 +162,11 @@ def _config_path(source: str | os.PathLike[str]) -> Path:
         return path / CONFIG
     if path.exists():
         return path
-    if str(source).count("/") != 1:
+    if str(source) in PRESETS:
+        raise ValueError(
+            f"{source} is a preset, not a checkpoint: give its directory, or {PRESETS[str(source)][0]}"
+        )
+    if not HUB_ID.fullmatch(str(source)) or str(source).startswith("."):
         raise ValueError(f"there is no file or directory {source}")
     from transformers.utils import cached_file
 
@@ -193,9 +200,7 @@ def _text_file(file: Mapping[str, Any], model: StockModel | None) -> dict[str, A
     text = dict(text if isinstance(text, Mapping) else file)
     if model is None:
         return text
-    for key in SHAPE:
-        if text.get(key) is None and getattr(model.text, key, None) is not None:
-            text[key] = getattr(model.text, key)
+    text = completed("", text, model.text)
     given = text.get("rope_parameters")
     if isinstance(given, Mapping) and layer_typed(given):
         layers = extended_layers(model.text)
@@ -222,17 +227,18 @@ def _installed(model: StockModel | None, failure: str) -> Finding:
 
 def _by_formula(engine: str, text: Mapping[str, Any], model: StockModel | None) -> Finding:
     config, version = dict(text), VERSIONS[engine]
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, Mapping):
+            return Finding(engine, version, None, None, "fails", f"its {key} is {config[key]!r:.80}")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     status, reason = "ok", ""
     if model is not None:
-        if engine not in ("mlx", "exllamav3"):
-            _add_defaults(config, model)
-        tabled = reading(engine, model, _tabled_type(kind))
-        version, reason = tabled.version or version, tabled.reason
+        config = completed(engine, config, model.text)
+        tabled = reading(engine, model, tabled_type(kind))
+        reason = tabled.reason
         by_formula = engine == "transformers-4" and model.text.model_type in TRANSFORMERS_4_KEYS
         by_formula |= engine == "mlx" and "old key `type`" in reason and "type" in rope
-        by_formula |= "its own original length" in reason and "original_max_position_embeddings" in text
         by_formula |= engine == "transformers-4" and model.layer_typed
         by_formula |= (
             kind == "yarn" and config.get("kv_lora_rank") is not None
@@ -247,25 +253,6 @@ def _by_formula(engine: str, text: Mapping[str, Any], model: StockModel | None) 
             config.update(rope_scaling=None, rope_parameters=None, rope_theta=theta)
     found = _read(engine, version, ENGINES[engine], config)
     return found if status == "ok" or found.short is None else replace(found, status=status, reason=reason)
-
-
-def _add_defaults(config: dict[str, Any], model: StockModel) -> None:
-    """Rotary defaults of the config's class, which engines on transformers read."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    for key in ("rope_theta", "partial_rotary_factor"):
-        try:
-            value = model.parameters.get(key)
-        except ValueError:
-            return
-        recent = (config.get("rope_parameters") or {}).get(key)
-        if value is not None and config.get(key) is None and rope.get(key) is None and recent is None:
-            config[key] = value
-
-
-def _tabled_type(kind: str) -> str:
-    """The name in the tables of ``architectures.py``, for the types that they have not, of one without exceptions."""
-    kind = {"mrope": "default", "su": "longrope"}.get(kind, kind)
-    return kind if kind in ROPE_TYPES else "linear"
 
 
 def _read(engine: str, version: str, read: Callable[..., EngineConfig], config: Mapping[str, Any]) -> Finding:
@@ -351,7 +338,9 @@ def _diagnosis(
 ) -> Diagnosis:
     differences = []
     reference = _reference(findings)
-    if reference is not None:
+    if reference is None:
+        differences.append(f"No engine reads it. {findings[0].engine}: {findings[0].reason.strip('.')}.")
+    else:
         for found in findings:
             if found is reference or found.status == "unknown":
                 continue

@@ -1,6 +1,7 @@
 """Frequencies, attention scaling and length that each engine computes from a Hugging Face ``config.json``.
 
-Every function follows the engine's own code, read in the version that its docstring names; tests run those of vLLM,
+Every function follows the engine's own code, read in the version that its docstring names (the one of
+``architectures.VERSIONS``); tests run those of vLLM,
 SGLang, mlx-lm and ExLlamaV3 from their wheels, TensorRT-LLM's is from its source code only. What a model's own file in
 an engine does with the result (nothing, in some) is in ``architectures.py``.
 
@@ -38,16 +39,6 @@ from .standard_config import (
     standard_rope,
     yarn_scaling,
 )
-
-VERSIONS = {
-    "transformers-4": "4.57",
-    "vllm": "0.33.0",
-    "sglang": "0.5.23",
-    "mlx": "0.32.2",
-    "tensorrt-llm": "1.x",
-    "exllamav3": "1.6.5",
-}
-"""Engine -> the version whose code was read."""
 
 
 @dataclass(frozen=True)
@@ -452,7 +443,9 @@ def unable(engine: str, plan: RopePlan | DynamicPlan, form: str = "longrope") ->
     return None
 
 
-def check_engines(plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), form: str = "longrope") -> None:
+def check_engines(
+    plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), form: str = "longrope", *, hint: str = ""
+) -> None:
     """``ValueError`` for an unknown engine, or one that cannot represent the plan, or if none can."""
     if isinstance(plan, DynamicPlan):
         _check_one_scaling(plan)
@@ -461,7 +454,7 @@ def check_engines(plan: RopePlan | DynamicPlan, engines: Iterable[str] = (), for
             raise ValueError(f"unknown engine {engine!r}; there are {', '.join(ENGINES)}")
         reason = unable(engine, plan, form)
         if reason is not None:
-            raise ValueError(reason)
+            raise ValueError(f"{reason}{hint}")
 
 
 def _check_one_scaling(plan: DynamicPlan) -> None:

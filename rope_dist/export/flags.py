@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import os
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..defaults import FLAG_ENGINES
 from ..dynamic import DynamicPlan
 from ..messages import unknown
 from ..planning import RopePlan
-from .forms import Form, inexact_yarn, native_form, yarn_attention
+from .architectures import reading, tabled_type
+from .forms import ROUNDING, Form, inexact_yarn, native_form, yarn_attention
+from .gguf_file import METADATA, check_file
 from .gguf_reading import read
-from .hf_directory import check_model, config_entries
+from .hf_directory import check_model, config_entries, possible_forms
 from .stock import StockModel
+from .verification import Check, by_formula, compared
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,10 +30,8 @@ GGUF_NAMES = {
     "mistral": "llama",
     "mixtral": "llama",
     "arcee": "arcee",
-    "exaone4": "exaone4",
     "gemma": "gemma",
     "granite": "granite",
-    "olmo2": "olmo2",
     "qwen2": "qwen2",
     "qwen2_moe": "qwen2moe",
     "qwen3": "qwen3",
@@ -44,6 +47,7 @@ def flags(
     config: PretrainedConfig | None = None,
     *,
     architecture: str | None = None,
+    gguf: str | os.PathLike[str] | None = None,
 ) -> str:
     """Flags, quoted for a shell, with which ``engine`` serves the unchanged model by ``plan``.
 
@@ -52,16 +56,23 @@ def flags(
         plan: the extension.
         config: of the model (the whole one, where it has parts). Without it nothing but the plan is known: the model
             is then taken for one whose config is a LLaMA's.
-        architecture: of the GGUF file (``general.architecture``), for llama-server; by default that of ``config``.
+        architecture: of the GGUF file (``general.architecture``), for llama-server; by default that of ``gguf`` or of
+            ``config``.
+        gguf: the file that llama-server serves; it is compared with the plan.
 
     Raises:
-        ValueError: the plan is of another model, or flags of this engine cannot express it.
+        ValueError: the plan is of another model, flags of this engine cannot express it, or the engine does not follow
+            them in this model or is not known to.
     """
     if engine == "vllm":
         return vllm_arguments(plan, config)
     if engine == "sglang":
         return sglang_arguments(plan, config)
     if engine == "llama-server":
+        if gguf is not None and isinstance(plan, RopePlan):
+            source = read(gguf)
+            check_file(source, plan, exported=False)
+            architecture = architecture or source.architecture
         if architecture is None and config is not None:
             check_model(StockModel(config), plan)
             architecture = GGUF_NAMES.get(config.get_text_config(decoder=True).model_type)
@@ -88,23 +99,23 @@ def vllm_overrides(
     Raises:
         ValueError: the plan is of another model, or vLLM cannot run this one by it.
     """
-    return _overrides("vllm", plan, config, form)
+    return _overrides("vllm", plan, config, form)[0]
 
 
 def vllm_arguments(
     plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None, form: Form | None = None
 ) -> str:
     """:func:`vllm_overrides` as arguments of ``vllm serve``, quoted for a shell."""
-    overrides = _json(vllm_overrides(plan, config, form))
-    return f"--max-model-len {plan.target_length} --hf-overrides {shlex.quote(overrides)}"
+    overrides, flag = _overrides("vllm", plan, config, form)
+    return f"--max-model-len {plan.target_length} --hf-overrides {shlex.quote(_json(overrides))}{flag}"
 
 
 def sglang_arguments(
     plan: RopePlan | DynamicPlan, config: PretrainedConfig | None = None, form: Form | None = None
 ) -> str:
     """Arguments of ``python -m sglang.launch_server``, quoted for a shell; errors as :func:`vllm_overrides`."""
-    overrides = _json(_overrides("sglang", plan, config, form))
-    return f"--context-length {plan.target_length} --json-model-override-args {shlex.quote(overrides)}"
+    overrides, flag = _overrides("sglang", plan, config, form)
+    return f"--context-length {plan.target_length} --json-model-override-args {shlex.quote(_json(overrides))}{flag}"
 
 
 def _json(overrides: Mapping[str, Any]) -> str:
@@ -113,19 +124,46 @@ def _json(overrides: Mapping[str, Any]) -> str:
 
 def _overrides(
     engine: str, plan: RopePlan | DynamicPlan, config: PretrainedConfig | None, form: Form | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str]:
+    """In the first form that ``engine`` runs, as its formula says of the config with these entries; and a flag."""
     if isinstance(plan, DynamicPlan):
         raise ValueError(_one_set(engine, plan))
-    keys = ("max_position_embeddings", "rope_parameters", "model_max_length")
-    model = None if config is None else StockModel(config)
-    if model is not None:
-        check_model(model, plan, (engine,), form)
-    entries = config_entries(plan, None if model is None else model.text, form)
-    overrides = {key: entries[key] for key in keys if key in entries}
-    if model is None or model.part is None:
-        return overrides
-    # An entry that is itself a config is merged.
-    return {model.part: overrides}
+    if config is None:
+        return _changes(config_entries(plan, None, form)), ""
+    model = StockModel(config)
+    check_model(model, plan, (engine,), form)
+    reason = None
+    for tried in possible_forms(plan, model.text, form):
+        changes = _changes(config_entries(plan, model.text, tried))
+        after = StockModel(copy.deepcopy(config))
+        after.text.update(copy.deepcopy(changes))
+        found = reading(engine, after, tabled_type(after.parameters["rope_type"]))
+        reason = _difference(engine, plan, after) if found.how in ("yes", "flag") else found.reason
+        if reason is None:
+            # An entry that is itself a config is merged.
+            return changes if model.part is None else {model.part: changes}, found.flag
+    raise ValueError(f"{engine} does not follow the plan by flags: {reason}")
+
+
+def _changes(entries: Mapping[str, Any]) -> dict[str, Any]:
+    keys = (
+        "max_position_embeddings",
+        "rope_parameters",
+        "model_max_length",
+        # Phi-3's config puts its own over that of the rotary parameters.
+        "original_max_position_embeddings",
+        # transformers' longrope multiplies one that is there but None (Mixtral).
+        "head_dim",
+    )
+    return {key: entries[key] for key in keys if key in entries}
+
+
+def _difference(engine: str, plan: RopePlan, after: StockModel) -> str | None:
+    """What ``engine`` computes otherwise than planned from the changed config, or None."""
+    file = after.config.to_dict()
+    relative = 0.0 if after.parameters["rope_type"] == "longrope" else ROUNDING
+    read_file = functools.partial(by_formula, engine, file, after)
+    return compared(read_file, plan, Check(engine, None), relative=relative).reason
 
 
 def _one_set(engine: str, plan: DynamicPlan) -> str:
@@ -154,6 +192,11 @@ def llama_server_arguments(plan: RopePlan | DynamicPlan, architecture: str | Non
     if isinstance(plan, DynamicPlan):
         raise ValueError(_one_set("llama-server", plan))
     form = native_form(plan)
+    if plan.base_factors is not None:
+        raise ValueError(
+            "flags of llama-server cannot express a plan of a model that was trained with a scaling: write a file with "
+            "rope-dist export gguf"
+        )
     if form is None or form.rope_type == "llama3":
         raise ValueError(
             f"flags of llama-server cannot express the factors of {plan.strategy}, only those of yarn, auto-yarn, pi "
@@ -162,6 +205,11 @@ def llama_server_arguments(plan: RopePlan | DynamicPlan, architecture: str | Non
     if architecture is None:
         raise ValueError(
             "llama-server's flags name the architecture of the GGUF file, which is not known here: give the file"
+        )
+    if architecture not in METADATA:
+        raise ValueError(
+            f"it is not known whether every layer of the architecture {architecture!r} follows flags in llama.cpp; it "
+            f"is of {', '.join(sorted(METADATA))}"
         )
     attn_factor = yarn_attention(form, plan.attention_scaling)
     words = ["-c", str(plan.target_length)]
@@ -181,8 +229,3 @@ def llama_server_arguments(plan: RopePlan | DynamicPlan, architecture: str | Non
     if attn_factor != 1:
         words += ["--override-kv", f"{architecture}.rope.scaling.attn_factor=float:{attn_factor!r}"]
     return shlex.join(words)
-
-
-def gguf_architecture(path: str | Path) -> str:
-    """``general.architecture`` of a GGUF file; ``ValueError`` if it is none."""
-    return read(path).architecture

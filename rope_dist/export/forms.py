@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Form = Literal["native", "longrope"]
 FORMS: tuple[Form, ...] = ("native", "longrope")
+NATIVE_STRATEGIES = ("yarn", "auto-yarn", "pi", "ntk", "dynamic-ntk", "llama3", "extrapolation")
+"""Strategies whose static plans have a native form where the model was trained without a scaling."""
 
 ROUNDING = 2**-21
 """Relative: the largest difference between two float32 computations of a frequency.
@@ -51,16 +53,6 @@ _OF_LONGROPE = (
 # Rotary parameters that models read together with the scaling's own, and entries of models that require a longrope.
 _TIED = ("mscale_all_dim", "llama_4_scaling_beta")
 _LONGROPE_ONLY = ("original_max_position_embeddings", "allow_global_per_layer_attribute_access")
-
-
-def written_form(file: Mapping[str, Any]) -> Form:
-    """The form of the rotary parameters in a ``config.json``, or in the part of it that has some."""
-    for part in (file, *(value for value in file.values() if isinstance(value, Mapping))):
-        rope = part.get("rope_parameters") or part.get("rope_scaling")
-        if isinstance(rope, Mapping):
-            kinds = (rope, *(value for value in rope.values() if isinstance(value, Mapping)))
-            return "longrope" if any(kind.get("rope_type") == "longrope" for kind in kinds) else "native"
-    return "native"
 
 
 @dataclass(frozen=True)

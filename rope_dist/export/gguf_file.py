@@ -80,7 +80,7 @@ def gguf(
     check_engines(plan)
     source = read(path)
     form = gguf_form(source, plan)
-    _check_plan(source, plan if isinstance(plan, RopePlan) else plan.stages[0])
+    check_file(source, plan if isinstance(plan, RopePlan) else plan.stages[0])
     check_target(out, force=force, directory=False)
     if out.exists() and os.path.samefile(out, source.path):
         raise ValueError(f"{out} is the source itself: write to another file")
@@ -135,9 +135,18 @@ def gguf_form(source: GgufFile, plan: RopePlan | DynamicPlan) -> NativeForm | No
     return None
 
 
-def _check_plan(source: GgufFile, plan: RopePlan) -> None:
+def check_file(source: GgufFile, plan: RopePlan, *, exported: bool = True) -> None:
+    """``ValueError`` if ``plan`` is of another model than the file's, or it is scaled already.
+
+    Args:
+        source: the file.
+        plan: a static one, or the first stage of a dynamic one.
+        exported: whether it may be a file that was written by this plan.
+    """
     found = source.engine_config()
-    exported = found.inv_freq.shape == plan.inv_freq.shape and _close(found.inv_freq, plan.inv_freq)
+    exported = (
+        exported and found.inv_freq.shape == plan.inv_freq.shape and _close(found.inv_freq, plan.inv_freq)
+    )
     if exported and found.length == plan.target_length:
         return  # By this plan before.
     for what, planned, own in (

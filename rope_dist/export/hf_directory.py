@@ -20,7 +20,7 @@ from ..planning import RopePlan, check_plan
 from ..trained_length import LENGTH_KEYS
 from .architectures import check_names, reading, unextendable
 from .engines import check_engines
-from .forms import FORMS, Form, check_form, native_entries, native_form
+from .forms import FORMS, NATIVE_STRATEGIES, Form, check_form, native_entries, native_form
 from .model_card import check_repository, hub_id, measured_perplexity, push, write_card
 from .stock import StockModel, changed, read_config
 from .verification import CONFIG, Verification, check_weights, read_json, verify
@@ -88,7 +88,8 @@ def _overrides(
         if form == "native":
             raise ValueError(
                 f"the plan has no native form: the frequencies of {_name(plan)} are no published scaling's in this "
-                "model; leave the form out, or take longrope"
+                f"model (those of {', '.join(NATIVE_STRATEGIES)} are in most that were trained without a scaling); "
+                "leave the form out, or take longrope"
             )
     if isinstance(plan, RopePlan):
         return plan.config_overrides(config)
@@ -175,7 +176,8 @@ def hf(  # noqa: PLR0913
     check_names(engines)
     if force_engine:
         engines = ()
-    check_engines(plan, engines, form="native" if form is None and native_form(plan) else form or "longrope")
+    likely = "native" if form is None and native_form(plan) else form or "longrope"
+    check_engines(plan, engines, likely, hint=FORCED)
     check_target(out, force=force, directory=True)
     if private and push_to_hub is None:
         raise ValueError("private goes with push_to_hub")
@@ -302,6 +304,15 @@ def check_model(
             raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {found.reason}{hint}")
 
 
+def possible_forms(
+    plan: RopePlan | DynamicPlan, text: PretrainedConfig, form: Form | None
+) -> tuple[Form, ...]:
+    """Forms to try in turn where ``form`` is asked for in the config of a language model."""
+    if form is not None:
+        return (form,)
+    return FORMS if native_entries(plan, text) is not None else ("longrope",)
+
+
 def _write_config(
     directory: Path,
     file: Mapping[str, Any],
@@ -312,8 +323,7 @@ def _write_config(
     out: Path,
 ) -> None:
     """Write ``config.json`` in the first form that all ``engines`` run; ``ValueError`` if there is none."""
-    native = form is None and native_entries(plan, StockModel(source).text) is not None
-    forms: tuple[Form | None, ...] = FORMS if native else (form or "longrope",)
+    forms = possible_forms(plan, StockModel(source).text, form)
     for tried in forms:
         _write_json(directory / CONFIG, extended_config(file, plan, source, tried))
         try:
@@ -357,7 +367,11 @@ def _verified(
         verification = verify(directory, plan, engines=engines, source=source)
     except ValueError as error:
         raise ValueError(str(error).replace(str(directory), str(out))) from None
-    dataclasses.replace(verification, artefact=out).raise_for_failure()
+    try:
+        dataclasses.replace(verification, artefact=out).raise_for_failure()
+    except ValueError as error:
+        named = all(c.engine in engines for c in verification.checks if c.required and c.reason is not None)
+        raise ValueError(f"{error}{FORCED if named else ''}") from None
     return verification
 
 

@@ -123,8 +123,9 @@ def _usage(name: str, length: int, verification: Verification) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
     )
     lines = [f"It is loaded as any other model, and reads up to {length} tokens:", code]
-    if any(check.engine == "vllm" and check.reason is None for check in verification.checks):
-        lines.append(f"```sh\nvllm serve {name} --max-model-len {length}\n```")
+    for check in verification.checks:
+        if check.engine == "vllm" and check.reason is None:
+            lines.append(f"```sh\nvllm serve {name} --max-model-len {length}{check.flag}\n```")
     return "\n\n".join(lines)
 
 

@@ -1,5 +1,8 @@
 """Frequencies of each ``rope_type`` as serving engines compute them, in the order of their float32 operations.
 
+They repeat ``rope_dist/strategies/formulas.py`` on purpose: that computes factors in float64 and defines plans, these
+round as the engines do, and exports are compared by them.
+
 Where engines differ only in what they read (defaults, keys that they ignore), they share a function here. What each one
 reads is in ``engines.py``. Frequencies are ``[rotary_dim / 2]`` float32, radians per token.
 """

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..layer_types import rope_parameters, unextendable
 from ..strategies import default_inv_freq
 from . import rope_types
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 REQUIRED = {
     "linear": ("factor",),
@@ -26,6 +30,33 @@ REQUIRED = {
 
 HAVE_ORIGINAL_LENGTH = ("phi3", "phi4_multimodal", "phimoe")
 """``model_type`` whose config class has a top-level ``original_max_position_embeddings``."""
+
+SHAPE = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
+READ_THE_FILE = ("mlx", "exllamav3")
+"""Engines without transformers, which see no rotary defaults of its config classes."""
+
+
+def completed(engine: str, file: Mapping[str, Any], text: PretrainedConfig) -> dict[str, Any]:
+    """A language model's entries of a file, with defaults of its config class that the file may leave out.
+
+    Args:
+        engine: that reads them. Empty: without rotary defaults.
+        file: the entries.
+        text: the config that transformers reads from them.
+    """
+    config = dict(file)
+    defaults: dict[str, Any] = {key: getattr(text, key, None) for key in SHAPE}
+    if engine and engine not in READ_THE_FILE:
+        defaults["original_max_position_embeddings"] = getattr(text, "original_max_position_embeddings", None)
+        given = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+        own = {} if unextendable(text) else rope_parameters(text)
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if all(rope.get(key) is None for rope in given):
+                defaults[key] = own.get(key)
+    for key, value in defaults.items():
+        if value is not None and config.get(key) is None:
+            config[key] = value
+    return config
 
 
 def standard_rope(config: Mapping[str, Any], *, vllm: bool = False, top_level: bool = True) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def changed(before: StockModel, after: StockModel) -> str | None:
     lost = [
         key
         for key, value in before.parameters.items()
-        if key not in SUPERSEDED and value is not None and kept.get(key) != value
+        if key not in SUPERSEDED and value not in (None, 0) and kept.get(key) != value
     ]
     if lost:
         return f"it loses the model's rotary parameter{'s' * (len(lost) > 1)} {', '.join(lost)}"

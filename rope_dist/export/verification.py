@@ -18,17 +18,17 @@ from tabulate import tabulate
 from ..dynamic import DynamicPlan
 from ..planning import RopePlan
 from ..strategies import default_inv_freq
-from .architectures import ROPE_TYPES, reading, unextendable
+from .architectures import reading, tabled_type, unextendable
 from .engines import ENGINES, EngineConfig, check_engines, unable
-from .forms import ROUNDING, written_form
+from .forms import ROUNDING
 from .gguf_reading import read as read_gguf
+from .standard_config import completed
 from .stock import StockModel, changed, read_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG = "config.json"
-SHAPE = ("hidden_size", "num_attention_heads", "head_dim", "max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Check:
         known: false where it is not known what the engine does.
         version: of the engine that was read, tried or run; empty where none was.
         note: what the engine needs to follow the plan, e.g. a flag.
+        flag: that flag, after a space.
     """
 
     engine: str
@@ -50,6 +51,7 @@ class Check:
     known: bool = True
     version: str = field(default="", compare=False)
     note: str = field(default="", compare=False)
+    flag: str = field(default="", compare=False)
 
     @property
     def state(self) -> str:
@@ -121,7 +123,7 @@ def verify(
     path = Path(artefact)
     if path.is_dir():
         return Verification(path, tuple(_directory(path, plan, tuple(engines), source)))
-    check = _compare(read_gguf(path).engine_config, plan, Check("llama.cpp", None), relative=1e-6)
+    check = compared(read_gguf(path).engine_config, plan, Check("llama.cpp", None), relative=1e-6)
     return Verification(path, (check,))
 
 
@@ -184,24 +186,24 @@ def _directory(
     source: PretrainedConfig | str | os.PathLike[str] | None,
 ) -> list[Check]:
     file = read_json(path / CONFIG)
-    form = written_form(file)
+    model = StockModel(read_config(path))
+    nothing = unextendable(model)
+    kind = "longrope" if nothing is not None else model.parameters.get("rope_type", "default")
+    form = "longrope" if kind == "longrope" else "native"
     check_engines(plan, engines, form)
     if any(n.name.endswith((".safetensors", ".index.json", ".bin")) for n in path.iterdir()):
         check_weights(path)
-    model = StockModel(read_config(path))
     if isinstance(source, (str, os.PathLike)):
         before: PretrainedConfig | None = read_config(source)
     else:
         before = source
-    nothing = unextendable(model)
-    rope_type = model.text.rope_parameters.get("rope_type", "default") if nothing is None else "longrope"
     checks = []
     for engine in ("transformers", *ENGINES):
         required = engine in ("transformers", *engines)
         if nothing is not None:
             checks.append(Check(engine, nothing, required))
             continue
-        found = reading(engine, model, rope_type if rope_type in ROPE_TYPES else "longrope")
+        found = reading(engine, model, tabled_type(kind))
         check = Check(engine, None, required, version=found.version)
         reason = None if found.how in ("yes", "flag") else found.reason
         reason = reason or unable(engine, plan, form)
@@ -211,14 +213,14 @@ def _directory(
         if engine == "transformers":
             read = functools.partial(_installed_transformers, model, before)
         else:
-            read = functools.partial(_by_formula, ENGINES[engine], file, model)
+            read = functools.partial(by_formula, engine, file, model)
         # Two formulas for the same frequencies differ by roundings, the factors of a longrope do not.
         relative = 0.0 if form == "longrope" else ROUNDING
         # A longrope is for all; what an engine leaves out of a native form (MLX truncate) counts where it is named.
         check = dataclasses.replace(check, required=required or form == "longrope")
-        check = _compare(read, plan, check, relative=relative)
+        check = compared(read, plan, check, relative=relative)
         if check.reason is None and found.how == "flag":
-            check = dataclasses.replace(check, note=found.reason)
+            check = dataclasses.replace(check, note=found.reason, flag=found.flag)
         checks.append(check)
     return checks
 
@@ -232,21 +234,20 @@ def _installed_transformers(
     return model.engine_config(tokens)
 
 
-def _by_formula(
-    read_config: Callable[..., EngineConfig],
+def by_formula(
+    engine: str,
     file: Mapping[str, Any],
     model: StockModel,
     tokens: int | None = None,
 ) -> EngineConfig:
+    """What ``engine`` computes from a file of this model, by its formula."""
     if model.part is not None:
         file = file.get(model.part, file)
-    # A file may leave out the defaults of its config class.
-    defaults = {key: getattr(model.text, key, None) for key in SHAPE}
     options = {} if tokens is None else {"tokens": tokens}
-    return read_config({**{k: v for k, v in defaults.items() if v is not None}, **file}, **options)
+    return ENGINES[engine](completed(engine, file, model.text), **options)
 
 
-def _compare(
+def compared(
     read: Callable[..., EngineConfig],
     plan: RopePlan | DynamicPlan,
     check: Check,
