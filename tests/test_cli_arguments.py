@@ -205,7 +205,7 @@ AT_ONCE = [
 
 def parse(arguments):
     """The values that the command gets, without a run of it; files that examples name count as being there."""
-    files = ("plan.json", "book.txt", "./my-model", "FILE")
+    files = ("plan.json", "book.txt", "my-model.gguf", "./my-model", "FILE")
     command, rest = typer.main.get_command(app), [__file__ if a in files else a for a in arguments]
     while isinstance(command, typer.core.TyperGroup):
         command = command.commands[rest.pop(0)]

@@ -312,7 +312,7 @@ def test_serve_saves_a_stock_model_and_prints_what_serves_it(
     assert export.verify(output, plan, engines=SERVING)
     config = AutoConfig.from_pretrained(output)
     assert config.max_position_embeddings == 256
-    assert config.rope_parameters["rope_type"] == "longrope"
+    assert config.rope_parameters["rope_type"] == "yarn"
     assert AutoTokenizer.from_pretrained(output).encode("abc") == [97, 98, 99]
 
 
