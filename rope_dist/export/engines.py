@@ -159,7 +159,7 @@ def vllm(config: Mapping[str, Any], tokens: int | None = None) -> EngineConfig:
     rope = standard_rope(config, vllm=True)
     kind, theta, positions = rope["rope_type"], rope["rope_theta"], config["max_position_embeddings"]
     rotary_dim, length = rotary_dim_of(config, rope), _vllm_length(config, rope)
-    if config.get("kv_lora_rank") is not None and kind != "default":
+    if kind != "default" and _is_deepseek(config):
         kind = "deepseek_yarn"
     scaling, rows = 1.0, positions
     if kind == "linear":
@@ -194,6 +194,11 @@ def vllm(config: Mapping[str, Any], tokens: int | None = None) -> EngineConfig:
     return EngineConfig(inv_freq, float(scaling), length, kind, rows)
 
 
+def _is_deepseek(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM and SGLang take every scaling for DeepSeek's YaRN: of all models with latent attention but one."""
+    return config.get("kv_lora_rank") is not None and config.get("model_type") != "minicpm3"
+
+
 def _vllm_length(config: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
     keys = ("max_position_embeddings", "max_target_positions", *LENGTH_KEYS)
     length = min(config[key] for key in keys if config.get(key) is not None)
@@ -214,7 +219,7 @@ def sglang(config: Mapping[str, Any], tokens: int | None = None) -> EngineConfig
     length = next(config[key] for key in keys if config.get(key) is not None)
     if "original_max_position_embeddings" not in rope and kind != "llama3":
         length = int(rope.get("factor", 1) * length)
-    if config.get("kv_lora_rank") is not None and kind != "default":
+    if kind != "default" and _is_deepseek(config):
         kind = "deepseek_yarn"
     factor, scaling = rope.get("factor", 1.0), 1.0
     original = rope.get("original_max_position_embeddings", positions)
