@@ -489,7 +489,10 @@ class TestSuite:
         [
             (["--seconds", "0"], "must be positive"),
             (["--device", "cuda"], "torch sees no GPU"),
-            (["--only", "model_decode"], "no 'model_decode' on cpu; there are decode, host_time, attention_rest"),
+            (
+                ["--only", "model_decode"],
+                "no 'model_decode' on cpu; there are decode, host_time, attention_rest",
+            ),
             (["rotory"], "no benchmark 'rotory'; there are attention_block"),
             (["--quick", "rotary"], "no 'rotary': name benchmarks after --only"),
         ],
