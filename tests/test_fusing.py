@@ -500,6 +500,7 @@ NORMS = ("q_norm", "k_norm", "q_all", "k_all")
 
 class NormedAttention(Attention):
     norm_forms: ClassVar = {nn.RMSNorm: (OF_TORCH, nn.RMSNorm.forward)}
+    _rope_dist_rounded = False  # as of EnabledAttention
 
     def __init__(self, use_rope, use_qk_norm, norms):
         super().__init__(use_rope)
