@@ -105,3 +105,20 @@ def test_passkeys_are_counted_where_every_prompt_was_answered(tmp_path):
     assert ["dynamic", f"17/{len(prompts)}, 19/{len(prompts)}"] in rows
     assert ["static, for 32768", ""] not in rows  # a row without a cell is left out
     assert len(rows) == 3  # with the line below the head
+
+
+def test_the_passkeys_resume(model_directory, tmp_path, monkeypatch, capsys, bfloat16_attention):
+    monkeypatch.setattr(growth_passkeys, "MODEL", str(model_directory))
+    monkeypatch.setattr(growth_passkeys, "DEPTHS", (0.5,))
+    monkeypatch.setattr(growth_passkeys, "TRIALS", 1)
+    plan = rope_dist.dynamic_plan(str(model_directory), target_length=1024, strategy="pi")
+    asked = [(700, (Variant("stock", None), Variant("grown", plan)))]
+    monkeypatch.setattr(growth_passkeys, "parts", lambda model: asked)
+    monkeypatch.setattr(sys, "argv", ["growth_passkeys", "--output", str(tmp_path)])
+    for again in (False, True):
+        growth_passkeys.main()
+        out = capsys.readouterr().out.splitlines()
+        assert out[-1] == "all there are"
+        assert [line.endswith("on record") for line in out[:-1]] == [again] * 4  # by two scorings
+    measured = json.loads((tmp_path / "quality_growth_passkey.json").read_text())["measurements"]
+    assert {m["what"]["length"] for m in measured} == {700}

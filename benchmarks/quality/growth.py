@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,8 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import rope_dist
-from benchmarks.benchmark import Parser, positive
-from benchmarks.quality.study import DTYPE, FIRST, MODEL, SECOND, line
+from benchmarks.quality.study import DTYPE, FIRST, MODEL, SECOND, begin, line
 from benchmarks.quality.summary import TRAINED
 from rope_dist import evaluation
 from rope_dist.dynamic import DynamicPlan, ladder
@@ -99,20 +97,14 @@ def readings(model: Any) -> list[Reading]:
 
 def main() -> None:
     """Run what is not yet on record."""
-    parser = Parser("python -m benchmarks.quality.growth", __doc__)
-    add = parser.add_argument
-    add("--seconds", type=positive(float), help="begin no new measurement after this time")
-    add("--quick", action="store_true", help="the first reading of a short text: does the study run?")
-    add("--output", help="folder (default: benchmarks/results; with --quick rope-dist-eval)")
-    arguments = parser.parse_args()
-    output = Path(arguments.output or ("rope-dist-eval" if arguments.quick else "benchmarks/results"))
-    output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + (arguments.seconds or float("inf"))
+    quick, output, deadline = begin(
+        "growth", __doc__, "the first reading of a short text: does the study run?"
+    )
     transformers_logging.set_verbosity_error()
     model, tokenizer = evaluation.load_model(MODEL, dtype=DTYPE)
     record = Record(output / "quality_growth.json", "perplexity", evaluation.describe(model, MODEL))
     wanted = readings(model)
-    if arguments.quick:
+    if quick:
         wanted = [Reading("grown", TRAINED + 300, ("python",), wanted[0].variants[:1])]
     for reading in wanted:
         texts = evaluation.passages(tokenizer, reading.texts, reading.tokens)

@@ -7,14 +7,12 @@ for its length. As the study, it resumes where it was stopped. Result: ``quality
 """
 
 import time
-from pathlib import Path
 
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from benchmarks.benchmark import Parser, positive
 from benchmarks.quality.growth import GROWN, STRATEGY, dynamic
-from benchmarks.quality.study import DTYPE, MODEL, SEED, line
+from benchmarks.quality.study import DTYPE, MODEL, SEED, begin, line
 from benchmarks.quality.summary import TRAINED
 from rope_dist import evaluation
 from rope_dist.evaluation import Record, Variant
@@ -41,20 +39,14 @@ def parts(model: PreTrainedModel) -> list[tuple[int, tuple[Variant, ...]]]:
 
 def main() -> None:
     """Ask what is not yet on record."""
-    parser = Parser("python -m benchmarks.quality.growth_passkeys", __doc__)
-    add = parser.add_argument
-    add("--seconds", type=positive(float), help="begin no new measurement after this time")
-    add("--quick", action="store_true", help="one prompt of a few hundred tokens: does it run?")
-    add("--output", help="folder (default: benchmarks/results; with --quick rope-dist-eval)")
-    arguments = parser.parse_args()
-    output = Path(arguments.output or ("rope-dist-eval" if arguments.quick else "benchmarks/results"))
-    output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + (arguments.seconds or float("inf"))
+    quick, output, deadline = begin(
+        "growth_passkeys", __doc__, "one prompt of a few hundred tokens: does it run?"
+    )
     transformers_logging.set_verbosity_error()
     model, tokenizer = evaluation.load_model(MODEL, dtype=DTYPE)
     record = Record(output / "quality_growth_passkey.json", "passkey", evaluation.describe(model, MODEL))
     asked, depths, trials = parts(model), DEPTHS, TRIALS
-    if arguments.quick:
+    if quick:
         asked, depths, trials = [(400, asked[0][1][:1])], DEPTHS[:1], 1
     for length, variants in asked:
         cases = evaluation.make_cases((length,), depths, trials=trials, seed=SEED)

@@ -66,19 +66,30 @@ PARTS = (
 QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),)
 
 
-def main() -> None:
-    """Run what is not yet on record, and draw what is complete."""
-    parser = Parser("python -m benchmarks.quality.study", __doc__)
+def begin(name: str, doc: str | None, quick: str) -> tuple[bool, Path, float]:
+    """Read the command line of a study that resumes: whether it is a quick run, its folder, and when it has to stop.
+
+    Args:
+        name: of the module in this package.
+        doc: its docstring.
+        quick: what ``--quick`` does.
+    """
+    parser = Parser(f"python -m benchmarks.quality.{name}", doc or "")
     add = parser.add_argument
     add("--seconds", type=positive(float), help="begin no new measurement after this time")
-    add("--quick", action="store_true", help="a few hundred tokens: does the study run?")
+    add("--quick", action="store_true", help=quick)
     add("--output", help="folder (default: benchmarks/results; with --quick rope-dist-eval)")
     arguments = parser.parse_args()
     output = Path(arguments.output or ("rope-dist-eval" if arguments.quick else "benchmarks/results"))
     output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + (arguments.seconds or float("inf"))
+    return arguments.quick, output, time.monotonic() + (arguments.seconds or float("inf"))
+
+
+def main() -> None:
+    """Run what is not yet on record, and draw what is complete."""
+    quick, output, deadline = begin("study", __doc__, "a few hundred tokens: does the study run?")
     done, rest = 0, "all there are"
-    for what in _measurements(QUICK if arguments.quick else PARTS, output):
+    for what in _measurements(QUICK if quick else PARTS, output):
         print(what, flush=True)
         done += 1
         if time.monotonic() > deadline:

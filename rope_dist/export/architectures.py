@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 from .. import layer_types
 from .engines import ENGINES
-from .gguf_reading import SLOTS
 from .stock import StockModel
 
 STATUSES = ("yes", "ignored", "crash", "flag", "unknown")
@@ -99,7 +98,7 @@ def reading(engine: str, model: StockModel, rope_type: str = "longrope") -> Read
     """How ``engine`` reads a ``rope_type`` of this model's config.
 
     Args:
-        engine: "transformers", one of :data:`ENGINES`, "exllamav3", "llama.cpp" or "ollama".
+        engine: "transformers", one of :data:`ENGINES`, or another one, of which nothing is known here.
         model: the model; its ``architectures``, or else the class of its ``model_type``, is looked up.
         rope_type: one of :data:`ROPE_TYPES`; "default" is another theta.
     """
@@ -119,8 +118,6 @@ def reading(engine: str, model: StockModel, rope_type: str = "longrope") -> Read
     kind = model.text.model_type
     if engine == "tensorrt-llm" and kind in TENSORRT_LLM and model.text is model.config:
         return Reading("yes", VERSIONS[engine])
-    if engine == "llama.cpp" and kind in SLOTS:
-        return Reading("yes")
     return Reading("unknown", VERSIONS.get(engine, ""), f"what {engine} does with {kind} was not read")
 
 
