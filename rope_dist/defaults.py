@@ -8,7 +8,7 @@ DEFAULT_STRATEGY = "auto"
 """What plan(), enable() and the command line extend with; the paper's own ``dprope`` is meant for training."""
 
 NUMBER, INTEGER, BOOLEAN = "a number", "a whole number", "true or false"
-NUMBERS, NAMES = "a list of numbers", "a list of strategies"
+NUMBERS, NAME, NAMES = "a list of numbers", "the name of a strategy", "a list of strategies"
 THRESHOLD_NAMES = ("paper-2x", "paper-4x")
 THRESHOLD = f"a number or one of {', '.join(THRESHOLD_NAMES)}"
 INTERVALS = 360
@@ -19,11 +19,13 @@ DTYPE = f"one of {', '.join(MEASURE_DTYPES)}"
 _MEASURE = {"intervals": INTEGER, "smoothing": NUMBER, "divergence": DIVERGENCE, "dtype": DTYPE}
 MEASURE_SETTINGS = ("intervals", "divergence", "dtype")
 """Settings that plan() passes on to a strategy that has them: it minimises the disturbance that is reported."""
+_RAMP = {"fast_periods": NUMBER, "slow_periods": NUMBER, "attention_factor": NUMBER}
 
 STRATEGIES: dict[str, tuple[str, dict[str, str]]] = {
     "extrapolation": ("formulas.extrapolation", {}),
     "pi": ("formulas.pi", {}),
     "ntk": ("formulas.ntk", {}),
+    "ntk-mixed": ("formulas.ntk_mixed", {"exponent": NUMBER}),
     "dynamic-ntk": ("formulas.dynamic_ntk", {"factor": NUMBER}),
     "yarn": (
         "formulas.yarn",
@@ -34,12 +36,18 @@ STRATEGIES: dict[str, tuple[str, dict[str, str]]] = {
         {"factor": NUMBER, "low_freq_factor": NUMBER, "high_freq_factor": NUMBER},
     ),
     "longrope": ("formulas.longrope", {"factors": NUMBERS, "attention_factor": NUMBER}),
+    "longrope2": ("formulas.longrope2", {"critical_periods": NUMBER, "attention_factor": NUMBER}),
+    "mrrope-uni": ("mixed_radix.mrrope_uni", _RAMP),
+    "mrrope-pro": ("mixed_radix.mrrope_pro", _RAMP),
+    "resonance": ("combined.resonance", {"of": NAME}),
+    "cope": ("combined.cope", {"of": NAME, "clipped_pairs": INTEGER}),
+    "clip": ("combined.clip", {"of": NAME, "slow_periods": NUMBER}),
     "dprope": (
         "distributional.dprope",
         {"threshold": THRESHOLD, "interpolated_dims": INTEGER, "candidates": NAMES, **_MEASURE},
     ),
     "refined": ("refinement.refined", {"tolerance": NUMBER, "slack": NUMBER, **_MEASURE}),
-    "auto": ("auto.auto", {"fast_periods": NUMBER, "slow_periods": NUMBER, "attention_factor": NUMBER}),
+    "auto": ("auto.auto", _RAMP),
     "auto-yarn": (
         "auto_yarn.auto_yarn",
         {"beta_fast": NUMBER, "beta_slow": NUMBER, "attention_factor": NUMBER, "truncate": BOOLEAN},

@@ -66,7 +66,8 @@ def rotary_angle_distribution(
     """Share of the positions ``0 .. length - 1`` whose rotary angle falls into each interval (eq. 5-7).
 
     Args:
-        inv_freq: ``[pairs]`` floating, radians per token, one frequency per rotary pair.
+        inv_freq: ``[pairs]`` floating, radians per token, one frequency per rotary pair; 0 for a pair that does not
+            rotate, which is at angle 0 everywhere.
         length: number of positions, at least 1.
         intervals: number of equal intervals of ``[0, 2*pi)``, at least 2.
         smoothing: what each interval's count starts at, in positions; 0 for the plain histogram.
@@ -77,15 +78,15 @@ def rotary_angle_distribution(
         ``[pairs, intervals]`` in ``dtype``; each row sums to 1 (but for the smoothing).
 
     Raises:
-        ValueError: ``inv_freq`` is not a vector of finite positive numbers, ``length < 1``,
+        ValueError: ``inv_freq`` is not a vector of finite numbers of at least 0, ``length < 1``,
             ``intervals < 2``, ``smoothing`` below 0 or above 1e9, or another ``dtype``.
     """
     intervals = check_intervals(intervals)
     dtype = check_dtype(dtype)
     if inv_freq.ndim != 1 or inv_freq.numel() == 0:
         raise ValueError(f"inv_freq must be a vector [pairs], got shape {list(inv_freq.shape)}")
-    if not bool(torch.all(torch.isfinite(inv_freq) & (inv_freq > 0))):
-        raise ValueError("inv_freq must consist of finite positive numbers")
+    if not bool(torch.all(torch.isfinite(inv_freq) & (inv_freq >= 0))):
+        raise ValueError("inv_freq must consist of finite numbers of at least 0")
     if length < 1:
         raise ValueError(f"length must be at least 1 position, got {length}")
     if isinstance(smoothing, bool) or not isinstance(smoothing, Real) or not 0 <= smoothing <= 1e9:

@@ -45,6 +45,7 @@ from .presets import PRESETS
 from .strategies import (
     DEFAULT_STRATEGY,
     MAX_LENGTH,
+    STILL,
     STRATEGIES,
     PretrainedRope,
     check_factors,
@@ -88,7 +89,8 @@ class RopePlan:
         rotary_dim: rotated dimensions of a head (``head_dim`` unless the model rotates a part).
         original_length, target_length: tokens, trained and to be read.
         factors: one per pair, float32 values, relative to ``theta ** (-2i / rotary_dim)``; the scaling
-            that the model was trained with (``base_factors``) is included.
+            that the model was trained with (``base_factors``) is included. :data:`rope_dist.strategies.STILL` for a
+            pair that does not rotate.
         attention_scaling: factor of cos and sin.
         disturbance_per_pair: disturbance of each pair's rotary angle distribution, nats (eq. 8).
         intervals, divergence, dtype: how the disturbance was measured.
@@ -203,7 +205,7 @@ class RopePlan:
             rows.append(
                 (
                     f"{first}-{last}" if last > first else str(first),
-                    f"{factor:.6g}",
+                    f"{factor:.6g}" if self.factors[first] < STILL or factor == 1 else "does not rotate",
                     f"{wavelengths[first]:.4g}" + (f" - {wavelengths[last]:.4g}" if last > first else ""),
                     f"{math.fsum(self.disturbance_per_pair[i] for i in pairs) / len(pairs) * 1e3:.2f}",
                 )
@@ -525,6 +527,7 @@ def plan(  # noqa: PLR0913  (public)
         )
     factors = rope.base_factors.clone()
     factors[: rotating.pairs] *= scaling.factors
+    factors.clamp_(max=STILL)
     made = RopePlan(
         strategy=strategy,
         settings=scaling.settings,

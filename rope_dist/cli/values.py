@@ -203,9 +203,9 @@ def check_setting(strategy_name: str, name: str, value: Any) -> None:
     kind = known[name]
     if not _KINDS[kind](value):
         raise BadParameter(f"{name} of {strategy_name} must be {kind}, got {json.dumps(value)[:80]}")
-    if kind == defaults.NAMES:
-        for candidate in value:
-            strategy(candidate)
+    if kind in (defaults.NAME, defaults.NAMES):
+        for named in value if kind == defaults.NAMES else (value,):
+            strategy(named)
 
 
 def _is_number(value: Any) -> bool:
@@ -224,6 +224,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     defaults.INTEGER: lambda value: _is_number(value) and value == int(value),
     defaults.BOOLEAN: lambda value: isinstance(value, bool),
     defaults.NUMBERS: _is_list_of(_is_number),
+    defaults.NAME: lambda value: isinstance(value, str),
     defaults.NAMES: _is_list_of(lambda value: isinstance(value, str)),
     defaults.THRESHOLD: lambda value: _is_number(value) or value in THRESHOLD_NAMES,
     defaults.DIVERGENCE: lambda value: value in defaults.DIVERGENCE_NAMES,

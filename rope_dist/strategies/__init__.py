@@ -37,8 +37,10 @@ from .base import (
     check_whole,
     default_inv_freq,
 )
+from .combined import clip, cope, resonance
 from .distributional import DPROPE_THRESHOLDS, default_threshold, dprope
-from .formulas import dynamic_ntk, extrapolation, llama3, longrope, ntk, pi, yarn
+from .formulas import dynamic_ntk, extrapolation, llama3, longrope, longrope2, ntk, ntk_mixed, pi, yarn
+from .mixed_radix import mrrope_pro, mrrope_uni
 from .refinement import refined
 
 
@@ -77,6 +79,8 @@ __all__ = [
     "check_number",
     "check_rotary_dim",
     "check_whole",
+    "clip",
+    "cope",
     "default_inv_freq",
     "default_threshold",
     "dprope",
@@ -85,9 +89,14 @@ __all__ = [
     "get_strategy",
     "llama3",
     "longrope",
+    "longrope2",
+    "mrrope_pro",
+    "mrrope_uni",
     "ntk",
+    "ntk_mixed",
     "pi",
     "refined",
+    "resonance",
     "yarn",
 ]
 

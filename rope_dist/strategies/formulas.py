@@ -54,6 +54,27 @@ def dynamic_ntk(rope: PretrainedRope, target_length: int, *, factor: float | Non
     return Scaling(_base_change(rope, factor * s - (factor - 1)), settings={"factor": factor})
 
 
+def ntk_mixed(rope: PretrainedRope, target_length: int, *, exponent: float = 0.625) -> Scaling:
+    """NTK-RoPE-mixed (Su, July 2023, https://kexue.fm/archives/9706): between position interpolation and NTK.
+
+    Pair ``m = 1 .. d / 2`` gets the factor
+
+        f = exp(a m ** b),  a (d / 2) ** b = ln s
+
+    which is ``s`` for the slowest pair. With ``b = 0`` it is position interpolation, with ``b = 1`` a geometric rise
+    over all pairs. cos and sin are not scaled.
+
+    Args:
+        exponent: ``b``, from 0 to 1. The article takes 0.625, its author's code for 12x (bojone/rerope) 0.75.
+    """
+    s = scale_of(rope, target_length)
+    exponent = check_number(exponent, "ntk-mixed's exponent")
+    if not 0 <= exponent <= 1:
+        raise ValueError(f"ntk-mixed's exponent must be from 0 to 1, got {exponent}")
+    share = (_pair_index(rope) + 1) / rope.pairs
+    return Scaling(s**share**exponent, settings={"exponent": exponent})
+
+
 def _base_change(rope: PretrainedRope, scale: float) -> torch.Tensor:
     """Factors of ``theta -> theta * scale ** (d / (d - 2))``: pair i gets ``scale ** (2i / (d - 2))``."""
     if rope.rotary_dim == 2:
@@ -180,3 +201,40 @@ def longrope(
     attention_factor = check_number(attention_factor, "longrope's attention_factor", positive=True)
     settings = {"factors": given.tolist(), "attention_factor": float(attention_factor)}
     return Scaling(given.clone(), float(attention_factor), settings)
+
+
+def longrope2(
+    rope: PretrainedRope,
+    target_length: int,
+    *,
+    critical_periods: float = 3.0,
+    attention_factor: float | None = None,
+) -> Scaling:
+    """LongRoPE2's critical dimension without its search (Shang et al. 2025, arXiv 2502.20082, section 3, algorithm 1).
+
+    Slow pairs are trained less than the theory of a full period assumes, so that pairs from the *real* critical
+    dimension ``c`` on, which comes before the first pair of less than one period, need at least the factor ``s``
+    (eq. 10). Faster ones get NTK's factors for the base that gives pair ``c`` the factor ``s``:
+
+        f = s ** min(i / c, 1)
+
+    The paper finds ``c``, and factors of ``s`` to ``2 s`` from there on, by an evolutionary search on a model; both
+    are left out here, and a searched result is given to :func:`longrope`. Instead ``c`` is the first pair of fewer
+    than ``critical_periods`` periods within the trained length. Three give both of the values that the paper
+    publishes: 25 for Phi3-mini (96 dimensions, 2048 tokens) and 30 for LLaMA3-8B, where theory says 31 and 35. The
+    paper's YaRN-rcd is ``yarn`` with ``beta_slow`` of as many periods.
+
+    Args:
+        critical_periods: above 0. 1 gives the theoretical critical dimension (eq. 7).
+        attention_factor: by default LongRoPE's ``sqrt(1 + ln s / ln L)``; the paper does not name another.
+    """
+    s = scale_of(rope, target_length)
+    critical_periods = check_number(critical_periods, "longrope2's critical_periods", positive=True)
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(s) / math.log(rope.length))
+    attention_factor = check_number(attention_factor, "longrope2's attention_factor", positive=True)
+    periods = rope.length * rope.inv_freq.double() / (2 * math.pi)
+    critical = min((i for i, p in enumerate(periods.tolist()) if p < critical_periods), default=rope.pairs)
+    share = (_pair_index(rope) / critical).clamp(max=1) if critical else torch.ones_like(periods)
+    settings = {"critical_periods": critical_periods, "attention_factor": float(attention_factor)}
+    return Scaling(s**share, float(attention_factor), settings)
