@@ -57,6 +57,13 @@ COLOURS = {
     "yarn": "#2ca02c",
     "llama3": "#bcbd22",
     "longrope": "#17becf",
+    "ntk-mixed": "#c5b0d5",
+    "longrope2": "#9edae5",
+    "mrrope-uni": "#e6ab02",
+    "mrrope-pro": "#a6761d",
+    "resonance": "#98df8a",
+    "cope": "#393b79",
+    "clip": "#8c6d31",
     "dprope": "#1f77b4",
     "refined": "#ff7f0e",
     "auto": "#d62728",
@@ -118,7 +125,9 @@ def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str], note: st
             style = {"color": colour, "marker": "o", "markersize": size, "fillstyle": "none", "linestyle": ""}
             base = p.base_factors or (1.0,) * len(p.factors)
             above.plot(p.disturbance_per_pair, label=f"{p.strategy}: {p.disturbance * 1e3:.2f}", **style)
-            below.plot([f / b for f, b in zip(p.factors, base, strict=True)], label=p.strategy, **style)
+            # A pair that does not rotate has no factor to show.
+            of_pairs = zip(p.factors, base, p.inv_freq.tolist(), strict=True)
+            below.plot([f / b if theta else math.nan for f, b, theta in of_pairs], label=p.strategy, **style)
         # Disturbances span six decades and can be 0 (a pair that is not scaled at factor 1).
         above.set_yscale("symlog", linthresh=1e-4)
         above.set_ylim(bottom=-1e-5)

@@ -102,8 +102,8 @@ def test_no_change_is_no_disturbance():
         ({"smoothing": -1.0}, "smoothing"),
         ({"smoothing": math.nan}, "smoothing"),
         ({"dtype": torch.float16}, "dtype must be"),
-        ({"inv_freq": torch.tensor([1.0, math.nan])}, "finite positive"),
-        ({"inv_freq": torch.tensor([0.0])}, "finite positive"),
+        ({"inv_freq": torch.tensor([1.0, math.nan])}, "finite numbers of at least 0"),
+        ({"inv_freq": torch.tensor([-1.0])}, "finite numbers of at least 0"),
         ({"inv_freq": torch.ones(2, 2)}, "vector"),
     ],
 )
@@ -111,6 +111,11 @@ def test_bad_input_is_refused(change, message):
     arguments = {"inv_freq": LLAMA2, "length": 16, **change}
     with pytest.raises(ValueError, match=message):
         rotary_angle_distribution(arguments.pop("inv_freq"), arguments.pop("length"), **arguments)
+
+
+def test_a_pair_that_does_not_rotate_is_at_angle_0_everywhere():
+    shares = rotary_angle_distribution(torch.tensor([0.0]), 16, intervals=8, smoothing=0.0)
+    assert shares.tolist() == [[1.0] + [0.0] * 7]
 
 
 def test_divergence_names_are_checked():

@@ -15,6 +15,7 @@ import rope_dist
 from rope_dist import defaults, strategies
 from rope_dist.presets import PRESETS
 from rope_dist.strategies import (
+    STILL,
     STRATEGIES,
     PretrainedRope,
     Scaling,
@@ -139,6 +140,170 @@ def test_no_extension_changes_nothing(name):
     assert scaling.attention_scaling == 1.0
 
 
+LLAMA3 = PRESETS["llama3-8b"]
+PHI3_MINI = PretrainedRope(theta=10000.0, rotary_dim=96, length=2048)
+
+
+def trained_periods(rope: PretrainedRope) -> list[float]:
+    wavelengths = (2 * math.pi * rope.theta ** (2 * i / rope.rotary_dim) for i in range(rope.pairs))
+    return [rope.length / wavelength for wavelength in wavelengths]
+
+
+def reach(rope: PretrainedRope, periods: float) -> float:
+    """The real-valued pair index of so many periods, by eq. 7 of LongRoPE2."""
+    return rope.pairs * math.log(rope.length / (2 * math.pi * periods), rope.theta)
+
+
+class TestMixedRadix:
+    """Against the radices of the paper, multiplied up pair by pair."""
+
+    @pytest.mark.parametrize(
+        "rope", ROPES, ids=lambda rope: f"{rope.theta:g}-{rope.rotary_dim}-{rope.length}"
+    )
+    @pytest.mark.parametrize("s", [2, 4, 16])
+    @pytest.mark.parametrize("name", ["mrrope-uni", "mrrope-pro"])
+    def test_factors_are_products_of_radices(self, rope, s, name):
+        d_l, d_h = math.ceil(reach(rope, 32)) - 1, math.floor(reach(rope, 1)) + 1
+        n = d_h - d_l
+        expected, factor = [], 1.0
+        for pair in range(rope.pairs):
+            expected.append(factor)
+            if d_l <= pair < d_h:
+                factor *= s ** (1 / n if name == "mrrope-uni" else 2 * (1 + pair - d_l) / ((1 + n) * n))
+        scaling = STRATEGIES[name](rope, s * rope.length)
+        torch.testing.assert_close(scaling.factors, torch.tensor(expected, dtype=torch.float64))
+        assert scaling.factors[d_l] == 1 != scaling.factors[d_l + 1]
+        assert scaling.factors[d_h - 1] != s
+        assert scaling.factors[d_h:].tolist() == pytest.approx([s] * (rope.pairs - d_h))
+        assert scaling.attention_scaling == pytest.approx(0.1 * math.log(s) + 1)
+
+    def test_the_bounds_of_llama_3(self):
+        """18 and 35, also YaRN's whole bounds."""
+        factors = STRATEGIES["mrrope-uni"](LLAMA3, 4 * 8192).factors
+        assert factors[18] == 1 < factors[19]
+        assert factors[34] < factors[35] == 4
+
+    def test_uni_is_autos_ramp_where_the_bounds_are_whole_pairs(self):
+        rope = PretrainedRope(10000.0, 64, 4096)
+        periods = trained_periods(rope)
+        bounds = {"fast_periods": periods[8], "slow_periods": periods[20]}
+        auto = STRATEGIES["auto"](rope, 8192, **bounds).factors
+        # A pair on a bound is neither faster nor slower.
+        nudged = {"fast_periods": periods[8] * 0.999, "slow_periods": periods[20] * 1.001}
+        torch.testing.assert_close(
+            STRATEGIES["mrrope-uni"](rope, 8192, **nudged).factors, auto, rtol=1e-6, atol=0
+        )
+
+    def test_without_fast_or_slow_pairs(self):
+        short, long = PretrainedRope(10000.0, 16, 64), PretrainedRope(100.0, 16, 4096)
+        assert 1 < STRATEGIES["mrrope-pro"](short, 128).factors[0] < 2
+        assert 1 < STRATEGIES["mrrope-uni"](long, 8192).factors[-1] < 2
+
+
+class TestNtkMixed:
+    @pytest.mark.parametrize("b", [0.625, 0.75])
+    def test_the_authors_formula(self, b):
+        k, half = 12, 64
+        a = math.log(k) / half**b
+        expected = [math.exp(a * m**b) for m in range(1, half + 1)]
+        factors = STRATEGIES["ntk-mixed"](LLAMA2, k * 4096, exponent=b).factors
+        assert factors.tolist() == pytest.approx(expected, rel=1e-12)
+
+    def test_its_ends(self):
+        assert set(STRATEGIES["ntk-mixed"](LLAMA2, 8192, exponent=0).factors.tolist()) == {2.0}
+        ratios = STRATEGIES["ntk-mixed"](LLAMA2, 8192, exponent=1).factors.log().diff()
+        torch.testing.assert_close(ratios, torch.full_like(ratios, math.log(2) / 64))
+
+
+class TestResonance:
+    def test_rounds_the_wavelengths_of_hugging_faces_yarn(self):
+        parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+        inv_freq, attention = hugging_face(LLAMA2, 16384, parameters)
+        whole = [round(2 * math.pi / f) for f in inv_freq.double().tolist()]
+        made = rope_dist.plan("llama2-7b", factor=4, strategy="resonance")
+        torch.testing.assert_close(
+            2 * math.pi / made.inv_freq.double(), torch.tensor(whole).double(), rtol=3e-7, atol=0
+        )
+        assert made.attention_scaling == pytest.approx(attention)
+        assert whole[:4] == [6, 7, 8, 10]
+
+    def test_on_top_of_another_strategy(self):
+        of_pi = STRATEGIES["resonance"](LLAMA2, 8192, of="pi")
+        wavelengths = 2 * math.pi / LLAMA2.inv_freq.double() * of_pi.factors
+        torch.testing.assert_close(wavelengths, wavelengths.round(), rtol=1e-12, atol=0)
+        assert float((of_pi.factors - 2).abs().max()) < 0.09
+        assert of_pi.attention_scaling == 1
+
+
+class TestPairsThatDoNotRotate:
+    def test_cope_tapers_the_last_20_of_64(self):
+        parameters = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+        inv_freq, attention = hugging_face(LLAMA2, 16384, parameters)
+        expected = inv_freq.double()
+        for j in range(20):
+            expected[44 + j] *= 0.5 * (1 + math.cos(math.pi * j / 19))
+        made = rope_dist.plan("llama2-7b", factor=4, strategy="cope")
+        torch.testing.assert_close(made.inv_freq.double(), expected, rtol=1e-6, atol=0)
+        assert made.inv_freq[-1] == 0 < made.inv_freq[-2]
+        assert made.attention_scaling == pytest.approx(attention)
+
+    @pytest.mark.parametrize("clipped", [0, 1, 2, 64])
+    def test_the_number_of_clipped_pairs(self, clipped):
+        base = STRATEGIES["pi"](LLAMA2, 8192).factors
+        factors = STRATEGIES["cope"](LLAMA2, 8192, of="pi", clipped_pairs=clipped).factors
+        first = 64 - clipped + 1  # The first of them keeps its frequency.
+        assert torch.equal(factors[:first], base[:first])
+        assert bool((factors[first:] > base[first:]).all())
+        assert bool((factors == STILL).any()) == (clipped > 1)
+
+    @pytest.mark.parametrize(("rope", "first"), [(LLAMA2, 46), (LLAMA3, 35), (PHI3_MINI, 31)])
+    def test_clip_stops_the_pairs_that_never_came_round(self, rope, first):
+        """From the critical dimensions that LongRoPE2 prints for LLaMA3-8B and Phi3-mini."""
+        factors = STRATEGIES["clip"](rope, 2 * rope.length, of="dprope").factors
+        assert (factors == STILL).nonzero().flatten().tolist() == list(range(first, rope.pairs))
+        assert torch.equal(factors[:first], dprope(rope, 2 * rope.length).factors[:first])
+
+    def test_the_fastest_pair_always_rotates(self):
+        factors = STRATEGIES["clip"](PretrainedRope(10000.0, 8, 4), 8, slow_periods=1e6).factors
+        assert (factors == STILL).tolist() == [False, True, True, True]
+
+    def test_they_are_kept_where_another_strategy_goes_on(self):
+        factors = STRATEGIES["resonance"](LLAMA2, 8192, of="clip").factors
+        assert int((factors == STILL).sum()) == 18
+        assert float(STRATEGIES["cope"](LLAMA2, 8192, of="clip").factors.max()) == STILL
+
+    def test_only_the_last_pairs_of_a_model_stand_still(self):
+        PretrainedRope(1e4, 8, 64, (1.0, 2.0, STILL, STILL))
+        for factors in ((1.0, STILL, 2.0, STILL), (STILL,) * 4):
+            with pytest.raises(ValueError, match="must be the last ones"):
+                PretrainedRope(1e4, 8, 64, factors)
+
+
+class TestLongrope2:
+    """The critical dimensions are those that the paper prints: theoretical (eq. 7) and found by its search."""
+
+    @pytest.mark.parametrize(
+        ("rope", "theoretical", "real"), [(PHI3_MINI, 31, 25), (LLAMA3, 35, 30)], ids=["phi3", "llama3"]
+    )
+    def test_the_papers_critical_dimensions(self, rope, theoretical, real):
+        s = 16
+        assert math.ceil(reach(rope, 1)) == theoretical
+        for settings, critical in (({"critical_periods": 1}, theoretical), ({}, real)):
+            factors = STRATEGIES["longrope2"](rope, s * rope.length, **settings).factors
+            assert factors[critical - 1] < s * 0.999
+            assert factors[critical:].tolist() == pytest.approx([s] * (rope.pairs - critical), rel=1e-12)
+            # NTK: below it the frequencies are those of the base with which pair ``critical`` has the factor s.
+            base = rope.theta * s ** (rope.rotary_dim / (2 * critical))
+            scaled = [base ** (-2 * i / rope.rotary_dim) for i in range(critical)]
+            plain = [rope.theta ** (-2 * i / rope.rotary_dim) for i in range(critical)]
+            expected = [p / q for p, q in zip(plain, scaled, strict=True)]
+            assert factors[:critical].tolist() == pytest.approx(expected, rel=1e-9)
+
+    def test_its_attention_factor(self):
+        scaling = STRATEGIES["longrope2"](LLAMA3, 131072)
+        assert scaling.attention_scaling == pytest.approx(math.sqrt(math.log(131072) / math.log(8192)))
+
+
 class TestDprope:
     @pytest.mark.parametrize(
         ("target", "settings", "expected"),
@@ -250,6 +415,18 @@ class TestDprope:
         ("llama3", {"low_freq_factor": 4}, "high_freq_factor > low_freq_factor"),
         ("llama3", {"factor": 0.5}, "from 1 to"),
         ("dynamic-ntk", {"factor": 0.5}, "from 1 to"),
+        ("ntk-mixed", {"exponent": 1.5}, "from 0 to 1"),
+        ("longrope2", {"critical_periods": 0}, "critical_periods"),
+        ("mrrope-uni", {"fast_periods": 1}, "mrrope-uni needs fast_periods > slow_periods > 0"),
+        ("mrrope-pro", {"slow_periods": -1}, "mrrope-pro needs fast_periods > slow_periods > 0"),
+        ("mrrope-pro", {"attention_factor": 0}, "mrrope-pro's attention_factor"),
+        ("resonance", {"of": "yran"}, "resonance's of: unknown strategy 'yran', did you mean yarn"),
+        ("resonance", {"of": "resonance"}, "unknown strategy 'resonance'"),
+        ("resonance", {"of": ["yarn"]}, "resonance's of"),
+        ("cope", {"of": "longrope"}, "cope's of"),
+        ("cope", {"clipped_pairs": 65}, "from 0 to 64"),
+        ("cope", {"clipped_pairs": 1.5}, "from 0 to 64"),
+        ("clip", {"slow_periods": 0}, "clip's slow_periods"),
     ],
 )
 def test_bad_settings_are_refused(name, settings, message):
@@ -266,7 +443,8 @@ def test_a_target_below_the_original_is_refused(name):
 
 def test_an_unknown_strategy_names_the_known_ones():
     with pytest.raises(
-        ValueError, match="extrapolation, pi, ntk, dynamic-ntk, yarn, llama3, longrope, dprope"
+        ValueError,
+        match="extrapolation, pi, ntk, ntk-mixed, dynamic-ntk, yarn, llama3, longrope, longrope2, mrrope",
     ):
         get_strategy("YaRN")
 

@@ -317,8 +317,9 @@ def _factors(read: EngineConfig, theta: float) -> str:
     scaled = int(((factors - 1).abs() > 1e-4).sum())
     if not scaled:
         return f"none of {factors.numel()} pairs scaled"
-    low, high = float(turning.min()), float(turning.max())
-    return f"{low:.4g} to {high:.4g}, {scaled} of {factors.numel()} pairs scaled"
+    low, high, still = float(turning.min()), float(turning.max()), factors.numel() - turning.numel()
+    rest = f", {still} do not rotate" if still else ""
+    return f"{low:.4g} to {high:.4g}, {scaled} of {factors.numel()} pairs scaled{rest}"
 
 
 def _theta(text: Mapping[str, Any], findings: list[Finding]) -> float:

@@ -288,7 +288,8 @@ def _difference(engine: EngineConfig, plan: RopePlan, relative: float) -> str | 
         trained = default_inv_freq(plan.theta, plan.rotary_dim).double()
         if torch.allclose(found, trained, rtol=1e-6, atol=0.0):
             return "the factors are missing: it has the plain frequencies"
-        pair = int((found / planned).log().abs().argmax())
+        # 0 / 0 is a pair that rotates in neither.
+        pair = int((found / planned).nan_to_num(1.0, posinf=math.inf).log().abs().argmax())
         return (
             f"the frequencies differ, most in pair {pair}: {found[pair]:.6g} radians per token, "
             f"planned {planned[pair]:.6g}"

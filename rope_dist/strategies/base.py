@@ -72,6 +72,9 @@ class PretrainedRope:
         check_length(self.length, "the original length")
         if self.factors is not None:
             check_factors(torch.tensor(self.factors, dtype=torch.float64, device="cpu"), self.pairs)
+            rotating = [i for i, factor in enumerate(self.factors) if factor != STILL]
+            if rotating != list(range(max(len(rotating), 1))):
+                raise ValueError("pairs that do not rotate must be the last ones, and the first must rotate")
         check_number(self.attention_scaling, "attention_scaling", positive=True)
 
     @property

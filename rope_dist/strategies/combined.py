@@ -74,9 +74,7 @@ def cope(
     return Scaling((scaling.factors / taper).clamp(max=STILL), scaling.attention_scaling, settings)
 
 
-def clip(
-    rope: PretrainedRope, target_length: int, *, of: str = "yarn", slow_periods: float = 1.0
-) -> Scaling:
+def clip(rope: PretrainedRope, target_length: int, *, of: str = "yarn", slow_periods: float = 1.0) -> Scaling:
     """Hard clip: pairs that never came round in training do not rotate (HardClip of Li et al. 2026, arXiv 2602.05258).
 
     A pair of fewer than ``slow_periods`` periods within the trained length meets unseen angles beyond it; without
@@ -96,8 +94,9 @@ def clip(
     settings = {"of": of, "slow_periods": slow_periods}
     if s == 1:
         return _of_trained(rope, settings)
-    still = rope.length * rope.inv_freq.double() / (2 * math.pi) < slow_periods
-    still[0] = False
+    slow = rope.length * rope.inv_freq.double() / (2 * math.pi) < slow_periods
+    slow[0] = False
+    still = slow.flip(0).long().cumprod(0).flip(0).bool()  # the last pairs, up to one that is fast enough
     return Scaling(scaling.factors.masked_fill(still, STILL), scaling.attention_scaling, settings)
 
 

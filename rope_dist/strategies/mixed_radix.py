@@ -83,7 +83,9 @@ def _mixed_radix(
     fast_periods = check_number(fast_periods, f"{name}'s fast_periods")
     slow_periods = check_number(slow_periods, f"{name}'s slow_periods")
     if not fast_periods > slow_periods > 0:
-        raise ValueError(f"{name} needs fast_periods > slow_periods > 0, got {fast_periods} and {slow_periods}")
+        raise ValueError(
+            f"{name} needs fast_periods > slow_periods > 0, got {fast_periods} and {slow_periods}"
+        )
     if attention_factor is None:
         attention_factor = 0.1 * math.log(s) + 1.0
     attention_factor = check_number(attention_factor, f"{name}'s attention_factor", positive=True)
