@@ -108,6 +108,13 @@ def test_scaling_factors_are_drawn_pair_by_pair(figure):
         assert "nats" in above[i].get_ylabel()
 
 
+def test_a_pair_that_does_not_rotate_has_no_factor_to_draw(figure):
+    drawn = figure(plots.plot_plans, compare("llama2-7b", target_lengths=[8192], strategies=["clip"]))
+    factors = lines(drawn.axes[1])["clip"].get_ydata()
+    assert [value != value for value in factors] == [False] * 46 + [True] * 18
+    assert max(factors[:46]) <= 2
+
+
 @pytest.mark.parametrize("kind", ["plans", "perplexity", "relative"])
 def test_the_legend_covers_no_curve(figure, kind):
     if kind == "plans":
