@@ -8,8 +8,9 @@ from pathlib import Path
 from benchmarks.benchmark import machine_of
 from benchmarks.quality.growth import GROWN, RATIOS, STALE, STRATEGY
 from benchmarks.quality.growth_passkeys import DEPTHS, TRIALS
+from benchmarks.quality.parts import TRAINED
+from benchmarks.quality.readings import load
 from benchmarks.quality.study import SEED
-from benchmarks.quality.summary import TRAINED, load
 from benchmarks.tables import markdown
 from rope_dist.dynamic import ladder
 from rope_dist.evaluation.passkey import SCORINGS

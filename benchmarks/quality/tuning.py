@@ -14,8 +14,8 @@ from transformers.utils import logging as transformers_logging
 import rope_dist
 from benchmarks.benchmark import Parser
 from benchmarks.quality.criteria import by_distance, of_neighbours
-from benchmarks.quality.study import DTYPE, MODEL, line
-from benchmarks.quality.summary import TRAINED
+from benchmarks.quality.parts import DTYPE, MODEL, TRAINED
+from benchmarks.quality.study import line
 from rope_dist.evaluation import (
     Record,
     Variant,
