@@ -22,7 +22,8 @@ class StudyModel:
     """A model of the study, and how it reads.
 
     Attributes:
-        name: packaged model or directory.
+        name: in its record.
+        source: packaged model or directory.
         trained: length that it was trained to, tokens.
         dtype: of its weights.
         suffix: of the file name of its record.
@@ -32,6 +33,7 @@ class StudyModel:
     """
 
     name: str
+    source: str
     trained: int
     dtype: str
     suffix: str = ""
@@ -46,23 +48,29 @@ class StudyModel:
 
 
 # bfloat16 is what models are run in, and half the time of float32.
-SMOLLM2 = StudyModel("smollm2-135m", 8192, "bfloat16")
+SMOLLM2 = StudyModel("smollm2-135m", "smollm2-135m", 8192, "bfloat16")
 MODEL, TRAINED, DTYPE = SMOLLM2.name, SMOLLM2.trained, SMOLLM2.dtype
 """Of the studies that read with this model alone."""
-SMALL_TOKENS = 65536
+SMALL_TOKENS = 32768
 """Of each text that the small model reads at 4x."""
 
 
 def study_model(name: str) -> StudyModel:
-    """The packaged model, or a small model of a directory, which reads many passages of a text.
+    """The packaged model, or a small one, which reads many passages of a text.
+
+    Args:
+        name: of the packaged model, or a directory: of a model, or of a training by ``small_llama.py``.
 
     Raises:
         ValueError: neither, or the directory's config has no trained length.
     """
     if name == SMOLLM2.name:
         return SMOLLM2
+    folder = Path(name)
+    if (folder / "model").is_dir():
+        folder /= "model"
     try:
-        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         trained = int(config["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
@@ -70,7 +78,7 @@ def study_model(name: str) -> StudyModel:
             "max_position_embeddings"
         ) from None
     passages = max(SMALL_TOKENS // (4 * trained), 1)
-    return StudyModel(name, trained, "float32", "_small", passages, width=64)
+    return StudyModel("small_llama", str(folder), trained, "float32", "_small", passages, width=64)
 
 
 OF_AUTO = ", auto's temperature"
@@ -96,7 +104,8 @@ def _known(label: str) -> bool:
 
 
 CLOSEST = tuple(filter(_known, _CLOSEST))
-STRATEGIES = (*CLOSEST, *(name for name in STRATEGY_NAMES if name not in CLOSEST + _NOT_READ))
+_REST = (*(name for name in STRATEGY_NAMES if name not in CLOSEST + _NOT_READ), "resonance:of=auto")
+STRATEGIES = (*CLOSEST, *filter(_known, _REST))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,14 @@ Losses = list[list[float]]
 """Of a text: passages, and of each the mean loss of every ``width`` positions."""
 
 
+def path_of(folder: Path, kind: str) -> Path:
+    """Of a record of the study."""
+    return folder / f"quality_{kind}.json"
+
+
 def load(folder: Path, kind: str) -> dict[str, Any]:
     """A record of the study; ``ValueError`` names the command that makes it."""
-    path = folder / f"quality_{kind}.json"
+    path = path_of(folder, kind)
     if not path.exists():
         raise ValueError(f"there is no {path}: python -m benchmarks.quality.{SCRIPTS.get(kind, 'study')}")
     return json.loads(path.read_text(encoding="utf-8"))

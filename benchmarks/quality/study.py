@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.benchmark import Parser, positive
 from benchmarks.quality.parts import CLOSEST, PARTS, QUICK, SMOLLM2, Part, StudyModel, planner, study_model
-from benchmarks.quality.readings import load, newest, readings, summarise, superseded
+from benchmarks.quality.readings import load, newest, path_of, readings, summarise, superseded
 from rope_dist import evaluation
 from rope_dist.evaluation import Passage, Record, Variant, token_nll
 from rope_dist.evaluation.memory import check_memory
@@ -115,10 +115,8 @@ def draw(folder: Path) -> None:
 def measurements(entry: StudyModel, parts: Sequence[Part], output: Path) -> Iterator[str]:
     """Measure what is not on record; yields a line a measurement."""
     transformers_logging.set_verbosity_error()
-    model, tokenizer = evaluation.load_model(entry.name, dtype=entry.dtype)
-    record = Record(
-        output / f"quality_{entry.kind}.json", "perplexity", evaluation.describe(model, entry.name)
-    )
+    model, tokenizer = evaluation.load_model(entry.source, dtype=entry.dtype)
+    record = Record(path_of(output, entry.kind), "perplexity", evaluation.describe(model, entry.name))
     variant = planner(model)
 
     @functools.cache
