@@ -52,9 +52,17 @@ def summarise(nll: torch.Tensor, width: int = WIDTH) -> dict[str, Any]:
     return result if width == WIDTH else result | {"width": width}
 
 
-def newest(measurements: Iterable[dict[str, Any]]) -> dict[tuple[str, int], str]:
+def newest(measurements: Iterable[dict[str, Any]], size: str = "tokens") -> dict[tuple[str, int], str]:
     """The frequencies of a label's newest reading of so many tokens; earlier plans of its name are others."""
-    return {(m["what"]["variant"], m["what"]["tokens"]): m["what"]["frequencies"] for m in measurements}
+    return {(m["what"]["variant"], m["what"][size]): m["what"]["frequencies"] for m in measurements}
+
+
+def only_newest(measurements: Sequence[dict[str, Any]], size: str = "tokens") -> list[dict[str, Any]]:
+    """Measurements by the newest plan of their label."""
+    current = newest(measurements, size)
+    return [
+        m for m in measurements if m["what"]["frequencies"] == current[m["what"]["variant"], m["what"][size]]
+    ]
 
 
 def superseded(measurements: Iterable[dict[str, Any]]) -> list[tuple[str, int, list[str]]]:
@@ -137,14 +145,13 @@ def readings(record: dict[str, Any], tokens: int, labels: Sequence[str] | None =
     Raises:
         ValueError: readings of parts of different widths, which cannot be paired.
     """
-    measurements = [m for m in record["measurements"] if m["what"]["tokens"] == tokens]
-    current = newest(measurements)
+    measurements = only_newest([m for m in record["measurements"] if m["what"]["tokens"] == tokens])
     found: dict[str, dict[str, Losses]] = {label: {} for label in labels or ()}
     widths = set()
     for m in measurements:
         what, flat = m["what"], m["result"]["nll_by_position"]
         label = what["variant"]
-        if what["frequencies"] != current[label, tokens] or (labels and label not in labels):
+        if labels and label not in labels:
             continue
         widths.add(m["result"].get("width", WIDTH))
         each = len(flat) // what.get("passages", 1)

@@ -14,7 +14,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from benchmarks.quality.readings import load, newest, path_of, readings, summari
 from rope_dist import evaluation
 from rope_dist.evaluation import Passage, Record, Variant, token_nll
 from rope_dist.evaluation.memory import check_memory
+from rope_dist.files import new_file
 from rope_dist.optional import MissingPackageError
 from rope_dist.plots import plot_relative_perplexity
 
@@ -74,6 +75,7 @@ def main() -> None:
     )
     names = [part.name for part in PARTS]
     add("--parts", nargs="+", choices=names, default=names, help="(default: all, in this order)")
+    add("--losses", type=Path, metavar="FOLDER", help="keep the losses of every token there, for LongPPL")
     arguments = parser.parse_args()
     try:
         models = list(map(study_model, arguments.model))
@@ -84,7 +86,9 @@ def main() -> None:
     if quick:
         parts, models = QUICK, [replace(model, texts=("python",)) for model in models]
     done, rest = 0, "all there are"
-    for what in itertools.chain.from_iterable(measurements(model, parts, output) for model in models):
+    for what in itertools.chain.from_iterable(
+        measurements(model, parts, output, arguments.losses) for model in models
+    ):
         print(what, flush=True)
         done += 1
         if time.monotonic() > deadline:
@@ -112,12 +116,71 @@ def draw(folder: Path) -> None:
         plot_relative_perplexity(panels, SMOLLM2.trained, title, folder / "quality.png")
 
 
-def measurements(entry: StudyModel, parts: Sequence[Part], output: Path) -> Iterator[str]:
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads, and its record.
+
+    Attributes:
+        entry: of the study.
+        model: as loaded.
+        record: of its perplexities.
+        losses: folder that keeps the losses of every token, of a reading by its digest and frequencies; None: none is.
+    """
+
+    entry: StudyModel
+    model: Any
+    record: Record
+    losses: Path | None = None
+
+    def nll(self, text: str, ids: torch.Tensor, variant: Variant) -> torch.Tensor:
+        """Losses ``[passages, S - 1]`` of ``ids [passages, S]`` by a variant that is applied to the model."""
+        identity = Passage(text, 0, ids).identity
+        kept = self.losses and self.losses / f"{identity['digest']}-{variant.fingerprint}.pt"
+        if kept and kept.exists():
+            return torch.load(kept, weights_only=True)
+        # At once: half the time of 512 at a time.
+        options = {
+            "chunk": min(ids.shape[1], 2 * self.entry.trained),
+            "description": f"{text}, {variant.label}",
+        }
+        nll = torch.stack([token_nll(self.model, one, **options) for one in ids])
+        if kept:
+            self.losses.mkdir(parents=True, exist_ok=True)
+            with new_file(kept) as temporary:
+                torch.save(nll, temporary)
+        return nll
+
+    def read(self, text: str, ids: torch.Tensor, variant: Variant) -> tuple[dict[str, Any], bool]:
+        """The measurement of ``ids [passages, S]``, and whether it was on record under whatever label."""
+        what = {"method": "whole", **Passage(text, 0, ids).identity}
+        if len(ids) > 1:
+            what["passages"] = len(ids)
+        own, label = what | variant.identity, {"variant": variant.label}
+        same = [m["result"] for m in self.record if m["what"] | label == own]
+        if same:
+            # The newest of a label is what the tables show.
+            current = newest(self.record)[variant.label, ids.shape[1]] if self.record.get(own) else None
+            if current != variant.fingerprint:
+                self.record.put(own, same[-1], variant)
+            return {"what": own, "result": same[-1]}, True
+
+        def compute() -> dict[str, Any]:
+            return summarise(self.nll(text, ids, variant), self.entry.width)
+
+        doing = f"evaluating {ids.shape[1]} tokens"
+        return self.record.measure(what, variant, self.model, compute, doing)[1:]
+
+
+def measurements(
+    entry: StudyModel, parts: Sequence[Part], output: Path, losses: Path | None = None
+) -> Iterator[str]:
     """Measure what is not on record; yields a line a measurement."""
     transformers_logging.set_verbosity_error()
     model, tokenizer = evaluation.load_model(entry.source, dtype=entry.dtype)
-    record = Record(path_of(output, entry.kind), "perplexity", evaluation.describe(model, entry.name))
-    variant = planner(model)
+    identity = evaluation.describe(model, entry.name)
+    record = Record(path_of(output, entry.kind), "perplexity", identity)
+    losses = losses and losses / identity["fingerprint"]
+    reader, variant = Reader(entry, model, record, losses), planner(model)
 
     @functools.cache
     def text(name: str) -> Passage | None:
@@ -135,34 +198,10 @@ def measurements(entry: StudyModel, parts: Sequence[Part], output: Path) -> Iter
         for passage in filter(None, map(text, entry.texts)):
             ids = passage.ids.reshape(entry.passages, -1)[:, :tokens]
             for label in part.strategies:
-                m, finished = read(model, entry, passage.text, ids, variant(label, target), record)
+                m, finished = reader.read(passage.text, ids, variant(label, target))
                 yield line(f"{passage.text}, {tokens} tokens, {label}", m, finished)
     for label, tokens, texts in superseded(record):
         print(f"left out: readings of {tokens} tokens by {label} with other frequencies ({'; '.join(texts)})")
-
-
-def read(
-    model: Any, entry: StudyModel, text: str, ids: torch.Tensor, variant: Variant, record: Record
-) -> tuple[dict[str, Any], bool]:
-    """The measurement of passages ``ids [passages, S]`` and whether it was on record, under whatever label."""
-    what = {"method": "whole", **Passage(text, 0, ids).identity}
-    if entry.passages > 1:
-        what["passages"] = entry.passages
-    own = what | variant.identity
-    same = [m["result"] for m in record if m["what"] | {"variant": variant.label} == own]
-    if same:
-        # The newest of a label is what the tables show.
-        if record.get(own) is None or newest(record)[variant.label, ids.shape[1]] != variant.fingerprint:
-            record.put(own, same[-1], variant)
-        return {"what": own, "result": same[-1]}, True
-
-    def compute() -> dict[str, Any]:
-        # At once: half the time of 512 at a time.
-        options = {"chunk": min(ids.shape[1], 2 * entry.trained), "description": f"{text}, {variant.label}"}
-        return summarise(torch.stack([token_nll(model, one, **options) for one in ids]), entry.width)
-
-    _, m, finished = record.measure(what, variant, model, compute, f"evaluating {ids.shape[1]} tokens")
-    return m, finished
 
 
 def line(what: str, measurement: dict[str, Any], finished: bool) -> str:

@@ -1,11 +1,12 @@
 """The tables of the study of strategies and of the tuning: perplexities, and paired differences with their errors."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.benchmark import machine_of
 from benchmarks.quality.parts import BASELINE, PARTS, STRATEGIES
-from benchmarks.quality.readings import Readings, load, path_of, readings, trained_length
+from benchmarks.quality.readings import Readings, load, only_newest, path_of, readings, trained_length
 from benchmarks.tables import markdown
 from rope_dist.evaluation.paired import percent
 from rope_dist.evaluation.variants import STOCK
@@ -26,16 +27,16 @@ def names(found: Readings) -> list[str]:
 
 def strategies_table(found: Readings, against: str = BASELINE) -> str:
     """A row a strategy: perplexity below and past the trained length, differences from ``against``, texts."""
-    rows = []
+    rows, several = [], len(found.losses[against]) > 1
     for label in names(found):
         texts = found.both(label, against)
         cells = [f"{found.perplexity(label, texts, *span):.2f}" for span in (found.below, found.past)]
         for span in (found.below, found.past):
             cells.append("" if label == against else percent(*found.difference(label, against, texts, *span)))
-        rows.append([label, *cells, str(len(texts))])
+        rows.append([label, *cells, *[str(len(texts))] * several])
     below, past = f"below {found.trained}", f"past {found.trained}"
-    heads = ["", below, past, f"{below}, against {against}", f"{past}, against {against}", "texts"]
-    return markdown(rows, heads)
+    heads = ["", below, past, f"{below}, against {against}", f"{past}, against {against}"]
+    return markdown(rows, heads + ["texts"] * several)
 
 
 def texts_table(found: Readings, against: str = BASELINE) -> str:
@@ -94,8 +95,8 @@ def in_the_mean(found: Readings, label: str = BASELINE) -> str:
     return f"In the mean of all texts, past {found.trained}, {'; '.join(parts)}."
 
 
-def of_model(record: dict[str, Any], title: str) -> list[str]:
-    """The section of a model: of each scale the tables and sentences."""
+def of_model(record: dict[str, Any], title: str, drawn: str = "") -> list[str]:
+    """The section of a model: of each scale the tables and sentences; ``drawn`` is its plot."""
     trained = trained_length(record)
     parts = [f"### {title}, trained to {trained} tokens"]
     for scale in SCALES:
@@ -119,6 +120,8 @@ def of_model(record: dict[str, Any], title: str) -> list[str]:
             texts_table(found),
             where_others_lead(found),
         ]
+    if drawn:
+        parts.append(drawn)
     model = record["model"]
     parts.append(
         f"`python -m benchmarks.quality.study`: {model['name']}, {model['dtype']}, without training."
@@ -133,10 +136,9 @@ def strategies(folder: Path) -> tuple[str, str]:
     for kind, title in KINDS.items():
         if path_of(folder, kind).exists():
             record = load(folder, kind)
-            parts += of_model(record, title)
+            drawn = kind == "perplexity" and (folder / "quality.png").exists()
+            parts += of_model(record, title, picture("../") if drawn else "")
             machines |= dict.fromkeys(map(machine_of, record["machines"]))
-        if kind == "perplexity" and (folder / "quality.png").exists():
-            parts.append(picture("../"))
     return "\n\n".join(filter(None, parts)), "; ".join(machines)
 
 
@@ -171,12 +173,53 @@ def block(folder: Path, against: str = "yarn") -> tuple[str, str]:
     model = record["model"]
     note = (
         f"Against `{against}`, with standard errors of the paired difference; number of texts: {read}. "
-        f"{model['name']}, {model['dtype']}, without training, by `python -m benchmarks.quality.study`. All strategies below and past "
-        "the trained length, text by text, and a second model: [docs/quality.md](docs/quality.md)."
+        f"{model['name']}, {model['dtype']}, without training, by `python -m benchmarks.quality.study`. "
+        "Below the trained length, text by text, and a second model: [docs/quality.md](docs/quality.md)."
     )
     shown = picture("") if (folder / "quality.png").exists() else ""
     machines = dict.fromkeys(map(machine_of, record["machines"]))
-    return "\n\n".join(filter(None, [table, note, shown])), "; ".join(machines)
+    return "\n\n".join(filter(None, [table, shown, note])), "; ".join(machines)
+
+
+def longppl(folder: Path) -> tuple[str, str]:
+    """LongPPL of SmolLM2, a table a length; nothing while there is no record of it."""
+
+    def tables(record: dict[str, Any]) -> list[str]:
+        from rope_dist.evaluation.long_context_tables import longppl_tables
+
+        measurements, trained = only_newest(record["measurements"]), trained_length(record)
+        lengths = sorted({m["what"]["tokens"] for m in measurements})
+        by_length = {n: [m for m in measurements if m["what"]["tokens"] == n] for n in lengths}
+        return [longppl_tables(of, trained, n // 4, BASELINE) for n, of in by_length.items()]
+
+    return _if_measured(
+        folder, "longppl", "LongPPL: perplexity of the tokens that need a long context", tables
+    )
+
+
+def synthetic(folder: Path) -> tuple[str, str]:
+    """Needles and other synthetic tasks of SmolLM2; nothing while there is no record of them."""
+
+    def tables(record: dict[str, Any]) -> list[str]:
+        from rope_dist.evaluation.long_context_tables import synthetic_tables
+
+        measurements = only_newest(record["measurements"], "length")
+        return [synthetic_tables(measurements, trained_length(record), BASELINE)]
+
+    return _if_measured(folder, "synthetic", "Needles and other synthetic tasks", tables)
+
+
+def _if_measured(
+    folder: Path, kind: str, title: str, tables: Callable[[dict[str, Any]], list[str]]
+) -> tuple[str, str]:
+    """A section with its title, which is left out with it."""
+    if not path_of(folder, kind).exists():
+        return "", ""
+    record = load(folder, kind)
+    model = record["model"]
+    parts = [f"## {title}", *(f"```text\n{table}\n```" for table in tables(record))]
+    parts.append(f"`rope-dist eval {kind}`: {model['name']}, {model['dtype']}, without training.")
+    return "\n\n".join(parts), "; ".join(dict.fromkeys(map(machine_of, record["machines"])))
 
 
 def tuning(folder: Path) -> tuple[str, str]:
