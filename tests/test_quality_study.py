@@ -313,3 +313,37 @@ def test_the_plot_has_what_read_all_texts(tmp_path, monkeypatch):
     assert [b.perplexity for b in drawn["extended to 1024 (2x), 2 texts"]["yarn"]] == pytest.approx(
         [math.exp(x) for x in (2.05, 2.15, 2.2, 2.4)]
     )
+
+
+def test_longppl_takes_the_losses_that_the_study_kept(tmp_path, model_directory, monkeypatch):
+    pytest.importorskip("rope_dist.evaluation.longppl", reason="this tree has no LongPPL")
+    from benchmarks.quality import study_longppl
+    from rope_dist.evaluation import longppl
+
+    entry = replace(
+        parts.SMOLLM2, source=str(model_directory), trained=64, dtype="float32", texts=("python",), width=64
+    )
+    part = parts.Part("2x", 2, ("stock", "auto"), tokens=512)
+    losses = tmp_path / "losses"
+    assert len(list(study.measurements(entry, [part], tmp_path, losses))) == 2
+    kept = {file.stem.split("-")[-1]: torch.load(file) for file in losses.rglob("*.pt")}
+    monkeypatch.setattr(study, "token_nll", None)  # would fail
+    # A model that was never trained gains nothing by context: any token that is predicted better counts.
+    monkeypatch.setattr(
+        study_longppl, "make_evaluator", lambda model: longppl.make_evaluator(model, alpha=1e-9, beta=-99)
+    )
+    for again in (False, True):
+        lines = list(study_longppl.measurements(entry, (part,), tmp_path, losses))
+        assert len(lines) == 3
+        assert [one.endswith(": on record") for one in lines] == [again] * 3
+    record = json.loads((tmp_path / "quality_longppl.json").read_text())
+    found, *read = record["measurements"]
+    positions = found["result"]["positions"]
+    assert positions
+    for m in read:
+        nll = kept[m["what"]["frequencies"]][0]
+        expected = [nll[position - 1].item() for position in positions]
+        assert m["result"]["key_nll"] == pytest.approx(expected, abs=1e-4)
+    text, _ = summary.longppl(tmp_path)
+    assert "## LongPPL" in text
+    assert "| auto" in text or "\nauto" in text

@@ -13,7 +13,7 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,20 @@ class Reader:
         return self.record.measure(what, variant, self.model, compute, doing)[1:]
 
 
+def texts_of(entry: StudyModel, tokenizer: Any) -> Callable[[str], Passage | None]:
+    """A function that tokenises a text once and returns all its passages as one; None where it is not installed."""
+
+    @functools.cache
+    def text(name: str) -> Passage | None:
+        try:
+            return evaluation.passages(tokenizer, [name], 4 * entry.trained * entry.passages)[0]
+        except MissingPackageError as error:
+            tqdm.write(f"left out: {error}")
+            return None
+
+    return text
+
+
 def measurements(
     entry: StudyModel, parts: Sequence[Part], output: Path, losses: Path | None = None
 ) -> Iterator[str]:
@@ -181,16 +195,7 @@ def measurements(
     record = Record(path_of(output, entry.kind), "perplexity", identity)
     losses = losses and losses / identity["fingerprint"]
     reader, variant = Reader(entry, model, record, losses), planner(model)
-
-    @functools.cache
-    def text(name: str) -> Passage | None:
-        """All passages of a text in one, tokenised once."""
-        try:
-            return evaluation.passages(tokenizer, [name], 4 * entry.trained * entry.passages)[0]
-        except MissingPackageError as error:
-            tqdm.write(f"left out: {error}")
-            return None
-
+    text = texts_of(entry, tokenizer)
     for part in parts:
         target = int(part.scale * entry.trained)
         tokens = part.tokens or target
