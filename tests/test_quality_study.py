@@ -347,3 +347,21 @@ def test_longppl_takes_the_losses_that_the_study_kept(tmp_path, model_directory,
     text, _ = summary.longppl(tmp_path)
     assert "## LongPPL" in text
     assert "| auto" in text or "\nauto" in text
+
+
+def test_a_label_has_one_colour_in_all_panels(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from rope_dist import plots
+    from rope_dist.evaluation import Bucket
+
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    labels = ("mrrope-pro, auto's temperature", "yarn, auto's temperature", "yarn", "yarn:beta_fast=16")
+    curve = [Bucket(0, 256, 2.0), Bucket(256, 512, 2.0)]
+    panels = {"two": dict.fromkeys(labels[1:], curve), "all": dict.fromkeys(labels, curve)}
+    plots.plot_relative_perplexity(panels, 256, "title", tmp_path / "a.png")
+    colours = [{line.get_label(): line.get_color() for line in axis.lines} for axis in figures[0].axes]
+    assert len({colours[1][label] for label in labels}) == len(labels)
+    assert {label: colours[1][label] for label in labels[1:]} == {
+        label: colours[0][label] for label in labels[1:]
+    }
