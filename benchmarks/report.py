@@ -5,8 +5,9 @@
     python -m benchmarks.report --compare FOLDER   whether the speedups of two runs agree
 
 No number is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
-benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``, ``growth``,
-``tuning`` or ``rollout``. A table is marked where the code that it measured is not that of this tree any more.
+benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``,
+``strategies``, ``longppl``, ``synthetic``, ``growth``, ``tuning`` or ``rollout``. A table is marked where the code that
+it measured is not that of this tree any more.
 """
 
 import json
@@ -53,6 +54,9 @@ def tables() -> dict[str, Table]:
     return {
         "perplexity": perplexity,
         "quality": lambda: summary.block(results.RESULTS),
+        "strategies": lambda: summary.strategies(results.RESULTS),
+        "longppl": lambda: summary.longppl(results.RESULTS),
+        "synthetic": lambda: summary.synthetic(results.RESULTS),
         "tuning": lambda: summary.tuning(results.RESULTS),
         "growth": lambda: growth_summary.block(results.RESULTS),
         "rollout": rollout_distance.table,
@@ -71,6 +75,8 @@ def fill(text: str) -> str:
         if name not in known:
             raise ValueError(f"a page marks an unknown table {name!r}; known: {', '.join(known)}")
         content, machine = known[name]()
+        if not content:  # nothing is measured yet
+            return f"<!-- table: {name} -->\n\n<!-- end -->"
         if machine and machine != before:
             content, before = f"{content} Machine: {machine}.", machine
         return f"<!-- table: {name} -->\n\n{content}\n\n<!-- end -->"

@@ -202,10 +202,12 @@ def plot_relative_perplexity(
     """
     figure, axes = _figure(1, len(panels), 3.8 * len(panels) + 1.8, 4.0, sharey=True)
     legend: dict[str, Any] = {}
+    # Of all panels: a label that one of them lacks must not shift the colours of others.
+    colours = _colours(dict.fromkeys(label for curves in panels.values() for label in curves))
     for axis, (name, curves) in zip(axes[0], panels.items(), strict=True):
         if baseline not in curves:
             raise ValueError(f"{name} has no curve of the baseline {baseline}")
-        _draw_relative(axis, curves, baseline, trained_length)
+        _draw_relative(axis, curves, baseline, trained_length, colours)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("position, tokens")
         axis.label_outer()
@@ -229,9 +231,11 @@ def _relative(curves: Curves, baseline: str) -> dict[str, list[float]]:
     }
 
 
-def _draw_relative(axis: Any, curves: Curves, baseline: str, trained_length: int) -> None:
+def _draw_relative(
+    axis: Any, curves: Curves, baseline: str, trained_length: int, colours: Mapping[str, str] | None = None
+) -> None:
     values = _relative(curves, baseline)
-    _draw_by_position(axis, curves, values, trained_length)
+    _draw_by_position(axis, curves, values, trained_length, colours)
     if not all(math.isfinite(value) for line in values.values() for value in line):
         note = f"above {MOST_RELATIVE} % not drawn"
         axis.text(0.02, 0.98, note, transform=axis.transAxes, va="top", fontsize=8)
@@ -239,12 +243,17 @@ def _draw_relative(axis: Any, curves: Curves, baseline: str, trained_length: int
 
 
 def _draw_by_position(
-    axis: Any, curves: Curves, values: Mapping[str, Sequence[float]], trained_length: int
+    axis: Any,
+    curves: Curves,
+    values: Mapping[str, Sequence[float]],
+    trained_length: int,
+    colours: Mapping[str, str] | None = None,
 ) -> None:
     """Draw ``values`` at the middles of the buckets of ``curves``, and the trained length."""
-    for (label, buckets), colour in zip(curves.items(), _colours(curves).values(), strict=True):
+    colours = colours or _colours(curves)
+    for label, buckets in curves.items():
         middles = [(b.start + b.end) / 2 for b in buckets]
-        axis.plot(middles, values[label], marker="o", markersize=4, label=label, color=colour)
+        axis.plot(middles, values[label], marker="o", markersize=4, label=label, color=colours[label])
     end = max(b.end for buckets in curves.values() for b in buckets)
     if end > trained_length:
         axis.axvline(trained_length, color="black", linestyle="--", linewidth=1, label=_TRAINED)

@@ -41,6 +41,13 @@ class TestPerplexity:
         assert nll.shape == (149,)
         assert nll.mean().item() == pytest.approx(loss.item(), abs=1e-5)
 
+    def test_losses_in_pieces_are_those_of_all_logits(self, llama, text_ids, monkeypatch):
+        with torch.inference_mode():
+            logits = llama(text_ids).logits[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, text_ids[0, 1:], reduction="none")
+        monkeypatch.setattr("rope_dist.evaluation.perplexity._LOSSES", 7)
+        torch.testing.assert_close(token_nll(llama, text_ids, chunk=1000), expected, rtol=0, atol=1e-5)
+
     @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
     def test_does_not_depend_on_the_chunk(self, llama, text_ids, chunk):
         torch.testing.assert_close(token_nll(llama, text_ids, chunk=chunk), token_nll(llama, text_ids[0]))

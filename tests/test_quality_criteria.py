@@ -1,6 +1,7 @@
 """The criteria that ``auto`` was compared with: counted directly, and minimised by trying every chain."""
 
 import itertools
+import json
 import math
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.quality import criteria, summary, tuning
+from benchmarks.quality import criteria, tuning
 from rope_dist.strategies import default_inv_freq
 
 
@@ -59,14 +60,16 @@ def test_of_neighbours_is_the_least_of_all_chains():
 def test_the_tuning_reads_and_goes_on(bfloat16_attention, model_directory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "MODEL", str(model_directory))
     monkeypatch.setattr(tuning, "TEXT", "python")
-    monkeypatch.setattr(tuning, "STRATEGIES", ("stock", "auto"))
-    for module in (tuning, summary):
-        monkeypatch.setattr(module, "TRAINED", 64)
+    monkeypatch.setattr(tuning, "CANDIDATES", (("auto", "auto", {}), ("other", "auto", {"fast_periods": 32})))
+    monkeypatch.setattr(tuning, "TRAINED", 64)
     monkeypatch.setattr(tuning, "TARGET", 128)
     monkeypatch.setattr(sys, "argv", ["tuning", "--output", str(tmp_path)])
     tuning.main()
-    assert capsys.readouterr().out.count(" s\n") == 4
+    assert capsys.readouterr().out.count(" s\n") == 5
     tuning.main()
-    assert capsys.readouterr().out.count(": on record") == 4
-    rows = summary.tuning(tmp_path)[0].splitlines()[2:6]
-    assert [row.split("|")[1].strip() for row in rows] == ["stock", "auto", "by distance", "of neighbours"]
+    assert capsys.readouterr().out.count(": on record") == 5
+    record = json.loads((tmp_path / "quality_tuning.json").read_text(encoding="utf-8"))
+    labels = [m["what"]["variant"] for m in record["measurements"]]
+    assert labels == ["stock", "auto", "other", "by distance", "of neighbours"]
+    settings = [plan["settings"].get("fast_periods") for plan in record["plans"].values()]
+    assert settings == [64.0, 32.0, None, None]

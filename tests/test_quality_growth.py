@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rope_dist
-from benchmarks.quality import growth, growth_passkeys, growth_summary
+from benchmarks.quality import growth, growth_passkeys, growth_summary, readings
 from rope_dist.evaluation import Variant, token_nll
 
 
@@ -63,12 +63,41 @@ def test_keys_that_are_not_corrected_are_another_reading():
 
 
 def test_differences_are_paired():
-    texts, others = [[1.0, 1.1, 1.4, 1.2]], [[0.9, 1.0, 1.1, 1.3]]
+    texts, others = [[[1.0, 1.1, 1.4, 1.2]]], [[[0.9, 1.0, 1.1, 1.3]]]
     pairs = [1.4 - 1.1, 1.2 - 1.3]
     mean, error = statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(2)
     expected = f"{100 * (math.exp(mean) - 1):+.2f} ± {100 * math.exp(mean) * error:.2f} %"
     assert growth_summary.difference(texts, others, 512, 1024) == expected
-    assert growth_summary.perplexity(texts, 0, 512) == pytest.approx(math.exp(1.05))
+    assert readings.perplexity(readings.span(texts, 0, 512)) == pytest.approx(math.exp(1.05))
+
+
+def test_a_static_plan_by_other_constants_is_not_compared(tmp_path):
+    """The study's ``auto`` may have been measured anew since the dynamic plan, whose last stage it was."""
+
+    def plan(factor, target):
+        return {"factors": [1.0, factor], "attention_scaling": 1.0, "target_length": target}
+
+    def reading(label, frequencies, text="a"):
+        what = {"variant": label, "frequencies": frequencies, "tokens": 16384, "text": text}
+        return {"what": what, "result": {"nll_by_position": [1.0] * 64}}
+
+    dynamic = {"stages": [plan(1.0, 8192), plan(2.0, 16384)]}
+    growing = [reading(growth.GROWN, "outdated", "b"), reading(growth.GROWN, "dynamic")]
+    grown = {
+        "plans": {"dynamic": dynamic, "outdated": {"stages": [plan(5.0, 16384)]}},
+        "measurements": growing,
+    }
+    static = {
+        "plans": {"stage": plan(2.0, 16384), "new": plan(3.0, 16384)},
+        "measurements": [reading("auto", "stage"), reading("auto", "new"), reading("auto", "new", "b")],
+    }
+    for kind, record in (("growth", grown), ("perplexity", static)):
+        (tmp_path / f"quality_{kind}.json").write_text(json.dumps(record))
+    found = growth_summary.readings(tmp_path, 16384)
+    assert {label: list(texts) for label, texts in found.items()} == {
+        "auto for 16384": ["a"],
+        growth.GROWN: ["a"],
+    }
 
 
 def test_stages_are_those_of_the_plan():
@@ -81,16 +110,18 @@ def test_passkeys_are_counted_where_every_prompt_was_answered(tmp_path):
     prompts = [(depth, trial) for depth in growth_passkeys.DEPTHS for trial in range(growth_passkeys.TRIALS)]
     assert len(prompts) >= 20
 
-    def answers(variant, length, scoring, correct, of=None):
+    def answers(variant, length, scoring, correct, of=None, frequencies="f"):
         return [
             {
-                "what": {"length": length, "variant": variant, "scoring": scoring, "depth": d, "trial": t},
+                "what": {"length": length, "variant": variant, "scoring": scoring, "depth": d, "trial": t}
+                | {"frequencies": frequencies},
                 "result": {"correct": i < correct},
             }
             for i, (d, t) in enumerate(prompts[:of])
         ]
 
     measurements = [
+        *answers(growth.GROWN, 8192, "generate", 17, frequencies="of an earlier plan"),
         *answers(growth.GROWN, 12288, "generate", 17),
         *answers(growth.GROWN, 12288, "decoys", 19),
         *answers("auto for 32768", 12288, "generate", 3),

@@ -1,30 +1,38 @@
-"""The quality study goes on where it stopped, and its tables count only what every strategy finished."""
+"""The study of strategies: it goes on where it stopped, reads nothing twice, and its tables pair what was read."""
 
+import json
 import math
+import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import llama_config
+from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.quality import study, summary
-from rope_dist.evaluation import CORPORA
+from benchmarks import report, results
+from benchmarks.quality import parts, readings, study, summary
+from rope_dist.evaluation import CORPORA, Record, Variant, describe, token_nll
+from rope_dist.evaluation.paired import paired_difference, percent
+from rope_dist.strategies import STRATEGIES
 
 
 @pytest.fixture
-def run(model_directory, tmp_path, monkeypatch, capsys, bfloat16_attention):
-    """The study on a small model that was trained to 64 tokens."""
-    part = study.Part(128, ("python", "moby-dick"), 300, (400, 500), (0, 1), ("stock", "pi"))
-    monkeypatch.setattr(study, "MODEL", str(model_directory))
-    monkeypatch.setattr(study, "PARTS", (part,))
-    monkeypatch.setattr(summary, "TRAINED", 64)
+def run(model_directory, tmp_path, monkeypatch, capsys):
+    """The study on a small model that was trained to 64 tokens: two passages of a text."""
+    monkeypatch.setattr(parts, "SMALL_TOKENS", 512)
+    monkeypatch.setattr(study, "PARTS", (parts.Part("2x", 2, ("stock", "auto", "yarn")),))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NODE_PATH", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def main(*arguments):
-        monkeypatch.setattr(sys, "argv", ["study", "--output", str(tmp_path / "results"), *arguments])
+        command = ["study", "--model", str(model_directory), "--output", str(tmp_path / "results")]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
         study.main()
         return capsys.readouterr()
 
@@ -32,93 +40,328 @@ def run(model_directory, tmp_path, monkeypatch, capsys, bfloat16_attention):
 
 
 def test_a_study_that_ran_out_of_time_goes_on(run, tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     assert "1 measurements on record, the same command goes on" in run("--seconds", "1e-9").out
-    captured = run()
-    # One text, two lengths, two depths, two scorings; two strategies of everything.
-    assert "18 measurements on record, all there are" in captured.out
+    captured = run("--losses", str(tmp_path / "losses"))
+    assert "3 measurements on record, all there are" in captured.out
     assert "left out: the corpus moby-dick is not installed: npm install" in captured.out + captured.err
-    assert run().out.count(": on record") == 18
-    block, machine = summary.block(tmp_path / "results")
-    assert "Perplexity of the first 300 tokens of the Python language reference" in block
-    assert ". Extended to 128:" in block
-    assert "| pi" in block
-    assert "seed of the passkeys 0" in block
+    assert run().out.count(": on record") == 3
+    path = tmp_path / "results" / "quality_perplexity_small.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["model"]["name"] == "small_llama"
+    assert str(tmp_path) not in path.read_text(encoding="utf-8")
+    for m in record["measurements"]:
+        assert m["what"]["passages"] == 2
+        assert len(m["result"]["nll_by_position"]) == 2 * 128 // 64
+    # The losses that were kept are those of the record.
+    kept = {file.stem.split("-")[-1]: torch.load(file) for file in (tmp_path / "losses").rglob("*.pt")}
+    assert len(kept) == 2
+    for m in record["measurements"][1:]:
+        own = kept[m["what"]["frequencies"]]
+        assert own.shape == (2, 127)
+        assert m["result"]["nll"] == pytest.approx(own.double().mean().item())
+        assert m["result"]["nll_by_position"][3] == pytest.approx(own[1, 63:].mean().item(), abs=1e-4)
+    block, machine = summary.strategies(tmp_path / "results")
+    assert "### A small LLaMA, trained to 64 tokens" in block
+    assert "2 passages of 128 tokens of the Python language reference" in block
+    assert "Errors are over parts of 64 positions." in block
     assert "torch" in machine
-    assert str(tmp_path) not in block
 
 
-def reading(text, variant, nll, tokens=16384):
-    """A measurement whose perplexity is ``exp(nll)`` up to 8192 and ``exp(2 nll)`` past it."""
-    widths = tokens // 256
-    by_position = [nll] * (widths // 2) + [2 * nll] * (widths // 2)
+def test_a_model_that_does_not_exist_is_one_line(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("--model", "nowhere")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+class TestParts:
+    def test_what_a_stopped_study_should_have_comes_first(self):
+        assert [part.name for part in parts.PARTS] == ["2x", "1.5x", "4x", "4x-rest"]
+        assert [part.scale for part in parts.PARTS] == [2, 1.5, 4, 4]
+        first, second, third, last = (part.strategies for part in parts.PARTS)
+        assert first == second == third + last == parts.STRATEGIES
+        assert {"stock", "auto", "auto-yarn", "yarn", "ntk", "yarn, auto's temperature"} <= set(third)
+
+    def test_every_strategy_is_read(self):
+        """But those that need factors of their own or have another's."""
+        read = {label.removesuffix(parts.OF_AUTO).partition(":")[0] for label in parts.STRATEGIES}
+        assert read - {"stock"} == set(STRATEGIES) - {"extrapolation", "dynamic-ntk", "longrope"}
+        assert len(set(parts.STRATEGIES)) == len(parts.STRATEGIES)
+
+    def test_texts_exist_and_nothing_was_tuned_on_them(self):
+        from benchmarks.quality import tuning
+
+        assert len(parts.TEXTS) == 4
+        assert set(parts.TEXTS) <= set(CORPORA) - {tuning.TEXT}
+
+    def test_a_small_model_reads_many_passages(self, tmp_path):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 256}')
+        model = parts.study_model(str(tmp_path))
+        assert (model.trained, model.passages, model.width) == (256, 32, 64)
+        assert model.source == str(tmp_path / "model")
+        assert model.kind == "perplexity_small"
+        assert all(int(part.scale * 256) % model.width == 0 for part in parts.PARTS)
+        assert parts.study_model("smollm2-135m") == parts.SMOLLM2
+        (tmp_path / "model" / "config.json").write_text("{}")
+        with pytest.raises(ValueError, match="max_position_embeddings"):
+            parts.study_model(str(tmp_path))
+
+    def test_a_temperature_of_auto(self):
+        variant = parts.planner(LlamaForCausalLM(llama_config()))
+        for target in (96, 128, 256):
+            auto, yarn, mixed = (
+                variant(x, target).plan for x in ("auto", "yarn", "yarn, auto's temperature")
+            )
+            assert mixed.attention_scaling == auto.attention_scaling != yarn.attention_scaling
+            assert mixed.factors == yarn.factors
+            assert variant("yarn, auto's temperature", target).label == "yarn, auto's temperature"
+
+
+@pytest.fixture
+def reader(tmp_path):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config()).eval()
+    entry = replace(parts.SMOLLM2, trained=64, passages=1)
+    return study.Reader(entry, model, Record(tmp_path / "record.json", "perplexity", describe(model, "m")))
+
+
+class TestReader:
+    ids = torch.arange(3, 103)[None]
+
+    def test_a_reading_is_that_of_the_command_line(self, reader):
+        m, finished = reader.read("t", self.ids, Variant("stock", None))
+        assert not finished
+        assert list(m["what"]) == ["method", "text", "piece", "tokens", "digest", "variant", "frequencies"]
+        nll = token_nll(reader.model, self.ids)
+        assert m["result"]["nll"] == pytest.approx(nll.double().mean().item())
+        assert m["result"]["nll_by_position"] == [round(nll.double().mean().item(), 6)]
+        assert m["result"]["predicted"] == 99
+        assert "width" not in m["result"]
+
+    def test_frequencies_are_read_once_under_all_labels(self, reader, monkeypatch):
+        variant = parts.planner(reader.model)("pi", 128)
+        first, _ = reader.read("t", self.ids, variant)
+        monkeypatch.setattr(study, "token_nll", None)  # would fail
+        second, finished = reader.read("t", self.ids, Variant("another name", variant.plan))
+        assert finished
+        assert second["result"] == first["result"]
+        assert [m["what"]["variant"] for m in reader.record] == ["pi", "another name"]
+        assert reader.read("t", self.ids, variant)[1]
+        assert len(reader.record) == 2
+
+    def test_a_plan_that_is_what_it_was_before_is_the_newest_again(self, reader):
+        variant = parts.planner(reader.model)
+        first, other = (Variant("auto", variant(name, 128).plan) for name in ("pi", "ntk"))
+        for one in (first, other):
+            reader.read("t", self.ids, one)
+        assert readings.newest(reader.record)["auto", 100] == other.fingerprint
+        assert readings.superseded(reader.record) == [("auto", 100, ["t"])]
+        assert reader.read("t", self.ids, first)[1]
+        data = json.loads(reader.record.path.read_text())
+        assert readings.newest(data["measurements"])["auto", 100] == first.fingerprint
+        assert len(data["measurements"]) == 2
+
+
+def reading(text, variant, below, past, frequencies=None, tokens=1024):
+    """A measurement of a model trained to 512 tokens: losses of two parts below and two past it."""
+    what = {"method": "whole", "text": text, "piece": 0, "tokens": tokens, "digest": "d"}
+    what |= {"variant": variant, "frequencies": frequencies or variant}
+    return {"what": what, "result": {"nll": 0, "predicted": tokens - 1, "nll_by_position": [*below, *past]}}
+
+
+def record_of(*measurements):
     return {
-        "what": {"method": "whole", "text": text, "tokens": tokens, "variant": variant},
-        "result": {"nll": 1.5 * nll, "predicted": tokens - 1, "nll_by_position": by_position, "seconds": 1},
+        "model": {"name": "m", "dtype": "float32"},
+        "plans": {"p": {"original_length": 512}},
+        "measurements": list(measurements),
+        "machines": [{"processor": "a processor", "torch": "2", "transformers": "5"}],
     }
 
 
-def answer(variant, length, depth, correct, scoring="generate"):
-    what = {"variant": variant, "length": length, "depth": depth, "scoring": scoring, "seed": 0}
-    return {"what": what, "result": {"correct": correct}}
+AUTO = [reading(t, "auto", (2.0, 2.1), (2.2, 2.4)) for t in "ab"]
+YARN = [reading("a", "yarn", (2.1, 2.2), (2.3, 2.6)), reading("b", "yarn", (2.0, 2.1), (2.1, 2.2))]
+
+
+def cells(table):
+    return [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines() if row[:2] != "|-"
+    ]
 
 
 class TestTables:
-    def test_perplexity_counts_texts_that_all_strategies_read(self):
-        record = {
-            "measurements": [
-                reading("a", "stock", 1.0),
-                reading("a", "pi", 0.5),
-                reading("b", "stock", 2.0),
-                reading("b", "pi", 0.7),
-                reading("c", "stock", 9.0),
-                reading("a", "stock", 5.0, tokens=32768),
-            ]
-        }
-        assert set(summary.finished_readings(record, 16384)) == {"a", "b"}
-        table = summary.perplexity_table(record, 16384)
-        stock = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
-        overall, past = math.exp((1.5 + 3.0) / 2), math.exp((2.0 + 4.0) / 2)
-        assert stock[:3] == ["stock", f"{overall:.2f}", f"{past:.2f}"]
-        assert stock[3] == f"{math.exp(2):.2f} - {math.exp(4):.2f}"
-        assert stock[4:] == [f"{math.exp(1.5):.2f}"] * 4 + [f"{past:.2f}"] * 4
-        assert "6-8k |" in table.splitlines()[0]
-        assert "8-10k* |" in table.splitlines()[0]
+    def test_differences_are_paired_by_parts(self):
+        found = readings.readings(record_of(*AUTO, *YARN), 1024)
+        head, auto, yarn = cells(summary.strategies_table(found))
+        assert head == [
+            "",
+            "below 512",
+            "past 512",
+            "below 512, against auto",
+            "past 512, against auto",
+            "texts",
+        ]
+        assert auto == ["auto", f"{math.exp(2.05):.2f}", f"{math.exp(2.3):.2f}", "", "", "2"]
+        pairs = [0.1, 0.2, -0.1, -0.2]
+        error = statistics.stdev(pairs) / 2
+        assert yarn[4] == f"+0.00 ± {100 * error:.2f} %"
+        below = statistics.stdev([0.1, 0.1, 0, 0]) / 2
+        assert yarn[3] == f"{100 * math.expm1(0.05):+.2f} ± {100 * math.exp(0.05) * below:.2f} %"
+        assert yarn[1:3] == [f"{math.exp(2.1):.2f}", f"{math.exp(2.3):.2f}"]
 
-    def test_where_another_reads_better_is_listed(self):
-        def record(nll):
-            auto = [reading("a", "auto", nll), reading("b", "auto", 1.0)]
-            stock = [reading(text, "stock", 0.1) for text in "ab"]
-            return {"measurements": [reading("a", "yarn", 0.8), reading("b", "yarn", 1.1), *stock, *auto]}
+    def test_a_text_that_is_missing_is_left_out_of_its_row(self):
+        found = readings.readings(record_of(*AUTO, YARN[0]), 1024)
+        _, auto, yarn = cells(summary.strategies_table(found))
+        assert (auto[5], yarn[5]) == ("2", "1")
+        assert yarn[4] == percent(*paired_difference([2.3, 2.6], [2.2, 2.4]))
+        head, row = cells(summary.texts_table(found))
+        assert head == ["", "a", "b"]
+        assert row == ["yarn", yarn[4], ""]
 
-        behind = summary.where_others_lead(record(0.9), 16384)
-        assert behind.startswith(
-            "Text by text `auto` is the best extension in 4 of 8 parts past 8192; not in a, 8-10k (yarn "
+    def test_only_the_newest_plan_of_a_label_counts(self):
+        old = [reading(t, "auto", (9, 9), (9, 9), "old") for t in "ab"]
+        found = readings.readings(record_of(*old, AUTO[0], *YARN), 1024)
+        assert found.losses["auto"] == {"a": [[2.0, 2.1, 2.2, 2.4]]}
+        assert found.both("yarn", "auto") == ["a"]
+        # At another length the label may have another plan.
+        longer = reading("a", "auto", (1, 1), (1, 1), "at 1024 no longer", tokens=2048)
+        found = readings.readings(record_of(*AUTO, longer), 1024)
+        assert set(found.losses["auto"]) == {"a", "b"}
+
+    def test_passages_of_a_small_model_are_apart(self):
+        m = reading("a", "auto", (1, 2), (3, 4))
+        m["what"] |= {"passages": 2, "tokens": 128}
+        m["result"]["width"] = 64
+        record = record_of(m)
+        record["plans"]["p"]["original_length"] = 64
+        found = readings.readings(record, 128)
+        assert found.parts("auto", ["a"], *found.below) == [1, 3]
+        assert found.parts("auto", ["a"], *found.past) == [2, 4]
+        record["measurements"].append(reading("b", "auto", (1, 2), (3, 4), tokens=128))
+        with pytest.raises(ValueError, match="cannot be compared"):
+            readings.readings(record, 128)
+
+    def test_who_leads_is_decided_by_errors(self):
+        close = reading("a", "ntk", (2, 2), (2.3, 2.31))  # +0.1 and -0.09
+        found = readings.readings(record_of(*AUTO, *YARN, close), 1024)
+        sentence = summary.where_others_lead(found)
+        assert (
+            "by more than one standard error in 1 of 3 comparisons, within one in 1, behind by more in 1"
+            in sentence
         )
-        assert f"yarn {math.exp(1.6):.2f}, auto {math.exp(1.8):.2f}" in behind
-        assert summary.where_others_lead(record(0.7), 16384).endswith("8 of 8 parts past 8192.")
-        assert summary.where_others_lead(record(0.7), 16384, "refined") == ""
+        mean, error = paired_difference([2.1, 2.2], [2.2, 2.4])
+        assert sentence.endswith(f": yarn on b ({percent(mean, error)}).")
+        assert summary.in_the_mean(found) == (
+            "In the mean of all texts, past 512, ahead of `auto` by more than one standard error: none; within one: "
+            f"yarn ({percent(*found.difference('yarn', 'auto', ['a', 'b'], 512, 1024))}), "
+            f"ntk ({percent(*found.difference('ntk', 'auto', ['a'], 512, 1024))})."
+        )
 
-    def test_passkeys_count_lengths_that_all_strategies_finished(self):
-        finished = [
-            answer(variant, 8192, depth, right, scoring)
-            for variant, right in (("stock", False), ("pi", True))
-            for depth in (0.0, 1.0)
-            for scoring in ("generate", "decoys")
+    def test_the_readme_has_a_column_a_scale(self, tmp_path):
+        record = record_of(*AUTO, *YARN, reading("a", "ntk", (2, 2), (2, 2)))
+        longer = [reading("a", label, (1, 1), (1, 2), tokens=2048) for label in ("auto", "yarn")]
+        for m in longer:
+            m["result"]["nll_by_position"] = [2.0, 2.0, *[1.0 + (m["what"]["variant"] == "yarn")] * 6]
+        record["measurements"] += longer
+        (tmp_path / "quality_perplexity.json").write_text(json.dumps(record))
+        text, machine = summary.block(tmp_path)
+        table, note = text.split("\n\n")
+        head, auto = cells(table)  # ntk has not read every text
+        assert head == ["perplexity past 512", "2x", "4x"]
+        against = [-0.1, -0.2, 0.1, 0.2]
+        assert auto == ["auto", percent(0, statistics.stdev(against) / 2), percent(-1, 0)]
+        assert "number of texts: 2 at 2x, 1 at 4x" in note
+        assert "a processor" in machine
+
+    def test_the_tuning_is_against_auto(self, tmp_path):
+        (tmp_path / "quality_tuning.json").write_text(json.dumps(record_of(AUTO[0], YARN[0])))
+        table, note = summary.tuning(tmp_path)[0].split("\n\n")
+        head, auto, yarn = cells(table)
+        assert head[-1] == "past 512, against auto"  # of one text
+        assert yarn[3:] == [
+            percent(*paired_difference(*both))
+            for both in (((2.1, 2.2), (2.0, 2.1)), ((2.3, 2.6), (2.2, 2.4)))
         ]
-        finished[0]["result"]["correct"] = True
-        begun = [answer("stock", 16384, 0.0, True, s) for s in ("generate", "decoys")]
-        table = summary.passkey_table({"measurements": finished + begun})
-        assert "16384" not in table
-        assert [[c.strip() for c in row.split("|")[1:-1]] for row in table.splitlines()[2:]] == [
-            ["stock", "1/2, 0/2"],
-            ["pi", "2/2, 2/2"],
-        ]
+        assert auto[3:] == ["", ""]
+        assert note.startswith("a, the first 1024 tokens; errors are over parts of 256 positions.")
 
     def test_a_missing_record_names_its_command(self, tmp_path):
         with pytest.raises(ValueError, match=r"python -m benchmarks\.quality\.study"):
             summary.block(tmp_path)
 
+    def test_what_is_not_measured_yet_is_left_out(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(results, "RESULTS", tmp_path)
+        for name in ("longppl", "synthetic"):
+            filled = report.fill(f"<!-- table: {name} -->old<!-- end -->")
+            assert filled == f"<!-- table: {name} -->\n\n<!-- end -->"
+            assert report.fill(filled) == filled
+        (tmp_path / "quality_perplexity.json").write_text(json.dumps(record_of(*AUTO, *YARN)))
+        block, _ = summary.strategies(tmp_path)
+        assert "small" not in block
+        assert "quality.png" not in block
 
-def test_the_study_reads_texts_that_exist():
-    assert {text for part in study.PARTS for text in part.texts} <= set(CORPORA)
+
+def test_the_plot_has_what_read_all_texts(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.setattr(study, "SMOLLM2", replace(parts.SMOLLM2, trained=512))
+    record = record_of(*AUTO, *YARN, reading("a", "ntk", (2, 2), (2, 2)))
+    (tmp_path / "quality_perplexity.json").write_text(json.dumps(record))
+    drawn = {}
+    monkeypatch.setattr(study, "plot_relative_perplexity", lambda panels, *rest: drawn.update(panels))
+    study.draw(tmp_path)
+    assert list(drawn) == ["extended to 1024 (2x), 2 texts"]
+    assert list(drawn["extended to 1024 (2x), 2 texts"]) == ["auto", "yarn"]
+    assert [b.perplexity for b in drawn["extended to 1024 (2x), 2 texts"]["yarn"]] == pytest.approx(
+        [math.exp(x) for x in (2.05, 2.15, 2.2, 2.4)]
+    )
+
+
+def test_longppl_takes_the_losses_that_the_study_kept(tmp_path, model_directory, monkeypatch):
+    pytest.importorskip("rope_dist.evaluation.longppl", reason="this tree has no LongPPL")
+    from benchmarks.quality import study_longppl
+    from rope_dist.evaluation import longppl
+
+    entry = replace(
+        parts.SMOLLM2, source=str(model_directory), trained=64, dtype="float32", texts=("python",), width=64
+    )
+    part = parts.Part("2x", 2, ("stock", "auto"), tokens=512)
+    losses = tmp_path / "losses"
+    assert len(list(study.measurements(entry, [part], tmp_path, losses))) == 2
+    kept = {file.stem.split("-")[-1]: torch.load(file) for file in losses.rglob("*.pt")}
+    monkeypatch.setattr(study, "token_nll", None)  # would fail
+    # A model that was never trained gains nothing by context: any token that is predicted better counts.
+    monkeypatch.setattr(
+        study_longppl, "make_evaluator", lambda model: longppl.make_evaluator(model, alpha=1e-9, beta=-99)
+    )
+    for again in (False, True):
+        lines = list(study_longppl.measurements(entry, (part,), tmp_path, losses))
+        assert len(lines) == 3
+        assert [one.endswith(": on record") for one in lines] == [again] * 3
+    record = json.loads((tmp_path / "quality_longppl.json").read_text())
+    found, *read = record["measurements"]
+    positions = found["result"]["positions"]
+    assert positions
+    for m in read:
+        nll = kept[m["what"]["frequencies"]][0]
+        expected = [nll[position - 1].item() for position in positions]
+        assert m["result"]["key_nll"] == pytest.approx(expected, abs=1e-4)
+    text, _ = summary.longppl(tmp_path)
+    assert "## LongPPL" in text
+    assert "| auto" in text or "\nauto" in text
+
+
+def test_a_label_has_one_colour_in_all_panels(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from rope_dist import plots
+    from rope_dist.evaluation import Bucket
+
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    labels = ("mrrope-pro, auto's temperature", "yarn, auto's temperature", "yarn", "yarn:beta_fast=16")
+    curve = [Bucket(0, 256, 2.0), Bucket(256, 512, 2.0)]
+    panels = {"two": dict.fromkeys(labels[1:], curve), "all": dict.fromkeys(labels, curve)}
+    plots.plot_relative_perplexity(panels, 256, "title", tmp_path / "a.png")
+    colours = [{line.get_label(): line.get_color() for line in axis.lines} for axis in figures[0].axes]
+    assert len({colours[1][label] for label in labels}) == len(labels)
+    assert {label: colours[1][label] for label in labels[1:]} == {
+        label: colours[0][label] for label in labels[1:]
+    }

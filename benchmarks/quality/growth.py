@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import rope_dist
-from benchmarks.quality.study import DTYPE, FIRST, MODEL, SECOND, begin, line
-from benchmarks.quality.summary import TRAINED
+from benchmarks.quality.parts import DTYPE, FIRST, MODEL, SECOND, TRAINED
+from benchmarks.quality.study import begin, line
 from rope_dist import evaluation
 from rope_dist.dynamic import DynamicPlan, ladder
 from rope_dist.evaluation import Record, Variant

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.growth import GROWN, STRATEGY, dynamic
-from benchmarks.quality.study import DTYPE, MODEL, SEED, begin, line
-from benchmarks.quality.summary import TRAINED
+from benchmarks.quality.parts import DTYPE, MODEL, TRAINED
+from benchmarks.quality.study import SEED, begin, line
 from rope_dist import evaluation
 from rope_dist.evaluation import Record, Variant
 from rope_dist.evaluation.passkey import SCORINGS

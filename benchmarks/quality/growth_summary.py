@@ -1,19 +1,19 @@
 """Tables of the study of growing texts: perplexity by position, and paired differences with their standard errors."""
 
-import math
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.benchmark import machine_of
 from benchmarks.quality.growth import GROWN, RATIOS, STALE, STRATEGY
 from benchmarks.quality.growth_passkeys import DEPTHS, TRIALS
+from benchmarks.quality.parts import TRAINED
+from benchmarks.quality.readings import Losses, load, newest, perplexity, span
 from benchmarks.quality.study import SEED
-from benchmarks.quality.summary import TRAINED, load
 from benchmarks.tables import markdown
 from rope_dist.dynamic import ladder
+from rope_dist.evaluation.paired import paired_difference, percent
 from rope_dist.evaluation.passkey import SCORINGS
-from rope_dist.evaluation.perplexity import WIDTH
 from rope_dist.evaluation.variants import STOCK
 
 NAMES = {
@@ -22,26 +22,45 @@ NAMES = {
     GROWN: "dynamic",
 }
 """Label of a variant -> its row of a table."""
-Parts = Sequence[float]
-"""Losses of one text, the mean of every 256 positions."""
-Readings = dict[str, dict[str, Parts]]
+Readings = dict[str, dict[str, Losses]]
 """By label, then by text."""
 
 
 def readings(folder: Path, tokens: int) -> Readings:
     """Readings of ``tokens``: stock and static plans for whole texts, dynamic plans for growing ones."""
     found: Readings = {}
+    compared = stages(load(folder, "growth"))
     for kind in ("perplexity", "growth"):
         record = load(folder, kind)
+        current = newest(record["measurements"])
         for m in record["measurements"]:
-            what = m["what"]
+            what, label = m["what"], m["what"]["variant"]
             if what["tokens"] != tokens:
                 continue
-            label = what["variant"]
-            if label == STRATEGY:
-                label = f"{STRATEGY} for {record['plans'][what['frequencies']]['target_length']}"
-            found.setdefault(label, {})[what["text"]] = m["result"]["nll_by_position"]
+            plan = record["plans"].get(what["frequencies"], {})
+            if label == STRATEGY or label.startswith(f"{STRATEGY} for "):
+                label = f"{STRATEGY} for {plan['target_length']}"
+                if _rotation(plan) not in compared:
+                    continue
+            elif what["frequencies"] != current[label, tokens]:
+                continue
+            found.setdefault(label, {})[what["text"]] = [m["result"]["nll_by_position"]]
     return found
+
+
+def stages(record: dict[str, Any]) -> set[tuple[float, ...]]:
+    """What the newest dynamic plans rotate by. A static plan of the same name may have been made by other constants."""
+    current = {
+        frequencies
+        for (label, _), frequencies in newest(record["measurements"]).items()
+        if label.startswith(GROWN)
+    }
+    plans = (record["plans"].get(frequencies, {}) for frequencies in current)
+    return {_rotation(stage) for plan in plans for stage in plan.get("stages", ())}
+
+
+def _rotation(plan: dict[str, Any]) -> tuple[float, ...]:
+    return plan["attention_scaling"], *plan["factors"]
 
 
 def stage_of(tokens: int) -> int:
@@ -49,24 +68,9 @@ def stage_of(tokens: int) -> int:
     return next(length for length in (TRAINED, *ladder(TRAINED, 4 * TRAINED)) if tokens <= length)
 
 
-def perplexity(texts: Sequence[Parts], start: int, end: int) -> float:
-    """Of the tokens at positions ``start`` to ``end`` of several texts."""
-    return math.exp(statistics.fmean(v for parts in texts for v in parts[start // WIDTH : end // WIDTH]))
-
-
-def difference(texts: Sequence[Parts], others: Sequence[Parts], start: int, end: int) -> str:
-    """Perplexity against that of other readings of the same tokens, in percent, with its standard error.
-
-    The error is that of the mean of paired differences of 256 positions.
-    """
-    pairs = [
-        a - b
-        for one, other in zip(texts, others, strict=True)
-        for a, b in zip(one[start // WIDTH : end // WIDTH], other[start // WIDTH : end // WIDTH], strict=True)
-    ]
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    mean = statistics.fmean(pairs)
-    return f"{100 * math.expm1(mean):+.2f} ± {100 * math.exp(mean) * error:.2f} %"
+def difference(texts: Sequence[Losses], others: Sequence[Losses], start: int, end: int) -> str:
+    """Perplexity at positions ``start`` to ``end`` against that of other readings of the same tokens."""
+    return percent(*paired_difference(*(span(one, start, end) for one in (texts, others))))
 
 
 def by_position(folder: Path, tokens: int, labels: dict[str, str], against: str) -> tuple[str, list[str]]:
@@ -92,9 +96,9 @@ def by_position(folder: Path, tokens: int, labels: dict[str, str], against: str)
     base = [found[against][text] for text in texts]
     for label, name in labels.items():
         own = [found[label][text] for text in texts]
-        cells = [f"{perplexity(own, *span):.2f}" for span in spans]
+        cells = [f"{perplexity(span(own, *at)):.2f}" for at in spans]
         compared = (
-            [difference(own, base, *span) for span in (spans[0], spans[-1])] if label != against else ["", ""]
+            [difference(own, base, *at) for at in (spans[0], spans[-1])] if label != against else ["", ""]
         )
         rows.append([name, *cells, *compared])
     heads = [f"{a / 1024:g}-{b / 1024:g}k" for a, b in spans]
@@ -118,7 +122,7 @@ def whole_texts(folder: Path) -> tuple[str, list[str]]:
         dynamic = long[STOCK]
         if tokens > TRAINED:
             dynamic = [at[tokens][f"{STRATEGY} for {reads[tokens]}"][text] for text in texts]
-        cells = [f"{perplexity(own, 0, tokens):.2f}" for own in (long[STOCK], long[longest], dynamic)]
+        cells = [f"{perplexity(span(own, 0, tokens)):.2f}" for own in (long[STOCK], long[longest], dynamic)]
         compared = difference(dynamic, long[longest], 0, tokens) if tokens < 4 * TRAINED else "the same"
         rows.append([str(tokens), *cells, compared])
     heads = ["tokens", STOCK, f"static, for {4 * TRAINED}", "dynamic", "dynamic against static"]
@@ -144,7 +148,11 @@ def looking_ahead(folder: Path) -> str:
 def passkeys(folder: Path) -> str:
     """A row a variant, per length the keys that were found; empty cells where not every prompt was answered."""
     asked: dict[str, dict[tuple[int, str], list[bool]]] = {}
-    for m in load(folder, "growth_passkey")["measurements"]:
+    measurements = load(folder, "growth_passkey")["measurements"]
+    current = {m["what"]["variant"]: m["what"]["frequencies"] for m in measurements}
+    for m in measurements:
+        if m["what"]["frequencies"] != current[m["what"]["variant"]]:
+            continue
         cell = m["what"]["length"], m["what"]["scoring"]
         asked.setdefault(m["what"]["variant"], {}).setdefault(cell, []).append(m["result"]["correct"])
     prompts = len(DEPTHS) * TRIALS

@@ -1,69 +1,55 @@
-"""Does a model read longer texts? Every strategy on SmolLM2-135M (trained to 8192 tokens), without training.
+"""Does a model read longer texts? Every strategy, without training.
 
-    python -m benchmarks.quality.study [--seconds 7200] [--quick]
+    python -m benchmarks.quality.study [--model smollm2-135m DIR] [--parts 2x 4x] [--seconds 7200] [--quick]
 
-Reads several texts to 1.5x, 2x and 4x of the trained length (perplexity by position) and asks for passkeys at
-lengths up to there. It takes hours on a CPU, so it may be stopped at any time, or by ``--seconds``:
-the same command goes on where it stopped. What is not installed of the texts is left out and named.
-Results: ``quality_perplexity.json``, ``quality_passkey.json`` and ``quality.png``; ``python -m benchmarks.report``
-makes the README's tables of them.
+Reads four texts that nothing was tuned on to 1.5x, 2x and 4x of the trained length: perplexity by position. Models are
+SmolLM2-135M (trained to 8192 tokens) and the directory of a small LLaMA (``benchmarks/quality/small_llama.py`` trains
+one). It takes hours on a CPU, so it may be stopped at any time, or by ``--seconds``: the same command goes on where it
+stopped. A text that is not installed is left out and named. Results: ``quality_perplexity.json``,
+``quality_perplexity_small.json`` and ``quality.png``; ``python -m benchmarks.report`` makes the tables of them.
 """
 
+import argparse
+import functools
+import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.benchmark import Parser, positive
-from benchmarks.quality.summary import TRAINED, finished_curves, load
+from benchmarks.quality.parts import CLOSEST, PARTS, QUICK, SMOLLM2, Part, StudyModel, planner, study_model
+from benchmarks.quality.readings import load, newest, path_of, readings, summarise, superseded
 from rope_dist import evaluation
-from rope_dist.evaluation import Record, load_text
+from rope_dist.evaluation import Passage, Record, Variant, token_nll
+from rope_dist.evaluation.memory import check_memory
+from rope_dist.files import new_file
 from rope_dist.optional import MissingPackageError
 from rope_dist.plots import plot_relative_perplexity
 
-MODEL = "smollm2-135m"
-STRATEGIES = ("stock", "pi", "ntk", "yarn", "dprope:threshold=5e-4", "refined", "auto", "auto-yarn")
-CLOSEST = ("stock", "ntk", "yarn", "auto")
-SERVED = (*CLOSEST, "auto-yarn")
-# Those of the first two groups are of different kinds: a study that is stopped early has them. The constants of "auto"
-# were chosen on emma, which is therefore the last.
-FIRST, SECOND = ("persuasion", "state-of-the-union"), ("moby-dick", "python")
-REST = ("pride-and-prejudice", "northanger-abbey", "mansfield-park", "sense-and-sensibility", "emma")
 SEED = 0
-# What models are run in, and half the time of float32.
-DTYPE = "bfloat16"
 
 
-@dataclass(frozen=True)
-class Part:
-    """Strategies planned for ``target`` tokens read ``texts`` to the target, and ask for passkeys."""
-
-    target: int
-    texts: tuple[str, ...]
-    tokens: int
-    passkey_lengths: tuple[int, ...] = ()
-    depths: tuple[float, ...] = ()
-    strategies: tuple[str, ...] = STRATEGIES
+def command_line(name: str, doc: str | None, quick: str) -> Parser:
+    """The options that every study has: see :func:`begin`."""
+    parser = Parser(f"python -m benchmarks.quality.{name}", doc or "")
+    add = parser.add_argument
+    add("--seconds", type=positive(float), help="begin no new measurement after this time")
+    add("--quick", action="store_true", help=quick)
+    add("--output", help="folder (default: benchmarks/results; with --quick rope-dist-eval)")
+    return parser
 
 
-DEPTHS = (0.1, 0.5, 0.9)
-PARTS = (
-    Part(2 * TRAINED, FIRST, 2 * TRAINED),
-    Part(2 * TRAINED, (), 0, (12288, 16384), DEPTHS, CLOSEST),
-    Part(4 * TRAINED, FIRST[:1], 4 * TRAINED, strategies=SERVED),
-    Part(3 * TRAINED // 2, FIRST, 3 * TRAINED // 2, strategies=CLOSEST),
-    Part(2 * TRAINED, SECOND, 2 * TRAINED),
-    Part(4 * TRAINED, FIRST[1:], 4 * TRAINED, strategies=SERVED),
-    Part(2 * TRAINED, REST, 2 * TRAINED),
-    Part(3 * TRAINED // 2, SECOND + REST, 3 * TRAINED // 2, strategies=CLOSEST),
-    Part(4 * TRAINED, SECOND[:1], 4 * TRAINED, strategies=SERVED),
-    Part(4 * TRAINED, (), 0, (32768,), DEPTHS, CLOSEST),
-)
-QUICK = (Part(2 * TRAINED, ("python",), 600, (400,), (0, 1), ("stock", "yarn")),)
+def begun(arguments: argparse.Namespace) -> tuple[bool, Path, float]:
+    """Whether it is a quick run, its folder, which is made, and when it has to stop."""
+    output = Path(arguments.output or ("rope-dist-eval" if arguments.quick else "benchmarks/results"))
+    output.mkdir(parents=True, exist_ok=True)
+    return arguments.quick, output, time.monotonic() + (arguments.seconds or float("inf"))
 
 
 def begin(name: str, doc: str | None, quick: str) -> tuple[bool, Path, float]:
@@ -74,76 +60,158 @@ def begin(name: str, doc: str | None, quick: str) -> tuple[bool, Path, float]:
         doc: its docstring.
         quick: what ``--quick`` does.
     """
-    parser = Parser(f"python -m benchmarks.quality.{name}", doc or "")
-    add = parser.add_argument
-    add("--seconds", type=positive(float), help="begin no new measurement after this time")
-    add("--quick", action="store_true", help=quick)
-    add("--output", help="folder (default: benchmarks/results; with --quick rope-dist-eval)")
-    arguments = parser.parse_args()
-    output = Path(arguments.output or ("rope-dist-eval" if arguments.quick else "benchmarks/results"))
-    output.mkdir(parents=True, exist_ok=True)
-    return arguments.quick, output, time.monotonic() + (arguments.seconds or float("inf"))
+    return begun(command_line(name, doc, quick).parse_args())
 
 
 def main() -> None:
     """Run what is not yet on record, and draw what is complete."""
-    quick, output, deadline = begin("study", __doc__, "a few hundred tokens: does the study run?")
+    parser = command_line("study", __doc__, "a few hundred tokens: does the study run?")
+    add = parser.add_argument
+    add(
+        "--model",
+        nargs="+",
+        default=[SMOLLM2.name],
+        help="packaged model or directories (default: %(default)s)",
+    )
+    names = [part.name for part in PARTS]
+    add("--parts", nargs="+", choices=names, default=names, help="(default: all, in this order)")
+    add("--losses", type=Path, metavar="FOLDER", help="keep the losses of every token there, for LongPPL")
+    arguments = parser.parse_args()
+    try:
+        models = list(map(study_model, arguments.model))
+    except ValueError as error:
+        parser.error(str(error))
+    quick, output, deadline = begun(arguments)
+    parts = [part for part in PARTS if part.name in arguments.parts]
+    if quick:
+        parts, models = QUICK, [replace(model, texts=("python",)) for model in models]
     done, rest = 0, "all there are"
-    for what in _measurements(QUICK if quick else PARTS, output):
+    for what in itertools.chain.from_iterable(
+        measurements(model, parts, output, arguments.losses) for model in models
+    ):
         print(what, flush=True)
         done += 1
         if time.monotonic() > deadline:
             rest = "the same command goes on"
             break
     print(f"{done} measurements on record, {rest}")
-    record, panels = load(output, "perplexity"), {}
-    for part in sorted(PARTS, key=lambda part: part.target):
-        curves, texts = finished_curves(record, part.tokens)
-        if "yarn" in curves:
-            plural = "s" if texts > 1 else ""
-            panels[f"extended to {part.target} ({part.target / TRAINED:g}x), {texts} text{plural}"] = curves
+    if SMOLLM2 in models:
+        draw(output)
+
+
+def draw(folder: Path) -> None:
+    """The plot of SmolLM2 and the closest strategies, a panel a scale."""
+    record, panels = load(folder, SMOLLM2.kind), {}
+    for scale in sorted({part.scale for part in PARTS}):
+        target = int(scale * SMOLLM2.trained)
+        found = readings(record, target, CLOSEST)
+        # Those that have read as many texts as the baseline of the plot.
+        texts = list(found.losses.get("yarn", {}))
+        shown = [label for label in found.losses if len(found.both(label, "yarn")) == len(texts)]
+        if texts:
+            panel = f"extended to {target} ({scale:g}x), {len(texts)} text{'s' * (len(texts) > 1)}"
+            panels[panel] = {label: found.curve(label, texts) for label in shown}
     if panels:
-        title = f"{MODEL}, without training: perplexity (lower is better)"
-        plot_relative_perplexity(panels, TRAINED, title, output / "quality.png")
+        title = f"{SMOLLM2.name}, without training: perplexity (lower is better)"
+        plot_relative_perplexity(panels, SMOLLM2.trained, title, folder / "quality.png")
 
 
-def _measurements(parts: tuple[Part, ...], output: Path) -> Iterator[str]:
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads, and its record.
+
+    Attributes:
+        entry: of the study.
+        model: as loaded.
+        record: of its perplexities.
+        losses: folder that keeps the losses of every token, of a reading by its digest and frequencies; None: none is.
+    """
+
+    entry: StudyModel
+    model: Any
+    record: Record
+    losses: Path | None = None
+
+    def nll(self, text: str, ids: torch.Tensor, variant: Variant) -> torch.Tensor:
+        """Losses ``[passages, S - 1]`` of ``ids [passages, S]`` by a variant that is applied to the model."""
+        identity = Passage(text, 0, ids).identity
+        kept = self.losses and self.losses / f"{identity['digest']}-{variant.fingerprint}.pt"
+        if kept and kept.exists():
+            return torch.load(kept, weights_only=True)
+        # At once: half the time of 512 at a time.
+        options = {
+            "chunk": min(ids.shape[1], 2 * self.entry.trained),
+            "description": f"{text}, {variant.label}",
+        }
+        nll = torch.stack([token_nll(self.model, one, **options) for one in ids])
+        if kept:
+            self.losses.mkdir(parents=True, exist_ok=True)
+            with new_file(kept) as temporary:
+                torch.save(nll, temporary)
+        return nll
+
+    def read(self, text: str, ids: torch.Tensor, variant: Variant) -> tuple[dict[str, Any], bool]:
+        """The measurement of ``ids [passages, S]``, and whether it was on record under whatever label."""
+        what = {"method": "whole", **Passage(text, 0, ids).identity}
+        if len(ids) > 1:
+            what["passages"] = len(ids)
+        own, label = what | variant.identity, {"variant": variant.label}
+        same = [m["result"] for m in self.record if m["what"] | label == own]
+        if same:
+            # The newest of a label is what the tables show.
+            current = newest(self.record)[variant.label, ids.shape[1]] if self.record.get(own) else None
+            if current != variant.fingerprint:
+                self.record.put(own, same[-1], variant)
+            return {"what": own, "result": same[-1]}, True
+
+        def compute() -> dict[str, Any]:
+            return summarise(self.nll(text, ids, variant), self.entry.width)
+
+        doing = f"evaluating {ids.shape[1]} tokens"
+        return self.record.measure(what, variant, self.model, compute, doing)[1:]
+
+
+def texts_of(entry: StudyModel, tokenizer: Any) -> Callable[[str], Passage | None]:
+    """A function that tokenises a text once and returns all its passages as one; None where it is not installed."""
+
+    @functools.cache
+    def text(name: str) -> Passage | None:
+        try:
+            return evaluation.passages(tokenizer, [name], 4 * entry.trained * entry.passages)[0]
+        except MissingPackageError as error:
+            tqdm.write(f"left out: {error}")
+            return None
+
+    return text
+
+
+def measurements(
+    entry: StudyModel, parts: Sequence[Part], output: Path, losses: Path | None = None
+) -> Iterator[str]:
+    """Measure what is not on record; yields a line a measurement."""
     transformers_logging.set_verbosity_error()
-    model, tokenizer = evaluation.load_model(MODEL, dtype=DTYPE)
-    identity = evaluation.describe(model, MODEL)
-    perplexity = Record(output / "quality_perplexity.json", "perplexity", identity)
-    passkey = Record(output / "quality_passkey.json", "passkey", identity)
+    model, tokenizer = evaluation.load_model(entry.source, dtype=entry.dtype)
+    identity = evaluation.describe(model, entry.name)
+    record = Record(path_of(output, entry.kind), "perplexity", identity)
+    losses = losses and losses / identity["fingerprint"]
+    reader, variant = Reader(entry, model, record, losses), planner(model)
+    text = texts_of(entry, tokenizer)
     for part in parts:
-        variants = evaluation.make_variants(model, part.strategies, part.target)
-        if names := list(filter(_installed, part.texts)):
-            texts = evaluation.passages(tokenizer, names, part.tokens)
-            # At once: half the time of 512 at a time, and gigabytes of logits.
-            options = {"lengths": [part.tokens], "methods": ["whole"], "chunk": min(part.tokens, 2 * TRAINED)}
-            options["progress"] = True
-            readings = evaluation.measure_perplexity(model, texts, variants, perplexity, **options)
-            for variant, m, finished in readings:
-                yield line(f"{m['what']['text']}, {part.tokens} tokens, {variant.label}", m, finished)
-        if part.passkey_lengths:
-            cases = evaluation.make_cases(part.passkey_lengths, part.depths, seed=SEED)
-            options = {"scorings": ["generate", "decoys"], "progress": True}
-            answers = evaluation.measure_passkey(model, tokenizer, cases, variants, passkey, **options)
-            for variant, m, finished in answers:
-                what = f"passkey, {m['what']['length']} tokens, depth {m['what']['depth']:g}, {variant.label}"
-                yield line(what, m, finished)
+        target = int(part.scale * entry.trained)
+        tokens = part.tokens or target
+        check_memory(model, tokens, min(tokens, 2 * entry.trained))
+        for passage in filter(None, map(text, entry.texts)):
+            ids = passage.ids.reshape(entry.passages, -1)[:, :tokens]
+            for label in part.strategies:
+                m, finished = reader.read(passage.text, ids, variant(label, target))
+                yield line(f"{passage.text}, {tokens} tokens, {label}", m, finished)
+    for label, tokens, texts in superseded(record):
+        print(f"left out: readings of {tokens} tokens by {label} with other frequencies ({'; '.join(texts)})")
 
 
 def line(what: str, measurement: dict[str, Any], finished: bool) -> str:
     """What was measured, and the seconds that it took unless it was on record."""
     return f"{what}: {'on record' if finished else str(measurement['result']['seconds']) + ' s'}"
-
-
-def _installed(name: str) -> bool:
-    try:
-        load_text(name)
-    except MissingPackageError as error:
-        tqdm.write(f"left out: {error}")
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -1,158 +1,234 @@
-"""The study's tables: only texts and lengths that every strategy has finished are counted."""
+"""The tables of the study of strategies and of the tuning: perplexities, and paired differences with their errors."""
 
-import json
-import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.benchmark import machine_of
+from benchmarks.quality.parts import BASELINE, PARTS, STRATEGIES
+from benchmarks.quality.readings import Readings, load, only_newest, path_of, readings, trained_length
 from benchmarks.tables import markdown
-from rope_dist.evaluation.perplexity import WIDTH, Bucket
-from rope_dist.evaluation.tables import average_buckets, scores, total
+from rope_dist.evaluation.paired import percent
 from rope_dist.evaluation.variants import STOCK
 
-TRAINED = 8192
-SCRIPTS = {"tuning": "tuning", "growth": "growth", "growth_passkey": "growth_passkeys"}
-"""Kind of a record -> what makes it, where that is not the study."""
+SCALES = tuple(sorted({part.scale for part in PARTS}))
+KINDS = {"perplexity": "SmolLM2-135M", "perplexity_small": "A small LLaMA"}
+"""Record of a model -> its title."""
 
 
-def load(folder: Path, kind: str) -> dict[str, Any]:
-    """A record of the study; ``ValueError`` names the command that makes it."""
-    path = folder / f"quality_{kind}.json"
-    if not path.exists():
-        raise ValueError(f"there is no {path}: python -m benchmarks.quality.{SCRIPTS.get(kind, 'study')}")
-    return json.loads(path.read_text(encoding="utf-8"))
+def names(found: Readings) -> list[str]:
+    """Labels that share a text with the baseline, by their losses past the trained length."""
+    labels = [label for label in found.losses if found.both(label, BASELINE)]
+    against = {
+        label: found.difference(label, BASELINE, found.both(label, BASELINE), *found.past) for label in labels
+    }
+    return sorted(labels, key=against.__getitem__)
 
 
-def finished_readings(record: dict[str, Any], tokens: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Results by text and label, of readings of ``tokens``: texts that every label has read."""
-    by_text: dict[str, dict[str, dict[str, Any]]] = {}
-    for m in record["measurements"]:
-        if m["what"]["tokens"] == tokens:
-            by_text.setdefault(m["what"]["text"], {})[m["what"]["variant"]] = m["result"]
-    labels = {label for results in by_text.values() for label in results}
-    return {text: results for text, results in by_text.items() if results.keys() == labels}
+def strategies_table(found: Readings, against: str = BASELINE) -> str:
+    """A row a strategy: perplexity below and past the trained length, differences from ``against``, texts."""
+    rows, several = [], len(found.losses[against]) > 1
+    for label in names(found):
+        texts = found.both(label, against)
+        cells = [f"{found.perplexity(label, texts, *span):.2f}" for span in (found.below, found.past)]
+        for span in (found.below, found.past):
+            cells.append("" if label == against else percent(*found.difference(label, against, texts, *span)))
+        rows.append([label, *cells, *[str(len(texts))] * several])
+    below, past = f"below {found.trained}", f"past {found.trained}"
+    heads = ["", below, past, f"{below}, against {against}", f"{past}, against {against}"]
+    return markdown(rows, heads + ["texts"] * several)
 
 
-def _curve(results: Iterable[dict[str, Any]], tokens: int) -> list[Bucket]:
-    """Perplexity by position, about eight buckets."""
-    return average_buckets(list(results), max(tokens // 8 // WIDTH, 1) * WIDTH)
+def texts_table(found: Readings, against: str = BASELINE) -> str:
+    """A row a strategy, a column a text: differences from ``against`` past the trained length."""
+    texts = list(found.losses.get(against, {}))
+    rows = []
+    for label in names(found):
+        read = found.both(label, against)
+        if label != against:
+            cells = [
+                percent(*found.difference(label, against, [text], *found.past)) if text in read else ""
+                for text in texts
+            ]
+            rows.append([label, *cells])
+    return markdown(rows, ["", *texts])
 
 
-def finished_curves(record: dict[str, Any], tokens: int) -> tuple[dict[str, list[Bucket]], int]:
-    """Perplexity by position by label, and over how many texts."""
-    texts = list(finished_readings(record, tokens).values())
-    return {label: _curve((r[label] for r in texts), tokens) for label in (texts or [{}])[0]}, len(texts)
+def where_others_lead(found: Readings, label: str = BASELINE) -> str:
+    """A sentence: against how many strategies and texts ``label`` is ahead past the trained length, and where not.
 
-
-def perplexity_table(record: dict[str, Any], tokens: int) -> str:
-    """A row a strategy: everywhere, past the trained length (of several texts also its range), by position."""
-    (curves, several), texts = finished_curves(record, tokens), finished_readings(record, tokens).values()
-    rows, headers = [], []
-    for label, buckets in curves.items():
-        past = [_past(_curve([results[label]], tokens)) for results in texts]
-        overall = math.exp(sum(results[label]["nll"] for results in texts) / several)
-        cells = {
-            "": label,
-            "all": f"{overall:.2f}",
-            f"past {TRAINED}": f"{_past(buckets):.2f}",
-            **({"over the texts": f"{min(past):.2f} - {max(past):.2f}"} if several > 1 else {}),
-        }
-        for b in buckets:
-            mark = "*" if b.start >= TRAINED else ""
-            cells[f"{b.start / 1024:g}-{b.end / 1024:g}k{mark}"] = f"{b.perplexity:.2f}"
-        headers = list(cells)
-        rows.append(list(cells.values()))
-    return markdown(rows, headers) if rows else ""
-
-
-def where_others_lead(record: dict[str, Any], tokens: int, label: str = "auto") -> str:
-    """A sentence: in how much of each text past the trained length ``label`` is the best extension, and where not."""
-    places, behind = 0, []
-    for text, results in finished_readings(record, tokens).items():
-        if label not in results:
-            return ""
-        curves = {name: _curve([result], tokens) for name, result in results.items() if name != STOCK}
-        for parts in zip(*curves.values(), strict=True):
-            by_name = dict(zip(curves, parts, strict=True))
-            own, best = by_name[label], min(by_name, key=lambda name, at=by_name: at[name].perplexity)
-            if own.start < TRAINED:
-                continue
-            places += 1
-            if best != label:
-                numbers = f"{best} {by_name[best].perplexity:.2f}, {label} {own.perplexity:.2f}"
-                behind.append(f"{text}, {own.start / 1024:g}-{own.end / 1024:g}k ({numbers})")
-    if not places:
+    Ahead and behind are more than one standard error of the paired difference.
+    """
+    ahead, within, behind = 0, [], []
+    for other in (name for name in names(found) if name not in (label, STOCK)):
+        for text in found.both(other, label):
+            mean, error = found.difference(other, label, [text], *found.past)
+            place = f"{other} on {text} ({percent(mean, error)})"
+            if mean > error:
+                ahead += 1
+            elif mean < -error:
+                behind.append(place)
+            else:
+                within.append(place)
+    total = ahead + len(within) + len(behind)
+    if not total:
         return ""
-    ahead, rest = places - len(behind), f"; not in {'; '.join(behind)}" if behind else ""
-    return f"Text by text `{label}` is the best extension in {ahead} of {places} parts past {TRAINED}{rest}."
-
-
-def _past(buckets: list[Bucket]) -> float:
-    """Perplexity of the tokens past the trained length; not a number where none was read."""
-    past = {b: b.end - b.start for b in buckets if b.start >= TRAINED}
-    nll = sum(math.log(b.perplexity) * tokens for b, tokens in past.items())
-    return math.exp(nll / sum(past.values())) if past else math.nan
-
-
-def passkey_table(record: dict[str, Any]) -> str:
-    """A row a strategy, per length the right answers of all prompts (generated, among decoys)."""
-    found = defaultdict(list)
-    for m in record["measurements"]:
-        found[m["what"]["length"], m["what"]["variant"], m["what"]["scoring"]].append(m)
-    lengths, labels = sorted({key[0] for key in found}), list(dict.fromkeys(key[1] for key in found))
-    cells: dict[str, list[str]] = {label: [label] for label in labels}
-    headers = ["passkeys found"]
-    for length in lengths:
-        answers = {label: [found[length, label, how] for how in ("generate", "decoys")] for label in labels}
-        counts = {tuple(map(len, both)) for both in answers.values()}
-        # Every strategy has answered equally many prompts: the length is finished.
-        if len(counts) == 1 and all(counts.pop()):
-            headers.append(f"{length}{'*' if length > TRAINED else ''}")
-            for label, both in answers.items():
-                cells[label].append(", ".join(str(total(scores(m).values())) for m in both))
-    return markdown(list(cells.values()), headers) if len(headers) > 1 else ""
-
-
-def block(folder: Path) -> tuple[str, str]:
-    """The README's block, tables and the plot, and the machines that measured it."""
-    perplexity, passkey = load(folder, "perplexity"), load(folder, "passkey")
-    parts = []
-    for tokens in sorted({m["what"]["tokens"] for m in perplexity["measurements"]}):
-        texts = "; ".join(finished_readings(perplexity, tokens))
-        read = {m["what"]["frequencies"] for m in perplexity["measurements"] if m["what"]["tokens"] == tokens}
-        plans = (plan for name, plan in perplexity["plans"].items() if name in read)
-        targets = ", ".join(map(str, sorted({plan["target_length"] for plan in plans})))
-        if texts and targets:  # not where only the stock model has read
-            parts.append(f"Perplexity of the first {tokens} tokens of {texts}. Extended to {targets}:")
-            parts += [perplexity_table(perplexity, tokens), where_others_lead(perplexity, tokens)]
-    if (folder / "quality.png").exists():
-        parts.append("![Perplexity by position](benchmarks/results/quality.png)")
-    if table := passkey_table(passkey):
-        decoys = next(len(m["what"]["decoys"]) for m in passkey["measurements"] if "decoys" in m["what"])
-        parts.append(
-            f"Passkeys found, of the prompts of a length: in the greedy continuation, and likelier than each of "
-            f"{decoys} decoys (by chance 1 in {decoys + 1}):"
-        )
-        parts.append(table)
-    seeds = sorted({m["what"]["seed"] for m in passkey["measurements"]})
-    model = perplexity["model"]
-    parts.append(
-        f"\\* past the {TRAINED} tokens that the model was trained on. `python -m benchmarks.quality.study`: "
-        f"{model['name']}, {model['dtype']}, without training; seed of the passkeys "
-        f"{', '.join(map(str, seeds))}, five digits, one key a length and depth."
+    sentence = (
+        f"Past {found.trained}, text by text, `{label}` is ahead of the other extensions by more than one standard "
+        f"error in {ahead} of {total} comparisons, within one in {len(within)}, behind by more in {len(behind)}"
     )
-    machines = dict.fromkeys(map(machine_of, perplexity["machines"] + passkey["machines"]))
+    return f"{sentence}: {'; '.join(behind)}." if behind else f"{sentence}."
+
+
+def in_the_mean(found: Readings, label: str = BASELINE) -> str:
+    """A sentence: which strategies are not behind ``label`` past the trained length by more than one error."""
+    level, ahead = [], []
+    for other in (name for name in names(found) if name not in (label, STOCK)):
+        mean, error = found.difference(other, label, found.both(other, label), *found.past)
+        if mean < -error:
+            ahead.append(f"{other} ({percent(mean, error)})")
+        elif mean <= error:
+            level.append(f"{other} ({percent(mean, error)})")
+    parts = [f"ahead of `{label}` by more than one standard error: {', '.join(ahead) or 'none'}"]
+    if level:
+        parts.append(f"within one: {', '.join(level)}")
+    return f"In the mean of all texts, past {found.trained}, {'; '.join(parts)}."
+
+
+def of_model(record: dict[str, Any], title: str, drawn: str = "") -> list[str]:
+    """The section of a model: of each scale the tables and sentences; ``drawn`` is its plot."""
+    trained = trained_length(record)
+    parts = [f"### {title}, trained to {trained} tokens"]
+    for scale in SCALES:
+        found = readings(record, int(scale * trained), STRATEGIES)
+        if BASELINE not in found.losses or len(found.losses) < 2:
+            continue
+        texts = list(found.losses[BASELINE])
+        passages = len(found.losses[BASELINE][texts[0]])
+        of = (
+            f"{passages} passages of {found.tokens} tokens"
+            if passages > 1
+            else f"The first {found.tokens} tokens"
+        )
+        parts += [
+            f"#### {scale:g}x: {found.tokens} tokens",
+            f"{of} of {'; '.join(texts)}; every plan is for {found.tokens} tokens. Errors are over parts of "
+            f"{found.width} positions.",
+            strategies_table(found),
+            in_the_mean(found),
+            "Text by text, past the trained length:",
+            texts_table(found),
+            where_others_lead(found),
+        ]
+    if drawn:
+        parts.append(drawn)
+    model = record["model"]
+    parts.append(
+        f"`python -m benchmarks.quality.study`: {model['name']}, {model['dtype']}, without training."
+    )
+    return parts
+
+
+def strategies(folder: Path) -> tuple[str, str]:
+    """The tables of docs/quality.md, of every model that has a record, and the machines that measured them."""
+    parts: list[str] = []
+    machines: dict[str, None] = {}
+    for kind, title in KINDS.items():
+        if path_of(folder, kind).exists():
+            record = load(folder, kind)
+            drawn = kind == "perplexity" and (folder / "quality.png").exists()
+            parts += of_model(record, title, picture("../") if drawn else "")
+            machines |= dict.fromkeys(map(machine_of, record["machines"]))
     return "\n\n".join(filter(None, parts)), "; ".join(machines)
 
 
+def picture(root: str) -> str:
+    """The plot, in a page from which the repository is at ``root``."""
+    return f"![Perplexity by position, relative to YaRN]({root}benchmarks/results/quality.png)"
+
+
+def block(folder: Path, against: str = "yarn") -> tuple[str, str]:
+    """The README's table: differences from YaRN past the trained length of SmolLM2, a column a scale; and the plot."""
+    record = load(folder, "perplexity")
+    trained = trained_length(record)
+    at = {scale: readings(record, int(scale * trained), STRATEGIES) for scale in SCALES}
+    at = {scale: found for scale, found in at.items() if found.losses.get(against)}
+    cells: dict[str, dict[float, str]] = {}
+    order: dict[str, tuple[float, float]] = {}
+    counts = {scale: len(found.losses[against]) for scale, found in at.items()}
+    for scale, found in at.items():
+        for label in found.losses:
+            texts = found.both(label, against)
+            # Only those that have read all texts can be compared down a column.
+            if len(texts) == counts[scale] and label != against:
+                mean, error = found.difference(label, against, texts, *found.past)
+                cells.setdefault(label, {})[scale] = percent(mean, error)
+                order[label] = min(order.get(label, (9.0, 0.0)), (abs(scale - 2), mean))
+    rows = [
+        [label, *(cells[label].get(scale, "") for scale in at)]
+        for label in sorted(cells, key=order.__getitem__)
+    ]
+    table = markdown(rows, [f"perplexity past {trained}", *(f"{scale:g}x" for scale in at)])
+    read = ", ".join(f"{counts[scale]} at {scale:g}x" for scale in at)
+    model = record["model"]
+    note = (
+        f"Against `{against}`, with standard errors of the paired difference; number of texts: {read}. "
+        f"{model['name']}, {model['dtype']}, without training, by `python -m benchmarks.quality.study`. "
+        "Below the trained length, text by text, and a second model: [docs/quality.md](docs/quality.md)."
+    )
+    shown = picture("") if (folder / "quality.png").exists() else ""
+    machines = dict.fromkeys(map(machine_of, record["machines"]))
+    return "\n\n".join(filter(None, [table, shown, note])), "; ".join(machines)
+
+
+def longppl(folder: Path) -> tuple[str, str]:
+    """LongPPL of SmolLM2, a table a length; nothing while there is no record of it."""
+
+    def tables(record: dict[str, Any]) -> list[str]:
+        from rope_dist.evaluation.long_context_tables import longppl_tables
+
+        measurements, trained = only_newest(record["measurements"]), trained_length(record)
+        lengths = sorted({m["what"]["tokens"] for m in measurements})
+        by_length = {n: [m for m in measurements if m["what"]["tokens"] == n] for n in lengths}
+        return [longppl_tables(of, trained, n // 4, BASELINE) for n, of in by_length.items()]
+
+    return _if_measured(
+        folder, "longppl", "LongPPL: perplexity of the tokens that need a long context", tables
+    )
+
+
+def synthetic(folder: Path) -> tuple[str, str]:
+    """Needles and other synthetic tasks of SmolLM2; nothing while there is no record of them."""
+
+    def tables(record: dict[str, Any]) -> list[str]:
+        from rope_dist.evaluation.long_context_tables import synthetic_tables
+
+        measurements = only_newest(record["measurements"], "length")
+        return [synthetic_tables(measurements, trained_length(record), BASELINE)]
+
+    return _if_measured(folder, "synthetic", "Needles and other synthetic tasks", tables)
+
+
+def _if_measured(
+    folder: Path, kind: str, title: str, tables: Callable[[dict[str, Any]], list[str]]
+) -> tuple[str, str]:
+    """A section with its title, which is left out with it."""
+    if not path_of(folder, kind).exists():
+        return "", ""
+    record = load(folder, kind)
+    model = record["model"]
+    parts = [f"## {title}", *(f"```text\n{table}\n```" for table in tables(record))]
+    parts.append(f"`rope-dist eval {kind}`: {model['name']}, {model['dtype']}, without training.")
+    return "\n\n".join(parts), "; ".join(dict.fromkeys(map(machine_of, record["machines"])))
+
+
 def tuning(folder: Path) -> tuple[str, str]:
-    """The README's table of what the constants of ``auto`` were chosen on, and the machine."""
+    """The table of what the constants of ``auto`` were chosen on, and the machine."""
     record = load(folder, "tuning")
     model = record["model"]
+    found = readings(record, 2 * trained_length(record))
+    (text,) = found.losses[BASELINE]
     return (
-        f"{perplexity_table(record, 2 * TRAINED)}\n\n\\* past the {TRAINED} tokens that the model was trained on. "
-        f"`python -m benchmarks.quality.tuning`: {model['name']}, {model['dtype']}."
-    ), machine_of(record["machines"][0])
+        f"{strategies_table(found)}\n\n{text}, the first {found.tokens} tokens; errors are over parts of {found.width} "
+        f"positions. `python -m benchmarks.quality.tuning`: {model['name']}, {model['dtype']}."
+    ), machine_of(record["machines"][-1])

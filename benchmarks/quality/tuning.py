@@ -8,41 +8,57 @@ of the rotary angles choose. As the study, it resumes where it was stopped. Resu
 """
 
 from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import rope_dist
 from benchmarks.benchmark import Parser
 from benchmarks.quality.criteria import by_distance, of_neighbours
-from benchmarks.quality.study import DTYPE, MODEL, line
-from benchmarks.quality.summary import TRAINED
+from benchmarks.quality.parts import DTYPE, MODEL, TRAINED
+from benchmarks.quality.study import line
 from rope_dist.evaluation import (
     Record,
     Variant,
     describe,
     load_model,
-    make_variants,
     measure_perplexity,
     passages,
 )
+from rope_dist.evaluation.variants import STOCK
 
 TEXT = "emma"
 TARGET = 2 * TRAINED
-STRATEGIES = (
-    "stock",
-    "yarn",
-    "ntk",
-    "auto",
-    "auto:attention_factor=1",
-    "auto:attention_factor=1.0693",  # YaRN's at 2x
-    "auto:fast_periods=256",
-    "auto:fast_periods=32",
-    "auto:slow_periods=0.5",
-    "yarn:attention_factor=1.0377",  # that of auto
-    "dprope:threshold=0",
-    "dprope:threshold=0,intervals=36",
+CANDIDATES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("yarn", "yarn", {}),
+    ("ntk", "ntk", {}),
+    ("auto", "auto", {}),
+    ("auto:attention_factor=1", "auto", {"attention_factor": 1}),
+    ("auto:attention_factor=1.0693", "auto", {"attention_factor": 1.0693}),  # YaRN's at 2x
+    ("auto:fast_periods=256", "auto", {"fast_periods": 256}),
+    ("auto:fast_periods=32", "auto", {"fast_periods": 32}),
+    ("auto:slow_periods=0.5", "auto", {"slow_periods": 0.5}),
+    ("yarn:attention_factor=1.0377", "yarn", {"attention_factor": 1.0377}),  # that of auto
+    ("dprope:threshold=0", "dprope", {"threshold": 0}),
+    ("dprope:threshold=0,intervals=36", "dprope", {"threshold": 0, "intervals": 36}),
 )
+"""Label, strategy and its settings, beside the stock model."""
 CRITERIA = {"by distance": by_distance, "of neighbours": of_neighbours}
+
+
+def variants(model: PreTrainedModel) -> list[Variant]:
+    """Stock, the candidates, and the plans of other criteria."""
+    made = [Variant(STOCK, None)]
+    for label, strategy, settings in CANDIDATES:
+        plan = rope_dist.plan(model, target_length=TARGET, strategy=strategy, settings=settings)
+        made.append(Variant(label, plan))
+    inv_freq = rope_dist.plan(model, target_length=TARGET, strategy="extrapolation").inv_freq
+    for label, choose in CRITERIA.items():
+        settings = {"factors": choose(inv_freq, TRAINED, TARGET), "attention_factor": 1.0}
+        plan = rope_dist.plan(model, target_length=TARGET, strategy="longrope", settings=settings)
+        made.append(Variant(label, plan))
+    return made
 
 
 def main() -> None:
@@ -54,15 +70,11 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     model, tokenizer = load_model(MODEL, dtype=DTYPE)
     record = Record(output / "quality_tuning.json", "perplexity", describe(model, MODEL))
-    variants = make_variants(model, STRATEGIES, TARGET)
-    inv_freq = rope_dist.plan(model, target_length=TARGET, strategy="extrapolation").inv_freq
-    settings = {"target_length": TARGET, "strategy": "longrope", "attention_factor": 1.0}
-    for label, choose in CRITERIA.items():
-        factors = choose(inv_freq, TRAINED, TARGET)
-        variants.append(Variant(label, rope_dist.plan(model, factors=factors, **settings)))
     options = {"lengths": [TARGET], "methods": ["whole"], "chunk": TARGET, "progress": True}
     texts = passages(tokenizer, [TEXT], TARGET)
-    for variant, measurement, finished in measure_perplexity(model, texts, variants, record, **options):
+    for variant, measurement, finished in measure_perplexity(
+        model, texts, variants(model), record, **options
+    ):
         print(line(f"{TEXT}, {variant.label}", measurement, finished), flush=True)
 
 

@@ -29,6 +29,8 @@ PIECE = 1024
 """Tokens at a time by which a text grows past the trained length."""
 WIDTH = 256
 """Positions of one mean in a record; wider buckets are averages of them."""
+_LOSSES = 512
+"""Tokens whose losses are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,9 @@ def _nll(
         ).logits[0]
         if scored > 0:
             targets = ids[0, end + 1 - scored : end + 1]
-            nll = F.cross_entropy(logits.float(), targets, reduction="none")
+            # Not all at once: in float32 the logits of 16384 tokens of a vocabulary of 49152 are 3 GB, and twice that.
+            pieces = zip(logits.split(_LOSSES), targets.split(_LOSSES), strict=True)
+            nll = torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in pieces])
             result[end + 1 - scored - first : end + 1 - first] = nll.cpu()
         progress.update(work(model, start, end))
         start = end

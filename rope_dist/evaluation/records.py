@@ -73,8 +73,10 @@ class Record:
         return found and found["result"]
 
     def put(self, what: Mapping[str, Any], result: Mapping[str, Any], variant: Variant) -> None:
-        """Add a result and the plan of its variant, and write the file."""
+        """Add a result and the plan of its variant, in the place of one with the same key, and write the file."""
         entry = {"what": dict(what), "result": dict(result)}
+        if (before := self._by_what.pop(_key(what), None)) is not None:
+            self._data["measurements"].remove(before)
         self._by_what[_key(what)] = entry
         self._data["measurements"].append(entry)
         if variant.plan is not None:

@@ -1,0 +1,87 @@
+"""LongPPL of the study's strategies: perplexity of the tokens that need a long context.
+
+    python -m benchmarks.quality.study_longppl --losses FOLDER [--seconds 3600] [--quick]
+
+Key tokens are found once for all strategies, by the stock model in windows of its trained length. Their losses are
+taken from FOLDER, where ``study --losses FOLDER`` keeps those of all tokens; what is missing there is read. As the
+study, it resumes where it was stopped. Result: ``quality_longppl.json``.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rope_dist.evaluation.longppl import Evaluator, key_tokens, make_evaluator
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.quality.parts import CLOSEST, QUICK, SMOLLM2, Part, StudyModel, planner
+from benchmarks.quality.readings import path_of, summarise
+from benchmarks.quality.study import Reader, begun, command_line, line, texts_of
+from rope_dist import evaluation
+from rope_dist.evaluation import Passage, Record, Variant
+
+PARTS = (Part("2x", 2, CLOSEST), Part("4x", 4, CLOSEST))
+
+
+def main() -> None:
+    """Measure what is not yet on record."""
+    parser = command_line("study_longppl", __doc__, "the beginning of one text: does it run?")
+    parser.add_argument("--losses", type=Path, metavar="FOLDER", help="of the study")
+    arguments = parser.parse_args()
+    quick, output, deadline = begun(arguments)
+    entry, parts = (replace(SMOLLM2, texts=("python",)), QUICK) if quick else (SMOLLM2, PARTS)
+    for what in measurements(entry, parts, output, arguments.losses):
+        print(what, flush=True)
+        if time.monotonic() > deadline:
+            print("the same command goes on")
+            return
+    print("all there are")
+
+
+def measurements(
+    entry: StudyModel, parts: tuple[Part, ...], output: Path, losses: Path | None
+) -> Iterator[str]:
+    """Measure what is not on record; yields a line a measurement."""
+    transformers_logging.set_verbosity_error()
+    model, tokenizer = evaluation.load_model(entry.source, dtype=entry.dtype)
+    identity = evaluation.describe(model, entry.name)
+    record = Record(path_of(output, "longppl"), "longppl", identity)
+    reader = Reader(entry, model, record, losses and losses / identity["fingerprint"])
+    variant, evaluator, text = planner(model), make_evaluator(model), texts_of(entry, tokenizer)
+    for part in parts:
+        target = int(part.scale * entry.trained)
+        tokens = part.tokens or target
+        for whole in filter(None, map(text, entry.texts)):
+            passage = replace(whole, ids=whole.ids[:, :tokens])
+            find = partial(_positions, model, passage, evaluator, entry.trained)
+            what = {"measure": "key tokens", **passage.identity, **evaluator.settings}
+            _, m, finished = record.measure(what, evaluator.variant, model, find, "finding key tokens")
+            yield line(f"{passage.text}, {tokens} tokens, key tokens", m, finished)
+            keys = m["result"]["positions"]
+            digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:12]
+            what = {"measure": "longppl", **passage.identity, "keys": digest}
+            for label in part.strategies:
+                one = variant(label, target)
+                read = partial(_losses, reader, passage, one, keys)
+                _, m, finished = record.measure(what, one, model, read, f"evaluating {tokens} tokens")
+                yield line(f"{passage.text}, {tokens} tokens, {label}", m, finished)
+
+
+def _positions(model: Any, passage: Passage, evaluator: Evaluator, chunk: int) -> dict[str, Any]:
+    return {"positions": key_tokens(model, passage.ids, evaluator, chunk=chunk).tolist()}
+
+
+def _losses(reader: Reader, passage: Passage, variant: Variant, keys: list[int]) -> dict[str, Any]:
+    nll = reader.nll(passage.text, passage.ids, variant)
+    of_keys = nll[0, torch.tensor(keys, dtype=torch.long) - 1].tolist()
+    return summarise(nll) | {"key_nll": [round(loss, 4) for loss in of_keys]}
+
+
+if __name__ == "__main__":
+    main()
