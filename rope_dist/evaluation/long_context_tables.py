@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..tables import text_table
@@ -68,8 +68,8 @@ def longppl_tables(
     table = text_table(["LongPPL by position", "all", *marked, *titles, "PPL of all tokens"], rows)
     what = _of(measurements, "key tokens")[0]["what"]
     notes = [
-        f"key tokens: by {what['variant']} in windows of {what['window']}, log p at least {what['alpha']:g} nats higher "
-        f"than with {what['short']} tokens of context, and above {what['beta']:g}",
+        f"key tokens: by {what['variant']} in windows of {what['window']}, log p at least {what['alpha']:g} nats "
+        f"higher than with {what['short']} tokens of context, and above {what['beta']:g}",
         f"* past the {trained_length} tokens that the model was trained on",
         f"±: standard error of the paired difference of key tokens, over parts of {WIDTH} positions",
     ]
@@ -79,6 +79,65 @@ def longppl_tables(
             f"then (up to {what['window']} tokens) its own LongPPL is too low"
         )
     return "\n".join([table, "", *notes])
+
+
+def synthetic_tables(
+    measurements: Sequence[Measurement], trained_length: int, against: str | None = None
+) -> str:
+    """A table a length, a row per task and variant: answers generated and among decoys, and their log-probability.
+
+    Args:
+        measurements: of :func:`rope_dist.evaluation.measure_synthetic`.
+        trained_length: ``*`` marks what lies beyond it.
+        against: label that the others are compared with, on the questions that both have answered; None: the first.
+
+    Raises:
+        ValueError: ``against`` is none of the variants.
+    """
+    labels = list(dict.fromkeys(m["what"]["variant"] for m in measurements))
+    base = compared_with(labels, against)
+    found: dict[tuple[int, str, str], dict[str, Measurement]] = {}
+    for m in measurements:
+        what, question = m["what"], f"{m['what']['task']} {m['what']['trial']} {m['what']['digest']}"
+        for task in (what["task"], ALL_TASKS):
+            found.setdefault((what["length"], task, what["variant"]), {})[question] = m["result"]
+    tasks = list(dict.fromkeys(m["what"]["task"] for m in measurements))
+    parts = []
+    for length in sorted({length for length, *_ in found}):
+        rows = []
+        for task in [*tasks, ALL_TASKS] if len(tasks) > 1 else tasks:
+            for label in labels:
+                own, other = found.get((length, task, label), {}), found.get((length, task, base), {})
+                if own:
+                    rows.append([task, label, *_answers(own), "" if label == base else _compared(own, other)])
+        marked = f"{length}{'*' if length > trained_length else ''} tokens"
+        heads = [marked, "", "generated", "among decoys", "log p", f"log p against {base}"]
+        parts.append(text_table(heads, rows, left=2))
+    notes = [
+        "right answers, with the 95 % interval from 20 questions on; log p of the right answer, nats",
+        f"* past the {trained_length} tokens that the model was trained on; ±: standard error of the paired difference",
+    ]
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+ALL_TASKS = "all tasks"
+
+
+def _answers(results: dict[str, Any]) -> list[str]:
+    def score(scoring: str) -> str:
+        return Score(sum(r[scoring] for r in results.values()), len(results)).with_interval()
+
+    log_p = statistics.fmean(r["log_probability"] for r in results.values())
+    return [score("generated"), score("decoys"), f"{log_p:.2f}"]
+
+
+def _compared(results: dict[str, Any], others: dict[str, Any]) -> str:
+    common = [question for question in results if question in others]
+    if not common:
+        return ""
+    pairs = ([side[question]["log_probability"] for question in common] for side in (results, others))
+    mean, error = paired_difference(*pairs)
+    return f"{mean:+.2f}" if math.isnan(error) else f"{mean:+.2f} ± {error:.2f}"
 
 
 def _of(measurements: Iterable[Measurement], measure: str) -> list[Measurement]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..defaults import COMPARED_PROMPTS
 from ..tables import text_table
 from .paired import paired_difference, percent, wilson_interval
 from .perplexity import METHODS, WIDTH, Bucket
@@ -90,8 +91,8 @@ def difference(parts: Parts, others: Parts, start: int = 0, end: float = math.in
     ]
     if not common:
         return ""
-    pairs = ([side[key][0] for key in common] for side in (parts, others))
-    return percent(*paired_difference(*pairs, [parts[key][1] for key in common]))
+    own, other = ([side[key][0] for key in common] for side in (parts, others))
+    return percent(*paired_difference(own, other, [parts[key][1] for key in common]))
 
 
 def compared_with(labels: Iterable[str], against: str | None) -> str:
@@ -199,10 +200,6 @@ def _marked_lengths(lengths: Iterable[int], trained_length: int) -> list[str]:
     return [f"{n}{'*' if n > trained_length else ''}" for n in lengths]
 
 
-ENOUGH = 20
-"""Prompts from which on an accuracy is printed as a percentage, and compared."""
-
-
 class Score(NamedTuple):
     """Correct answers out of a number of prompts; printed as ``2/3``, and from 20 prompts on as ``67%``."""
 
@@ -217,11 +214,13 @@ class Score(NamedTuple):
     def with_interval(self) -> str:
         """With the 95 % interval of Wilson from 20 prompts on: ``67% (45-83)``."""
         low, high = wilson_interval(self.correct, self.prompts)
-        return f"{self} ({100 * low:.0f}-{100 * high:.0f})" if self.prompts >= ENOUGH else str(self)
+        return f"{self} ({100 * low:.0f}-{100 * high:.0f})" if self.prompts >= COMPARED_PROMPTS else str(self)
 
     def __str__(self) -> str:
         # A percentage of a few prompts suggests more precision than there is.
-        return f"{self.accuracy:.0%}" if self.prompts >= ENOUGH else f"{self.correct}/{self.prompts}"
+        return (
+            f"{self.accuracy:.0%}" if self.prompts >= COMPARED_PROMPTS else f"{self.correct}/{self.prompts}"
+        )
 
 
 def total(scores: Iterable[Score]) -> Score:
