@@ -316,10 +316,10 @@ def _longppl(
     variants = make_variants(loaded, _names(strategies, quick), target)
     compared_with([variant.label for variant in variants], against)
     (finder,) = make_variants(loaded, [evaluator], target)
-    finder = make_evaluator(loaded, finder, window=window, short=short, alpha=alpha, beta=beta)
+    contexts = make_evaluator(loaded, finder, window=window, short=short, alpha=alpha, beta=beta)
     record = _record(output, "longppl", loaded, model, restart)
     measurements = _collect(
-        measure_longppl(loaded, texts, variants, record, evaluator=finder, chunk=chunk, progress=True),
+        measure_longppl(loaded, texts, variants, record, evaluator=contexts, chunk=chunk, progress=True),
         _describe_longppl,
     )
     _finish(longppl_tables(measurements, trained, width, against), record, None)
