@@ -177,9 +177,16 @@ class TestRuns:
             assert m["result"] | {"seconds": 0} == whole["result"] | {"seconds": 0}
 
     def test_other_key_tokens_are_other_measurements(self, sharp, text, tmp_path):
-        list(self.measure(sharp, text, tmp_path / "l.json"))
-        changed = list(self.measure(sharp, text, tmp_path / "l.json", alpha=1.0))
-        assert not any(finished for *_, finished in changed)
+        first = list(self.measure(sharp, text, tmp_path / "l.json"))
+        changed = list(self.measure(sharp, text, tmp_path / "l.json", beta=-5.0))
+        same = []
+        for (_, old, _), (_, new, finished) in zip(first, changed, strict=True):
+            if new["what"]["measure"] == "key tokens":
+                assert not finished
+                same.append(new["result"]["positions"] == old["result"]["positions"])
+            else:  # text by text, two variants each
+                assert finished == same[new["what"]["text"] == "b"]
+        assert not all(same)
 
     def test_texts_without_key_tokens_are_refused_before_they_are_read(
         self, sharp, text, tmp_path, monkeypatch
