@@ -9,11 +9,14 @@ import pytest
 import torch
 from conftest import llama_config
 from helpers.planted_llama import PlantedLlama
+from transformers import LlamaForCausalLM
 
+import rope_dist
 from rope_dist.cli import main
 from rope_dist.evaluation import (
     SYNTHETIC_TASKS,
     Record,
+    Variant,
     describe,
     make_synthetic_cases,
     make_variants,
@@ -199,6 +202,22 @@ class TestRuns:
         list(measure(Counting, prompts_of(letters, 5, ["multi-key"])))
         assert sum(n for n in read if n > 100) < LENGTH
 
+    def test_a_dynamic_plan_reads_a_prompt_by_the_stage_for_its_length(self, letters, tmp_path):
+        torch.manual_seed(0)
+        config = llama_config(num_hidden_layers=2, max_position_embeddings=1000, initializer_range=0.2)
+        model = LlamaForCausalLM(config).eval()
+        plan, lengths = rope_dist.dynamic_plan(model, factor=2, strategy="pi"), (800, 1500)
+        variants = [Variant("dynamic", plan), *(Variant(str(n), plan.at(n)) for n in lengths)]
+        record = Record(tmp_path / "s.json", "synthetic", describe(model, "random"))
+        prompts = prompts_of(letters, 1, ["multi-key"], lengths)
+        found = {
+            (v.label, m["what"]["length"]): m["result"]["log_probability"]
+            for v, m, _ in measure_synthetic(model, letters, prompts, variants, record)
+        }
+        for length in lengths:
+            assert found["dynamic", length] == pytest.approx(found[str(length), length], abs=2e-3)
+        assert found["dynamic", 1500] != pytest.approx(found["800", 1500], abs=2e-3)
+
     def test_tables(self):
         def measurement(variant, task, trial, right, log_p):
             what = {"variant": variant, "task": task, "trial": trial, "length": 200, "digest": "0"}
@@ -219,6 +238,7 @@ class TestRuns:
         assert re.search(r"all tasks +stock +81% ", synthetic_tables(found, 100))
         with pytest.raises(ValueError, match="'yarn' is not one of stock, pi"):
             synthetic_tables(found, 100, "yarn")
+        assert "against" not in synthetic_tables(found[:20], 100)
 
 
 class TestCommand:

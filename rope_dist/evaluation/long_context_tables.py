@@ -109,10 +109,11 @@ def synthetic_tables(
             for label in labels:
                 own, other = found.get((length, task, label), {}), found.get((length, task, base), {})
                 if own:
-                    rows.append([task, label, *_answers(own), "" if label == base else _compared(own, other)])
+                    compared = [] if len(labels) == 1 else [_compared(own, other) if label != base else ""]
+                    rows.append([task, label, *_answers(own), *compared])
         marked = f"{length}{'*' if length > trained_length else ''} tokens"
         heads = [marked, "", "generated", "among decoys", "log p", f"log p against {base}"]
-        parts.append(text_table(heads, rows, left=2))
+        parts.append(text_table(heads[: len(rows[0])], rows, left=2))
     notes = [
         "right answers, with the 95 % interval from 20 questions on; log p of the right answer, nats",
         f"* past the {trained_length} tokens that the model was trained on; ±: standard error of the paired difference",
