@@ -104,4 +104,8 @@ FLAG_ENGINES = ("vllm", "sglang", "llama-server", "transformers")
 METHODS = ("whole", "sliding", "grown")
 SCORINGS = ("generate", "decoys")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SYNTHETIC_TASK_NAMES = ("single-key", "multi-key", "multi-value", "variables", "frequent-words")
+QUICK_SYNTHETIC_TASKS = ("multi-key", "variables")
+COMPARED_PROMPTS = 20
+"""Prompts of a cell, by default, from which on accuracies are compared."""
 TASK_SET_NAMES = ("longbench-e", "ruler", "open-llm")

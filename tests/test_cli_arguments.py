@@ -21,7 +21,8 @@ from rope_dist.strategies import STRATEGIES
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
     *("plan", "compare", "export", "export hf", "export gguf", "export flags", "export vllm", "verify"),
-    *("eval", "eval perplexity", "eval passkey", "eval tasks", "bench", "demo", "info", "run", "doctor"),
+    *("eval", "eval perplexity", "eval longppl", "eval passkey", "eval synthetic", "eval tasks"),
+    *("bench", "demo", "info", "run", "doctor"),
 )
 
 LLAMA = ("plan", "llama2-7b", "--target", "8192")
@@ -33,7 +34,7 @@ AT_ONCE = [
     *(((*verb.split(), "--help"), 0, f"Usage: rope-dist {verb}") for verb in COMMANDS),
     (("fly",), 2, "unknown command 'fly'; known: plan, compare"),
     (("paln",), 2, "unknown command 'paln', did you mean plan?"),
-    (("eval",), 2, "give a command: perplexity, passkey, tasks"),
+    (("eval",), 2, "give a command: perplexity, passkey, longppl, synthetic, tasks"),
     (("eval", "tasks"), 2, "give --tasks: "),
     (("export", "onnx"), 2, "unknown command 'onnx'; known: hf, gguf, flags, vllm"),
     (("--vresion",), 2, "rope-dist: error: unknown option '--vresion', did you mean --version?"),
@@ -50,6 +51,10 @@ AT_ONCE = [
     ((*LLAMA, "-o"), 2, "--output: a value is missing"),
     ((*LLAMA, "-o", "--json"), 2, "--output: a value is missing"),
     (("eval", "passkey", "--scoring", "luck"), 2, "known: generate, decoys"),
+    (("eval", "synthetic", "--tasks", "multikey"), 2, "unknown value 'multikey', did you mean multi-key?"),
+    (("eval", "longppl", "--alpha", "0"), 2, "--alpha: must be above 0, got 0"),
+    (("eval", "longppl", "--beta", "1"), 2, "--beta: must be at most 0, got 1"),
+    (("eval", "longppl", "--evaluator", "stok"), 2, "unknown strategy 'stok'"),
     (("eval", "passkey", "--depths", "1.5"), 2, "--depths: must be from 0 to 1, got 1.5"),
     (("eval", "passkey", "--depths", "1", "-.5"), 2, "--depths: must be from 0 to 1, got -.5"),
     (("eval", "perplexity", "--target", "9000", "--factor", "2"), 2, "give --target or --factor, not both"),
@@ -378,6 +383,7 @@ class TestNames:
             CORPORA,
             PACKAGED_MODELS,
             STOCK,
+            SYNTHETIC_TASKS,
             TASK_SETS,
             passkey,
             perplexity,
@@ -388,6 +394,8 @@ class TestNames:
         assert tuple(CORPORA) == defaults.CORPUS_NAMES
         assert tuple(PACKAGED_MODELS) == defaults.PACKAGED_MODEL_NAMES
         assert tuple(TASK_SETS) == defaults.TASK_SET_NAMES
+        assert tuple(SYNTHETIC_TASKS) == defaults.SYNTHETIC_TASK_NAMES
+        assert set(defaults.QUICK_SYNTHETIC_TASKS) < set(SYNTHETIC_TASKS)
         assert defaults.METHODS == perplexity.METHODS
         assert (defaults.SCORINGS, defaults.DEPTHS) == (passkey.SCORINGS, passkey.DEPTHS)
         for names in (defaults.EVALUATED_STRATEGIES, defaults.QUICK_STRATEGIES, defaults.DEMO_STRATEGIES):

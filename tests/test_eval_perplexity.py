@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import struct
 import zlib
 
@@ -13,12 +14,15 @@ import torch
 import rope_dist
 from rope_dist.cli import main
 from rope_dist.evaluation import (
+    Passage,
     Record,
     describe,
     load_text,
     make_variants,
     measure_perplexity,
+    paired_difference,
     passages,
+    percent,
     perplexity,
     perplexity_tables,
     sliding_window_nll,
@@ -225,6 +229,39 @@ class TestRuns:
         )
         assert f"{stock:.2f}" in text
 
+    def test_tables_compare_the_same_tokens(self, llama, ids, tmp_path):
+        texts = [Passage(name, 0, torch.roll(ids, i).repeat(1, 3)[:, :1500]) for i, name in enumerate("ab")]
+        options = {"lengths": [1500], "methods": ["whole", "grown", "sliding"], "stride": 1000}
+        found = [m for _, m, _ in self.measure(llama, texts, tmp_path / "p.json", **options)]
+
+        def compared(label, other, start, end):
+            """By the losses themselves: means of 256 positions, position 0 has none."""
+            means, weights = {label: [], other: []}, []
+            for text in texts:
+                for begin in range(start, end, 256):
+                    weights.append(min(begin + 256, 1500) - max(begin, 1))
+                    for name, of in means.items():
+                        with make_variants(llama, [name], 128)[0].applied(llama):
+                            nll = token_nll(llama, text.ids).double()
+                        of.append(nll[max(begin - 1, 0) : begin + 255].mean().item())
+            return percent(*paired_difference(means[label], means[other], weights))
+
+        trained = 512
+        table = perplexity_tables(found, trained, 512)
+        assert re.search(r"0-512 against stock +512-1500\* against stock", table)
+        below, past = compared("pi", "stock", 0, 512), compared("pi", "stock", 512, 1500)
+        row = re.search(r"perplexity by position .*\n.*\nstock.*\npi .*", table)[0].splitlines()[-1]
+        assert row.split("  ")[-1].strip() == past
+        assert below in row
+        assert re.search(r"perplexity by position of growing texts +all", table)
+        assert compared("pi", "stock", 0, 1500) in table.partition("sliding window")[2]
+        assert compared("stock", "pi", 512, 1500) in perplexity_tables(found, trained, 512, "pi")
+        with pytest.raises(ValueError, match="'yarn' is not one of stock, pi"):
+            perplexity_tables(found, trained, 512, "yarn")
+        alone = perplexity_tables([m for m in found if m["what"]["variant"] == "pi"], trained, 512)
+        assert "against" not in alone
+        assert "±" not in alone
+
 
 class TestMemory:
     def test_cache_bytes_is_what_the_cache_takes(self, llama, ids):
@@ -369,6 +406,7 @@ class TestCommand:
             (("--factor", "inf"), "--factor: must be a finite number"),
             (("--device", "nonsense"), "unknown device 'nonsense'"),
             (("--bucket", "100"), "multiple of 256"),
+            (("--against", "ntk"), "'ntk' is not one of stock, pi, yarn, dprope, auto"),
             (("--chunk", "0"), "chunk"),
             (("--pieces", "0"), "--pieces: must be at least 1"),
             (("--method", "sliding", "--tokens", "150"), "fewer than the length 200"),

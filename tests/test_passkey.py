@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import llama_config
 from helpers.model_families import model_of
+from helpers.planted_llama import PlantedLlama
 from transformers import LlamaForCausalLM
 
 import rope_dist
@@ -21,7 +22,6 @@ from rope_dist.evaluation import (
     passkey_tables,
 )
 from rope_dist.evaluation import passkey as passkey_module
-from rope_dist.evaluation.models import cache_option
 from rope_dist.evaluation.passkey import answered_key, passkey_prompt
 from rope_dist.evaluation.prefix_cache import PrefixCachingModel
 from rope_dist.evaluation.tables import Score, grids, scores, total
@@ -29,42 +29,27 @@ from rope_dist.evaluation.tables import Score, grids, scores, total
 LENGTHS = (900, 1500)
 
 
-class PlantedLlama(LlamaForCausalLM):
-    """A LLaMA that reads and caches as any other, but whose logits are of ``next_letter(text so far)``."""
-
-    def forward(self, input_ids, cache=None, past_key_values=None, **options):
-        cache = cache if cache is not None else past_key_values
-        past = cache.get_seq_length()
-        out = super().forward(input_ids, **cache_option(super(), cache), **options)
-        self.seen = [*getattr(self, "seen", [])[:past], *input_ids[0].tolist()]
-        assert len(self.seen) == cache.get_seq_length()
-        kept = out.logits.shape[1]
-        out.logits = torch.zeros_like(out.logits)
-        for i in range(kept):
-            text = "".join(map(chr, self.seen[: len(self.seen) - kept + i + 1]))
-            out.logits[0, i, ord(self.next_letter(text))] = 10
-        return out
-
+class AskedForAKey(PlantedLlama):
     def answer(self, text, key):
         """The next letter of `` KEY.`` after the question, given what of it is there."""
         expected, given = f" {key}.", text.rpartition("pass key is")[2]
         return expected[len(given)] if expected.startswith(given) and given != expected else "x"
 
 
-class Perfect(PlantedLlama):
+class Perfect(AskedForAKey):
     def next_letter(self, text):
         found = re.search(r"pass key is (\d+)\. Remember it", text)
         return self.answer(text, found[1]) if found else "x"
 
 
-class Blind(PlantedLlama):
+class Blind(AskedForAKey):
     """Sees nothing and always says the same number."""
 
     def next_letter(self, text):
         return self.answer(text, "50000")
 
 
-class NearSighted(PlantedLlama):
+class NearSighted(AskedForAKey):
     """Sees the last 700 letters."""
 
     def next_letter(self, text):
@@ -265,6 +250,12 @@ class TestRuns:
         assert re.search(r"depth 1 +1/1 +1/1\n", table)
         assert re.search(r"all depths +1/2 +1/2\n", table)
 
+    def test_twenty_prompts_have_an_interval(self):
+        cells = {"variant": "stock", "scoring": "generate", "length": 500}
+        found = [{"what": {**cells, "depth": d / 4}, "result": {"correct": d > 0}} for d in range(5)] * 4
+        # 16 of 20: from 58.4 to 91.9 % (Wilson).
+        assert re.search(r"all depths +80% \(58-92\)", passkey_tables(found, 1000))
+
     def test_a_few_prompts_are_counted_and_many_are_a_share(self):
         assert [str(Score(2, n)) for n in (3, 19)] == ["2/3", "2/19"]
         assert [str(Score(right, n)) for right, n in ((5, 20), (67, 100))] == ["25%", "67%"]
@@ -295,6 +286,14 @@ class TestCommand:
         assert len(record["measurements"]) == 2 * 2 * 2 * 2 * 2
         code, out, _ = command(*options)
         assert out.count("(on record)") == 32
+
+    def test_a_length_has_twenty_prompts_by_default(self, command, monkeypatch):
+        asked = []
+        monkeypatch.setattr("rope_dist.evaluation.make_cases", lambda *a, **k: asked.append((a, k)) or 1 / 0)
+        for depths, trials in ((), 4), (("--depths", "0", "0.5", "1"), 7), (("--quick",), 1):
+            with pytest.raises(ZeroDivisionError):
+                command("--no-plot", *depths)
+            assert asked[-1][1]["trials"] == trials
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

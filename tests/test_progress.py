@@ -10,7 +10,17 @@ import pytest
 import torch
 
 import rope_dist.demo as demo
-from rope_dist.evaluation import Record, describe, make_variants, passkey, perplexity, progress
+from rope_dist.evaluation import (
+    Passage,
+    Record,
+    describe,
+    longppl,
+    make_variants,
+    passkey,
+    perplexity,
+    prefix_cache,
+    progress,
+)
 from rope_dist.evaluation.perplexity import sliding_window_nll, token_nll
 from rope_dist.evaluation.progress import Pace, Progress, duration, measure_pace, work
 
@@ -113,7 +123,7 @@ class TestAnnouncements:
 
     @pytest.fixture(autouse=True)
     def slow(self, monkeypatch):
-        for module in (perplexity, passkey):
+        for module in (perplexity, prefix_cache, longppl):
             monkeypatch.setattr(module, "measure_pace", lambda model: Pace(120.0, 0.0))
 
     @pytest.fixture
@@ -141,6 +151,23 @@ class TestAnnouncements:
         # The prompt with the late key is read whole, the other from its key on: between one and two of 500 tokens.
         hours = float(capsys.readouterr().err.removeprefix("evaluation takes about ").split()[0])
         assert 500 / 30 < hours < 1.8 * 500 / 30
+
+    def test_longppl(self, llama, ids, record, capsys):
+        text, variants = Passage("text", 0, ids[:1, :20]), make_variants(llama, ["stock"], 128)
+        evaluator = longppl.make_evaluator(llama, window=12, short=4, alpha=1e-9, beta=-90)
+        run = longppl.measure_longppl(
+            llama, [text], variants, record("longppl"), evaluator=evaluator, progress=True
+        )
+        next(run)
+        run.close()
+        # Four windows of 12, sixteen of 5, and the text.
+        assert capsys.readouterr().err == "evaluation takes about 4.9 h on this machine\n"
+        list(
+            longppl.measure_longppl(
+                llama, [text], variants, record("longppl"), evaluator=evaluator, progress=True
+            )
+        )
+        assert capsys.readouterr().err == "evaluation takes about 40 min on this machine\n"  # the text
 
 
 class TestHowMuchTheDemonstrationReads:

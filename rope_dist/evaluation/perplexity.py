@@ -358,8 +358,11 @@ def _check(
 
 
 def _result(evaluate: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    return reading_result(evaluate())
+
+
+def reading_result(nll: torch.Tensor) -> dict[str, Any]:
     """What a record keeps of token losses ``[S - 1]``: the mean, and the mean of every :data:`WIDTH` positions."""
-    nll = evaluate()
     by_position = [nll[max(start - 1, 0) : start + WIDTH - 1] for start in range(0, len(nll) + 1, WIDTH)]
     return {
         "nll": nll.double().mean().item(),

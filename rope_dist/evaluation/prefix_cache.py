@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .models import cache_option
-from .progress import Progress, work
+from .progress import Progress, announce, measure_pace, work
 
 
 class PrefixCachingModel:
@@ -128,3 +128,19 @@ def common_prefix(a: torch.Tensor, b: torch.Tensor) -> int:
     n = min(len(a), len(b))
     different = (a[:n] != b[:n]).nonzero()
     return int(different[0]) if len(different) else n
+
+
+def announce_prompts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[str]]
+) -> None:
+    """Print the estimated time of the ``prompts`` of each variant, without the prefixes that they share."""
+    if not any(prompts):
+        return
+    pace, seconds = measure_pace(model), 0.0
+    for of_variant in prompts:
+        before = torch.empty(0, dtype=torch.long)
+        for prompt in of_variant:
+            ids = torch.tensor(tokenizer(prompt, verbose=False).input_ids)
+            seconds += pace.seconds(len(ids), common_prefix(before, ids))
+            before = ids
+    announce(seconds)
