@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rope_dist.evaluation.longppl import Evaluator, key_tokens, make_evaluator
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.parts import CLOSEST, QUICK, SMOLLM2, Part, StudyModel, planner
@@ -25,6 +24,7 @@ from benchmarks.quality.readings import path_of, summarise
 from benchmarks.quality.study import Reader, begun, command_line, line, texts_of
 from rope_dist import evaluation
 from rope_dist.evaluation import Passage, Record, Variant
+from rope_dist.evaluation.longppl import Evaluator, key_tokens, make_evaluator
 
 PARTS = (Part("2x", 2, CLOSEST), Part("4x", 4, CLOSEST))
 
