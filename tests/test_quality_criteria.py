@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import rope_dist
 from benchmarks.quality import criteria, tuning
+from benchmarks.quality.logit_scaling import LogScaledVariant
+from rope_dist.evaluation import Variant
+from rope_dist.evaluation.models import cache_option
 from rope_dist.strategies import default_inv_freq
 
 
@@ -60,16 +65,60 @@ def test_of_neighbours_is_the_least_of_all_chains():
 def test_the_tuning_reads_and_goes_on(bfloat16_attention, model_directory, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "MODEL", str(model_directory))
     monkeypatch.setattr(tuning, "TEXT", "python")
-    monkeypatch.setattr(tuning, "CANDIDATES", (("auto", "auto", {}), ("other", "auto", {"fast_periods": 32})))
+    other = ("other", "auto", {"fast_periods": 32})
+    monkeypatch.setattr(tuning, "CANDIDATES", {2: (("auto", "auto", {}), other), 4: (("auto", "auto", {}),)})
+    monkeypatch.setattr(tuning, "POWERS", {2: (1.5,)})
     monkeypatch.setattr(tuning, "TRAINED", 64)
-    monkeypatch.setattr(tuning, "TARGET", 128)
     monkeypatch.setattr(sys, "argv", ["tuning", "--output", str(tmp_path)])
     tuning.main()
-    assert capsys.readouterr().out.count(" s\n") == 5
+    assert capsys.readouterr().out.count(" s\n") == 9
     tuning.main()
-    assert capsys.readouterr().out.count(": on record") == 5
+    assert capsys.readouterr().out.count(": on record") == 9
     record = json.loads((tmp_path / "quality_tuning.json").read_text(encoding="utf-8"))
-    labels = [m["what"]["variant"] for m in record["measurements"]]
-    assert labels == ["stock", "auto", "other", "by distance", "of neighbours"]
-    settings = [plan["settings"].get("fast_periods") for plan in record["plans"].values()]
-    assert settings == [64.0, 32.0, None, None]
+    labels = {
+        tokens: [m["what"]["variant"] for m in record["measurements"] if m["what"]["tokens"] == tokens]
+        for tokens in (128, 256)
+    }
+    power = "auto, ramp to the power 1.5"
+    assert labels[128] == ["stock", "auto", "other", tuning.LOG_N, power, "by distance", "of neighbours"]
+    assert labels[256] == ["auto", tuning.LOG_N]
+    # A scale of the logits is another measurement than that of its frequencies.
+    of_auto = [name for name in record["plans"] if f"{name}-log-n" in record["plans"]]
+    assert len(of_auto) == 2
+
+
+def test_a_ramp_to_a_power(model_directory):
+    model = AutoModelForCausalLM.from_pretrained(model_directory)
+    made = {v.label: v.plan for v in tuning.variants(model, 2) if v.plan}
+    auto, convex = (
+        torch.tensor(made[label].factors).log2() for label in ("auto", "auto, ramp to the power 2")
+    )
+    torch.testing.assert_close(convex, auto**2)
+    assert made["auto, ramp to the power 2"].attention_scaling == made["auto"].attention_scaling
+
+
+def test_queries_scaled_by_the_logarithm_of_their_position(model_directory):
+    """In one layer a token's logits depend on its own query alone: scaled weights give the same."""
+    trained, length = 64, 96
+    model = AutoModelForCausalLM.from_pretrained(model_directory, num_hidden_layers=1).eval()
+    ids = torch.arange(length)[None] % model.config.vocab_size
+    plan = rope_dist.plan(model, original_length=trained, target_length=2 * trained)
+    variant = LogScaledVariant("scaled", plan)
+    pieces = torch.zeros(length, model.config.vocab_size)
+    with torch.inference_mode(), variant.applied(model):
+        whole = model(ids).logits[0]
+        cache = DynamicCache(config=model.config)
+        for part in (slice(0, 70), slice(70, length)):
+            pieces[part] = model(ids[:, part], **cache_option(model, cache), use_cache=True).logits[0]
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    plain = Variant("plain", plan)
+    for position in (0, 40, 63, 64, 80, 95):
+        scale = max(1.0, math.log(position + 1) / math.log(trained))
+        with torch.inference_mode():
+            weight *= scale
+            with plain.applied(model):
+                expected = model(ids).logits[0, position]
+            weight /= scale
+        torch.testing.assert_close(whole[position], expected, rtol=1e-4, atol=1e-5)
+    assert variant.fingerprint != plain.fingerprint

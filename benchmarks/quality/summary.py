@@ -226,9 +226,14 @@ def tuning(folder: Path) -> tuple[str, str]:
     """The table of what the constants of ``auto`` were chosen on, and the machine."""
     record = load(folder, "tuning")
     model = record["model"]
-    found = readings(record, 2 * trained_length(record))
-    (text,) = found.losses[BASELINE]
+    parts = []
+    for scale in (2, 4):
+        found = readings(record, scale * trained_length(record))
+        for text in found.losses.get(BASELINE, ()):
+            parts += [f"{text}, the first {found.tokens} tokens:", strategies_table(found)]
+            width = found.width
     return (
-        f"{strategies_table(found)}\n\n{text}, the first {found.tokens} tokens; errors are over parts of {found.width} "
-        f"positions. `python -m benchmarks.quality.tuning`: {model['name']}, {model['dtype']}."
+        "\n\n".join(parts)
+        + f"\n\nErrors are over parts of {width} positions. `python -m benchmarks.quality.tuning`: "
+        f"{model['name']}, {model['dtype']}."
     ), machine_of(record["machines"][-1])

@@ -1,12 +1,14 @@
-"""What the constants of ``auto`` were chosen on: one text at twice the trained length, and nothing else.
+"""What the constants of ``auto`` were chosen on: one text at 2 and 4 times the trained length, and nothing else.
 
     python -m benchmarks.quality.tuning
 
-Reads *Emma* with ``auto`` and its constants varied one at a time, beside what it competes with and what other criteria
-of the rotary angles choose. As the study, it resumes where it was stopped. Result: ``quality_tuning.json``;
-``python -m benchmarks.report`` makes the table.
+Reads *Emma* with ``auto`` and its constants varied one at a time, beside what it competes with, what other criteria of
+the rotary angles choose, and queries that are scaled by their position. As the study, it resumes where it was stopped.
+Result: ``quality_tuning.json``; ``python -m benchmarks.report`` makes the tables.
 """
 
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 import rope_dist
 from benchmarks.benchmark import Parser
 from benchmarks.quality.criteria import by_distance, of_neighbours
+from benchmarks.quality.logit_scaling import LogScaledVariant
 from benchmarks.quality.parts import DTYPE, MODEL, TRAINED
 from benchmarks.quality.study import line
 from rope_dist.evaluation import (
@@ -29,35 +32,55 @@ from rope_dist.evaluation import (
 from rope_dist.evaluation.variants import STOCK
 
 TEXT = "emma"
-TARGET = 2 * TRAINED
-CANDIDATES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("yarn", "yarn", {}),
-    ("ntk", "ntk", {}),
-    ("auto", "auto", {}),
-    ("auto:attention_factor=1", "auto", {"attention_factor": 1}),
-    ("auto:attention_factor=1.0693", "auto", {"attention_factor": 1.0693}),  # YaRN's at 2x
-    ("auto:fast_periods=256", "auto", {"fast_periods": 256}),
-    ("auto:fast_periods=32", "auto", {"fast_periods": 32}),
-    ("auto:slow_periods=0.5", "auto", {"slow_periods": 0.5}),
-    ("yarn:attention_factor=1.0377", "yarn", {"attention_factor": 1.0377}),  # that of auto
-    ("dprope:threshold=0", "dprope", {"threshold": 0}),
-    ("dprope:threshold=0,intervals=36", "dprope", {"threshold": 0, "intervals": 36}),
-)
-"""Label, strategy and its settings, beside the stock model."""
-CRITERIA = {"by distance": by_distance, "of neighbours": of_neighbours}
+AUTO, LOG_N = "auto", "auto, logits by log n"
+CANDIDATES: dict[int, tuple[tuple[str, str, dict[str, Any]], ...]] = {
+    2: (
+        ("yarn", "yarn", {}),
+        ("ntk", "ntk", {}),
+        (AUTO, AUTO, {}),
+        ("auto:attention_factor=1", "auto", {"attention_factor": 1}),
+        ("auto:attention_factor=1.025", "auto", {"attention_factor": 1.025}),
+        ("auto:attention_factor=1.05", "auto", {"attention_factor": 1.05}),
+        ("auto:attention_factor=1.0693", "auto", {"attention_factor": 1.0693}),  # YaRN's
+        ("auto:fast_periods=256", "auto", {"fast_periods": 256}),
+        ("auto:fast_periods=32", "auto", {"fast_periods": 32}),
+        ("auto:slow_periods=0.5", "auto", {"slow_periods": 0.5}),
+        ("yarn:attention_factor=1.0377", "yarn", {"attention_factor": 1.0377}),  # that of auto
+        ("dprope:threshold=0", "dprope", {"threshold": 0}),
+        ("dprope:threshold=0,intervals=36", "dprope", {"threshold": 0, "intervals": 36}),
+    ),
+    4: (
+        (AUTO, AUTO, {}),
+        ("auto:attention_factor=1.05", "auto", {"attention_factor": 1.05}),
+        ("auto:attention_factor=1.1", "auto", {"attention_factor": 1.1}),
+        ("yarn:attention_factor=1.0742", "yarn", {"attention_factor": 1.0742}),  # that of auto
+    ),
+}
+"""By times the trained length: label, strategy and its settings."""
+POWERS = {2: (1.25, 1.5, 2.0)}
+"""Of the place between the two ends of the ramp: above 1 fast pairs change less, as in MrRoPE-Pro."""
+CRITERIA = {2: {"by distance": by_distance, "of neighbours": of_neighbours}}
 
 
-def variants(model: PreTrainedModel) -> list[Variant]:
-    """Stock, the candidates, and the plans of other criteria."""
-    made = [Variant(STOCK, None)]
-    for label, strategy, settings in CANDIDATES:
-        plan = rope_dist.plan(model, target_length=TARGET, strategy=strategy, settings=settings)
-        made.append(Variant(label, plan))
-    inv_freq = rope_dist.plan(model, target_length=TARGET, strategy="extrapolation").inv_freq
-    for label, choose in CRITERIA.items():
-        settings = {"factors": choose(inv_freq, TRAINED, TARGET), "attention_factor": 1.0}
-        plan = rope_dist.plan(model, target_length=TARGET, strategy="longrope", settings=settings)
-        made.append(Variant(label, plan))
+def variants(model: PreTrainedModel, scale: int) -> list[Variant]:
+    """What reads the text at ``scale`` times the trained length."""
+    target = scale * TRAINED
+    plan = partial(rope_dist.plan, model, target_length=target)
+    auto = plan(strategy=AUTO)
+    given = {}
+    for power in POWERS.get(scale, ()):
+        factors = [scale ** (math.log(f, scale) ** power) for f in auto.factors]
+        given[f"auto, ramp to the power {power:g}"] = factors, auto.attention_scaling
+    inv_freq = plan(strategy="extrapolation").inv_freq
+    for label, choose in CRITERIA.get(scale, {}).items():
+        given[label] = choose(inv_freq, TRAINED, target), 1.0
+    made = [Variant(STOCK, None)] if scale == min(CANDIDATES) else []
+    for label, strategy, settings in CANDIDATES[scale]:
+        made.append(Variant(label, plan(strategy=strategy, settings=settings)))
+    made.append(LogScaledVariant(LOG_N, auto))
+    for label, (factors, attention_factor) in given.items():
+        settings = {"factors": factors, "attention_factor": attention_factor}
+        made.append(Variant(label, plan(strategy="longrope", settings=settings)))
     return made
 
 
@@ -70,12 +93,12 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     model, tokenizer = load_model(MODEL, dtype=DTYPE)
     record = Record(output / "quality_tuning.json", "perplexity", describe(model, MODEL))
-    options = {"lengths": [TARGET], "methods": ["whole"], "chunk": TARGET, "progress": True}
-    texts = passages(tokenizer, [TEXT], TARGET)
-    for variant, measurement, finished in measure_perplexity(
-        model, texts, variants(model), record, **options
-    ):
-        print(line(f"{TEXT}, {variant.label}", measurement, finished), flush=True)
+    for scale in CANDIDATES:
+        target = scale * TRAINED
+        options = {"lengths": [target], "methods": ["whole"], "chunk": target, "progress": True}
+        texts, tried = passages(tokenizer, [TEXT], target), variants(model, scale)
+        for variant, m, finished in measure_perplexity(model, texts, tried, record, **options):
+            print(line(f"{TEXT}, {target} tokens, {variant.label}", m, finished), flush=True)
 
 
 if __name__ == "__main__":
