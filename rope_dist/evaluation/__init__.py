@@ -7,6 +7,7 @@ require_hf("rope_dist.evaluation")
 
 from .corpora import CORPORA, Passage, install_corpus, load_text, passages
 from .models import PACKAGED_MODELS, describe, load_model
+from .paired import paired_difference, percent, wilson_interval
 from .passkey import make_cases, measure_passkey
 from .perplexity import (
     Bucket,
@@ -40,12 +41,15 @@ __all__ = [
     "measure_passkey",
     "measure_perplexity",
     "measure_tasks",
+    "paired_difference",
     "passages",
     "passkey_tables",
+    "percent",
     "perplexity_by_strategy",
     "perplexity_tables",
     "resolve_tasks",
     "sliding_window_nll",
     "tasks_table",
     "token_nll",
+    "wilson_interval",
 ]
