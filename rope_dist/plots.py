@@ -363,3 +363,63 @@ def plot_curves(
         figure.suptitle(title, fontsize=10)
     figure.legend(legend.values(), legend, fontsize=8, ncols=2 * columns, loc="outside lower center")
     _save(figure, path, note)
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """Perplexity after numbers of training steps.
+
+    Attributes:
+        label: a strategy, with settings after a colon.
+        steps: rising; the first may be 0.
+        perplexity, lows, highs: after each number of steps; the band is the range of seeds.
+    """
+
+    label: str
+    steps: Sequence[int]
+    perplexity: Sequence[float]
+    lows: Sequence[float]
+    highs: Sequence[float]
+
+
+MOST_ABOVE = 1.6
+"""Times the lowest perplexity of a panel. What is above it is not drawn, for the same reason."""
+
+
+def plot_training(
+    panels: Mapping[str, tuple[int, Sequence[TrainingCurve]]], title: str, path: str | os.PathLike[str]
+) -> None:
+    """Perplexity against training steps on a logarithmic axis, a panel per entry, e.g. per scale.
+
+    Args:
+        panels: the trained length and the curves, by title.
+        title: above the panels.
+    """
+    figure, axes = _figure(1, len(panels), 5.2 * len(panels) + 2.6, 4.4)
+    legend: dict[str, Any] = {}
+    for axis, (name, (trained_length, curves)) in zip(axes[0], panels.items(), strict=True):
+        markers = cycle("osD^vPX*<>")
+        for (label, colour), curve in zip(_colours(c.label for c in curves).items(), curves, strict=True):
+            style = {"color": colour, "marker": next(markers), "markersize": 4, "linewidth": 1.4}
+            (line,) = axis.plot(curve.steps, curve.perplexity, label=label, **style)
+            axis.fill_between(curve.steps, curve.lows, curve.highs, color=colour, alpha=0.15, linewidth=0)
+            legend.setdefault(label, line)
+        steps = sorted({step for curve in curves for step in curve.steps})
+        # Linear below the first step that is above 0, so that 0 has a place.
+        axis.set_xscale("symlog", linthresh=next((step for step in steps if step), 1), linscale=0.5)
+        axis.set_xticks(steps, [f"{step}" for step in steps])
+        axis.set_xticks([], minor=True)
+        lowest = min(value for curve in curves for value in curve.perplexity)
+        highest = max(value for curve in curves for value in curve.perplexity)
+        top = min(highest, lowest * MOST_ABOVE)
+        axis.set_ylim(lowest / 1.01, top * 1.01)
+        _log_y_axis(axis)
+        if highest > top:
+            note = f"above {top:.0f} not drawn"
+            axis.text(0.98, 0.98, note, transform=axis.transAxes, va="top", ha="right", fontsize=8)
+        axis.set(xlabel="training steps after the extension", ylabel=f"perplexity past {trained_length} tokens")
+        axis.set_title(name, fontsize=10)
+        axis.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.legend(legend.values(), legend, fontsize=8, loc="outside right upper")
+    _save(figure, path)

@@ -31,7 +31,9 @@ from rope_dist.evaluation import describe
 from rope_dist.files import new_directory, new_file, write_text
 
 CHECKPOINT_SECONDS = 120
-STATE, TOKENS, LOSSES = "state.pt", "tokens.pt", "losses.json"
+STATE, TOKENS, LOSSES, MODEL = "state.pt", "tokens.pt", "losses.json", "small-llama"
+HELD_OUT_SAMPLES = 256
+"""Of each text, for the loss by position."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def held_out_samples(
     """``count`` samples ``[count, length]`` at equal distances over the whole text."""
     share = len(text) // count
     pieces = [text[i * share : i * share + 8 * length] for i in range(count)]
-    ids = [tokenizer(piece).input_ids[:length] for piece in pieces]
+    ids = [tokenizer(piece, verbose=False).input_ids[:length] for piece in pieces]
     if min(map(len, ids)) < length:
         raise ValueError(f"the text is too short for {count} samples of {length} tokens")
     return torch.tensor(ids)
@@ -171,8 +173,8 @@ def train(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     compiled: bool = False,
 ) -> bool:
-    """Train until the last step or for ``seconds``; returns whether the model is finished, in ``folder / "model"``."""
-    if (folder / "model").exists():
+    """Train until the last step or for ``seconds``; returns whether the model is finished, in ``folder / MODEL``."""
+    if (folder / MODEL).exists():
         return True
     began = saved = time.monotonic()
     tokenizer, stream = prepare(folder, recipe, texts)
@@ -255,19 +257,20 @@ def finish(
     """Write the model's directory, and the loss of held-out text by position."""
     by_position, width = {}, max(recipe.length // 8, 1)
     for title, text in held_out.items():
-        ids = held_out_samples(tokenizer, text, recipe.length, 256 if recipe.length == 256 else 4)
+        count = max(min(HELD_OUT_SAMPLES, len(text) // (8 * recipe.length)), 1)
+        ids = held_out_samples(tokenizer, text, recipe.length, count)
         nll = token_losses(model, ids, False).mean(0)
         by_position[title] = [round(part.mean().item(), 4) for part in nll.split(width)]
     result = {"recipe": asdict(recipe), "width": width, "held_out": by_position, "training": losses}
     write_text(folder / LOSSES, json.dumps(result, indent=1) + "\n")
-    with new_directory(folder / "model") as temporary:
+    with new_directory(folder / MODEL) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 
 
 def trained(folder: str | Path) -> Path:
     """The Hugging Face directory, with tokenizer, of a finished training in ``folder``; ``ValueError`` if it is not."""
-    directory = Path(folder) / "model"
+    directory = Path(folder) / MODEL
     if not (directory / "config.json").is_file():
         raise ValueError(
             f"there is no trained model in {folder}: python -m benchmarks.quality.small_llama {folder}"

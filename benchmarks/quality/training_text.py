@@ -75,7 +75,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], piece: in
     for text in texts:
         # Pieces: the tokenizer holds offsets of every token of what it reads at once.
         for start in range(0, len(text), piece):
-            ids.append(torch.tensor(tokenizer(text[start : start + piece]).input_ids, dtype=torch.int16))
+            ids.append(torch.tensor(tokenizer(text[start : start + piece], verbose=False).input_ids, dtype=torch.int16))
         ids.append(torch.tensor([tokenizer.eos_token_id], dtype=torch.int16))
     return torch.cat(ids)
 
@@ -92,7 +92,7 @@ class Remember:
         self.filler = self._ids(" ".join([_FILLER] * (length // 20 + 2)))
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text).input_ids)
+        return list(self.tokenizer(text, verbose=False).input_ids)
 
     def document(self, draw: random.Random) -> list[int]:
         """``length`` token ids."""
