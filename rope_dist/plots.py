@@ -417,7 +417,9 @@ def plot_training(
         if highest > top:
             note = f"above {top:.0f} not drawn"
             axis.text(0.98, 0.98, note, transform=axis.transAxes, va="top", ha="right", fontsize=8)
-        axis.set(xlabel="training steps after the extension", ylabel=f"perplexity past {trained_length} tokens")
+        axis.set(
+            xlabel="training steps after the extension", ylabel=f"perplexity past {trained_length} tokens"
+        )
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
     figure.suptitle(title)

