@@ -16,7 +16,7 @@ from benchmarks.quality import after_training_summary as summary
 from benchmarks.quality.after_training import Study
 from benchmarks.quality.small_llama import Recipe
 from benchmarks.quality.training_text import Remember
-from rope_dist.evaluation import load_model, token_nll
+from rope_dist.evaluation import load_model, passkey, token_nll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = 128
@@ -33,7 +33,9 @@ def text(words, seed):
     return " ".join("".join(draw.choices(letters, k=draw.randint(2, 6))) for _ in range(words))
 
 
-TRAINING, HELD_OUT = [text(6000, 1), text(3000, 3)], {"a": text(3000, 2), "b": text(3000, 4)}
+# The words of passkey prompts become tokens, so that a prompt fits into twice the trained length.
+PROMPTS = " ".join([passkey.TASK, passkey.FILLER, passkey.NEEDLE.format(key=12345), passkey.QUESTION] * 40)
+TRAINING, HELD_OUT = [text(6000, 1), PROMPTS], {"a": text(3000, 2), "b": text(3000, 4)}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ class TestFirstTraining:
         done = False
         while not done:
             sessions += 1
-            done = small_llama.train(tmp_path, RECIPE, seconds=2, texts=TRAINING, held_out=HELD_OUT)
+            done = small_llama.train(tmp_path, RECIPE, seconds=1, texts=TRAINING, held_out=HELD_OUT)
         assert sessions > 2
         whole, stopped = (load_model(str(small_llama.trained(f)))[0].state_dict() for f in (base, tmp_path))
         assert all(torch.equal(whole[name], stopped[name]) for name in whole)
@@ -168,7 +170,7 @@ class TestStudy:
         monkeypatch.setattr(after_training, "time", Clock())
         for sessions in range(1, 30):  # noqa: B007
             after_training.time.calls = itertools.count()
-            list(after_training.measure(base, stopped, STUDY, deadline=4, texts=HELD_OUT))
+            list(after_training.measure(base, stopped, STUDY, deadline=2, texts=HELD_OUT))
             record, found = self.measured(stopped)
             if len(found) == len(lines):
                 break

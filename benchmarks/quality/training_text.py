@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from rope_dist.evaluation import install_corpus, load_text
-from rope_dist.evaluation.passkey import _FILLER, _NEEDLE, _QUESTION, _TASK
+from rope_dist.evaluation.passkey import FILLER, NEEDLE, QUESTION, TASK
 
 WIKIPEDIA = "enwik8"
 NOVELS = ("emma", "mansfield-park", "northanger-abbey", "pride-and-prejudice", "sense-and-sensibility")
@@ -93,7 +93,7 @@ class Remember:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int, stream: torch.Tensor) -> None:
         self.tokenizer, self.length, self.stream = tokenizer, length, stream
-        self.filler = self._ids(" ".join([_FILLER] * (length // 20 + 2)))
+        self.filler = self._ids(" ".join([FILLER] * (length // 20 + 2)))
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, verbose=False).input_ids)
@@ -111,8 +111,8 @@ class Remember:
 
     def _passkey(self, draw: random.Random) -> list[int]:
         key = draw.randrange(10_000, 100_000)
-        head, needle = self._ids(f"{_TASK}\n"), self._ids(f"\n{_NEEDLE.format(key=key)}\n")
-        question = self._ids(f"\n{_QUESTION} {key}.")
+        head, needle = self._ids(f"{TASK}\n"), self._ids(f"\n{NEEDLE.format(key=key)}\n")
+        question = self._ids(f"\n{QUESTION} {key}.")
         room = max(self.length - len(head) - len(needle) - len(question) - 2, 0)
         filler = self._text(draw, draw.randint(0, room))
         before = draw.randint(0, len(filler))
