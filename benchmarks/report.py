@@ -6,7 +6,7 @@
 
 No number is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
 benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``, ``growth``,
-``tuning`` or ``rollout``. A table is marked where the code that it measured is not that of this tree any more.
+``tuning``, ``after-training`` or ``rollout``. A table is marked where the code that it measured is not that of this tree any more.
 """
 
 import json
@@ -23,7 +23,7 @@ from rope_dist.plots import plot_plans
 from . import results, rollout_distance, roofline
 from .benchmark import Parser, find, machine_of, names
 from .figures import PLOTS, digest, draw, path_of
-from .quality import growth_summary, summary
+from .quality import after_training_summary, growth_summary, summary
 from .results import DEVICES, ROOT
 from .tables import markdown, section
 
@@ -55,6 +55,7 @@ def tables() -> dict[str, Table]:
         "quality": lambda: summary.block(results.RESULTS),
         "tuning": lambda: summary.tuning(results.RESULTS),
         "growth": lambda: growth_summary.block(results.RESULTS),
+        "after-training": lambda: after_training_summary.block(results.RESULTS),
         "rollout": rollout_distance.table,
         "roofline": lambda: (roofline.table(), ""),
         **{f"{name}-{device}": partial(section, name, device) for name in names() for device in DEVICES},

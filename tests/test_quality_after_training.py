@@ -207,7 +207,7 @@ def test_strategies_are_the_papers_at_its_lengths():
     for scale, dims, threshold in ((2, 80, "paper-2x"), (4, 64, "paper-4x")):
         labels = after_training.strategies(scale, 4096, 128)
         assert labels["dprope"] == f"dprope:threshold={threshold},intervals=360"
-        assert labels[f"dprope:interpolated_dims={dims}"] == f"dprope:interpolated_dims={dims},intervals=360"
+        assert labels["dprope:the paper's share of pairs"] == f"dprope:interpolated_dims={dims},intervals=360"
         assert {"pi", "ntk", "yarn", "auto", "auto-yarn"} <= set(labels)
     assert after_training.strategies(2, 256, 64)["dprope:threshold=0"] == "dprope:threshold=0,intervals=22"
 

@@ -45,6 +45,7 @@ PAPER_TRAINED = 4096
 """Tokens that the paper's model was trained to, for which it gives its numbers of intervals and dimensions."""
 PAPER_SHARE = {2: 80 / 128, 4: 64 / 128}
 """Interpolated dimensions of the paper's plans, by scale."""
+PAPER_SHARE_LABEL = "the paper's share of pairs"
 OTHERS = ("extrapolation", "pi", "ntk", "yarn", "auto", "auto-yarn", "mrrope-pro")
 
 
@@ -87,7 +88,7 @@ def strategies(scale: int, length: int, head_dim: int, others: Sequence[str] = O
     return {
         "dprope": f"dprope:threshold=paper-{scale}x,{intervals}",
         "dprope:threshold=0": f"dprope:threshold=0,{intervals}",
-        f"dprope:interpolated_dims={dimensions}": f"dprope:interpolated_dims={dimensions},{intervals}",
+        f"dprope:{PAPER_SHARE_LABEL}": f"dprope:interpolated_dims={dimensions},{intervals}",
         **{name: name for name in others if name in STRATEGY_NAMES},
     }
 
