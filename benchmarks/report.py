@@ -6,7 +6,8 @@
 
 No number is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
 benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``, ``growth``,
-``tuning``, ``after-training`` or ``rollout``. A table is marked where the code that it measured is not that of this tree any more.
+``tuning``, ``after-training`` or ``rollout``. A table is marked where the code that it measured is not that of this
+tree any more.
 """
 
 import json
