@@ -24,7 +24,7 @@ LENGTH = 128
 RECIPE = Recipe(
     hidden=64, layers=2, heads=1, mlp=96, vocabulary=512, length=LENGTH, batch=2, steps=6, warmup=2
 )
-STUDY = Study((2,), (0, 1), (0, 1, 3), batch=512, held_out=512, depths=(0.5,), trials=1)
+STUDY = Study((2,), (0, 1), (0, 1, 3), (0, 3), batch=512, held_out=512, depths=(0.5,), trials=1)
 
 
 def text(words, seed):
