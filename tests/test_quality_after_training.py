@@ -97,6 +97,11 @@ class TestFirstTraining:
         with pytest.raises(ValueError, match=r"no trained model in .*benchmarks\.quality\.small_llama"):
             small_llama.trained(tmp_path)
 
+    def test_a_finished_training_is_not_taken_for_another(self, base):
+        assert small_llama.train(base, RECIPE)
+        with pytest.raises(ValueError, match="holds another training"):
+            small_llama.train(base, Recipe(steps=1500))
+
     def test_every_sample_comes_before_one_comes_again(self):
         starts = small_llama.samples(torch.zeros(1000), 100, 25, 0).tolist()
         assert sorted(starts[:10]) == list(range(0, 1000, 100)) == sorted(starts[10:20])
@@ -201,6 +206,27 @@ class TestStudy:
                         nll = token_nll(model, samples)
                         wanted = [nll[: LENGTH - 1].mean().item(), nll[LENGTH - 1 :].mean().item()]
                         assert row == pytest.approx(wanted, abs=3e-4)
+
+    def test_command(self, base, tmp_path, monkeypatch, capsys):
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+        monkeypatch.setattr(training_text, "held_out_texts", lambda: HELD_OUT)
+        command = ["after_training", str(base), "--quick", "--output", str(tmp_path)]
+        monkeypatch.setattr("sys.argv", command)
+        after_training.main()
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(
+            r"2x, seed 0, dprope, step 0: perplexity past 128 \d+\.\d+, passkeys [01] and [01] of 1, \d+ s",
+            first,
+        )
+        assert last == "all there are"
+        assert (tmp_path / summary.PICTURE).exists()
+        after_training.main()
+        assert capsys.readouterr().out == "all there are\n"
+        monkeypatch.setattr("sys.argv", [*command[:1], str(tmp_path), *command[2:]])
+        with pytest.raises(SystemExit) as stopped:
+            after_training.main()
+        assert stopped.value.code == 2
+        assert "there is no trained model in" in capsys.readouterr().err
 
 
 def test_strategies_are_the_papers_at_its_lengths():

@@ -9,7 +9,6 @@ after it reads held-out text and looks for passkeys of the new length. It resume
 training too. Result: ``quality_after_training.json``; ``python -m benchmarks.report`` makes the tables of it.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.benchmark import Parser, positive
 from benchmarks.quality import small_llama, training_text
-from benchmarks.quality.after_training_summary import RECORD, draw, scales
+from benchmarks.quality.after_training_summary import RECORD, draw, finished
 from benchmarks.quality.small_llama import (
     TOKENS,
     Recipe,
@@ -278,11 +277,10 @@ def measure(
         for step, result in train_on(run, model, stream, readers[run.scale], record, base / STATE, deadline):
             name = f"{run.scale}x, seed {run.seed}, {run.variant.label}, step {step}"
             past = [v for rows in result["nll"].values() for row in rows for v in row[1:]]
-            yield (
-                f"{name}: perplexity past {run.length // run.scale} {math.exp(sum(past) / len(past)):.3f}, passkeys "
-                f"{sum(result['greedy'])} and {sum(result['decoys'])} of {len(result['greedy'])}, "
-                f"{time.monotonic() - began:.0f} s"
-            )
+            line = f"{name}: perplexity past {run.length // run.scale} {math.exp(sum(past) / len(past)):.3f}"
+            if prompts := len(result["greedy"]):
+                line += f", passkeys {sum(result['greedy'])} and {sum(result['decoys'])} of {prompts}"
+            yield f"{line}, {time.monotonic() - began:.0f} s"
 
 
 def main() -> None:
@@ -310,7 +308,7 @@ def main() -> None:
             print(line, flush=True)
     except ValueError as error:
         parser.error(str(error))
-    if found := scales(json.loads((output / RECORD).read_text(encoding="utf-8"))):
+    if found := finished(output):
         draw(output, found)
     print("the same command goes on" if time.monotonic() > deadline else "all there are")
 

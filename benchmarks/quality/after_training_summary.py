@@ -104,6 +104,12 @@ def scales(record: dict[str, Any]) -> list[Scale]:
     return made
 
 
+def finished(folder: Path) -> list[Scale]:
+    """Of the record in a folder; empty where there is none."""
+    path = folder / RECORD
+    return scales(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
 def table(scale: Scale) -> str:
     """A row a strategy: perplexity past the trained length after every number of steps, and the last against others."""
     last = scale.steps[-1]
@@ -171,11 +177,10 @@ def _plural(count: int, noun: str) -> str:
 
 def block(folder: Path) -> tuple[str, str]:
     """The block ``after-training`` of docs/quality.md and the machines; a sentence where there is no result yet."""
-    path = folder / RECORD
-    found = scales(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+    found = finished(folder)
     if not found:
         return "Not measured yet: `python -m benchmarks.quality.after_training`.", ""
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     whats = [m["what"] for m in record["measurements"] if m["what"]["step"]]
     texts = list(record["measurements"][0]["result"]["nll"])
     parts = []

@@ -69,7 +69,9 @@ class Recipe:
         return self.learning_rate * min((step + 1) / self.warmup, left, 1.0)
 
 
-QUICK = Recipe(hidden=64, layers=2, heads=1, mlp=96, vocabulary=512, length=64, batch=4, steps=6, warmup=2)
+QUICK = Recipe(hidden=64, layers=2, heads=1, mlp=96, vocabulary=512, batch=2, steps=6, warmup=2)
+QUICK_CHARACTERS = 200_000
+"""Of each training text."""
 
 
 def build(recipe: Recipe, end: int) -> LlamaForCausalLM:
@@ -173,6 +175,9 @@ def train(
 ) -> bool:
     """Train until the last step or for ``seconds``; returns whether the model is finished, in ``folder / MODEL``."""
     if (folder / MODEL).exists():
+        found = Recipe(**json.loads((folder / LOSSES).read_text(encoding="utf-8"))["recipe"])
+        if found != recipe:
+            raise ValueError(f"the folder holds another training ({found}): give another folder")
         return True
     began = saved = time.monotonic()
     tokenizer, stream = prepare(folder, recipe, texts)
@@ -301,8 +306,11 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     recipe = QUICK if arguments.quick else Recipe(steps=arguments.steps, seed=arguments.seed)
+    options = {"seconds": arguments.seconds, "compiled": arguments.compile}
+    if arguments.quick:
+        options["texts"] = [text[:QUICK_CHARACTERS] for text in training_text.training_texts()]
     try:
-        finished = train(arguments.folder, recipe, seconds=arguments.seconds, compiled=arguments.compile)
+        finished = train(arguments.folder, recipe, **options)
     except ValueError as error:
         parser.error(str(error))
     if not finished:
