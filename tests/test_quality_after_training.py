@@ -121,7 +121,7 @@ class TestFirstTraining:
                 assert told < asked.start()
                 distances.append((asked.end() - told) / len(made))
         assert min(distances) < 0.3
-        assert max(distances) > 0.8
+        assert max(distances) > 0.7  # the rest of a passkey prompt is its task
 
 
 class TestHeldOut:
