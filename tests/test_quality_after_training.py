@@ -320,7 +320,7 @@ class TestSummary:
         assert "After 100 steps `auto` has the lowest perplexity past 256." in content
         assert "`dprope` is behind the best other, `auto` (+2.00 ± 0.00 %)" in content
         assert "`dprope:threshold=0` has +0.98 ± 0.00 % against `dprope`." in content
-        assert "Within 1% of it: `pi` from step 10 on; not within 100 steps: `dprope`" in content
+        assert "Within 1 % of it: `pi` from step 10 on; not within 100 steps: `dprope`" in content
         assert "![" not in content
 
     def test_without_a_record(self, tmp_path):
