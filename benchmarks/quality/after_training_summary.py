@@ -166,7 +166,8 @@ def sentences(scale: Scale) -> str:
     near = [f"`{label}` from step {step} on" for label, step in met if step is not None]
     far = [f"`{label}`" for label, step in met if step is None]
     made.append(
-        f"Within {100 * MEETS:g} % of it: {', '.join(near) or 'none'}; not within {last} steps: {', '.join(far) or 'none'}."
+        f"Within {100 * MEETS:g} % of it: {', '.join(near) or 'none'}; "
+        f"not within {last} steps: {', '.join(far) or 'none'}."
     )
     return " ".join(made)
 
