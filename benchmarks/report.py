@@ -6,8 +6,8 @@
 
 No number is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
 benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``,
-``strategies``, ``longppl``, ``synthetic``, ``growth``, ``tuning`` or ``rollout``. A table is marked where the code that
-it measured is not that of this tree any more.
+``strategies``, ``longppl``, ``synthetic``, ``growth``, ``after-training``, ``tuning`` or ``rollout``. A table is marked
+where the code that it measured is not that of this tree any more.
 """
 
 import json
@@ -24,7 +24,7 @@ from rope_dist.plots import plot_plans
 from . import results, rollout_distance, roofline
 from .benchmark import Parser, find, machine_of, names
 from .figures import PLOTS, digest, draw, path_of
-from .quality import growth_summary, summary
+from .quality import after_training_summary, growth_summary, summary
 from .results import DEVICES, ROOT
 from .tables import markdown, section
 
@@ -58,6 +58,7 @@ def tables() -> dict[str, Table]:
         "longppl": lambda: summary.longppl(results.RESULTS),
         "synthetic": lambda: summary.synthetic(results.RESULTS),
         "tuning": lambda: summary.tuning(results.RESULTS),
+        "after-training": lambda: after_training_summary.block(results.RESULTS),
         "growth": lambda: growth_summary.block(results.RESULTS),
         "rollout": rollout_distance.table,
         "roofline": lambda: (roofline.table(), ""),

@@ -34,6 +34,8 @@ from rope_dist.defaults import PACKAGED_MODEL_NAMES
 from rope_dist.evaluation import load_model, load_text
 from rope_dist.evaluation.memory import explain_out_of_memory
 
+STRATEGY = "dprope"
+"""The paper's own. ``python -m benchmarks.quality.after_training`` compares strategies after training."""
 BATCH = 64
 STEPS = {2: 1000, 4: 500}
 """The paper's steps by scale; between and beyond, those of the nearer larger one and of the largest."""
@@ -142,7 +144,7 @@ def main(
     model: options.Weights = PACKAGED_MODEL_NAMES[0],
     factor: options.Factor = None,
     target: options.Target = None,
-    strategy: options.Strategy = "dprope",
+    strategy: options.Strategy = STRATEGY,
     text: options.Texts = options.DEFAULT_TEXTS,
     length: Annotated[
         int | None, option(values.whole(1), "N", "Tokens of a sample (default: target).")

@@ -94,6 +94,7 @@ CORPUS_NAMES = (
     "sense-and-sensibility",
     "moby-dick",
     "state-of-the-union",
+    "enwik8",
     "pg19",
     "wikitext",
 )

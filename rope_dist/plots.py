@@ -28,7 +28,7 @@ MOST_RELATIVE = 20
 """Percent. Relative perplexities above it are not drawn: a strategy that fails would hide all other differences."""
 
 
-def _figure(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, width: float, height: float, **shared: bool | str) -> tuple[Any, Any]:
     figure_module = require("matplotlib.figure", "plot", "a plot")
     figure = figure_module.Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **shared)
@@ -381,3 +381,77 @@ def plot_curves(
         figure.suptitle(title, fontsize=10)
     figure.legend(legend.values(), legend, fontsize=8, ncols=2 * columns, loc="outside lower center")
     _save(figure, path, note)
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """Perplexity after numbers of training steps.
+
+    Attributes:
+        label: a strategy, with settings after a colon.
+        steps: rising; the first may be 0.
+        perplexity, lows, highs: after each number of steps; the band is the range of seeds.
+    """
+
+    label: str
+    steps: Sequence[int]
+    perplexity: Sequence[float]
+    lows: Sequence[float]
+    highs: Sequence[float]
+
+
+MOST_ABOVE = 1.6
+"""Times the lowest perplexity of a panel. What is above it is not drawn, for the same reason."""
+
+
+def plot_training(
+    panels: Mapping[str, tuple[int, Sequence[TrainingCurve]]],
+    title: str,
+    path: str | os.PathLike[str],
+    *,
+    baseline: str = "auto",
+) -> None:
+    """Perplexity against training steps on a logarithmic axis, a panel per entry, e.g. per scale.
+
+    Below each panel that has the baseline, the perplexities relative to it.
+
+    Args:
+        panels: the trained length and the curves, by title.
+        title: above the panels.
+        baseline: a label.
+    """
+    figure, axes = _figure(2, len(panels), 5.2 * len(panels) + 2.6, 7.2, sharex="col")
+    legend: dict[str, Any] = {}
+    for (above, below), (name, (trained_length, curves)) in zip(axes.T, panels.items(), strict=True):
+        base = next((curve.perplexity for curve in curves if curve.label == baseline), None)
+        markers = cycle("osD^vPX*<>")
+        for (label, colour), curve in zip(_colours(c.label for c in curves).items(), curves, strict=True):
+            style = {"color": colour, "marker": next(markers), "markersize": 4, "linewidth": 1.4}
+            (line,) = above.plot(curve.steps, curve.perplexity, label=label, **style)
+            above.fill_between(curve.steps, curve.lows, curve.highs, color=colour, alpha=0.15, linewidth=0)
+            legend.setdefault(label, line)
+            if base:
+                percent = [100 * (own / other - 1) for own, other in zip(curve.perplexity, base, strict=True)]
+                below.plot(curve.steps, [v if v <= MOST_RELATIVE else math.nan for v in percent], **style)
+        steps = sorted({step for curve in curves for step in curve.steps})
+        for axis in (above, below):
+            # Linear below the first step that is above 0, so that 0 has a place.
+            axis.set_xscale("symlog", linthresh=next((step for step in steps if step), 1), linscale=0.5)
+            axis.set_xticks(steps, [f"{step}" for step in steps])
+            axis.set_xticks([], minor=True)
+            axis.grid(alpha=0.3)
+        lowest = min(value for curve in curves for value in curve.perplexity)
+        highest = max(value for curve in curves for value in curve.perplexity)
+        top = min(highest, lowest * MOST_ABOVE)
+        above.set_ylim(lowest / 1.01, top * 1.01)
+        _log_y_axis(above)
+        if highest > top:
+            note = f"above {top:.0f} not drawn"
+            above.text(0.98, 0.98, note, transform=above.transAxes, va="top", ha="right", fontsize=8)
+        above.set_ylabel(f"perplexity past {trained_length} tokens")
+        above.set_title(name, fontsize=10)
+        below.set(xlabel="training steps after the extension", ylabel=f"relative to {baseline}, %")
+        below.set_visible(base is not None)
+    figure.suptitle(title)
+    figure.legend(legend.values(), legend, fontsize=8, loc="outside right upper")
+    _save(figure, path)

