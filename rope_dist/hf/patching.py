@@ -22,12 +22,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..checking import check_plan, is_applied
 from ..defaults import TABLES
-from ..dynamic import DynamicPlan, dynamic_plan, trained_config
-from ..model_config import GIVEN, pretrained_rope
+from ..dynamic import DynamicPlan
 from ..planning import RopePlan, check_options
-from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
 from .constructing import ends_construction, is_left_alone, is_part, left_alone
 from .enabled import EnabledAttention, enabled_class
@@ -38,11 +35,10 @@ from .growing import (
     attach_growth,
     detach_compiled_call,
     detach_growth,
-    find_growths,
 )
+from .model_plans import far_plans, plans_and_growths
 from .reporting import LayerReport, report, summary
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
-from .stages import Growth
 from .window_calls import Window, Windowing
 from .window_source import windowed_class
 from .windowing import attach_window, detach_window, find_windowings, refuse_saving, windowing_of
@@ -119,7 +115,7 @@ class Enabled:
                 if before is None:
                     enable(self.model, plan=self._previous.plan, tables=tables)
                 else:
-                    enable(self.model, plan=before.plan, tables=tables, **_arguments_of(before.window))
+                    enable(self.model, plan=before.plan, tables=tables, **before.window.arguments)
 
 
 def enable(  # noqa: PLR0913
@@ -240,7 +236,7 @@ def enable(  # noqa: PLR0913
             chosen, options["plan"] = before.window, before.plan
         if chosen is not None:
             return _enable_window(model, found, options, chosen, previous, before, rounded)
-        plans, growths, why_static = _plan_and_growths(model, found, options)
+        plans, growths, why_static = plans_and_growths(model, found, options)
         if targeted or plan is not None:
             _share_configs(model, rotaries)
         _swap_rotaries(model, found, plans, rounded)
@@ -312,11 +308,7 @@ def _window_of(size: int | None, far: str, scaling: str) -> Window | None:
     return None
 
 
-def _arguments_of(window: Window) -> dict[str, Any]:
-    return {"window": window.size, "far": window.far, "far_scaling": window.scaling}
-
-
-def _enable_window(  # noqa: PLR0913
+def _enable_window(
     model: nn.Module,
     found: Found,
     options: dict[str, Any],
@@ -326,7 +318,7 @@ def _enable_window(  # noqa: PLR0913
     rounded: bool,
 ) -> Enabled:
     """The end of :func:`enable` with a window: the trained frequencies stay, and the plan is for far distances."""
-    plans, why_static = _far_plans(found, options)
+    plans, why_static = far_plans(found, options)
     windowings = find_windowings(model, found, plans, window)
     if previous is not None:
         disable(model)  # everything was checked
@@ -347,19 +339,6 @@ def _enable_window(  # noqa: PLR0913
         _previous=previous,
         _previous_window=before,
     )
-
-
-def _far_plans(found: Found, options: dict[str, Any]) -> tuple[list[RopePlan | DynamicPlan | None], str]:
-    """The far plan for each rotary embedding, and why it is not dynamic where it might be.
-
-    Cached keys have the trained frequencies at every stage, so any model may have a dynamic one.
-    """
-    if options["dynamic"] is None and _is_target(options) and options["stages"] is None:
-        try:
-            return _plans_for(found.rotaries, {**options, "dynamic": True}), ""
-        except ValueError as error:
-            return _plans_for(found.rotaries, {**options, "dynamic": False}), str(error)
-    return _plans_for(found.rotaries, options), ""
 
 
 def _share_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
@@ -383,74 +362,6 @@ def _share_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
             shared.append((rotary, same[0]))
     for rotary, config in shared:
         rotary.config = config
-
-
-def _plan_and_growths(
-    model: nn.Module, found: Found, options: dict[str, Any]
-) -> tuple[list[RopePlan | DynamicPlan | None], dict[nn.Module, Growth], str]:
-    """The plan of each rotary embedding, what decoders keep of dynamic ones, and why there is none where one may be.
-
-    Without ``dynamic`` a new plan is dynamic where the model and the target admit it.
-    """
-    if options["dynamic"] is None and _is_target(options) and options["stages"] is None:
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                plans = _plans_for(found.rotaries, {**options, "dynamic": True})
-                growths = find_growths(model, found, plans)
-        except ValueError as error:
-            # Raises what is wrong with the target itself.
-            return _plans_for(found.rotaries, {**options, "dynamic": False}), {}, str(error)
-        for warning in caught:
-            warnings.warn(warning.message, stacklevel=3)
-        return plans, growths, ""
-    plans = _plans_for(found.rotaries, options)
-    return plans, find_growths(model, found, plans), ""
-
-
-def _is_target(options: dict[str, Any]) -> bool:
-    return any(options[key] is not None for key in ("target_length", "factor", "stages"))
-
-
-def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | DynamicPlan | None]:
-    """The plan of each rotary embedding; those that have one config share it."""
-    made: dict[int, RopePlan | DynamicPlan | None] = {}
-    for rotary in rotaries:
-        if id(rotary.config) not in made:
-            made[id(rotary.config)] = _plan_for(rotary, options)
-    return [made[id(rotary.config)] for rotary in rotaries]
-
-
-_NOT_OF_A_PLAN = ("plan", "dynamic", "stages", "tables", "window", "far", "far_scaling")
-
-
-def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicPlan | None:
-    """The plan for one rotary embedding, made from or checked against its stock config, before any change."""
-    swap = _swap_of(rotary)
-    plan = options["plan"]
-    if plan is None and not _is_target(options):
-        return swap.plan if swap else None
-    config = swap.config_before if swap and swap.plan else rotary.config
-    if plan is None:
-        own = {k: v for k, v in options.items() if k not in _NOT_OF_A_PLAN}
-        return (
-            dynamic_plan(config, stages=options["stages"], **own)
-            if options["dynamic"]
-            else make_plan(config, **own)
-        )
-    last = plan
-    if isinstance(plan, DynamicPlan):
-        config, last = trained_config(config), plan.stages[-1]
-    check_plan(last, config, any_length=True)
-    if not is_applied(last, config) and last.original_length_from != GIVEN:
-        length = pretrained_rope(config)[0].length
-        if plan.original_length != length:
-            warnings.warn(
-                f"the plan takes {plan.original_length} tokens as trained, the model's config says {length}",
-                stacklevel=4,
-            )
-    plan.config_overrides(config)
-    return plan
 
 
 def _swap_rotaries(

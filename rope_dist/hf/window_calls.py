@@ -52,7 +52,14 @@ class Window:
             if value not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r:.80}")
         if self.far == "grouped" and self.scaling != "none":
-            raise ValueError("far_scaling is of the plan's frequencies, and far='grouped' has the trained ones")
+            raise ValueError(
+                "far_scaling is of the plan's frequencies, and far='grouped' has the trained ones"
+            )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of :func:`rope_dist.enable`."""
+        return {"window": self.size, "far": self.far, "far_scaling": self.scaling}
 
 
 @dataclass(eq=False)
@@ -346,9 +353,7 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: CachedKe
     """Heads ``[B, H, S, D]``, rotated further in the dimensions that a model rotates."""
     heads, rotary_dim = x.transpose(1, 2), 2 * cos.shape[-1]
     start = 0 if how.first else heads.shape[-1] - rotary_dim
-    turned, _ = ops.rotary(
-        heads.narrow(-1, start, rotary_dim), None, cos, sin, interleaved=how.interleaved
-    )
+    turned, _ = ops.rotary(heads.narrow(-1, start, rotary_dim), None, cos, sin, interleaved=how.interleaved)
     if rotary_dim < heads.shape[-1]:
         turned = torch.cat((heads[..., :start], turned, heads[..., start + rotary_dim :]), dim=-1)
     return turned.transpose(1, 2)

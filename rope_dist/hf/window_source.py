@@ -20,7 +20,15 @@ from .window_calls import attend
 INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 """The table of attention functions in every model file of transformers."""
 
-_KNOWN = {"attention_mask", "dropout", "scaling", "sliding_window", "is_causal", "position_ids", "output_attentions"}
+_KNOWN = {
+    "attention_mask",
+    "dropout",
+    "scaling",
+    "sliding_window",
+    "is_causal",
+    "position_ids",
+    "output_attentions",
+}
 """Arguments of an attention function that change no logit."""
 
 _REASONS = {
@@ -155,4 +163,3 @@ def _copies_of(stock_module: str) -> dict[str, Any]:
     vars(module).update({**copies, "__name__": module.__name__, INTERFACES: _Interfaces(stock_module)})
     sys.modules[module.__name__] = module
     return vars(module)
-

@@ -199,4 +199,3 @@ def after_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         record = CacheRecord(call.windowing.plan)
         record.write(0, call.positions)
         attach(cache, record)
-

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK = 512
+BLOCK = 256
 """Queries at a time: long enough for fast matrix products, short enough for little waste at the edges of the window."""
 
 
@@ -65,7 +65,7 @@ class WindowBlocks:
         self.offset = self.keys - self.queries
         if self.offset < 0:
             raise ValueError(f"there are {self.queries} queries and only {self.keys} keys")
-        self.mask = None if mask is None else _visible(mask, self.queries, self.keys)
+        self.mask = None if mask is None else _visible(mask, self.queries, self.keys, self.offset)
         self.positions, self.key_positions = positions, key_positions
         on_cpu = positions.cpu(), key_positions.cpu()
         self.contiguous = self.mask is None and _contiguous(*on_cpu)
@@ -129,18 +129,20 @@ class WindowBlocks:
         return made
 
 
-def _visible(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
+def _visible(mask: torch.Tensor, queries: int, keys: int, offset: int) -> torch.Tensor | None:
+    """The mask as bool; None where it says no more than the order of the tokens."""
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != queries or mask.shape[3] < keys:
         raise ValueError(
             f"the mask must be [B, 1, {queries}, {keys}], the same for all heads, got {list(mask.shape)}"
         )
     mask = mask[..., :keys]
-    if mask.dtype == torch.bool:
-        return mask
-    seen = mask > torch.finfo(mask.dtype).min / 2
-    if bool((mask.masked_fill(~seen, 0.0) != 0).any()):
-        raise ValueError("the mask adds a bias to the logits: which distances it is for is not known")
-    return seen
+    seen = mask
+    if mask.dtype != torch.bool:
+        seen = mask > torch.finfo(mask.dtype).min / 2
+        if bool((mask.masked_fill(~seen, 0.0) != 0).any()):
+            raise ValueError("the mask adds a bias to the logits: which distances it is for is not known")
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril_(offset)
+    return None if bool((seen == causal).all()) else seen
 
 
 def _contiguous(positions: torch.Tensor, key_positions: torch.Tensor) -> bool:

@@ -113,7 +113,13 @@ def flex_windowed(  # noqa: PLR0913
         mask = create_block_mask(seen, batch, None, queries, keys, device=q.device)
         parts.append(
             flex_attention(
-                one_q, one_k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_lse=True
+                one_q,
+                one_k,
+                v,
+                block_mask=mask,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+                return_lse=True,
             )
         )
     out, _ = merge(parts, like=torch.zeros_like(parts[0][0]))

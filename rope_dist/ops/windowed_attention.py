@@ -78,7 +78,7 @@ def _check(
 
 class _Windowed(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913
+    def forward(
         ctx: Any,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -201,7 +201,7 @@ def _part(
     return (p.to(v.dtype) @ v), lse
 
 
-def _part_backward(  # noqa: PLR0913
+def _part_backward(
     grad: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
