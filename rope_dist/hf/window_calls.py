@@ -71,7 +71,7 @@ class Windowing:
         plan: the far plan.
         trained: ``[R/2]`` float32, the model's frequencies.
         far: ``[stages, R/2]`` float32, the frequencies beyond the window.
-        scalings: of the logits at each stage, relative to the trained model's.
+        scalings: of the logits at each stage, relative to the trained model's; of the rotated dimensions, as tables do.
         keys: how queries and keys are rotated.
     """
 
@@ -158,6 +158,7 @@ class WindowCall:
     _blocks: dict[int, tuple[Any, WindowBlocks]] = field(default_factory=dict)
     _turns: tuple[torch.Tensor, ...] | None = None
     _flash_mask: torch.Tensor | None = None
+    _is_stock: bool | None = None
 
     def note(self, positions: torch.Tensor) -> None:
         """Keep the positions of the tokens of the call; of several rotary embeddings, the first's."""
@@ -176,6 +177,14 @@ class WindowCall:
         if self.record is None:
             return self.positions
         return self.record.positions(0, self.record.length)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether every angle is a trained one, so that stock's attention does."""
+        if self._is_stock is None:
+            within = self.positions.max() - self.key_positions.min() < self.windowing.window.size
+            self._is_stock = self.windowing.is_trained(self.stage) or bool(within)
+        return self._is_stock
 
     def blocks(self, mask: torch.Tensor | None) -> WindowBlocks:
         """The blocks of the call under a mask."""
@@ -203,10 +212,13 @@ class WindowCall:
         return self._flash_mask
 
     def turns(self) -> tuple[torch.Tensor, ...]:
-        """cos and sin for the queries and for all keys."""
+        """cos and sin for the queries, with the attention scaling, and for all keys."""
         if self._turns is None:
-            of_queries = self.windowing.turns(self.positions, self.stage, of_queries=True)
-            self._turns = (*of_queries, *self._key_turns())
+            cos, sin = self.windowing.turns(self.positions, self.stage, of_queries=True)
+            if self.windowing.window.scaling != "none":
+                factor = self.windowing.scalings[self.stage]
+                cos, sin = cos * factor, sin * factor
+            self._turns = (cos, sin, *self._key_turns())
         return self._turns
 
     def _key_turns(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,8 +316,7 @@ def attend(
         return stock(module, query, key, value, attention_mask, **arguments)
     call = _call_of(module, windowing, query, key, kwargs.get("position_ids"))
     size = windowing.window.size
-    within = call.positions.max() - call.key_positions.min() < size
-    if windowing.is_trained(call.stage) or bool(within):
+    if call.is_stock:
         return stock(module, query, key, value, attention_mask, **arguments)
     if dropout:
         raise ValueError(
@@ -316,17 +327,18 @@ def attend(
         raise ValueError(f"the cache returned keys of {key.shape[2]} tokens where {tokens} were read")
     key, value = key[:, :, :tokens], value[:, :, :tokens]  # without the room of a static cache
     cos_q, sin_q, cos_k, sin_k = call.turns()
-    factor = 1.0 if windowing.window.scaling == "none" else windowing.scalings[call.stage]
+    if windowing.window.scaling == "all":
+        # As the plan's tables do it, of the dimensions that are rotated.
+        factor = torch.full_like(cos_q, windowing.scalings[call.stage])
+        near_query = _turned(query, factor, torch.zeros_like(factor), windowing.keys)
+    else:
+        near_query = query
     far_query = _turned(query, cos_q, sin_q, windowing.keys)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if windowing.window.scaling == "all":
-        scale *= factor
-    elif factor != 1.0:
-        far_query = far_query * factor
     far_key = _turned(key, cos_k, sin_k, windowing.keys)
     if hasattr(attention_mask, "mask_mod"):
         out = flex_windowed(
-            query,
+            near_query,
             key,
             far_query,
             far_key,
@@ -343,9 +355,9 @@ def attend(
         mask = call.flash_mask(attention_mask)
     blocks = call.blocks(mask)
     if blocks.contiguous and has_flash(query):
-        out = flash_windowed(query, key, far_query, far_key, value, size, scale)
+        out = flash_windowed(near_query, key, far_query, far_key, value, size, scale)
     else:
-        out = windowed_attention(query, key, far_query, far_key, value, blocks, scale)
+        out = windowed_attention(near_query, key, far_query, far_key, value, blocks, scale)
     return out.transpose(1, 2).contiguous(), None
 
 

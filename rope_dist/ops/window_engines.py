@@ -20,6 +20,13 @@ def _flash() -> Callable[..., Any] | None:
         return None
 
 
+@functools.cache
+def _flex(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if compiled else flex_attention
+
+
 def has_flash(q: torch.Tensor) -> bool:
     """Whether flash-attention takes ``q``. Its gradient is not used: that of a log-sum-exp is not returned."""
     return (
@@ -96,7 +103,7 @@ def flex_windowed(  # noqa: PLR0913
         positions, key_positions: ``[B or 1, S]``, ``[B or 1, T]``.
         mask_mod: of a ``BlockMask``: which keys each query sees.
     """
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     positions = positions.expand(batch, -1).contiguous()
@@ -108,19 +115,18 @@ def flex_windowed(  # noqa: PLR0913
     def far(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
         return mask_mod(b, h, i, j) & (positions[b, i] - key_positions[b, j] >= window)
 
-    parts = []
+    function, parts = _flex(q.device.type != "cpu"), []
     for seen, one_q, one_k in ((near, q, k), (far, far_q, far_k)):
         mask = create_block_mask(seen, batch, None, queries, keys, device=q.device)
-        parts.append(
-            flex_attention(
-                one_q,
-                one_k,
-                v,
-                block_mask=mask,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-                return_lse=True,
-            )
+        out, aux = function(
+            one_q,
+            one_k,
+            v,
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
         )
+        parts.append((out, aux.lse))
     out, _ = merge(parts, like=torch.zeros_like(parts[0][0]))
     return out
