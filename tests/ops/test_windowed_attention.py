@@ -60,7 +60,13 @@ def layout(case):
     rows, heads, kv_heads, queries, keys, window, padding = CASES[case]
     if padding is None:
         key_positions = torch.arange(keys)[None] + 3
-        return (rows, heads, kv_heads, queries, keys), window, key_positions[:, -queries:], key_positions, None
+        return (
+            (rows, heads, kv_heads, queries, keys),
+            window,
+            key_positions[:, -queries:],
+            key_positions,
+            None,
+        )
     return (rows, heads, kv_heads, queries, keys), window, *padded(queries, keys, padding)
 
 
@@ -79,7 +85,9 @@ class TestAgainstAllPairs:
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
         found = torch.autograd.grad(out, given, grad)
-        wanted = torch.autograd.grad(expected, given, grad.double(), materialize_grads=True, allow_unused=True)
+        wanted = torch.autograd.grad(
+            expected, given, grad.double(), materialize_grads=True, allow_unused=True
+        )
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=5e-6)
 
@@ -222,13 +230,17 @@ def flash_attn_func(q, k, v, *, softmax_scale, causal, return_attn_probs, window
     return (torch.softmax(logits, -1) @ v).transpose(1, 2), logits.logsumexp(-1), None
 
 
-@pytest.mark.parametrize(("queries", "keys", "window"), [(40, 40, 7), (40, 40, 1), (40, 40, 60), (1, 40, 7), (9, 40, 35)])
+@pytest.mark.parametrize(
+    ("queries", "keys", "window"), [(40, 40, 7), (40, 40, 1), (40, 40, 60), (1, 40, 7), (9, 40, 35)]
+)
 def test_by_the_interface_of_flash_attention(queries, keys, window):
     """A stand-in for the package: its interface and its masks as documented, not its kernels."""
     key_positions = torch.arange(keys)[None]
     given = tensors(2, 4, 2, queries, keys)
     out = flash_windowed(*given, window, 0.3, function=flash_attn_func)
-    expected = reference(*given, key_positions[:, -queries:], key_positions, window, causal(queries, keys), 0.3)
+    expected = reference(
+        *given, key_positions[:, -queries:], key_positions, window, causal(queries, keys), 0.3
+    )
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
 
 
