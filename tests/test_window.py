@@ -250,13 +250,8 @@ class TestCaches:
         cache.crop(-11)
         cache.reorder_cache(torch.tensor([1, 0]))
         swapped = [1, 0]
-        logits, _ = read(
-            enabled,
-            ids[swapped][:, 130:],
-            cache,
-            attention_mask=mask[swapped],
-            position_ids=positions[swapped][:, 130:],
-        )
+        given = {"attention_mask": mask[swapped], "position_ids": positions[swapped][:, 130:]}
+        logits, _ = read(enabled, ids[swapped][:, 130:], cache, **given)
         torch.testing.assert_close(logits, expected[swapped][:, 130:], rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize("beams", [1, 2])
