@@ -64,6 +64,10 @@ COMPARED_STRATEGIES = tuple(name for name in STRATEGY_NAMES if name != "longrope
 """What ``rope-dist compare`` compares: longrope has no factors of its own, they come from a search on a model."""
 DYNAMIC = "+dynamic"
 """What follows the name of a strategy whose plan is to grow with the text, where models are evaluated."""
+WINDOW, SCALING = "+window=", "+scaling="
+"""What follows it where distances below so many tokens are to stay the trained model's, and whose logits are scaled."""
+GROUPED = "grouped"
+"""In place of a strategy's name: positions beyond the window in groups."""
 TABLES = ("float32", "model")
 """Dtypes of the values of cos and sin that an enabled model rotates by."""
 EVALUATED_STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")

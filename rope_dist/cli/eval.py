@@ -16,7 +16,8 @@ Strategies = Annotated[
     option(
         values.variant,
         "NAME...",
-        f"stock, strategies, with settings (dprope:threshold=0), growing with the text (auto+dynamic), or plans "
+        f"stock, strategies, with settings (dprope:threshold=0), growing with the text (auto+dynamic), for distances "
+        f"beyond a window (auto+window=1024, grouped+window=1024), or plans "
         f"(plan.json); default: "
         f"{' '.join(defaults.EVALUATED_STRATEGIES)}.",
     ),

@@ -15,6 +15,7 @@ from typer import BadParameter
 from .. import defaults
 from ..defaults import PACKAGED_MODEL_NAMES, PRESETS, STRATEGY_NAMES, STRATEGY_SETTINGS, THRESHOLD_NAMES
 from ..messages import one_line, unknown
+from ..variant_names import split_variant
 
 # --- numbers -----------------------------------------------------------------------------------
 
@@ -106,11 +107,16 @@ engine = one_of("engine", defaults.ENGINE_NAMES)
 
 
 def variant(text: str) -> str:
-    """What ``eval`` measures: ``stock``, a strategy with or without ``+dynamic`` and settings, or a plan."""
+    """What ``eval`` measures: ``stock``, a strategy with or without ``+dynamic``, a window and settings, or a plan."""
     if text.endswith(".json"):
         return readable_file(text)
-    name, _, settings = text.partition(":")
-    name = name.removesuffix(defaults.DYNAMIC)
+    try:
+        parts = split_variant(text)
+    except ValueError as error:
+        raise BadParameter(str(error)) from None
+    name, settings = parts.strategy, parts.settings
+    if name == defaults.GROUPED:
+        return text
     if text != "stock" and name not in STRATEGY_NAMES:
         raise BadParameter(unknown("strategy", name, ("stock", *STRATEGY_NAMES), ", or a plan (PATH.json)"))
     for part in filter(None, settings.split(",")):

@@ -12,10 +12,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..defaults import DYNAMIC
+from ..defaults import GROUPED
 from ..dynamic import DynamicPlan, load_plan
-from ..hf import enable
+from ..hf import Window, enable
 from ..planning import RopePlan
+from ..variant_names import split_variant
 
 STOCK = "stock"
 """Label of the unchanged model, run by stock transformers."""
@@ -23,14 +24,17 @@ STOCK = "stock"
 
 @dataclass(frozen=True)
 class Variant:
-    """A label and its plan (None: the stock model)."""
+    """A label, its plan (None: the stock model) and the window within which distances are the trained model's."""
 
     label: str
     plan: RopePlan | DynamicPlan | None
+    window: Window | None = None
 
     def applied(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
         """Context manager: the plan is applied to ``model`` inside it and removed after it."""
-        return enable(model, plan=self.plan) if self.plan else nullcontext()
+        if self.plan is None:
+            return nullcontext()
+        return enable(model, plan=self.plan, **(self.window.arguments if self.window else {}))
 
     @property
     def fingerprint(self) -> str:
@@ -42,6 +46,8 @@ class Variant:
             computed = [[length, *_computed(self.plan.at(length))] for length in self.plan.lengths]
         else:
             computed = _computed(self.plan)
+        if self.window is not None:
+            computed = [self.window.arguments, computed]
         return hashlib.sha256(json.dumps(computed).encode()).hexdigest()[:12]
 
     @property
@@ -61,8 +67,10 @@ def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: i
         model: of a supported family; unchanged on return.
         names: ``stock``; a name of :data:`rope_dist.strategies.STRATEGIES`; the same with settings,
             ``dprope:threshold=0`` (comma-separated, values are JSON or plain strings); a name followed by
-            ``+dynamic``, ``auto+dynamic:fast_periods=32``, for a plan that grows with the text; or the path of a
-            plan, ending in ``.json``. Duplicates are ignored.
+            ``+dynamic``, ``auto+dynamic:fast_periods=32``, for a plan that grows with the text, then
+            ``+window=1024`` for one that is for distances beyond a window; ``grouped`` with a window, for far positions
+            in groups (Self-Extend, with ``+dynamic`` Jet-Long); or the path of a plan, ending in ``.json``.
+            Duplicates are ignored.
         target_length: tokens that strategies are planned for.
 
     Raises:
@@ -78,17 +86,15 @@ def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: i
             options: dict[str, Any] = {"plan": _load_plan(name)}
             label = Path(name).stem
         else:
-            strategy, _, settings = name.partition(":")
-            dynamic = strategy.endswith(DYNAMIC)
-            options = {
-                "target_length": target_length,
-                "strategy": strategy.removesuffix(DYNAMIC),
-                "dynamic": dynamic,
-            }
-            options |= _settings(name, settings)
+            parts = split_variant(name)
+            options = {"target_length": target_length, "dynamic": parts.dynamic}
+            if parts.window:
+                options |= {"window": parts.window, "far_scaling": parts.scaling}
+            options |= {"far": GROUPED} if parts.strategy == GROUPED else {"strategy": parts.strategy}
+            options |= _settings(name, parts.settings)
             label = name
         with enable(model, **options) as enabled:
-            made = Variant(label, enabled.plan)
+            made = Variant(label, enabled.plan, enabled.window)
         if variants.setdefault(label, made) != made:
             raise ValueError(f"two plans are called {label}: rename one of the files")
     return list(variants.values())

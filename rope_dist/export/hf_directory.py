@@ -218,6 +218,11 @@ def hf(  # noqa: PLR0913
         return out
     if not hasattr(model_or_dir, "save_pretrained"):
         raise TypeError(f"expected a transformers model or a directory, got {type(model_or_dir).__name__}")
+    if any("_rope_dist_window" in vars(module) for module in model_or_dir.modules()):
+        raise ValueError(
+            "the model has a window, within which its distances are the trained ones, and no engine reads one from a "
+            "config: rope_dist.disable(model) first, and export a plan that is meant for all distances"
+        )
     config = _start(model_or_dir.config, plan)
     check_model(StockModel(config), plan, engines, form, hint=FORCED)
     with new_directory(out, force=force) as temporary:

@@ -10,11 +10,13 @@ from .patching import Enabled, disable, enable, enabled_modules
 from .reporting import LayerReport, report, summary
 from .stages import expect_length
 from .support import ModelSupport, supported
+from .window_calls import Window
 
 __all__ = [
     "Enabled",
     "LayerReport",
     "ModelSupport",
+    "Window",
     "disable",
     "enable",
     "enabled_modules",

@@ -10,6 +10,7 @@ import torch
 from transformers import Cache
 
 from ..dynamic import DynamicPlan
+from ..planning import RopePlan
 
 _RECORD = "_rope_dist_record"
 _PIECES = 256
@@ -27,11 +28,12 @@ class CacheRecord:
             been seen to run, as a compiled one never is.
     """
 
-    def __init__(self, plan: DynamicPlan) -> None:
+    def __init__(self, plan: RopePlan | DynamicPlan) -> None:
         self.plan = plan
         self.stage: int | None = 0
         self.length = 0
         self.announced = 0
+        self.turns: Any = None
         self._pieces: list[torch.Tensor] = []
 
     def write(self, start: int, positions: torch.Tensor) -> None:
@@ -49,6 +51,7 @@ class CacheRecord:
         if length < self.length:
             known = self.positions(0, length)
             self._pieces, self.length = ([known] if length else []), length
+            self.turns = None
 
     def positions(self, start: int, end: int) -> torch.Tensor:
         """``[..., B or 1, end - start]`` int64."""
@@ -63,6 +66,7 @@ class CacheRecord:
         known = self.positions(0, self.length)
         if self.length and known.shape[-2] > 1:
             self._pieces = [choose(known.transpose(0, -2)).transpose(0, -2)]
+            self.turns = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
         copied = CacheRecord(self.plan)
@@ -140,7 +144,7 @@ def is_paged(cache: Any) -> bool:
     return type(cache).__name__ == "PagedAttentionCache"
 
 
-def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
+def recorded(cache: Cache, plan: RopePlan | DynamicPlan) -> CacheRecord:
     """The record of a cache under ``plan``; a new one where it has none, or is empty.
 
     Keys that another model has put there count as the trained model's, at the positions that follow, with a warning.
@@ -152,7 +156,7 @@ def recorded(cache: Cache, plan: DynamicPlan) -> CacheRecord:
     """
     if not isinstance(cache, Cache):
         raise TypeError(
-            f"a dynamic plan needs a transformers.Cache, got {type(cache).__name__}, whose keys cannot be corrected"
+            f"the plan needs a transformers.Cache, got {type(cache).__name__}, whose keys cannot be corrected"
         )
     record, there = record_of(cache), _tokens_on_cpu(cache)
     if there is None:

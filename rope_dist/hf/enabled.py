@@ -82,7 +82,7 @@ def check_unchanged(enabled: type[EnabledAttention]) -> None:
             raise Unsupported(f"{base.__name__}.{method} of {base.__module__} has been replaced: {UNDO}")
         for name in functions_called(function, base, method):
             file.check_own(name)
-        _copies_of(base.__module__).update(_others(base.__module__))
+        copied_globals(base.__module__).update(_others(base.__module__))
 
 
 @functools.cache
@@ -110,7 +110,7 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
         file = stock_file(base.__module__)
         file.check_own_method(base, method)
         forms.update({name: file.form(name) for name in functions})
-        copies = _copies_of(base.__module__)  # kept: not of a file that somebody else has changed
+        copies = copied_globals(base.__module__)  # kept: not of a file that somebody else has changed
         for name in functions:
             copies[name] = replacement(forms[name], file.function(name))
             _REPLACED[base.__module__].add(name)
@@ -125,7 +125,7 @@ def enabled_class(stock: type[nn.Module]) -> type[nn.Module]:
                     code, body["norms"] = fusion.code, fusion.norms
         if code is None or not fusion.projects:
             reasons.append(why_separate(tree, functions[0], [forms[name] for name in functions], unknown))
-        body[method] = _copied(vars(base)[method], copies, code)
+        body[method] = copied_method(vars(base)[method], copies, code)
         copied[base, method] = vars(base)[method]
     body["copied"] = copied
     body["forms"] = tuple(forms.values())
@@ -143,7 +143,7 @@ _REPLACED: dict[str, set[str]] = defaultdict(set)
 
 
 @functools.cache
-def _copies_of(stock_module: str) -> dict[str, Any]:
+def copied_globals(stock_module: str) -> dict[str, Any]:
     """The globals for copies of a stock file's functions.
 
     They belong to a module that can be imported by its name, which is how torch.compile finds them.
@@ -163,10 +163,10 @@ def _others(stock_module: str) -> dict[str, Any]:
     return {name: value for name, value in stock.items() if not name.startswith("__") and name not in mine}
 
 
-def _copied(function: FunctionType, copies: dict[str, Any], code: CodeType | None) -> FunctionType:
+def copied_method(function: FunctionType, copies: dict[str, Any], code: CodeType | None) -> FunctionType:
     """A copy of a method with the globals ``copies``, and the code ``code`` if given; its decorators stay around it."""
     inside = getattr(function, "__wrapped__", None)
-    new_inside = None if inside is None else _copied(inside, copies, code)
+    new_inside = None if inside is None else copied_method(inside, copies, code)
     if inside is None:
         new_code, own, closure = code or function.__code__, copies, None if code else function.__closure__
     else:

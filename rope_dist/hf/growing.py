@@ -48,7 +48,7 @@ def find_growths(model: nn.Module, found: Found, plans: list[Any]) -> dict[nn.Mo
     for rotary, plan in zip(found.rotaries, plans, strict=True):
         if not isinstance(plan, DynamicPlan):
             continue
-        decoder = _decoder(model, names, rotary)
+        decoder = decoder_around(model, names, rotary)
         if decoder not in growths:
             swap = rotary.__dict__.get("_rope_dist_swap")
             config = swap.config_before if swap is not None and swap.plan is not None else rotary.config
@@ -64,7 +64,7 @@ def find_growths(model: nn.Module, found: Found, plans: list[Any]) -> dict[nn.Mo
 _STATIC = "give it a static plan (dynamic=False)"
 
 
-def _decoder(model: nn.Module, names: dict[nn.Module, str], rotary: nn.Module) -> nn.Module:
+def decoder_around(model: nn.Module, names: dict[nn.Module, str], rotary: nn.Module) -> nn.Module:
     """The model around a rotary embedding that is given the cache."""
     path = names[rotary]
     while path:
@@ -123,11 +123,11 @@ def _get_compiled_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     compiled = type(model).get_compiled_call(model, *args, **kwargs)
 
     def call(**inputs: Any) -> Any:
-        cache = _cache(inputs)
+        cache = cache_of(inputs)
         for decoder in model.modules() if cache is not None else ():
             if "_rope_dist_growth" in decoder.__dict__:
                 decoder._rope_dist_growth.by_hand = True
-                _prepare(decoder, cache, _tokens(inputs), inputs.get("position_ids"))
+                _prepare(decoder, cache, tokens_of(inputs), inputs.get("position_ids"))
         return compiled(**inputs)
 
     return call
@@ -152,9 +152,9 @@ def detach_growth(decoder: nn.Module) -> None:
 def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Choose the stage of a call, and correct its cache."""
     growth: Growth = decoder._rope_dist_growth
-    inputs = _arguments(decoder, args, kwargs)
-    new = _tokens(inputs)
-    cache = _cache(inputs)
+    inputs = inputs_of(decoder, args, kwargs)
+    new = tokens_of(inputs)
+    cache = cache_of(inputs)
     if is_paged(cache):
         _use_last_stage(decoder, growth)
         return
@@ -205,7 +205,7 @@ def after_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         attach(cache, record)
 
 
-def _arguments(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def inputs_of(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(_parameters(type(decoder)), args, strict=False)), **kwargs} if args else kwargs
 
 
@@ -219,14 +219,14 @@ def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 _PARAMETERS: dict[type, tuple[str, ...]] = {}
 
 
-def _tokens(inputs: dict[str, Any]) -> int:
+def tokens_of(inputs: dict[str, Any]) -> int:
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
             return inputs[name].shape[1]
     return 0  # stock says what is missing
 
 
-def _cache(inputs: dict[str, Any]) -> Cache | None:
+def cache_of(inputs: dict[str, Any]) -> Cache | None:
     for name in CACHE_NAMES:
         if inputs.get(name) is not None:
             return inputs[name]

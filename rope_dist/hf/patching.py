@@ -22,12 +22,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..checking import check_plan, is_applied
 from ..defaults import TABLES
-from ..dynamic import DynamicPlan, dynamic_plan, trained_config
-from ..model_config import GIVEN, pretrained_rope
+from ..dynamic import DynamicPlan
 from ..planning import RopePlan, check_options
-from ..planning import plan as make_plan
 from ..strategies import DEFAULT_STRATEGY
 from .constructing import ends_construction, is_left_alone, is_part, left_alone
 from .enabled import EnabledAttention, enabled_class
@@ -38,11 +35,13 @@ from .growing import (
     attach_growth,
     detach_compiled_call,
     detach_growth,
-    find_growths,
 )
+from .model_plans import far_plans, plans_and_growths
 from .reporting import LayerReport, report, summary
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
-from .stages import Growth
+from .window_calls import Window, Windowing
+from .window_source import windowed_class
+from .windowing import attach_window, detach_window, find_windowings, refuse_saving, windowing_of
 
 _LOCK = threading.RLock()
 
@@ -73,6 +72,7 @@ class Enabled:
     Attributes:
         model: the enabled model, or None where models yet to be built are meant.
         plan: the plan in force, or None for the model's own frequencies.
+        window: within which distances are the trained model's, and the plan is for those beyond; None without one.
         layers: number of attention layers that were swapped.
         why_static: why the model could not be given a dynamic plan; empty where it has one or none was wanted.
     """
@@ -81,13 +81,16 @@ class Enabled:
     plan: RopePlan | DynamicPlan | None
     layers: int = 0
     why_static: str = ""
+    window: Window | None = None
     _previous: _Swap | None = None
+    _previous_window: Windowing | None = None
     _global: _GlobalMode | None = None
     _previous_options: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         what = "models yet to be built" if self.model is None else type(self.model).__name__
-        return f"Enabled({what}, {self.layers} attention layers, plan={self.plan!r})"
+        window = "" if self.window is None else f", window={self.window!r}"
+        return f"Enabled({what}, {self.layers} attention layers, plan={self.plan!r}{window})"
 
     def report(self) -> list[LayerReport]:
         """Which path each attention layer takes now: see :func:`rope_dist.report`."""
@@ -108,7 +111,11 @@ class Enabled:
             disable(self.model)
             if self._previous is not None:
                 tables = "model" if self._previous.rounded else "float32"
-                enable(self.model, plan=self._previous.plan, tables=tables)
+                before = self._previous_window
+                if before is None:
+                    enable(self.model, plan=self._previous.plan, tables=tables)
+                else:
+                    enable(self.model, plan=before.plan, tables=tables, **before.window.arguments)
 
 
 def enable(  # noqa: PLR0913
@@ -123,6 +130,9 @@ def enable(  # noqa: PLR0913
     original_length: int | None = None,
     settings: Mapping[str, Any] | None = None,
     tables: str = "float32",
+    window: int | None = None,
+    far: str = "plan",
+    far_scaling: str = "none",
     **more_settings: Any,
 ) -> Enabled:
     """Run a model's rotary embedding through this package, with new frequencies if asked for.
@@ -154,6 +164,14 @@ def enable(  # noqa: PLR0913
             ``"model"`` rounds them to the dtype of the activations, and rotates what the model's own projections and
             norms return: bit for bit what vLLM's CUDA kernel computes, for trainers whose rollouts it writes. Models
             in float32 are the same by both.
+        window: distances below it stay the trained model's, and the plan is for those beyond (docs/window.md): the
+            attention of layers that see whole texts is computed in two parts. The config is left as it was, and
+            ``save_pretrained`` refuses: no engine reads such a model from one.
+        far: of a window: ``"plan"``, beyond it angles grow by the plan's frequencies; ``"grouped"``, by the trained
+            ones over positions divided by the scale and rounded down (Self-Extend; by the length of the text where the
+            plan is dynamic, Jet-Long). It needs no strategy.
+        far_scaling: of a window: which logits the plan's attention scaling multiplies: ``"none"``, as in the published
+            methods, the ``"far"`` ones, or ``"all"`` of texts longer than the window.
 
     Returns:
         What was done; leaving it as a context manager undoes it.
@@ -186,6 +204,11 @@ def enable(  # noqa: PLR0913
         raise ValueError("give either a plan or stages")
     if tables not in TABLES:
         raise ValueError(f"tables must be {' or '.join(map(repr, TABLES))}, got {tables!r:.80}")
+    chosen = _window_of(window, far, far_scaling)
+    if chosen is not None and not targeted and plan is None:
+        raise ValueError("a window needs a far plan: give target_length, factor or plan too")
+    if chosen is not None and far == "grouped" and (given or strategy != DEFAULT_STRATEGY):
+        raise ValueError("far='grouped' has the trained frequencies: it takes no strategy and no settings")
     options = {
         "target_length": target_length,
         "factor": factor,
@@ -196,6 +219,9 @@ def enable(  # noqa: PLR0913
         "dynamic": dynamic,
         "stages": stages,
         "tables": tables,
+        "window": window,
+        "far": far,
+        "far_scaling": far_scaling,
     }
     with _LOCK:
         if model is None:
@@ -204,17 +230,19 @@ def enable(  # noqa: PLR0913
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         found = find(model)
         rotaries, attentions = found.rotaries, found.attentions
-        previous = copy.copy(_swap_of(rotaries[0]))
-        plans, growths, why_static = _plan_and_growths(model, found, options)
+        previous, before = copy.copy(_swap_of(rotaries[0])), windowing_of(model)
+        rounded = tables == "model"
+        if chosen is None and before is not None and not targeted and plan is None:
+            chosen, options["plan"] = before.window, before.plan
+        if chosen is not None:
+            return _enable_window(model, found, options, chosen, previous, before, rounded)
+        plans, growths, why_static = plans_and_growths(model, found, options)
         if targeted or plan is not None:
             _share_configs(model, rotaries)
-        rounded = tables == "model"
         _swap_rotaries(model, found, plans, rounded)
-        for attention in attentions:
-            if not isinstance(attention, EnabledAttention):
-                _set_class(attention, enabled_class(type(attention)))
-            attention._rope_dist_rounded = rounded
+        _swap_attentions(attentions, rounded)
         for module in list(model.modules()):
+            detach_window(module)
             if module in growths:
                 attach_growth(module, growths[module])
             else:
@@ -223,7 +251,9 @@ def enable(  # noqa: PLR0913
             if growths and isinstance(module, PreTrainedModel):
                 attach_compiled_call(module)
         _ENABLED_MODELS.add(model)
-        return Enabled(model, plans[0], len(attentions), why_static, _previous=previous)
+        return Enabled(
+            model, plans[0], len(attentions), why_static, _previous=previous, _previous_window=before
+        )
 
 
 def disable(model: nn.Module | None = None) -> None:
@@ -248,6 +278,7 @@ def disable(model: nn.Module | None = None) -> None:
                 module.__dict__.pop("_rope_dist_rounded", None)
                 _set_class(module, type(module).stock)
             detach_growth(module)
+            detach_window(module)
             detach_compiled_call(module)
         _ENABLED_MODELS.discard(model)
 
@@ -259,6 +290,55 @@ _ENABLED_MODELS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def _swap_of(rotary: nn.Module) -> _Swap | None:
     return rotary.__dict__.get("_rope_dist_swap")
+
+
+def _swap_attentions(attentions: list[nn.Module], rounded: bool) -> None:
+    for attention in attentions:
+        enabled = enabled_class(getattr(type(attention), "stock", type(attention)))
+        if type(attention) is not enabled:
+            _set_class(attention, enabled)
+        attention._rope_dist_rounded = rounded
+
+
+def _window_of(size: int | None, far: str, scaling: str) -> Window | None:
+    if size is not None:
+        return Window(size, far, scaling)
+    if (far, scaling) != (Window.far, Window.scaling):
+        raise ValueError("far and far_scaling are of a window: give window too")
+    return None
+
+
+def _enable_window(
+    model: nn.Module,
+    found: Found,
+    options: dict[str, Any],
+    window: Window,
+    previous: _Swap | None,
+    before: Windowing | None,
+    rounded: bool,
+) -> Enabled:
+    """The end of :func:`enable` with a window: the trained frequencies stay, and the plan is for far distances."""
+    plans, why_static = far_plans(found, options)
+    windowings = find_windowings(model, found, plans, window)
+    if previous is not None:
+        disable(model)  # everything was checked
+    _swap_rotaries(model, found, [None] * len(found.rotaries), rounded)
+    _swap_attentions(found.attentions, rounded)
+    for decoder, (windowing, rotaries, attentions) in windowings.items():
+        attach_window(decoder, windowing, rotaries, attentions)
+        for attention in attentions:
+            _set_class(attention, windowed_class(type(attention).stock))
+    refuse_saving(model)
+    _ENABLED_MODELS.add(model)
+    return Enabled(
+        model,
+        plans[0],
+        len(found.attentions),
+        why_static,
+        window,
+        _previous=previous,
+        _previous_window=before,
+    )
 
 
 def _share_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
@@ -282,71 +362,6 @@ def _share_configs(model: nn.Module, rotaries: list[nn.Module]) -> None:
             shared.append((rotary, same[0]))
     for rotary, config in shared:
         rotary.config = config
-
-
-def _plan_and_growths(
-    model: nn.Module, found: Found, options: dict[str, Any]
-) -> tuple[list[RopePlan | DynamicPlan | None], dict[nn.Module, Growth], str]:
-    """The plan of each rotary embedding, what decoders keep of dynamic ones, and why there is none where one may be.
-
-    Without ``dynamic`` a new plan is dynamic where the model and the target admit it.
-    """
-    if options["dynamic"] is None and _is_target(options) and options["stages"] is None:
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                plans = _plans_for(found.rotaries, {**options, "dynamic": True})
-                growths = find_growths(model, found, plans)
-        except ValueError as error:
-            # Raises what is wrong with the target itself.
-            return _plans_for(found.rotaries, {**options, "dynamic": False}), {}, str(error)
-        for warning in caught:
-            warnings.warn(warning.message, stacklevel=3)
-        return plans, growths, ""
-    plans = _plans_for(found.rotaries, options)
-    return plans, find_growths(model, found, plans), ""
-
-
-def _is_target(options: dict[str, Any]) -> bool:
-    return any(options[key] is not None for key in ("target_length", "factor", "stages"))
-
-
-def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | DynamicPlan | None]:
-    """The plan of each rotary embedding; those that have one config share it."""
-    made: dict[int, RopePlan | DynamicPlan | None] = {}
-    for rotary in rotaries:
-        if id(rotary.config) not in made:
-            made[id(rotary.config)] = _plan_for(rotary, options)
-    return [made[id(rotary.config)] for rotary in rotaries]
-
-
-def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicPlan | None:
-    """The plan for one rotary embedding, made from or checked against its stock config, before any change."""
-    swap = _swap_of(rotary)
-    plan = options["plan"]
-    if plan is None and not _is_target(options):
-        return swap.plan if swap else None
-    config = swap.config_before if swap and swap.plan else rotary.config
-    if plan is None:
-        own = {k: v for k, v in options.items() if k not in ("plan", "dynamic", "stages", "tables")}
-        return (
-            dynamic_plan(config, stages=options["stages"], **own)
-            if options["dynamic"]
-            else make_plan(config, **own)
-        )
-    last = plan
-    if isinstance(plan, DynamicPlan):
-        config, last = trained_config(config), plan.stages[-1]
-    check_plan(last, config, any_length=True)
-    if not is_applied(last, config) and last.original_length_from != GIVEN:
-        length = pretrained_rope(config)[0].length
-        if plan.original_length != length:
-            warnings.warn(
-                f"the plan takes {plan.original_length} tokens as trained, the model's config says {length}",
-                stacklevel=4,
-            )
-    plan.config_overrides(config)
-    return plan
 
 
 def _swap_rotaries(

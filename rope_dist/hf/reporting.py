@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -33,11 +33,13 @@ class LayerReport:
             launch, after the layer's own projections), ``"rotary"`` (after its own norms too) or ``"untouched"`` (the
             stock forward).
         reason: why not the first; empty where it is.
+        window: of a model with a window, how the layer attends to near and far distances; else empty.
     """
 
     name: str
     path: str
     reason: str = ""
+    window: str = ""
 
 
 def report(
@@ -60,8 +62,18 @@ def report(
     for name, module in language_modules(model):
         stock = stock_class(type(module))
         if stock is not None and not is_rotary_embedding(stock):
-            layers.append(_layer(name, module, stock, x))
+            layers.append(replace(_layer(name, module, stock, x), window=_window(module)))
     return layers
+
+
+def _window(attention: nn.Module) -> str:
+    windowing = attention.__dict__.get("_rope_dist_window")
+    if windowing is None:
+        return ""
+    window, plan = windowing.window, windowing.plan
+    far = f"by {plan.strategy} {plan.scale:g}x" if window.far == "plan" else f"grouped, {plan.scale:g}x"
+    scaled = "" if window.scaling == "none" else f", attention scaling of {window.scaling} logits"
+    return f"distances below {window.size} as trained, beyond {far}{scaled}"
 
 
 def _layer(name: str, attention: nn.Module, stock: type, x: torch.Tensor) -> LayerReport:
@@ -94,8 +106,10 @@ def _layer(name: str, attention: nn.Module, stock: type, x: torch.Tensor) -> Lay
 def summary(layers: list[LayerReport]) -> str:
     """``layers`` as text, a line for each run of neighbours that take one path for one reason."""
     lines = []
-    for (path, reason), run in itertools.groupby(layers, key=lambda layer: (layer.path, layer.reason)):
+    for (path, reason, window), run in itertools.groupby(
+        layers, key=lambda layer: (layer.path, layer.reason, layer.window)
+    ):
         names = [layer.name for layer in run]
         where = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} layers)"
-        lines.append(f"{where}: {path}{f' ({reason})' if reason else ''}")
+        lines.append(f"{where}: {path}{f' ({reason})' if reason else ''}{f'; {window}' if window else ''}")
     return "\n".join(lines)

@@ -13,9 +13,11 @@ from transformers import PretrainedConfig
 
 from ..dynamic import DynamicPlan, trained_config
 from ..layer_types import extended_layers
+from ..planning import RopePlan
 from .applying import keep_pairs, pairs_of
 from .forms import Form, Unsupported
 from .stages import current_call, note_positions
+from .window_calls import note_window_positions
 
 
 class EnabledModule:
@@ -146,6 +148,8 @@ class EnabledRotaryEmbedding(EnabledModule):
             # Without its decorator, which looks at the positions of every call to choose between equal frequencies.
             made = self.tables_of(x, position_ids, **kwargs)
         made = rounded(made, dtype)
+        if (windowing := self.__dict__.get("_rope_dist_window")) is not None:
+            note_window_positions(windowing, position_ids)
         if not torch.compiler.is_compiling():
             keep_pairs(swap.tables, made)
         return made
@@ -213,6 +217,30 @@ def stock_stages(stock: type[nn.Module], config: PretrainedConfig, plan: Dynamic
         extended.get_text_config(decoder=True).__dict__.update(stage.config_overrides(config))
         configs.append(extended)
     return [new_stock(stock, config) for config in configs]
+
+
+def far_frequencies(
+    stock: type[nn.Module], config: PretrainedConfig, plan: RopePlan | DynamicPlan
+) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]:
+    """Frequencies ``[R/2]`` of the trained model and ``[stages, R/2]`` of a plan, float32 on the CPU.
+
+    The third are the factors of the logits at each stage: attention scaling squared, relative to the trained one.
+
+    Args:
+        config: of the trained model.
+    """
+    inv_freq, scaling = _names(config)
+    if isinstance(plan, DynamicPlan):
+        check_stages(stock, config, plan)
+        trained, *_ = stages = stock_stages(stock, config, plan)
+    else:
+        extended = copy.deepcopy(config)
+        extended.get_text_config(decoder=True).__dict__.update(plan.config_overrides(config))
+        trained, stages = new_stock(stock, config), [new_stock(stock, extended)]
+    own = float(getattr(trained, scaling, 1.0))
+    factors = tuple((float(getattr(stage, scaling, 1.0)) / own) ** 2 for stage in stages)
+    far = torch.stack([getattr(stage, inv_freq).float() for stage in stages])
+    return getattr(trained, inv_freq).float().clone(), far, factors
 
 
 @torch.no_grad()

@@ -48,7 +48,7 @@ class Growth:
     def stage(self, tokens: int, before: int = 0) -> int:
         """The stage for ``tokens`` in all, of a text that was read by the stage ``before``."""
         plan = self.plan
-        stage = plan.stage(max(tokens, getattr(_LOCAL, "at_least", 0), 1))
+        stage = plan.stage(max(tokens, expected_length(), 1))
         while stage < before and tokens > plan.lengths[stage] * (1 - BACK):
             stage += 1
         return stage
@@ -109,6 +109,11 @@ def note_positions(call: Call, positions: torch.Tensor) -> None:
             call.record.write(call.past, positions)
 
 
+def expected_length() -> int:
+    """Tokens of :func:`expect_length` in this thread, else 0."""
+    return getattr(_LOCAL, "at_least", 0)
+
+
 @contextlib.contextmanager
 def expect_length(length: int) -> Iterator[None]:
     """Context manager: models with dynamic plans read what they are given as part of ``length`` tokens or more.
@@ -121,7 +126,7 @@ def expect_length(length: int) -> Iterator[None]:
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"the length must be a positive whole number of tokens, got {length!r}")
-    before = getattr(_LOCAL, "at_least", 0)
+    before = expected_length()
     _LOCAL.at_least = max(before, length)
     try:
         yield

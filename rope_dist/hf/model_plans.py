@@ -1,0 +1,98 @@
+"""The plan of each rotary embedding of a model, from the arguments of ``enable``, before any change."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+
+from ..checking import check_plan, is_applied
+from ..dynamic import DynamicPlan, dynamic_plan, trained_config
+from ..model_config import GIVEN, pretrained_rope
+from ..planning import RopePlan
+from ..planning import plan as make_plan
+from .finding import Found
+from .growing import find_growths
+from .stages import Growth
+
+
+def plans_and_growths(
+    model: nn.Module, found: Found, options: dict[str, Any]
+) -> tuple[list[RopePlan | DynamicPlan | None], dict[nn.Module, Growth], str]:
+    """The plan of each rotary embedding, what decoders keep of dynamic ones, and why there is none where one may be.
+
+    Without ``dynamic`` a new plan is dynamic where the model and the target admit it.
+    """
+    if options["dynamic"] is None and is_target(options) and options["stages"] is None:
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                plans = _plans_for(found.rotaries, {**options, "dynamic": True})
+                growths = find_growths(model, found, plans)
+        except ValueError as error:
+            # Raises what is wrong with the target itself.
+            return _plans_for(found.rotaries, {**options, "dynamic": False}), {}, str(error)
+        for warning in caught:
+            warnings.warn(warning.message, stacklevel=3)
+        return plans, growths, ""
+    plans = _plans_for(found.rotaries, options)
+    return plans, find_growths(model, found, plans), ""
+
+
+def is_target(options: dict[str, Any]) -> bool:
+    return any(options[key] is not None for key in ("target_length", "factor", "stages"))
+
+
+def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | DynamicPlan | None]:
+    """The plan of each rotary embedding; those that have one config share it."""
+    made: dict[int, RopePlan | DynamicPlan | None] = {}
+    for rotary in rotaries:
+        if id(rotary.config) not in made:
+            made[id(rotary.config)] = _plan_for(rotary, options)
+    return [made[id(rotary.config)] for rotary in rotaries]
+
+
+_NOT_OF_A_PLAN = ("plan", "dynamic", "stages", "tables", "window", "far", "far_scaling")
+
+
+def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicPlan | None:
+    """The plan for one rotary embedding, made from or checked against its stock config, before any change."""
+    swap = rotary.__dict__.get("_rope_dist_swap")
+    plan = options["plan"]
+    if plan is None and not is_target(options):
+        return swap.plan if swap else None
+    config = swap.config_before if swap and swap.plan else rotary.config
+    if plan is None:
+        own = {k: v for k, v in options.items() if k not in _NOT_OF_A_PLAN}
+        return (
+            dynamic_plan(config, stages=options["stages"], **own)
+            if options["dynamic"]
+            else make_plan(config, **own)
+        )
+    last = plan
+    if isinstance(plan, DynamicPlan):
+        config, last = trained_config(config), plan.stages[-1]
+    check_plan(last, config, any_length=True)
+    if not is_applied(last, config) and last.original_length_from != GIVEN:
+        length = pretrained_rope(config)[0].length
+        if plan.original_length != length:
+            warnings.warn(
+                f"the plan takes {plan.original_length} tokens as trained, the model's config says {length}",
+                stacklevel=4,
+            )
+    plan.config_overrides(config)
+    return plan
+
+
+def far_plans(found: Found, options: dict[str, Any]) -> tuple[list[RopePlan | DynamicPlan | None], str]:
+    """The far plan for each rotary embedding, and why it is not dynamic where it might be.
+
+    Cached keys have the trained frequencies at every stage, so any model may have a dynamic one.
+    """
+    if options["dynamic"] is None and is_target(options) and options["stages"] is None:
+        try:
+            return _plans_for(found.rotaries, {**options, "dynamic": True}), ""
+        except ValueError as error:
+            return _plans_for(found.rotaries, {**options, "dynamic": False}), str(error)
+    return _plans_for(found.rotaries, options), ""

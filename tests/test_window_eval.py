@@ -1,0 +1,73 @@
+"""Windows among the variants that ``rope-dist eval`` measures."""
+
+import pytest
+import torch
+from helpers.growing import text
+from helpers.model_families import model_of
+from typer import BadParameter
+
+from rope_dist.cli.values import variant
+from rope_dist.evaluation import make_variants
+from rope_dist.hf import Window
+from rope_dist.variant_names import VariantName, split_variant
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("auto", VariantName("auto", False, 0, "none", "")),
+        ("auto+dynamic:fast_periods=32", VariantName("auto", True, 0, "none", "fast_periods=32")),
+        ("auto+window=1024", VariantName("auto", False, 1024, "none", "")),
+        (
+            "yarn+dynamic+window=9+scaling=far:beta_fast=16",
+            VariantName("yarn", True, 9, "far", "beta_fast=16"),
+        ),
+        ("grouped+dynamic+window=2048", VariantName("grouped", True, 2048, "none", "")),
+    ],
+)
+def test_names(name, parts):
+    assert split_variant(name) == parts
+    assert variant(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("auto+window=", "must be a positive whole number of tokens"),
+        ("auto+window=0", "must be a positive whole number of tokens"),
+        ("auto+window=1e3", "must be a positive whole number of tokens"),
+        ("auto+window=9+scaling=near", "must be far or all, got 'near'"),
+        ("grouped", "must be grouped"),
+        ("grouped+window=9:factor=4", "without settings"),
+        ("outo+window=9", "outo"),
+    ],
+)
+def test_bad_names(name, message):
+    with pytest.raises(BadParameter, match=message):
+        variant(name)
+
+
+def test_variants_are_applied_and_told_apart():
+    model, ids = model_of("Llama", initializer_range=0.15), text(150)
+    names = [
+        "stock",
+        "auto",
+        "auto+window=20",
+        "auto+window=30",
+        "auto+dynamic+window=20",
+        "grouped+window=20",
+    ]
+    names += ["auto+window=20+scaling=far", "auto+window=20+scaling=all"]
+    variants = make_variants(model, names, 256)
+    assert [one.label for one in variants] == names
+    assert [one.window for one in variants[:4]] == [None, None, Window(20), Window(30)]
+    assert len({one.fingerprint for one in variants}) == len(names)
+    with torch.no_grad():
+        before = model(ids).logits
+        logits = []
+        for one in variants:
+            with one.applied(model):
+                logits.append(model(ids).logits)
+        assert torch.equal(model(ids).logits, before)
+    for i, one in enumerate(logits):
+        assert all((one - other).abs().max() > 1e-2 for other in logits[:i])
