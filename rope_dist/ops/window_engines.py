@@ -24,7 +24,10 @@ def _flash() -> Callable[..., Any] | None:
 def _flex(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    if not compiled:
+        return flex_attention
+    function: Callable[..., Any] = torch.compile(flex_attention)
+    return function
 
 
 def has_flash(q: torch.Tensor) -> bool:
@@ -57,8 +60,12 @@ def flash_windowed(
         k, far_k, v: ``[B, Hkv, T, D]``.
         window: at least 1.
         function: with the interface of ``flash_attn.flash_attn_func``; by default that.
+
+    Raises:
+        ValueError: no function is given, and flash-attention is not installed.
     """
-    function = function or _flash()
+    if (function := function or _flash()) is None:
+        raise ValueError("flash_windowed needs flash-attention, which is not installed")
     queries, keys = q.shape[2], k.shape[2]
     near = _called(function, q, k, v, scale, window_size=(window - 1, 0))
     far_keys = keys - window
