@@ -182,8 +182,11 @@ class WindowCall:
     def is_stock(self) -> bool:
         """Whether every angle is a trained one, so that stock's attention does."""
         if self._is_stock is None:
-            within = self.positions.max() - self.key_positions.min() < self.windowing.window.size
-            self._is_stock = self.windowing.is_trained(self.stage) or bool(within)
+            window = self.windowing.window
+            within = self.positions.max() - self.key_positions.min() < window.size
+            # The beginning of a longer text, read in pieces, is scaled as the whole would be.
+            scaled = window.scaling == "all" and expected_length() > window.size
+            self._is_stock = self.windowing.is_trained(self.stage) or (bool(within) and not scaled)
         return self._is_stock
 
     def blocks(self, mask: torch.Tensor | None) -> WindowBlocks:
