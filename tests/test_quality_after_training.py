@@ -259,6 +259,7 @@ class TestSummary:
                     "step": step,
                     "variant": label,
                     "seed": seed if step else None,
+                    "frequencies": f"of {label}",
                 }
                 # Samples differ by 0.5; the differences between strategies are the same in each.
                 nll = {"a": [[1.0, loss - 0.25], [1.0, loss + 0.25]]}
@@ -268,6 +269,12 @@ class TestSummary:
                     measurements.append({"what": what, "result": result})
         # A training that is not finished does not count.
         measurements.append({"what": measurements[-1]["what"] | {"variant": "ntk"}, "result": result})
+        # Nor does one by an earlier plan of a label, of one more seed.
+        earlier = [
+            m["what"] | {"frequencies": "earlier", "seed": 2 if m["what"]["seed"] == 1 else None}
+            for m in measurements
+        ]
+        measurements = [*({"what": what, "result": result} for what in earlier), *measurements]
         machine = describe()
         record = {
             "model": {"name": "m", "fingerprint": "f"},

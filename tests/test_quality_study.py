@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report, results
-from benchmarks.quality import parts, readings, study, summary
+from benchmarks.quality import parts, readings, small_llama, study, summary
 from rope_dist.evaluation import CORPORA, Record, Variant, describe, token_nll
 from rope_dist.evaluation.paired import paired_difference, percent
 from rope_dist.strategies import STRATEGIES
@@ -94,15 +94,15 @@ class TestParts:
         assert set(parts.TEXTS) <= set(CORPORA) - {tuning.TEXT}
 
     def test_a_small_model_reads_many_passages(self, tmp_path):
-        (tmp_path / "model").mkdir()
-        (tmp_path / "model" / "config.json").write_text('{"max_position_embeddings": 256}')
+        (tmp_path / small_llama.MODEL).mkdir()
+        (tmp_path / small_llama.MODEL / "config.json").write_text('{"max_position_embeddings": 256}')
         model = parts.study_model(str(tmp_path))
         assert (model.trained, model.passages, model.width) == (256, 32, 64)
-        assert model.source == str(tmp_path / "model")
+        assert model.source == str(tmp_path / small_llama.MODEL)
         assert model.kind == "perplexity_small"
         assert all(int(part.scale * 256) % model.width == 0 for part in parts.PARTS)
         assert parts.study_model("smollm2-135m") == parts.SMOLLM2
-        (tmp_path / "model" / "config.json").write_text("{}")
+        (tmp_path / small_llama.MODEL / "config.json").write_text("{}")
         with pytest.raises(ValueError, match="max_position_embeddings"):
             parts.study_model(str(tmp_path))
 

@@ -11,7 +11,7 @@ from helpers.growing import cache_argument, read, text
 from helpers.model_families import model_of
 from helpers.stock import assert_stock
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import rope_dist
@@ -134,16 +134,26 @@ class TestAgainstAllPairs:
     @pytest.mark.parametrize("implementation", ["sdpa", "flash"])
     def test_packed_texts(self, implementation):
         stock, ids = model(), text(TOKENS, rows=1)
-        positions = torch.cat([torch.arange(90), torch.arange(60)])[None]
+        positions = torch.cat([torch.arange(90), torch.arange(1), torch.arange(59)])[None]
         enabled = copy.deepcopy(stock)
         done = rope_dist.enable(enabled, window=WINDOW, **FORMS["plan"])
         if implementation == "flash":
             enabled.config._attn_implementation_internal = "flash_attention_2"
         with torch.no_grad():
             found = enabled(ids, position_ids=positions, use_cache=False).logits.double()
-        for part in (slice(0, 90), slice(90, 150)):
+        for part in (slice(0, 90), slice(90, 91), slice(91, 150)):
             expected = by_pairs(stock, ids[:, part], done.window, done.plan)
             torch.testing.assert_close(found[:, part], expected, rtol=0, atol=2e-4)
+
+    @torch.no_grad()
+    def test_scaling_of_all_logits_of_a_longer_text_from_its_beginning(self):
+        enabled, ids = model(), text(60)
+        rope_dist.enable(enabled, window=WINDOW, **FORMS["scaling"])
+        cache = DynamicCache(config=enabled.config)
+        with rope_dist.expect_length(60):
+            whole = enabled(ids).logits
+            pieces = [enabled(ids[:, i : i + 15], past_key_values=cache).logits for i in range(0, 60, 15)]
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=2e-4)
 
 
 class TestEqualsStock:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.benchmark import machine_of
+from benchmarks.quality.readings import only_newest
 from benchmarks.tables import markdown
 from rope_dist.evaluation.paired import paired_difference, percent
 from rope_dist.plots import TrainingCurve, plot_training
@@ -74,9 +75,9 @@ class Scale:
 
 
 def scales(record: dict[str, Any]) -> list[Scale]:
-    """Of a record; a scale without a finished training is left out."""
+    """Of a record, by the newest plan of every label; a scale without a finished training is left out."""
     found: dict[tuple[int, int], dict[str, dict[Any, dict[int, Any]]]] = {}
-    for m in record["measurements"]:
+    for m in only_newest(record["measurements"]):
         what = m["what"]
         by_seed = found.setdefault((what["scale"], what["tokens"]), {}).setdefault(what["variant"], {})
         by_seed.setdefault(what["seed"], {})[what["step"]] = m["result"]

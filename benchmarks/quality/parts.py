@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from benchmarks.quality.small_llama import MODEL as TRAINED_MODEL
 from rope_dist.defaults import STRATEGY_NAMES
 from rope_dist.evaluation import Variant, make_variants
 from rope_dist.evaluation.perplexity import WIDTH
@@ -67,8 +68,8 @@ def study_model(name: str) -> StudyModel:
     if name == SMOLLM2.name:
         return SMOLLM2
     folder = Path(name)
-    if (folder / "model").is_dir():
-        folder /= "model"
+    if (folder / TRAINED_MODEL).is_dir():
+        folder /= TRAINED_MODEL
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         trained = int(config["max_position_embeddings"])

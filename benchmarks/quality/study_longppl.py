@@ -7,8 +7,6 @@ taken from FOLDER, where ``study --losses FOLDER`` keeps those of all tokens; wh
 study, it resumes where it was stopped. Result: ``quality_longppl.json``.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,15 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.parts import CLOSEST, QUICK, SMOLLM2, Part, StudyModel, planner
-from benchmarks.quality.readings import path_of, summarise
+from benchmarks.quality.readings import path_of
 from benchmarks.quality.study import Reader, begun, command_line, line, texts_of
 from rope_dist import evaluation
 from rope_dist.evaluation import Passage, Record, Variant
-from rope_dist.evaluation.longppl import Evaluator, key_tokens, make_evaluator
+from rope_dist.evaluation.longppl import Evaluator, key_tokens, longppl_result, make_evaluator, reading_key
 
 PARTS = (Part("2x", 2, CLOSEST), Part("4x", 4, CLOSEST))
 
@@ -64,8 +61,7 @@ def measurements(
             _, m, finished = record.measure(what, evaluator.variant, model, find, "finding key tokens")
             yield line(f"{passage.text}, {tokens} tokens, key tokens", m, finished)
             keys = m["result"]["positions"]
-            digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:12]
-            what = {"measure": "longppl", **passage.identity, "keys": digest}
+            what = reading_key(passage, keys)
             for label in part.strategies:
                 one = variant(label, target)
                 read = partial(_losses, reader, passage, one, keys)
@@ -78,9 +74,7 @@ def _positions(model: Any, passage: Passage, evaluator: Evaluator, chunk: int) -
 
 
 def _losses(reader: Reader, passage: Passage, variant: Variant, keys: list[int]) -> dict[str, Any]:
-    nll = reader.nll(passage.text, passage.ids, variant)
-    of_keys = nll[0, torch.tensor(keys, dtype=torch.long) - 1].tolist()
-    return summarise(nll) | {"key_nll": [round(loss, 4) for loss in of_keys]}
+    return longppl_result(reader.nll(passage.text, passage.ids, variant)[0], keys)
 
 
 if __name__ == "__main__":

@@ -171,10 +171,11 @@ def block(folder: Path, against: str = "yarn") -> tuple[str, str]:
     table = markdown(rows, [f"perplexity past {trained}", *(f"{scale:g}x" for scale in at)])
     read = ", ".join(f"{counts[scale]} at {scale:g}x" for scale in at)
     model = record["model"]
+    second = ", and a second model" if path_of(folder, "perplexity_small").exists() else ""
     note = (
         f"Against `{against}`, with standard errors of the paired difference; number of texts: {read}. "
         f"{model['name']}, {model['dtype']}, without training, by `python -m benchmarks.quality.study`. "
-        "Below the trained length, text by text, and a second model: [docs/quality.md](docs/quality.md)."
+        f"Below the trained length, text by text{second}: [docs/quality.md](docs/quality.md)."
     )
     shown = picture("") if (folder / "quality.png").exists() else ""
     machines = dict.fromkeys(map(machine_of, record["machines"]))

@@ -201,7 +201,7 @@ def measure_longppl(
             f"tokens instead of {evaluator.short}: give longer or other texts, or a lower alpha"
         )
     for passage, positions in keys:
-        what = _reading(passage, positions)
+        what = reading_key(passage, positions)
         for variant in variants:
             description = f"{passage.text}, {variant.label}" if progress else None
             read = partial(token_nll, model, passage.ids, chunk=chunk, description=description)
@@ -209,8 +209,8 @@ def measure_longppl(
             yield record.measure(what, variant, model, partial(_losses, read, positions), doing)
 
 
-def _reading(passage: Passage, positions: Sequence[int]) -> dict[str, Any]:
-    """The key of a reading, without the variant."""
+def reading_key(passage: Passage, positions: Sequence[int]) -> dict[str, Any]:
+    """What a record finds a reading with these key tokens by, without the variant."""
     digest = hashlib.sha256(json.dumps(positions).encode()).hexdigest()[:12]
     return {"measure": "longppl", **passage.identity, "keys": digest}
 
@@ -220,7 +220,11 @@ def _positions(find: Callable[[], torch.Tensor]) -> dict[str, Any]:
 
 
 def _losses(read: Callable[[], torch.Tensor], positions: Sequence[int]) -> dict[str, Any]:
-    nll = read()
+    return longppl_result(read(), positions)
+
+
+def longppl_result(nll: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:
+    """What a record keeps of token losses ``[S - 1]``: that of perplexity, and the losses of the key tokens."""
     keys = nll[torch.tensor(positions, dtype=torch.long) - 1].tolist()
     return {**reading_result(nll), "key_nll": [round(loss, 4) for loss in keys]}
 
@@ -247,7 +251,7 @@ def _announce(
                     (tokens, 1) if whole else (window, len(sliding_windows(tokens, window, _stride(context))))
                 )
         for variant in variants:
-            if found is None or not record.get(_reading(passage, found["positions"]) | variant.identity):
+            if found is None or not record.get(reading_key(passage, found["positions"]) | variant.identity):
                 missing.append((tokens, 1))
     if missing:
         pace = measure_pace(model)

@@ -182,8 +182,11 @@ class WindowCall:
     def is_stock(self) -> bool:
         """Whether every angle is a trained one, so that stock's attention does."""
         if self._is_stock is None:
-            within = self.positions.max() - self.key_positions.min() < self.windowing.window.size
-            self._is_stock = self.windowing.is_trained(self.stage) or bool(within)
+            window = self.windowing.window
+            within = self.positions.max() - self.key_positions.min() < window.size
+            # The beginning of a longer text, read in pieces, is scaled as the whole would be.
+            scaled = window.scaling == "all" and expected_length() > window.size
+            self._is_stock = self.windowing.is_trained(self.stage) or (bool(within) and not scaled)
         return self._is_stock
 
     def blocks(self, mask: torch.Tensor | None) -> WindowBlocks:
@@ -197,15 +200,16 @@ class WindowCall:
     def flash_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """``[B or 1, 1, S, T]`` bool of what flash attention is given: a mask of keys ``[B, T]``, or packed texts."""
         positions, keys = self.positions, self.key_positions
-        steps = keys.diff(dim=-1, prepend=keys[:, :1])
-        packed = mask is None and self.past == 0 and positions.shape[0] == 1 and bool((steps < 0).any())
+        steps = keys.diff(dim=-1, prepend=keys[:, :1] - 1)
+        begins = steps <= 0  # 0 after a text of one token
+        packed = mask is None and self.past == 0 and positions.shape[0] == 1 and bool(begins.any())
         if mask is None and not packed:
             return None
         if self._flash_mask is None:
             order = torch.arange(keys.shape[-1], device=keys.device)
             seen = (order[None] <= order[-positions.shape[-1] :, None])[None, None]
             if packed:
-                text = (steps < 0).cumsum(-1)
+                text = begins.cumsum(-1)
                 self._flash_mask = seen & (text[:, None, :, None] == text[:, None, None])
             else:
                 self._flash_mask = seen & mask[:, None, None, : keys.shape[-1]].bool()
@@ -326,7 +330,8 @@ def attend(
     if key.shape[2] < tokens:
         raise ValueError(f"the cache returned keys of {key.shape[2]} tokens where {tokens} were read")
     key, value = key[:, :, :tokens], value[:, :, :tokens]  # without the room of a static cache
-    cos_q, sin_q, cos_k, sin_k = call.turns()
+    # Of a model on several devices the layers elsewhere need copies.
+    cos_q, sin_q, cos_k, sin_k = (table.to(query.device) for table in call.turns())
     if windowing.window.scaling == "all":
         # As the plan's tables do it, of the dimensions that are rotated.
         factor = torch.full_like(cos_q, windowing.scalings[call.stage])
@@ -354,7 +359,7 @@ def attend(
     if implementation.startswith("flash"):
         mask = call.flash_mask(attention_mask)
     blocks = call.blocks(mask)
-    if blocks.contiguous and has_flash(query):
+    if blocks.contiguous and has_flash(query, key, value):
         out = flash_windowed(near_query, key, far_query, far_key, value, size, scale)
     else:
         out = windowed_attention(near_query, key, far_query, far_key, value, blocks, scale)

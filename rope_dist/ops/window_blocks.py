@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,6 @@ class WindowBlocks:
     the order of the tokens: the queries are the last of the keys, and each sees itself and those before it.
 
     Attributes:
-        all_near: no distance reaches the window, so that one plain attention does.
         contiguous: neighbouring keys are neighbours in position, and there is no mask: a distance is one in tokens.
         blocks: first and last + 1 query of each block, and its pieces.
     """
@@ -69,9 +69,8 @@ class WindowBlocks:
         self.positions, self.key_positions = positions, key_positions
         on_cpu = positions.cpu(), key_positions.cpu()
         self.contiguous = self.mask is None and _contiguous(*on_cpu)
-        self.all_near = bool(on_cpu[0].max() - on_cpu[1].min() < window)
         self.blocks = list(self._blocks(*on_cpu))
-        self._masks: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._masks: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _blocks(
         self, positions: torch.Tensor, key_positions: torch.Tensor
@@ -110,7 +109,7 @@ class WindowBlocks:
             ``[B or 1, 1, groups * (end - start), keys]`` float32 of 0 and minus infinity, and
             ``[B or 1, 1, groups * (end - start)]`` bool.
         """
-        key = (piece.far, piece.start - start, piece.end - start, end - start, groups)
+        key = (piece.far, piece.start - start, piece.end - start, end - start, groups, device)
         if key in self._masks:
             return self._masks[key]
         keys = slice(piece.start, piece.end)

@@ -30,12 +30,12 @@ def _flex(compiled: bool) -> Callable[..., Any]:
     return function
 
 
-def has_flash(q: torch.Tensor) -> bool:
-    """Whether flash-attention takes ``q``. Its gradient is not used: that of a log-sum-exp is not returned."""
+def has_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether flash-attention takes them. Its gradient is not used: that of a log-sum-exp is not returned."""
     return (
         q.device.type == "cuda"
         and q.dtype in (torch.float16, torch.bfloat16)
-        and not (torch.is_grad_enabled() and q.requires_grad)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
         and _flash() is not None
     )
 
@@ -113,8 +113,8 @@ def flex_windowed(  # noqa: PLR0913
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
 
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
-    positions = positions.expand(batch, -1).contiguous()
-    key_positions = key_positions.expand(batch, -1).contiguous()
+    positions = positions.to(q.device).expand(batch, -1).contiguous()
+    key_positions = key_positions.to(q.device).expand(batch, -1).contiguous()
 
     def near(b: Any, h: Any, i: Any, j: Any) -> torch.Tensor:
         return mask_mod(b, h, i, j) & (positions[b, i] - key_positions[b, j] < window)

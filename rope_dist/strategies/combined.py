@@ -56,7 +56,7 @@ def cope(
 
     Args:
         of: the other strategy.
-        clipped_pairs: ``c``, up to the number of pairs. By default the authors' share, 20 of 64.
+        clipped_pairs: ``c``, up to the number of pairs; 0 and 1 change none. By default the authors' share, 20 of 64.
 
     Raises:
         ValueError: ``of`` is no strategy that has defaults, ``clipped_pairs`` is out of range.

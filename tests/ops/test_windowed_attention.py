@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rope_dist.ops import window_engines
 from rope_dist.ops import windowed_attention as module
 from rope_dist.ops.window_blocks import WindowBlocks
-from rope_dist.ops.window_engines import flash_windowed, flex_windowed
+from rope_dist.ops.window_engines import flash_windowed, flex_windowed, has_flash
 from rope_dist.ops.windowed_attention import merge, windowed_attention
 
 HEAD_DIM, BLOCK = 16, 16
@@ -242,6 +243,22 @@ def test_by_the_interface_of_flash_attention(queries, keys, window):
         *given, key_positions[:, -queries:], key_positions, window, causal(queries, keys), 0.3
     )
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("trained", [None, 0, 1, 2])
+def test_flash_attention_is_not_used_where_a_gradient_is_wanted(trained, monkeypatch):
+    """Also that of the keys alone, as of an adapter of the first layer's keys: the log-sum-exp has none."""
+
+    class OnCuda:
+        device, dtype, requires_grad = torch.device("cuda"), torch.bfloat16, False
+
+    monkeypatch.setattr(window_engines, "_flash", lambda: flash_attn_func)
+    given = [OnCuda() for _ in range(3)]
+    if trained is not None:
+        given[trained].requires_grad = True
+    assert has_flash(*given) == (trained is None)
+    with torch.no_grad():
+        assert has_flash(*given)
 
 
 @pytest.mark.parametrize("queries", [40, 1])
