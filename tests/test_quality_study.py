@@ -251,7 +251,8 @@ class TestTables:
         mean, error = paired_difference([2.1, 2.2], [2.2, 2.4])
         assert sentence.endswith(f": yarn on b ({percent(mean, error)}).")
         assert summary.in_the_mean(found) == (
-            "In the mean of all texts, past 512, ahead of `auto` by more than one standard error: none; within one: "
+            "In the mean of the texts that both have read, past 512, ahead of `auto` by more than one standard "
+            "error: none; within one: "
             f"yarn ({percent(*found.difference('yarn', 'auto', ['a', 'b'], 512, 1024))}), "
             f"ntk ({percent(*found.difference('ntk', 'auto', ['a'], 512, 1024))})."
         )

@@ -37,6 +37,7 @@ from rope_dist.evaluation import Record, Variant, describe, load_model, make_cas
 from rope_dist.evaluation.passkey import Case, answered_key, passkey_prompt
 from rope_dist.evaluation.prefix_cache import PrefixCachingModel
 from rope_dist.files import new_file
+from rope_dist.optional import MissingPackageError
 
 KIND = "after training"
 STATE = "after_training.pt"
@@ -306,7 +307,7 @@ def main() -> None:
     try:
         for line in measure(arguments.folder, output, study, deadline=deadline):
             print(line, flush=True)
-    except ValueError as error:
+    except (ValueError, MissingPackageError) as error:
         parser.error(str(error))
     if found := finished(output):
         draw(output, found)

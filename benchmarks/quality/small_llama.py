@@ -29,6 +29,7 @@ from benchmarks.quality import training_text
 from benchmarks.quality.training_text import REMEMBER_SHARE, Remember
 from rope_dist.evaluation import describe
 from rope_dist.files import new_directory, new_file, write_text
+from rope_dist.optional import MissingPackageError
 
 CHECKPOINT_SECONDS = 120
 STATE, TOKENS, LOSSES, MODEL = "state.pt", "tokens.pt", "losses.json", "small-llama"
@@ -177,7 +178,7 @@ def train(
     if (folder / MODEL).exists():
         found = Recipe(**json.loads((folder / LOSSES).read_text(encoding="utf-8"))["recipe"])
         if found != recipe:
-            raise ValueError(f"the folder holds another training ({found}): give another folder")
+            raise ValueError(f"the folder has another training ({found}): give another folder")
         return True
     began = saved = time.monotonic()
     tokenizer, stream = prepare(folder, recipe, texts)
@@ -240,7 +241,7 @@ def same_beginning(found: Recipe, wanted: Recipe, step: int) -> None:
     common = replace(found, steps=wanted.steps)
     constant = all((1 - r.decay) * r.steps >= step for r in (found, wanted))
     if common != wanted or not (found == wanted or constant):
-        raise ValueError(f"the folder holds step {step} of another training ({found}): give another folder")
+        raise ValueError(f"the folder has step {step} of another training ({found}): give another folder")
 
 
 def batch_of(
@@ -307,11 +308,11 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     recipe = QUICK if arguments.quick else Recipe(steps=arguments.steps, seed=arguments.seed)
     options = {"seconds": arguments.seconds, "compiled": arguments.compile}
-    if arguments.quick:
-        options["texts"] = [text[:QUICK_CHARACTERS] for text in training_text.training_texts()]
     try:
+        if arguments.quick:
+            options["texts"] = [text[:QUICK_CHARACTERS] for text in training_text.training_texts()]
         finished = train(arguments.folder, recipe, **options)
-    except ValueError as error:
+    except (ValueError, MissingPackageError) as error:
         parser.error(str(error))
     if not finished:
         print("the same command goes on")

@@ -9,6 +9,7 @@ from benchmarks.quality.parts import BASELINE, PARTS, STRATEGIES
 from benchmarks.quality.readings import Readings, load, only_newest, path_of, readings, trained_length
 from benchmarks.tables import markdown
 from rope_dist.evaluation.paired import percent
+from rope_dist.evaluation.perplexity import WIDTH
 from rope_dist.evaluation.variants import STOCK
 
 SCALES = tuple(sorted({part.scale for part in PARTS}))
@@ -92,7 +93,7 @@ def in_the_mean(found: Readings, label: str = BASELINE) -> str:
     parts = [f"ahead of `{label}` by more than one standard error: {', '.join(ahead) or 'none'}"]
     if level:
         parts.append(f"within one: {', '.join(level)}")
-    return f"In the mean of all texts, past {found.trained}, {'; '.join(parts)}."
+    return f"In the mean of the texts that both have read, past {found.trained}, {'; '.join(parts)}."
 
 
 def of_model(record: dict[str, Any], title: str, drawn: str = "") -> list[str]:
@@ -227,7 +228,7 @@ def tuning(folder: Path) -> tuple[str, str]:
     """The table of what the constants of ``auto`` were chosen on, and the machine."""
     record = load(folder, "tuning")
     model = record["model"]
-    parts = []
+    parts, width = [], WIDTH
     for scale in (2, 4):
         found = readings(record, scale * trained_length(record))
         for text in found.losses.get(BASELINE, ()):

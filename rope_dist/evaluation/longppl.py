@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..hf import expect_length
 from ..model_config import pretrained_rope
 from .corpora import Passage
 from .memory import check_memory
@@ -206,7 +207,9 @@ def measure_longppl(
             description = f"{passage.text}, {variant.label}" if progress else None
             read = partial(token_nll, model, passage.ids, chunk=chunk, description=description)
             doing = f"evaluating {passage.ids.shape[1]} tokens"
-            yield record.measure(what, variant, model, partial(_losses, read, positions), doing)
+            yield record.measure(
+                what, variant, model, partial(_losses, read, positions, passage.ids.shape[1]), doing
+            )
 
 
 def reading_key(passage: Passage, positions: Sequence[int]) -> dict[str, Any]:
@@ -219,8 +222,9 @@ def _positions(find: Callable[[], torch.Tensor]) -> dict[str, Any]:
     return {"positions": find().tolist()}
 
 
-def _losses(read: Callable[[], torch.Tensor], positions: Sequence[int]) -> dict[str, Any]:
-    return longppl_result(read(), positions)
+def _losses(read: Callable[[], torch.Tensor], positions: Sequence[int], length: int) -> dict[str, Any]:
+    with expect_length(length):  # a dynamic plan reads a whole text by the stage for it
+        return longppl_result(read(), positions)
 
 
 def longppl_result(nll: torch.Tensor, positions: Sequence[int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from ..dynamic import DynamicPlan
+from ..hf import expect_length
 from ..messages import unknown
 from ..model_config import pretrained_rope
 from ..planning import RopePlan
@@ -151,7 +152,7 @@ def sliding_window_nll(
         input_ids: ``[1, S]`` or ``[S]``, ``S >= window``.
         window: tokens a window, the evaluated length.
         stride: tokens from one window to the next, below ``window``.
-        chunk: tokens a forward pass. It changes memory and speed, not the result.
+        chunk: tokens a forward pass. It changes memory and speed; the result only as in :func:`token_nll`.
         description: of the progress bar; None shows none.
 
     Returns:
@@ -271,6 +272,8 @@ def measure_perplexity(
     (:func:`sliding_window_nll`). ``grown`` is as ``whole``, but past the trained length the text comes in pieces of
     :data:`PIECE` tokens, as a conversation does; only a dynamic plan reads it differently.
 
+    A dynamic plan reads a whole text, and a window, by the stage for its length.
+
     Args:
         model: of a supported family; every variant is applied to it in turn.
         passages: each of at least ``max(lengths)`` tokens.
@@ -309,6 +312,8 @@ def measure_perplexity(
             stride,
         )
     for what, ids, window, variant in runs:
+        # A text that does not grow is read by the stage for its length, whatever the chunks.
+        expected = 1 if what["method"] == "grown" else window or ids.shape[1]
         options: dict[str, Any] = {"chunk": chunk}
         if progress:
             options["description"] = f"{what['method']}, {what['text']}, {variant.label}"
@@ -318,7 +323,7 @@ def measure_perplexity(
         if window:
             nll = partial(sliding_window_nll, model, ids, window=window, stride=stride, **options)
         doing = f"evaluating {window or longest} tokens"
-        yield record.measure(what, variant, model, partial(_result, nll), doing)
+        yield record.measure(what, variant, model, partial(_result, nll, expected), doing)
 
 
 def _announce(model: PreTrainedModel, missing: Sequence[tuple[int, int]], stride: int) -> None:
@@ -357,8 +362,9 @@ def _check(
     return longest
 
 
-def _result(evaluate: Callable[[], torch.Tensor]) -> dict[str, Any]:
-    return reading_result(evaluate())
+def _result(evaluate: Callable[[], torch.Tensor], expected: int) -> dict[str, Any]:
+    with expect_length(expected):
+        return reading_result(evaluate())
 
 
 def reading_result(nll: torch.Tensor) -> dict[str, Any]:

@@ -87,6 +87,10 @@ def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: i
             label = Path(name).stem
         else:
             parts = split_variant(name)
+            if parts.strategy == STOCK:
+                raise ValueError(
+                    f"{name!r}: the stock model has no plan, so nothing can be added to its name"
+                )
             options = {"target_length": target_length, "dynamic": parts.dynamic}
             if parts.window:
                 options |= {"window": parts.window, "far_scaling": parts.scaling}

@@ -33,7 +33,7 @@ class CacheRecord:
         self.stage: int | None = 0
         self.length = 0
         self.announced = 0
-        self.turns: Any = None
+        self.rotations: Any = None
         self._pieces: list[torch.Tensor] = []
 
     def write(self, start: int, positions: torch.Tensor) -> None:
@@ -51,7 +51,7 @@ class CacheRecord:
         if length < self.length:
             known = self.positions(0, length)
             self._pieces, self.length = ([known] if length else []), length
-            self.turns = None
+            self.rotations = None
 
     def positions(self, start: int, end: int) -> torch.Tensor:
         """``[..., B or 1, end - start]`` int64."""
@@ -66,7 +66,7 @@ class CacheRecord:
         known = self.positions(0, self.length)
         if self.length and known.shape[-2] > 1:
             self._pieces = [choose(known.transpose(0, -2)).transpose(0, -2)]
-            self.turns = None
+            self.rotations = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheRecord:
         copied = CacheRecord(self.plan)

@@ -97,7 +97,7 @@ class Windowing:
             return stage == 1
         return bool(torch.equal(self.far[stage], self.trained)) and self.scalings[stage] == 1.0
 
-    def turns(
+    def rotations(
         self, positions: torch.Tensor, stage: int, *, of_queries: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin ``[B or 1, S, R/2]`` float32 of what is added to the trained angles at ``positions``.
@@ -122,7 +122,7 @@ class Windowing:
 
 
 @dataclass
-class _KeyTurns:
+class _KeyRotations:
     """Turns of the cached keys, kept with the record of their positions; new ones are appended in place."""
 
     of: tuple[str, int]
@@ -156,7 +156,7 @@ class WindowCall:
     stage: int
     positions: torch.Tensor | None = None
     _blocks: dict[int, tuple[Any, WindowBlocks]] = field(default_factory=dict)
-    _turns: tuple[torch.Tensor, ...] | None = None
+    _rotations: tuple[torch.Tensor, ...] | None = None
     _flash_mask: torch.Tensor | None = None
     _is_stock: bool | None = None
 
@@ -215,33 +215,33 @@ class WindowCall:
                 self._flash_mask = seen & mask[:, None, None, : keys.shape[-1]].bool()
         return self._flash_mask
 
-    def turns(self) -> tuple[torch.Tensor, ...]:
+    def rotations(self) -> tuple[torch.Tensor, ...]:
         """cos and sin for the queries, with the attention scaling, and for all keys."""
-        if self._turns is None:
-            cos, sin = self.windowing.turns(self.positions, self.stage, of_queries=True)
+        if self._rotations is None:
+            cos, sin = self.windowing.rotations(self.positions, self.stage, of_queries=True)
             if self.windowing.window.scaling != "none":
                 factor = self.windowing.scalings[self.stage]
                 cos, sin = cos * factor, sin * factor
-            self._turns = (cos, sin, *self._key_turns())
-        return self._turns
+            self._rotations = (cos, sin, *self._key_rotations())
+        return self._rotations
 
-    def _key_turns(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _key_rotations(self) -> tuple[torch.Tensor, torch.Tensor]:
         positions, record = self.key_positions, self.record
         if record is None or torch.is_grad_enabled():  # a backward pass needs tables that do not change
-            return self.windowing.turns(positions, self.stage, of_queries=False)
-        kept: _KeyTurns | None = record.turns
+            return self.windowing.rotations(positions, self.stage, of_queries=False)
+        kept: _KeyRotations | None = record.rotations
         of, length = (self.windowing.window.far, self.stage), positions.shape[-1]
         if kept is not None and not kept.serves(of, positions):
             kept = None
         known = 0 if kept is None else min(kept.length, length)
-        cos, sin = self.windowing.turns(positions[:, known:], self.stage, of_queries=False)
+        cos, sin = self.windowing.rotations(positions[:, known:], self.stage, of_queries=False)
         if kept is None or length > kept.cos.shape[1]:
             room = [x.new_empty(x.shape[0], length + length // 4 + 16, x.shape[2]) for x in (cos, sin)]
             if kept is not None:
                 room[0][:, :known], room[1][:, :known] = kept.cos[:, :known], kept.sin[:, :known]
-            kept = _KeyTurns(of, known, *room)
+            kept = _KeyRotations(of, known, *room)
         kept.cos[:, known:length], kept.sin[:, known:length] = cos, sin
-        kept.length, record.turns = length, kept
+        kept.length, record.rotations = length, kept
         return kept.cos[:, :length], kept.sin[:, :length]
 
 
@@ -331,16 +331,16 @@ def attend(
         raise ValueError(f"the cache returned keys of {key.shape[2]} tokens where {tokens} were read")
     key, value = key[:, :, :tokens], value[:, :, :tokens]  # without the room of a static cache
     # Of a model on several devices the layers elsewhere need copies.
-    cos_q, sin_q, cos_k, sin_k = (table.to(query.device) for table in call.turns())
+    cos_q, sin_q, cos_k, sin_k = (table.to(query.device) for table in call.rotations())
     if windowing.window.scaling == "all":
         # As the plan's tables do it, of the dimensions that are rotated.
         factor = torch.full_like(cos_q, windowing.scalings[call.stage])
-        near_query = _turned(query, factor, torch.zeros_like(factor), windowing.keys)
+        near_query = _rotated(query, factor, torch.zeros_like(factor), windowing.keys)
     else:
         near_query = query
-    far_query = _turned(query, cos_q, sin_q, windowing.keys)
+    far_query = _rotated(query, cos_q, sin_q, windowing.keys)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    far_key = _turned(key, cos_k, sin_k, windowing.keys)
+    far_key = _rotated(key, cos_k, sin_k, windowing.keys)
     if hasattr(attention_mask, "mask_mod"):
         out = flex_windowed(
             near_query,
@@ -366,11 +366,11 @@ def attend(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: CachedKeys) -> torch.Tensor:
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, how: CachedKeys) -> torch.Tensor:
     """Heads ``[B, H, S, D]``, rotated further in the dimensions that a model rotates."""
     heads, rotary_dim = x.transpose(1, 2), 2 * cos.shape[-1]
     start = 0 if how.first else heads.shape[-1] - rotary_dim
-    turned, _ = ops.rotary(heads.narrow(-1, start, rotary_dim), None, cos, sin, interleaved=how.interleaved)
+    rotated, _ = ops.rotary(heads.narrow(-1, start, rotary_dim), None, cos, sin, interleaved=how.interleaved)
     if rotary_dim < heads.shape[-1]:
-        turned = torch.cat((heads[..., :start], turned, heads[..., start + rotary_dim :]), dim=-1)
-    return turned.transpose(1, 2)
+        rotated = torch.cat((heads[..., :start], rotated, heads[..., start + rotary_dim :]), dim=-1)
+    return rotated.transpose(1, 2)
