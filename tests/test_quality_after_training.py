@@ -99,7 +99,7 @@ class TestFirstTraining:
 
     def test_a_finished_training_is_not_taken_for_another(self, base):
         assert small_llama.train(base, RECIPE)
-        with pytest.raises(ValueError, match="holds another training"):
+        with pytest.raises(ValueError, match="has another training"):
             small_llama.train(base, Recipe(steps=1500))
 
     def test_every_sample_comes_before_one_comes_again(self):
