@@ -71,17 +71,26 @@ def test_the_tuning_reads_and_goes_on(bfloat16_attention, model_directory, tmp_p
     monkeypatch.setattr(tuning, "TRAINED", 64)
     monkeypatch.setattr(sys, "argv", ["tuning", "--output", str(tmp_path)])
     tuning.main()
-    assert capsys.readouterr().out.count(" s\n") == 9
+    assert capsys.readouterr().out.count(" s\n") == 11
     tuning.main()
-    assert capsys.readouterr().out.count(": on record") == 9
+    assert capsys.readouterr().out.count(": on record") == 11
     record = json.loads((tmp_path / "quality_tuning.json").read_text(encoding="utf-8"))
     labels = {
         tokens: [m["what"]["variant"] for m in record["measurements"] if m["what"]["tokens"] == tokens]
         for tokens in (128, 256)
     }
-    power = "auto, ramp to the power 1.5"
-    assert labels[128] == ["stock", "auto", "other", tuning.LOG_N, power, "by distance", "of neighbours"]
-    assert labels[256] == ["auto", tuning.LOG_N]
+    power, yarn = "auto, ramp to the power 1.5", "yarn, auto's temperature"
+    assert labels[128] == [
+        "stock",
+        "auto",
+        "other",
+        yarn,
+        tuning.LOG_N,
+        power,
+        "by distance",
+        "of neighbours",
+    ]
+    assert labels[256] == ["auto", yarn, tuning.LOG_N]
     # A scale of the logits is another measurement than that of its frequencies.
     of_auto = [name for name in record["plans"] if f"{name}-log-n" in record["plans"]]
     assert len(of_auto) == 2

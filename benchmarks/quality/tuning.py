@@ -19,7 +19,7 @@ import rope_dist
 from benchmarks.benchmark import Parser
 from benchmarks.quality.criteria import by_distance, of_neighbours
 from benchmarks.quality.logit_scaling import LogScaledVariant
-from benchmarks.quality.parts import DTYPE, MODEL, TRAINED
+from benchmarks.quality.parts import DTYPE, MODEL, OF_AUTO, TRAINED
 from benchmarks.quality.study import line
 from rope_dist.evaluation import (
     Record,
@@ -45,7 +45,6 @@ CANDIDATES: dict[int, tuple[tuple[str, str, dict[str, Any]], ...]] = {
         ("auto:fast_periods=256", "auto", {"fast_periods": 256}),
         ("auto:fast_periods=32", "auto", {"fast_periods": 32}),
         ("auto:slow_periods=0.5", "auto", {"slow_periods": 0.5}),
-        ("yarn:attention_factor=1.0377", "yarn", {"attention_factor": 1.0377}),  # that of auto
         ("dprope:threshold=0", "dprope", {"threshold": 0}),
         ("dprope:threshold=0,intervals=36", "dprope", {"threshold": 0, "intervals": 36}),
     ),
@@ -53,7 +52,6 @@ CANDIDATES: dict[int, tuple[tuple[str, str, dict[str, Any]], ...]] = {
         (AUTO, AUTO, {}),
         ("auto:attention_factor=1.05", "auto", {"attention_factor": 1.05}),
         ("auto:attention_factor=1.1", "auto", {"attention_factor": 1.1}),
-        ("yarn:attention_factor=1.0742", "yarn", {"attention_factor": 1.0742}),  # that of auto
     ),
 }
 """By times the trained length: label, strategy and its settings."""
@@ -77,6 +75,8 @@ def variants(model: PreTrainedModel, scale: int) -> list[Variant]:
     made = [Variant(STOCK, None)] if scale == min(CANDIDATES) else []
     for label, strategy, settings in CANDIDATES[scale]:
         made.append(Variant(label, plan(strategy=strategy, settings=settings)))
+    of_auto = {"attention_factor": auto.attention_scaling}
+    made.append(Variant(f"yarn{OF_AUTO}", plan(strategy="yarn", settings=of_auto)))
     made.append(LogScaledVariant(LOG_N, auto))
     for label, (factors, attention_factor) in given.items():
         settings = {"factors": factors, "attention_factor": attention_factor}
