@@ -10,12 +10,15 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from helpers.growing import text as growing_text
+from helpers.model_families import model_of
 
 import rope_dist
 from rope_dist.cli import main
 from rope_dist.evaluation import (
     Passage,
     Record,
+    Variant,
     describe,
     load_text,
     make_variants,
@@ -228,6 +231,25 @@ class TestRuns:
             [m["result"] for m in found if m["what"]["method"] == "whole" and m["what"]["variant"] == "stock"]
         )
         assert f"{stock:.2f}" in text
+
+    def test_a_dynamic_plan_reads_by_the_length_whatever_the_chunks(self, tmp_path):
+        """A whole text by the stage for its length; a text that grows by one stage after the other."""
+        model = model_of("Llama", initializer_range=0.15)
+        trained = model.config.max_position_embeddings
+        passage = Passage("a", 0, growing_text(6 * trained)[:1])
+        variants = make_variants(model, ["auto+dynamic"], 8 * trained)
+        plan, found = variants[0].plan, {}
+        for chunk in (trained, 6 * trained):
+            record = Record(tmp_path / f"{chunk}.json", "perplexity", {})
+            options = {"lengths": [6 * trained], "methods": ["whole", "grown"], "chunk": chunk}
+            for _, m, _ in measure_perplexity(model, [passage], variants, record, **options):
+                found[m["what"]["method"], chunk] = m["result"]["nll"]
+        whole, chunks = found["whole", 6 * trained], found["whole", trained]
+        with Variant("static", plan.at(6 * trained)).applied(model):
+            expected = token_nll(model, passage.ids).mean().item()
+        assert whole == pytest.approx(expected, abs=1e-4)
+        assert chunks == pytest.approx(expected, abs=1e-4)
+        assert found["grown", 6 * trained] != pytest.approx(expected, abs=1e-3)
 
     def test_tables_compare_the_same_tokens(self, llama, ids, tmp_path):
         texts = [Passage(name, 0, torch.roll(ids, i).repeat(1, 3)[:, :1500]) for i, name in enumerate("ab")]

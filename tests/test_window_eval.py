@@ -71,3 +71,8 @@ def test_variants_are_applied_and_told_apart():
         assert torch.equal(model(ids).logits, before)
     for i, one in enumerate(logits):
         assert all((one - other).abs().max() > 1e-2 for other in logits[:i])
+
+
+def test_the_stock_model_has_nothing_to_add_to():
+    with pytest.raises(ValueError, match="the stock model has no plan"):
+        make_variants(model_of("Llama"), ["stock+window=16"], 256)

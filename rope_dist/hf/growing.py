@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -136,14 +137,19 @@ def _get_compiled_call(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def detach_growth(decoder: nn.Module) -> None:
     """Undo :func:`attach_growth`, also of a copy."""
     decoder.__dict__.pop("_rope_dist_growth", None)
+    remove_hooks(decoder, before_forward, after_forward)
+
+
+def remove_hooks(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """Remove two functions from the hooks of a module, also of a copy: by what they are, not by a handle."""
     for hooks, with_kwargs, own in (
-        (decoder._forward_pre_hooks, decoder._forward_pre_hooks_with_kwargs, before_forward),
-        (decoder._forward_hooks, decoder._forward_hooks_with_kwargs, after_forward),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before),
+        (module._forward_hooks, module._forward_hooks_with_kwargs, after),
     ):
         for key in [key for key, hook in hooks.items() if hook is own]:
             del hooks[key]
             with_kwargs.pop(key, None)
-            decoder._forward_hooks_always_called.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
 
 
 # --- a decoder's hooks ---------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class Windowing:
 
 @dataclass
 class _KeyRotations:
-    """Turns of the cached keys, kept with the record of their positions; new ones are appended in place."""
+    """cos and sin of the cached keys, kept with the record of their positions; new ones are appended in place."""
 
     of: tuple[str, int]
     length: int

@@ -17,7 +17,7 @@ from .cache_record import CacheRecord, attach, cached_tokens, is_paged, record_o
 from .enabled import stock_class
 from .finding import Found
 from .forms import Unsupported
-from .growing import CACHE_NAMES, cache_of, decoder_around, inputs_of, tokens_of
+from .growing import CACHE_NAMES, cache_of, decoder_around, inputs_of, remove_hooks, tokens_of
 from .rotary_embedding import far_frequencies
 from .window_calls import Window, WindowCall, Windowing, begin_window_call, end_window_call
 from .window_source import windowed_class
@@ -131,14 +131,7 @@ def attach_window(
 def detach_window(module: nn.Module) -> None:
     """Undo :func:`attach_window` for a module, also of a copy; an attention keeps its class."""
     module.__dict__.pop("_rope_dist_window", None)
-    for hooks, with_kwargs, own in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before_forward),
-        (module._forward_hooks, module._forward_hooks_with_kwargs, after_forward),
-    ):
-        for key in [key for key, hook in hooks.items() if hook is own]:
-            del hooks[key]
-            with_kwargs.pop(key, None)
-            module._forward_hooks_always_called.pop(key, None)
+    remove_hooks(module, before_forward, after_forward)
     saving = module.__dict__.get("save_pretrained")
     if isinstance(saving, functools.partial) and saving.func is _refuse_to_save:
         del module.save_pretrained
