@@ -6,8 +6,8 @@
 
 No number is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
 benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``,
-``strategies``, ``longppl``, ``synthetic``, ``growth``, ``after-training``, ``tuning`` or ``rollout``. A table is marked
-where the code that it measured is not that of this tree any more.
+``strategies``, ``window``, ``longppl``, ``synthetic``, ``growth``, ``after-training``, ``tuning`` or ``rollout``. A
+table is marked where the code that it measured is not that of this tree any more.
 """
 
 import json
@@ -55,6 +55,7 @@ def tables() -> dict[str, Table]:
         "perplexity": perplexity,
         "quality": lambda: summary.block(results.RESULTS),
         "strategies": lambda: summary.strategies(results.RESULTS),
+        "window": lambda: summary.windows(results.RESULTS),
         "longppl": lambda: summary.longppl(results.RESULTS),
         "synthetic": lambda: summary.synthetic(results.RESULTS),
         "tuning": lambda: summary.tuning(results.RESULTS),

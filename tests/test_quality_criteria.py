@@ -68,12 +68,13 @@ def test_the_tuning_reads_and_goes_on(bfloat16_attention, model_directory, tmp_p
     other = ("other", "auto", {"fast_periods": 32})
     monkeypatch.setattr(tuning, "CANDIDATES", {2: (("auto", "auto", {}), other), 4: (("auto", "auto", {}),)})
     monkeypatch.setattr(tuning, "POWERS", {2: (1.5,)})
+    monkeypatch.setattr(tuning, "WINDOWED", {2: ("auto+window=16",)})
     monkeypatch.setattr(tuning, "TRAINED", 64)
     monkeypatch.setattr(sys, "argv", ["tuning", "--output", str(tmp_path)])
     tuning.main()
-    assert capsys.readouterr().out.count(" s\n") == 11
+    assert capsys.readouterr().out.count(" s\n") == 12
     tuning.main()
-    assert capsys.readouterr().out.count(": on record") == 11
+    assert capsys.readouterr().out.count(": on record") == 12
     record = json.loads((tmp_path / "quality_tuning.json").read_text(encoding="utf-8"))
     labels = {
         tokens: [m["what"]["variant"] for m in record["measurements"] if m["what"]["tokens"] == tokens]
@@ -86,6 +87,7 @@ def test_the_tuning_reads_and_goes_on(bfloat16_attention, model_directory, tmp_p
         "other",
         yarn,
         tuning.LOG_N,
+        "auto+window=16",
         power,
         "by distance",
         "of neighbours",

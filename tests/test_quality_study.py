@@ -75,11 +75,30 @@ def test_a_model_that_does_not_exist_is_one_line(run, capsys):
 
 class TestParts:
     def test_what_a_stopped_study_should_have_comes_first(self):
-        assert [part.name for part in parts.PARTS] == ["2x", "1.5x", "4x", "4x-rest"]
-        assert [part.scale for part in parts.PARTS] == [2, 1.5, 4, 4]
-        first, second, third, last = (part.strategies for part in parts.PARTS)
+        assert [part.name for part in parts.PARTS] == [
+            "2x",
+            "1.5x",
+            "4x",
+            "4x-rest",
+            "window-2x",
+            "window-4x",
+        ]
+        assert [part.scale for part in parts.PARTS] == [2, 1.5, 4, 4, 2, 4]
+        first, second, third, last, *_ = (part.labels(8192) for part in parts.PARTS)
         assert first == second == third + last == parts.STRATEGIES
         assert {"stock", "auto", "auto-yarn", "yarn", "ntk", "yarn, auto's temperature"} <= set(third)
+
+    def test_windows_are_of_the_trained_length(self):
+        """A window of 1024 tokens would be all that a model that was trained to 256 reads at 4x."""
+        model = LlamaForCausalLM(llama_config())
+        for part in parts.PARTS[-2:]:
+            labels = part.labels(64)
+            assert labels[0] == parts.BASELINE
+            for label in labels[1:]:
+                variant = parts.planner(model)(label, int(64 * part.scale))
+                assert variant.window.size in (8, 16)
+                assert variant.window.size == int(label.partition("=")[2].partition("+")[0])
+                assert variant.fingerprint != parts.planner(model)("auto", int(64 * part.scale)).fingerprint
 
     def test_every_strategy_is_read(self):
         """But those that need factors of their own or have another's."""
@@ -239,6 +258,24 @@ class TestTables:
         record["measurements"].append(reading("b", "auto", (1, 2), (3, 4), tokens=128))
         with pytest.raises(ValueError, match="cannot be compared"):
             readings.readings(record, 128)
+
+    def test_windows_are_against_the_single_plan(self, tmp_path):
+        label = "auto+window=64"
+        window = [reading("a", label, (1.9, 2.0), (2.3, 2.3)), reading("b", label, (2.0, 2.1), (2.0, 2.3))]
+        path = tmp_path / "quality_perplexity.json"
+        path.write_text(json.dumps(record_of(*AUTO, *YARN)), encoding="utf-8")
+        assert summary.windows(tmp_path) == ("", "")
+        path.write_text(json.dumps(record_of(*AUTO, *YARN, *window)), encoding="utf-8")
+        block, machine = summary.windows(tmp_path)
+        assert "### 2x: 1024 tokens" in block
+        assert "yarn" not in block
+        assert "a processor" in machine
+        by_position = next(t for t in block.split("\n\n") if "768-1024" in t)
+        head, row = cells(by_position)
+        assert head == ["", "0-256", "256-512", "512-768", "768-1024"]
+        assert row[0] == label
+        assert row[1] == percent(*paired_difference([1.9, 2.0], [2.0, 2.0]))
+        assert row[4] == percent(*paired_difference([2.3, 2.3], [2.4, 2.4]))
 
     def test_who_leads_is_decided_by_errors(self):
         close = reading("a", "ntk", (2, 2), (2.3, 2.31))  # +0.1 and -0.09

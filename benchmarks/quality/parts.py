@@ -104,6 +104,16 @@ def _known(label: str) -> bool:
     return label == "stock" or label.removesuffix(OF_AUTO).partition(":")[0] in STRATEGY_NAMES
 
 
+def windowed(trained: int) -> tuple[str, ...]:
+    """Labels with trained frequencies within a window of an eighth or a quarter of ``trained`` tokens.
+
+    Beyond a quarter by ``pi`` they are Leaky ReRoPE's, ``grouped`` Self-Extend's.
+    """
+    eighth, quarter = trained // 8, trained // 4
+    plans = f"auto+window={eighth}", f"auto+window={quarter}", f"auto+window={quarter}+scaling=far"
+    return *plans, f"pi+window={quarter}", f"grouped+window={quarter}"
+
+
 CLOSEST = tuple(filter(_known, _CLOSEST))
 _REST = (*(name for name in STRATEGY_NAMES if name not in CLOSEST + _NOT_READ), "resonance:of=auto")
 STRATEGIES = (*CLOSEST, *filter(_known, _REST))
@@ -118,12 +128,18 @@ class Part:
         scale: times the trained length.
         strategies: labels.
         tokens: read of each text, where it is another number.
+        windows: labels of :func:`windowed` too.
     """
 
     name: str
     scale: float
     strategies: tuple[str, ...] = STRATEGIES
     tokens: int | None = None
+    windows: bool = False
+
+    def labels(self, trained: int) -> tuple[str, ...]:
+        """What reads with a model that was trained to so many tokens."""
+        return self.strategies + windowed(trained) * self.windows
 
 
 PARTS = (
@@ -131,6 +147,8 @@ PARTS = (
     Part("1.5x", 1.5),
     Part("4x", 4, CLOSEST),
     Part("4x-rest", 4, tuple(label for label in STRATEGIES if label not in CLOSEST)),
+    Part("window-2x", 2, (BASELINE,), windows=True),
+    Part("window-4x", 4, (BASELINE,), windows=True),
 )
 """What a study that is stopped should have comes first."""
 QUICK = (Part("quick", 2, ("stock", "yarn"), tokens=600),)
@@ -146,6 +164,6 @@ def planner(model: PreTrainedModel) -> Callable[[str, int], Variant]:
             plan = variant(BASELINE, target).plan
             name = f"{label.removesuffix(OF_AUTO)}:attention_factor={plan.attention_scaling!r}"
         (made,) = make_variants(model, [name], target)
-        return Variant(label, made.plan)
+        return Variant(label, made.plan, made.window)
 
     return variant

@@ -202,7 +202,7 @@ def measurements(
         check_memory(model, tokens, tokens)
         for passage in filter(None, map(text, entry.texts)):
             ids = passage.ids.reshape(entry.passages, -1)[:, :tokens]
-            for label in part.strategies:
+            for label in part.labels(entry.trained):
                 m, finished = reader.read(passage.text, ids, variant(label, target))
                 yield line(f"{passage.text}, {tokens} tokens, {label}", m, finished)
     for label, tokens, texts in superseded(record):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.benchmark import machine_of
-from benchmarks.quality.parts import BASELINE, PARTS, STRATEGIES
+from benchmarks.quality.parts import BASELINE, PARTS, STRATEGIES, windowed
 from benchmarks.quality.readings import Readings, load, only_newest, path_of, readings, trained_length
 from benchmarks.tables import markdown
 from rope_dist.evaluation.paired import percent
@@ -53,6 +53,20 @@ def texts_table(found: Readings, against: str = BASELINE) -> str:
             ]
             rows.append([label, *cells])
     return markdown(rows, ["", *texts])
+
+
+def positions_table(found: Readings, against: str = BASELINE, columns: int = 4) -> str:
+    """A row a label, a column a range of positions: differences from ``against``."""
+    step = max(found.tokens // columns // found.width, 1) * found.width
+    spans = [(at, min(at + step, found.tokens)) for at in range(0, found.tokens, step)]
+    rows = []
+    for label in names(found):
+        texts = found.both(label, against)
+        if label != against:
+            rows.append(
+                [label, *(percent(*found.difference(label, against, texts, *span)) for span in spans)]
+            )
+    return markdown(rows, ["", *(f"{start}-{end}" for start, end in spans)])
 
 
 def where_others_lead(found: Readings, label: str = BASELINE) -> str:
@@ -181,6 +195,31 @@ def block(folder: Path, against: str = "yarn") -> tuple[str, str]:
     shown = picture("") if (folder / "quality.png").exists() else ""
     machines = dict.fromkeys(map(machine_of, record["machines"]))
     return "\n\n".join(filter(None, [table, shown, note])), "; ".join(machines)
+
+
+def windows(folder: Path) -> tuple[str, str]:
+    """Windows of trained frequencies beside the baseline, a table a scale; nothing while there is no reading by one."""
+    record = load(folder, "perplexity")
+    trained, parts = trained_length(record), []
+    for scale in SCALES:
+        found = readings(record, int(scale * trained), (BASELINE, *windowed(trained)))
+        if BASELINE in found.losses and len(found.losses) > 1:
+            texts = "; ".join(found.losses[BASELINE])
+            parts += [
+                f"### {scale:g}x: {found.tokens} tokens",
+                f"The first {found.tokens} tokens of {texts}; far plans are for {found.tokens} tokens.",
+                strategies_table(found),
+                "By position, against the single plan:",
+                positions_table(found),
+            ]
+    if not parts:
+        return "", ""
+    model = record["model"]
+    parts = ["## Exact near, extended far: a window", *parts]
+    parts.append(
+        f"`python -m benchmarks.quality.study`: {model['name']}, {model['dtype']}, without training."
+    )
+    return "\n\n".join(parts), "; ".join(dict.fromkeys(map(machine_of, record["machines"])))
 
 
 def longppl(folder: Path) -> tuple[str, str]:

@@ -3,8 +3,8 @@
     python -m benchmarks.quality.tuning
 
 Reads *Emma* with ``auto`` and its constants varied one at a time, beside what it competes with, what other criteria of
-the rotary angles choose, and queries that are scaled by their position. As the study, it resumes where it was stopped.
-Result: ``quality_tuning.json``; ``python -m benchmarks.report`` makes the tables.
+the rotary angles choose, queries that are scaled by their position, and windows of trained frequencies. It resumes
+where it was stopped, as the study. Result: ``quality_tuning.json``; ``python -m benchmarks.report`` makes the tables.
 """
 
 import math
@@ -26,6 +26,7 @@ from rope_dist.evaluation import (
     Variant,
     describe,
     load_model,
+    make_variants,
     measure_perplexity,
     passages,
 )
@@ -55,6 +56,20 @@ CANDIDATES: dict[int, tuple[tuple[str, str, dict[str, Any]], ...]] = {
     ),
 }
 """By times the trained length: label, strategy and its settings."""
+WINDOWED = {
+    2: (
+        "auto+window=1024",
+        "auto+window=2048",
+        "auto+window=4096",
+        "auto+window=2048+scaling=far",
+        "auto+window=2048+scaling=all",
+        "yarn+window=2048",
+        "pi+window=2048",
+        "grouped+window=2048",
+    ),
+    4: ("auto+window=2048", "auto+window=2048+scaling=far"),
+}
+"""Trained frequencies within a window, by times the trained length."""
 POWERS = {2: (1.25, 1.5, 2.0)}
 """Of the place between the two ends of the ramp: above 1 fast pairs change less, as in MrRoPE-Pro."""
 CRITERIA = {2: {"by distance": by_distance, "of neighbours": of_neighbours}}
@@ -78,6 +93,7 @@ def variants(model: PreTrainedModel, scale: int) -> list[Variant]:
     of_auto = {"attention_factor": auto.attention_scaling}
     made.append(Variant(f"yarn{OF_AUTO}", plan(strategy="yarn", settings=of_auto)))
     made.append(LogScaledVariant(LOG_N, auto))
+    made += make_variants(model, WINDOWED.get(scale, ()), target)
     for label, (factors, attention_factor) in given.items():
         settings = {"factors": factors, "attention_factor": attention_factor}
         made.append(Variant(label, plan(strategy="longrope", settings=settings)))
