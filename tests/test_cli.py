@@ -112,11 +112,11 @@ class TestPlan:
 
 
 def auto_factors(scale):
-    """The factors of ``auto`` for LLaMA2 by README's formula: ``s ** x``, x from 0 at 64 periods to 1 at one."""
+    """The factors of ``auto`` for LLaMA2 by README's formula: ``s ** x``, x from 0 at 32 periods to 1 at one."""
     factors = []
     for i in range(64):
         periods = 4096 * 10000 ** (-i / 64) / (2 * math.pi)
-        factors.append(scale ** min(max(math.log(64 / periods) / math.log(64), 0), 1))
+        factors.append(scale ** min(max(math.log(32 / periods) / math.log(32), 0), 1))
     return factors
 
 
@@ -187,12 +187,10 @@ class TestCompare:
         assert os.listdir(tmp_path) == ["c.svg"]
 
     def test_a_disturbance_that_means_more_than_its_size_is_explained(self, out):
-        text = out("compare", "llama2-7b", "--target", 16384, "--strategies", "pi", "auto")
-        # 90.54 * 64 = 3612.6 + 63 * 34.63, and 2 pi * 10000 ** (21 / 64) * 4 ** 0.16857 is a period of 163.0 tokens.
-        assert (
-            "auto, 16384: pair 21 has 3612.62, 360 -> 267 intervals; the mean of the others is 34.63" in text
-        )
-        assert "pi, 16384" not in text
+        text = out("compare", "llama2-7b", "--target", 8192, "--strategies", "pi", "ntk")
+        # 269.81 * 64 = 8895.3 + 63 * 132.90; 2 pi * 10000 ** (3 / 64) * 2 ** (3 / 63) is a period of 10.0003 tokens.
+        assert "ntk, 8192: pair 3 has 8895.26, 360 -> 101 intervals; the mean of the others is 132.90" in text
+        assert "pi, 8192" not in text
         assert "Pairs above" not in out(
             "compare", "llama2-7b", "--target", 8192, "--strategies", "pi", "auto"
         )

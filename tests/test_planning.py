@@ -391,7 +391,7 @@ class TestSettings:
             ("yarn", "beta_slow"),
             ("llama3", "low_freq_factor"),
             ("llama3", "high_freq_factor"),
-            ("auto", "fast_periods"),
+            ("mrrope-uni", "fast_periods"),
             ("auto", "slow_periods"),
             ("refined", "tolerance"),
             ("refined", "slack"),

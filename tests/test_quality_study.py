@@ -312,7 +312,8 @@ class TestTables:
 
     def test_the_tuning_is_against_auto(self, tmp_path):
         (tmp_path / "quality_tuning.json").write_text(json.dumps(record_of(AUTO[0], YARN[0])))
-        title, table, note = summary.tuning(tmp_path)[0].split("\n\n")
+        (tmp_path / "quality_tuning_small.json").write_text(json.dumps(record_of(AUTO[1], YARN[1])))
+        title, table, note, title_of_small, *_ = summary.tuning(tmp_path)[0].split("\n\n")
         head, auto, yarn = cells(table)
         assert head[-1] == "past 512, against auto"  # of one text
         assert yarn[3:] == [
@@ -320,8 +321,9 @@ class TestTables:
             for both in (((2.1, 2.2), (2.0, 2.1)), ((2.3, 2.6), (2.2, 2.4)))
         ]
         assert auto[3:] == ["", ""]
-        assert title == "a, the first 1024 tokens:"
-        assert note.startswith("Errors are over parts of 256 positions.")
+        assert title == "m, a, the first 1024 tokens:"
+        assert note == "m: float32; errors are over parts of 256 positions."
+        assert title_of_small == "m, b, the first 1024 tokens:"
 
     def test_a_missing_record_names_its_command(self, tmp_path):
         with pytest.raises(ValueError, match=r"python -m benchmarks\.quality\.study"):

@@ -103,7 +103,7 @@ def test_yarn_settings_equal_hugging_face(settings):
 @pytest.mark.parametrize(
     "rope", ROPES[:3], ids=lambda rope: f"{rope.theta:g}-{rope.rotary_dim}-{rope.length}"
 )
-@pytest.mark.parametrize(("scale", "whole", "free"), [(2, 0.047, 0.0281), (4, 0.14, 0.107)])
+@pytest.mark.parametrize(("scale", "whole", "free"), [(2, 0.047, 0.0281), (4, 0.15, 0.107)])
 def test_auto_yarn_is_near_auto_by_parameters_of_yarn(rope, scale, whole, free):
     target = scale * rope.length
     auto = STRATEGIES["auto"](rope, target)
@@ -465,6 +465,20 @@ def test_a_bad_embedding_is_refused(numbers, message):
         PretrainedRope(*numbers)
 
 
+@pytest.mark.parametrize(
+    ("length", "fast"),
+    [(100, 2.0), (256, 2.0), (1024, 8.0), (2048, 16.0), (4096, 32.0), (8192, 64.0), (131072, 64.0)],
+)
+def test_auto_keeps_pairs_of_a_period_below_128_tokens(length, fast):
+    rope = PretrainedRope(10000.0, 128, length)
+    scaling = get_strategy("auto")(rope, 2 * length)
+    assert scaling.settings["fast_periods"] == fast
+    named = get_strategy("auto")(rope, 2 * length, fast_periods=fast)
+    assert torch.equal(named.factors, scaling.factors)
+    kept = 2 * math.pi / rope.inv_freq.double()[scaling.factors == 1]
+    assert kept.max() <= length / fast < kept.max() * 10000 ** (1 / 64)
+
+
 @given(
     st.sampled_from([1e4, 5e5, 1e6]),
     st.sampled_from([64, 80, 128, 256]),
@@ -477,19 +491,29 @@ def test_auto_is_monotone_and_between_1_and_s(theta, dim, length, scale):
     scaling = get_strategy("auto")(rope, target)
     assert torch.all(scaling.factors.diff() >= 0)
     periods = length * theta ** -(torch.arange(0, dim, 2).double() / dim) / (2 * math.pi)
-    assert torch.all(scaling.factors[periods > 64.001] == 1)
+    # A period of 128 tokens, but at least two in the trained length, and no more than 64.
+    fast = {256: 2, 4096: 32}.get(length, 64)
+    assert torch.all(scaling.factors[periods > fast * 1.001] == 1)
     assert torch.allclose(scaling.factors[periods < 0.999], torch.tensor(s, dtype=torch.float64))
     # Slower pairs first: the order of frequencies, and so of wavelengths, stays.
     assert torch.all((rope.inv_freq / scaling.factors).diff() < 0)
     # Neighbours within the ramp change against each other by one ratio.
-    steps = scaling.factors.log().diff()[(periods[:-1] < 64) & (periods[1:] > 1)]
+    steps = scaling.factors.log().diff()[(periods[:-1] < fast) & (periods[1:] > 1)]
     if len(steps) > 1:
         assert torch.allclose(steps, steps[:1].expand_as(steps), rtol=1e-3, atol=1e-6)
     assert scaling.attention_scaling == pytest.approx(math.sqrt(math.log(target) / math.log(length)))
 
 
 @pytest.mark.parametrize(
-    "options", [{"fast_periods": 1}, {"slow_periods": 0}, {"attention_factor": 0}, {"fast_periods": math.inf}]
+    "options",
+    [
+        {"fast_periods": 1},
+        {"slow_periods": 0},
+        {"slow_periods": 32},  # of LLaMA2, whose fast periods are as many
+        {"attention_factor": 0},
+        {"fast_periods": math.inf},
+        {"fast_periods": "64"},
+    ],
 )
 def test_auto_refuses(options):
     with pytest.raises(ValueError, match="auto"):

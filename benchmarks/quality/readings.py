@@ -13,7 +13,12 @@ import torch
 from rope_dist.evaluation.paired import paired_difference
 from rope_dist.evaluation.perplexity import WIDTH, Bucket
 
-SCRIPTS = {"tuning": "tuning", "growth": "growth", "growth_passkey": "growth_passkeys"}
+SCRIPTS = {
+    "tuning": "tuning",
+    "tuning_small": "tuning",
+    "growth": "growth",
+    "growth_passkey": "growth_passkeys",
+}
 """Kind of a record -> what makes it, where that is not the study."""
 Losses = list[list[float]]
 """Of a text: passages, and of each the mean loss of every ``width`` positions."""

@@ -264,17 +264,21 @@ def _if_measured(
 
 
 def tuning(folder: Path) -> tuple[str, str]:
-    """The table of what the constants of ``auto`` were chosen on, and the machine."""
-    record = load(folder, "tuning")
-    model = record["model"]
-    parts, width = [], WIDTH
-    for scale in (2, 4):
-        found = readings(record, scale * trained_length(record))
-        for text in found.losses.get(BASELINE, ()):
-            parts += [f"{text}, the first {found.tokens} tokens:", strategies_table(found)]
-            width = found.width
-    return (
-        "\n\n".join(parts)
-        + f"\n\nErrors are over parts of {width} positions. `python -m benchmarks.quality.tuning`: "
-        f"{model['name']}, {model['dtype']}."
-    ), machine_of(record["machines"][-1])
+    """The tables of what the constants of ``auto`` were chosen on, and the machines."""
+    parts: list[str] = []
+    machines: dict[str, None] = {}
+    for kind in ("tuning", "tuning_small"):
+        if kind != "tuning" and not path_of(folder, kind).exists():
+            continue
+        record = load(folder, kind)
+        model, trained, width = record["model"], trained_length(record), WIDTH
+        for scale in (2, 4):
+            found = readings(record, scale * trained)
+            for text, passages in found.losses.get(BASELINE, {}).items():
+                of = f"{len(passages)} passages of" if len(passages) > 1 else "the first"
+                parts += [f"{model['name']}, {text}, {of} {found.tokens} tokens:", strategies_table(found)]
+                width = found.width
+        machines |= dict.fromkeys(map(machine_of, record["machines"]))
+        parts.append(f"{model['name']}: {model['dtype']}; errors are over parts of {width} positions.")
+    parts.append("`python -m benchmarks.quality.tuning`.")
+    return "\n\n".join(parts), "; ".join(machines)

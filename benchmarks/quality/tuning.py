@@ -1,13 +1,17 @@
 """What the constants of ``auto`` were chosen on: one text at 2 and 4 times the trained length, and nothing else.
 
-    python -m benchmarks.quality.tuning
+    python -m benchmarks.quality.tuning [--model smollm2-135m DIR]
 
 Reads *Emma* with ``auto`` and its constants varied one at a time, beside what it competes with, what other criteria of
-the rotary angles choose, queries that are scaled by their position, and windows of trained frequencies. It resumes
-where it was stopped, as the study. Result: ``quality_tuning.json``; ``python -m benchmarks.report`` makes the tables.
+the rotary angles choose, queries that are scaled by their position, and windows of trained frequencies. A small LLaMA
+(DIR, by ``benchmarks/quality/small_llama.py``) was trained to a 32nd of the length: it shows which constants follow that.
+It resumes where it was stopped, as the study. Results: ``quality_tuning.json`` and ``quality_tuning_small.json``;
+``python -m benchmarks.report`` makes the tables.
 """
 
+import itertools
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +23,10 @@ import rope_dist
 from benchmarks.benchmark import Parser
 from benchmarks.quality.criteria import by_distance, of_neighbours
 from benchmarks.quality.logit_scaling import LogScaledVariant
-from benchmarks.quality.parts import DTYPE, MODEL, OF_AUTO, TRAINED
-from benchmarks.quality.study import line
-from rope_dist.evaluation import (
-    Record,
-    Variant,
-    describe,
-    load_model,
-    make_variants,
-    measure_perplexity,
-    passages,
-)
+from benchmarks.quality.parts import OF_AUTO, SMOLLM2, TRAINED, StudyModel, study_model
+from benchmarks.quality.readings import path_of
+from benchmarks.quality.study import Reader, line
+from rope_dist.evaluation import Record, Variant, describe, load_model, make_variants, passages
 from rope_dist.evaluation.variants import STOCK
 
 TEXT = "emma"
@@ -70,6 +67,17 @@ WINDOWED = {
     4: ("auto+window=2048", "auto+window=2048+scaling=far"),
 }
 """Trained frequencies within a window, by times the trained length."""
+SMALL = (
+    "yarn",
+    "ntk",
+    "llama3",
+    "mrrope-pro",
+    AUTO,
+    *(f"auto:fast_periods={periods}" for periods in (3, 4, 8, 16, 32, 64)),
+    "auto:slow_periods=0.5",
+    *(f"auto:attention_factor={factor}" for factor in (1, 1.03, 1.05, 1.1, 1.15, 1.2)),
+)
+"""What the small model reads with, at both scales: ``auto`` has 2 fast periods at its trained length."""
 POWERS = {2: (1.25, 1.5, 2.0)}
 """Of the place between the two ends of the ramp: above 1 fast pairs change less, as in MrRoPE-Pro."""
 CRITERIA = {2: {"by distance": by_distance, "of neighbours": of_neighbours}}
@@ -100,21 +108,47 @@ def variants(model: PreTrainedModel, scale: int) -> list[Variant]:
     return made
 
 
+def of_small(model: PreTrainedModel, trained: int, scale: int) -> list[Variant]:
+    """What reads the text with the small model at ``scale`` times the trained length."""
+    return make_variants(model, (*[STOCK] * (scale == min(CANDIDATES)), *SMALL), scale * trained)
+
+
+def measurements(entry: StudyModel, output: Path) -> Iterator[str]:
+    """Measure what is not on record; yields a line a measurement."""
+    model, tokenizer = load_model(entry.source, dtype=entry.dtype)
+    record = Record(path_of(output, f"tuning{entry.suffix}"), "perplexity", describe(model, entry.name))
+    reader = Reader(entry, model, record)
+    for scale in CANDIDATES:
+        target = scale * entry.trained
+        (text,) = passages(tokenizer, [TEXT], max(CANDIDATES) * entry.trained * entry.passages)
+        ids = text.ids.reshape(entry.passages, -1)[:, :target]
+        small = partial(of_small, model, entry.trained)
+        for variant in variants(model, scale) if entry == SMOLLM2 else small(scale):
+            m, finished = reader.read(text.text, ids, variant)
+            yield line(f"{TEXT}, {target} tokens, {variant.label}", m, finished)
+
+
 def main() -> None:
     """Read what is not yet on record."""
     parser = Parser("python -m benchmarks.quality.tuning", __doc__)
-    parser.add_argument("--output", default="benchmarks/results", help="folder (default: %(default)s)")
-    output = Path(parser.parse_args().output)
+    add = parser.add_argument
+    add(
+        "--model",
+        nargs="+",
+        default=[SMOLLM2.name],
+        help="packaged model or directories (default: %(default)s)",
+    )
+    add("--output", default="benchmarks/results", help="folder (default: %(default)s)")
+    arguments = parser.parse_args()
+    try:
+        models = list(map(study_model, arguments.model))
+    except ValueError as error:
+        parser.error(str(error))
+    output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     transformers_logging.set_verbosity_error()
-    model, tokenizer = load_model(MODEL, dtype=DTYPE)
-    record = Record(output / "quality_tuning.json", "perplexity", describe(model, MODEL))
-    for scale in CANDIDATES:
-        target = scale * TRAINED
-        options = {"lengths": [target], "methods": ["whole"], "chunk": target, "progress": True}
-        texts, tried = passages(tokenizer, [TEXT], target), variants(model, scale)
-        for variant, m, finished in measure_perplexity(model, texts, tried, record, **options):
-            print(line(f"{TEXT}, {target} tokens, {variant.label}", m, finished), flush=True)
+    for what in itertools.chain.from_iterable(measurements(model, output) for model in models):
+        print(what, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .auto import FAST_PERIODS, SLOW_PERIODS, auto
+from .auto import SLOW_PERIODS, auto, default_fast_periods
 from .base import PretrainedRope, Scaling, check_number, scale_of
 from .formulas import yarn
 
@@ -30,11 +30,8 @@ def auto_yarn(
     Both have a ramp that is linear in the pair index; ``auto`` interpolates between 1 and ``s`` geometrically, YaRN
     harmonically. ``beta_fast`` and ``beta_slow`` minimise the largest ``|ln f_yarn - ln f_auto|`` over the pairs: see
     :func:`fitted_periods`. What remains is 2.8 % of a factor at 2x and 10.6 % at 4x, and with ``truncate`` up to 4.5 %
-    and 13 %: its ramp begins and ends at whole pairs. llama.cpp and MLX round it so in any case, and only a ramp that
+    and 15 %: its ramp begins and ends at whole pairs. llama.cpp and MLX round it so in any case, and only a ramp that
     rounding does not change is the same in every engine.
-
-    YaRN keeps pair 0 as it is. Where that has fewer than 64 periods within the trained length, ``auto`` does not, and
-    the two differ by more.
 
     Args:
         beta_fast, beta_slow: periods within the trained length that replace the fitted ones, ``beta_fast > beta_slow``.
@@ -48,7 +45,7 @@ def auto_yarn(
     if attention_factor is None:
         attention_factor = math.sqrt(1 + math.log(s) / math.log(rope.length))
     check_number(attention_factor, "auto-yarn's attention_factor", positive=True)
-    fast, slow = fitted_periods(s)
+    fast, slow = fitted_periods(s, default_fast_periods(rope.length))
     if truncate is True and s > 1 and None in (beta_fast, beta_slow):
         fast, slow = _whole_pairs(rope, target_length, fast, slow)
     fast, slow = float(f"{fast:.4g}"), float(f"{slow:.4g}")
@@ -65,17 +62,17 @@ def auto_yarn(
         raise ValueError(str(error).replace("yarn", "auto-yarn")) from None
 
 
-def fitted_periods(scale: float) -> tuple[float, float]:
+def fitted_periods(scale: float, fast_periods: float) -> tuple[float, float]:
     """``beta_fast`` and ``beta_slow`` of the YaRN ramp nearest to ``auto`` at that scale ``s``, for evenly dense pairs.
 
-    On ``auto``'s ramp, ``x`` from 0 (64 periods) to 1 (one period), the logarithm of its factor is ``x ln s``. YaRN's
-    on its own ramp from ``a`` to ``b`` is ``-ln(1 - c (x - a) / (b - a))`` with ``c = 1 - 1/s``, which is convex: the
-    largest difference is least where it is the same, ``E``, at ``x = 0``, at ``x = b`` and (with the other sign) where
-    their slopes are equal. ``x = b`` gives ``b = 1 - E / ln s``, ``x = 0`` gives ``a``, and the third, which falls with
-    ``E``, is solved by bisection. At 2x the result is 82 and 1.2 periods.
+    On ``auto``'s ramp, ``x`` from 0 (``fast_periods``) to 1 (one period), the logarithm of its factor is ``x ln s``.
+    YaRN's on its own ramp from ``a`` to ``b`` is ``-ln(1 - c (x - a) / (b - a))`` with ``c = 1 - 1/s``. That is convex,
+    so the largest difference is least where it is the same, ``E``, at ``x = 0``, at ``x = b`` and (with the other sign)
+    where their slopes are equal. ``x = b`` gives ``b = 1 - E / ln s``, ``x = 0`` gives ``a``, and the third, which
+    falls with ``E``, is solved by bisection. At 2x the result for 64 periods is 82 and 1.2.
     """
     if scale <= 1:
-        return FAST_PERIODS, SLOW_PERIODS
+        return fast_periods, SLOW_PERIODS
     log, c = math.log(scale), 1 - 1 / scale
 
     def bounds(error: float) -> tuple[float, float]:
@@ -95,8 +92,8 @@ def fitted_periods(scale: float) -> tuple[float, float]:
         error = (low + high) / 2
         low, high = (error, high) if excess(error) > 0 else (low, error)
     a, b = bounds((low + high) / 2)
-    ratio = SLOW_PERIODS / FAST_PERIODS
-    return FAST_PERIODS * ratio**a, FAST_PERIODS * ratio**b
+    ratio = SLOW_PERIODS / fast_periods
+    return fast_periods * ratio**a, fast_periods * ratio**b
 
 
 def _whole_pairs(rope: PretrainedRope, target_length: int, fast: float, slow: float) -> tuple[float, float]:
