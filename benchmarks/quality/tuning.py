@@ -4,7 +4,7 @@
 
 Reads *Emma* with ``auto`` and its constants varied one at a time, beside what it competes with, what other criteria of
 the rotary angles choose, queries that are scaled by their position, and windows of trained frequencies. A small LLaMA
-(DIR, by ``benchmarks/quality/small_llama.py``) was trained to a 32nd of the length: it shows which constants follow that.
+(DIR, by ``benchmarks/quality/small_llama.py``) was trained to a 32nd of the length and shows which constants follow it.
 It resumes where it was stopped, as the study. Results: ``quality_tuning.json`` and ``quality_tuning_small.json``;
 ``python -m benchmarks.report`` makes the tables.
 """
