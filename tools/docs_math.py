@@ -48,7 +48,7 @@ def _svg(formula: str) -> str:
     width, height = (float(re.search(rf'\b{side}="([\d.]+)pt"', svg)[1]) / SIZE for side in ("width", "height"))
     (box,) = re.findall(r'viewBox="[^"]+"', svg)
     # Neither the style sheet nor the white background, which are the page's.
-    glyphs = svg[svg.index('<g id="text_1">') : svg.rindex("</g>")].replace("#010203", "currentColor")
+    glyphs = svg[svg.index('<g id="text_1">') : svg.rindex("</g>")].replace("#010203", "currentColor").replace(' id="text_1"', "")
     style = f"vertical-align:{-depth / SIZE:.3f}em"
     return (
         f'<svg role="img" aria-label="{html.escape(formula)}" style="{style}" width="{width:.3f}em" '
