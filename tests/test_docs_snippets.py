@@ -6,6 +6,7 @@ How the pages are written for this:
 - ``<!-- setup: CODE -->`` on the line before a block is one line of Python that runs first and is not shown.
 - The blocks of a page run in order, in one namespace and in an empty folder, on a CPU. It begins with the names of
   ``namespace`` below: ``rope_dist``, ``ops``, ``torch``, a small ``model``, its ``plan``, queries and keys, and so on.
+  Before each block models are disabled: what it does to one ends with it.
 - A hub id (``"Qwen/Qwen3-8B"``) in the page is a small random model, with the config of that model where
   helpers/published_models.py has it and that of LLaMA 2 elsewhere.
 - ``model.generate(...)`` stands for a call with a prompt. Any other ``...`` is Python's.
@@ -91,6 +92,8 @@ def namespace(hub):
         "plan": rope_dist.plan(model, factor=2),
         "input_ids": torch.arange(3, 19)[None],
         "prompt": torch.arange(3, 19)[None],
+        "prompt_tokens": 16,
+        "max_new_tokens": 2,
         "q": torch.randn(1, tokens, heads, head_dim),
         "k": torch.randn(1, tokens, kv_heads, head_dim),
         "v": torch.randn(1, tokens, kv_heads, head_dim),
@@ -147,17 +150,14 @@ def test_the_blocks_of_a_page_run(page, namespace, tmp_path, monkeypatch, stock_
         if mark == "not run":
             compile(code, f"{page}:{line}", "exec")
             continue
+        rope_dist.disable()
         if mark == "setup":
             exec(text, namespace)
         try:
             run(code, namespace, f"{page}:{line}")
-        except AssertionError:
-            raise
         except Exception as error:
-            pytest.fail(
-                f"{page}, line {line}: {type(error).__name__}: {error}\n{code}\nMark what cannot run here: "
-                "<!-- not run: REASON --> on the line before the block; see tests/test_docs_snippets.py."
-            )
+            error.add_note(f"In {page}, line {line}. What cannot run here has <!-- not run: REASON --> before it.")
+            raise
 
 
 def test_a_wrong_block_fails():

@@ -94,7 +94,7 @@ def config_entries(repository: str, shrink: int = 1) -> dict[str, Any]:
     entries["num_hidden_layers"] = entries.get("sliding_window_pattern", 2)
     entries["max_position_embeddings"] //= shrink
     if entries.get("sliding_window"):
-        entries["sliding_window"] //= shrink
+        entries["sliding_window"] = max(entries["sliding_window"] // shrink, 8)
     scaling = entries.get("rope_scaling")
     if scaling:
         original = scaling["original_max_position_embeddings"] // shrink
