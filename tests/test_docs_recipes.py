@@ -67,7 +67,9 @@ class Shell:
     def run(self, command):
         program, *arguments = shlex.split(command)
         arguments = [
-            name for given in arguments for name in (sorted(glob.glob(given)) or [given] if "*" in given else [given])
+            name
+            for given in arguments
+            for name in (sorted(glob.glob(given)) or [given] if "*" in given else [given])
         ]
         if program == "hf":
             return self._download(*arguments)

@@ -64,7 +64,9 @@ def hub(tmp_path_factory, monkeypatch):
     for name in ids:
         stored = cache / f"models--{name.replace('/', '--')}"
         if not stored.exists():
-            save_published(name if name in PUBLISHED else USUAL, stored / "snapshots/small", letter_tokenizer())
+            save_published(
+                name if name in PUBLISHED else USUAL, stored / "snapshots/small", letter_tokenizer()
+            )
             (stored / "refs").mkdir()
             (stored / "refs/main").write_text("small")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
@@ -156,7 +158,9 @@ def test_the_blocks_of_a_page_run(page, namespace, tmp_path, monkeypatch, stock_
         try:
             run(code, namespace, f"{page}:{line}")
         except Exception as error:
-            error.add_note(f"In {page}, line {line}. What cannot run here has <!-- not run: REASON --> before it.")
+            error.add_note(
+                f"In {page}, line {line}. What cannot run here has <!-- not run: REASON --> before it."
+            )
             raise
 
 

@@ -11,7 +11,7 @@ import griffe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.docs_pages import identifiers  # noqa: E402
+from tools.docs_pages import identifiers
 
 ROLE = re.compile(r":(?:func|class|meth|attr|data|mod):`~?([^`]+)`")
 

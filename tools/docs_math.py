@@ -1,4 +1,4 @@
-"""Formulas of a page as pictures in the page: GitHub renders ``$...$``, and a site that loads nothing has no MathJax."""
+"""Formulas of a page as inline SVG: GitHub renders ``$...$``, and a site that loads nothing has no MathJax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import html
 import io
 import re
 
-MATH = re.compile(r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>(?! )[^$\n]+?)(?<! )\$(?![\w$])", re.DOTALL)
+MATH = re.compile(
+    r"\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>(?! )[^$\n]+?)(?<! )\$(?![\w$])", re.DOTALL
+)
 # What stands for a formula while Markdown is made HTML: in hexadecimal nothing is Markdown's.
 MARK = re.compile(r"MATH(BLOCK|INLINE)x([0-9a-f]+)x")
 # Names of TeX that matplotlib has under another one.
@@ -45,10 +47,16 @@ def _svg(formula: str) -> str:
         font = FontProperties(size=SIZE)
         depth = math_to_image(f"${known}$", buffer, prop=font, dpi=72, format="svg", color="#010203")
     svg = buffer.getvalue()
-    width, height = (float(re.search(rf'\b{side}="([\d.]+)pt"', svg)[1]) / SIZE for side in ("width", "height"))
+    width, height = (
+        float(re.search(rf'\b{side}="([\d.]+)pt"', svg)[1]) / SIZE for side in ("width", "height")
+    )
     (box,) = re.findall(r'viewBox="[^"]+"', svg)
     # Neither the style sheet nor the white background, which are the page's.
-    glyphs = svg[svg.index('<g id="text_1">') : svg.rindex("</g>")].replace("#010203", "currentColor").replace(' id="text_1"', "")
+    glyphs = (
+        svg[svg.index('<g id="text_1">') : svg.rindex("</g>")]
+        .replace("#010203", "currentColor")
+        .replace(' id="text_1"', "")
+    )
     style = f"vertical-align:{-depth / SIZE:.3f}em"
     return (
         f'<svg role="img" aria-label="{html.escape(formula)}" style="{style}" width="{width:.3f}em" '

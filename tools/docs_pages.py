@@ -44,7 +44,9 @@ def identifiers() -> dict[str, str]:
 
 def names(module: str) -> str:
     """The directives of mkdocstrings for the public names of a module."""
-    shown = [name for name in sorted(public(module), key=str.lower) if identifiers()[name] == f"{module}.{name}"]
+    shown = [
+        name for name in sorted(public(module), key=str.lower) if identifiers()[name] == f"{module}.{name}"
+    ]
     return "\n\n".join(f"::: {module}.{name}" for name in shown)
 
 
@@ -77,4 +79,3 @@ def _sections(context: Any, command: Any) -> Iterator[str]:
     for name, sub in getattr(command, "commands", {}).items():
         inner = type(context)(sub, info_name=name, parent=context)
         yield from _sections(inner, sub)
-

@@ -1,8 +1,8 @@
 """What mkdocs makes of docs/: links that leave the folder, pages of the repository's top, and pages that are generated.
 
-A hook of ``mkdocs.yml``. Pages of docs/ are written for GitHub, whose relative links lead anywhere in the repository. On the
-site a link leads to the page, if the site has it; a picture is copied; anything else is a link into the repository that
-``ROPE_DIST_URL`` names, as in the metadata of the package, or without it to a copy of the file.
+A hook of ``mkdocs.yml``. Pages of docs/ are written for GitHub, whose relative links lead anywhere in the repository. On
+the site a link leads to the page, if the site has it; a picture is copied; anything else is a link into the repository
+that ``ROPE_DIST_URL`` names, as in the metadata of the package, or without it to a copy of the file.
 """
 
 from __future__ import annotations

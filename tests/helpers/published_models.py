@@ -17,7 +17,12 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-2-7b-hf": {**LLAMA, "max_position_embeddings": 4096, "rope_theta": 10000.0, "head_dim": 128},
+    "meta-llama/Llama-2-7b-hf": {
+        **LLAMA,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "head_dim": 128,
+    },
     "meta-llama/Llama-3.1-8B": {
         **LLAMA,
         "head_dim": 128,
