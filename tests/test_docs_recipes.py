@@ -6,6 +6,7 @@ with those that the package prints for them.
 """
 
 import glob
+import itertools
 import json
 import re
 import runpy
@@ -93,7 +94,7 @@ class Shell:
                 change.chdir(self.small)
                 Path("book.txt").write_text(Path("../book.txt").read_text())
                 return self._main([*shrunk(arguments), "--no-plot", "--device", "cpu"])
-        for option, name in zip(arguments, arguments[1:], strict=False):
+        for option, name in itertools.pairwise(arguments):
             if name.endswith(".gguf") and option != "-o":
                 self._convert(Path(name))
         return self._main(arguments)
@@ -146,7 +147,7 @@ class Shell:
         if name == "llama-server":
             return ""
         config = json.loads((Path(target) / "config.json").read_text())
-        for option, value in zip(command, command[1:], strict=False):
+        for option, value in itertools.pairwise(command):
             if option in ("--max-model-len", "--context-length"):
                 assert int(value) == config["max_position_embeddings"]
         return ""

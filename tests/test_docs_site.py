@@ -98,6 +98,15 @@ class TestLinks:
         page = site.TOP.get(source, source.removeprefix("docs/"))
         assert site._relinked(text, source, page, Files()) == expected
 
+    @pytest.mark.parametrize(("link", "warns"), [("../benchmarks/none.svg", True), ("../examples", False)])
+    def test_what_the_repository_does_not_have_is_a_warning(self, site, caplog, link, warns):
+        class Nothing:
+            def get_file_from_path(self, path):
+                return None
+
+        site._relinked(f"![a]({link})", "docs/hub.md", "hub.md", Nothing())
+        assert ("does not have" in caplog.text) == warns
+
     def test_with_a_repository_they_lead_into_it(self, site, monkeypatch):
         class Nothing:
             def get_file_from_path(self, path):

@@ -1,8 +1,8 @@
 """What mkdocs makes of docs/: links that leave the folder, pages of the repository's top, and pages that are generated.
 
-A hook of ``mkdocs.yml``. Pages of docs/ are written for GitHub, whose relative links lead anywhere in the repository. On
-the site a link leads to the page, if the site has it; a picture is copied; anything else is a link into the repository
-that ``ROPE_DIST_URL`` names, as in the metadata of the package, or without it to a copy of the file.
+A hook of ``mkdocs.yml``. Pages of docs/ are written for GitHub, whose relative links lead anywhere in the repository.
+On the site a link leads to the page, if the site has it; a picture is copied; anything else is a link into the
+repository that ``ROPE_DIST_URL`` names, as in the metadata of the package, or without it to a copy of the file.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def _relinked(text: str, source: str, page: str, files: Any) -> str:
             # A folder has no page of its own; without a repository the link is to the page's top.
             target = f"{URL}/blob/v{__version__}/{path}{anchor}" if URL else "#"
             return f"{match['before']}{target}"
-        return match[0]  # mkdocs warns of a page that there is not
+        if not path.startswith("docs/"):  # of those mkdocs warns itself
+            log.warning("%s has a link to what the repository does not have: %s", source, path)
+        return match[0]
 
     return LINK.sub(replace, text)
 
