@@ -51,7 +51,7 @@ def test_its_cells_run(monkeypatch, capsys, tmp_path, two_layers, stock_again, o
     from transformers.utils import logging
 
     plt.switch_backend("Agg")
-    monkeypatch.setenv("ROPE_DIST_QUICKSTART", "quick")
+    monkeypatch.setenv("QUICKSTART", "quick")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before, names = logging.get_verbosity(), {}
     try:
