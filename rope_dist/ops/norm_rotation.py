@@ -90,7 +90,7 @@ def norm_rotary_at(  # noqa: PLR0913  (public)
         q, k: ``[B, S, heads, D]``, any strides, or packed ``[T, heads, D]``; ``k`` None takes ``q`` alone.
         inv_freq, position_ids, cu_seqlens, seqlen_offsets, attention_scaling: as in :func:`rope_dist.ops.rotary_at`. A
             token in no sequence is normalised and not rotated.
-        Others as in :func:`norm_rotary`.
+        others: as in :func:`norm_rotary`.
 
     Returns:
         As :func:`norm_rotary`.

@@ -179,7 +179,7 @@ def decode_rotary(  # noqa: PLR0913  (public)
         k_cache, v_cache: ``[entries, Hk, head_dim]`` in the dtype of ``x``, any strides, changed in place.
         slots: ``[B * S]`` int32 or int64, the entry of each token; a negative one is not written. Entries
             must exist and differ: on a GPU they are not looked at.
-        Others as in :func:`qkv_rotary`.
+        others: as in :func:`qkv_rotary`.
 
     Returns:
         The queries ``[B, S, Hq, head_dim]`` (packed: ``[T, Hq, head_dim]``).
