@@ -24,17 +24,22 @@ class OnMps(torch.Tensor):
         if func is torch.Tensor.cpu:
             return out.as_subclass(torch.Tensor)
         if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
+            )
         return out.as_subclass(OnMps) if isinstance(out, torch.Tensor) else out
 
 
 class Moves(TorchFunctionMode):
-    """``x.to("mps")`` gives such a tensor."""
+    """``x.to("mps")`` and ``torch.zeros(..., device="mps")`` give such tensors."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.to and args[1] == MPS:
             return args[0].as_subclass(OnMps)
-        return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == MPS:
+            return func(*args, **{**kwargs, "device": "cpu"}).as_subclass(OnMps)
+        return func(*args, **kwargs)
 
 
 def test_the_stand_in_refuses_float64():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers.growing import cache_argument, read, text
+from helpers.growing import cache_argument, family, read, text
 from helpers.model_families import model_of
 from helpers.stock import assert_stock
 from torch.nn.attention.flex_attention import create_block_mask

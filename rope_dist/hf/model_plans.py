@@ -90,7 +90,7 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicP
 def plans_and_windowings(
     model: nn.Module, found: Found, options: dict[str, Any], window: Window
 ) -> tuple[list[RopePlan | DynamicPlan | None], dict[nn.Module, Windowed], str]:
-    """The far plan of each rotary embedding, what decoders with a window have, and why it is not dynamic where it may be.
+    """The far plan of each rotary embedding, what decoders with a window have, and why there is no dynamic plan.
 
     Cached keys have the trained frequencies at every stage: a model may have a dynamic plan by a window only.
     """

@@ -63,9 +63,7 @@ def _pairs(
 
 
 @triton.jit
-def _rotated(
-    first, second, cos, sin, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
+def _rotated(first, second, cos, sin, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """:func:`_pairs` rotated on, in their dtype."""
     dtype = first.dtype
     if INTERLEAVED:
@@ -181,9 +179,7 @@ def window_decode_kernel(
         weight = tl.exp2(logits - shift[:, None])
         before = tl.exp2(most - shift)
         total = total * before + tl.sum(weight, axis=1)
-        result = tl.dot(
-            weight.to(value.dtype), value, result * before[:, None], input_precision=PRECISION
-        )
+        result = tl.dot(weight.to(value.dtype), value, result * before[:, None], input_precision=PRECISION)
         most = new_most
 
     result = result / tl.where(total > 0, total, 1.0)[:, None]
@@ -231,11 +227,15 @@ def window_merge_kernel(
 def blocks(rows: int, head_dim: int, arch: str) -> dict[str, int]:
     """Keys at a time, warps and stages; ``head_dim`` is the larger one of keys and values.
 
-    Rotated in registers, 64 keys at a time spill. A stage of 32 has 16 KB of keys and values (head_dim 128, 16-bit):
-    with three, several programs share a multiprocessor. AMD has 64 KB of shared memory.
+    Rotated in registers, 64 keys at a time spill. A stage of 32, or of 16 of wide heads, has 16 KB of keys and values
+    in 16 bits: with three, two programs share a multiprocessor. AMD has 64 KB of shared memory.
     """
-    wide = head_dim > 128 or rows > 16
-    return {"BLOCK": 32, "num_warps": 8 if wide else 4, "num_stages": 2 if arch.startswith("gfx") else 3}
+    block = 16 if head_dim > 128 else 32
+    return {
+        "BLOCK": block,
+        "num_warps": 8 if rows > 16 else 4,
+        "num_stages": 2 if arch.startswith("gfx") else 3,
+    }
 
 
 def split(keys: int, programs: int, waves: int, block: int) -> tuple[int, int]:
@@ -250,7 +250,7 @@ def split(keys: int, programs: int, waves: int, block: int) -> tuple[int, int]:
 
 
 def parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, splits: int) -> list[torch.Tensor]:
-    """What splits are written to: outputs ``[programs, rows, width]`` and log-sum-exps ``[programs, rows]``, to base 2."""
+    """What splits are written to: outputs ``[programs, rows, width]`` and log-sum-exps, to base 2."""
     programs, rows = k.shape[0] * k.shape[1] * splits, padded_rows(q, k)
     shapes = (programs, rows, triton.next_power_of_2(v.shape[3])), (programs, rows)
     return [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
@@ -356,7 +356,9 @@ def launch(
     return triton_launch.launch(window_decode_kernel, programs, q.device, pack, tensors, options)
 
 
-def launch_merge(scratch: list[torch.Tensor], out: torch.Tensor, key_heads: int, splits: int) -> Launch | None:
+def launch_merge(
+    scratch: list[torch.Tensor], out: torch.Tensor, key_heads: int, splits: int
+) -> Launch | None:
     """Merge the splits that :func:`launch` wrote into ``out`` ``[B, S, H, Dv]``, contiguous; otherwise as that."""
     _, rows, width = scratch[0].shape
     options = {

@@ -98,7 +98,9 @@ def _check(
             f"inv_freq must be [R/2] and change_q64 [2, R/2], got {list(angles.inv_freq.shape)} and "
             f"{list(angles.change_q64.shape)}"
         )
-    if not 0 <= angles.first <= q.shape[3] - 2 * pairs or (angles.first and angles.first + 2 * pairs < q.shape[3]):
+    if not 0 <= angles.first <= q.shape[3] - 2 * pairs or (
+        angles.first and angles.first + 2 * pairs < q.shape[3]
+    ):
         raise ValueError(
             f"the {2 * pairs} rotated dimensions must be the first or the last of {q.shape[3]}, got first="
             f"{angles.first}"
