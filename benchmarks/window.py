@@ -3,6 +3,7 @@
 Queries, keys and values are those that a layer hands to its attention function, rotated by the trained frequencies. The
 time with a window has in it what a model does once for all its layers too: choosing the pieces, and the angles of new
 tokens. On a CPU "peak MiB" are the tensors that a call makes, its result included; of a GPU, all of its memory.
+The roofline reads all keys and values once, which is what bounds one token.
 """
 
 import weakref
@@ -63,6 +64,11 @@ class Layer:
             return attend(sdpa_attention_forward, "sdpa", self.module, self.q, self.k, self.v, None)[0]
         finally:
             end_window_call(self.model)
+
+    def read(self) -> Callable[[], object]:
+        """The call that reads all keys and values."""
+        integers = [x.view(torch.int64) for x in (self.k, self.v)]
+        return lambda: [x.sum() for x in integers]
 
     def exact(self, tokens: torch.Tensor, window: int) -> torch.Tensor:
         """``[tokens, H, D]`` in float64: each pair of tokens by its own angle; a window of all tokens is stock's."""
@@ -131,7 +137,7 @@ def implementations(size: Size, tokens: torch.Tensor, layer: Layer) -> list[Impl
         exact = partial(Layer.exact, tokens=tokens, window=window)
         bind = partial(partial, call)
         found.append(Implementation(name, bind, kind, exact=lambda x, exact=exact: [exact(x)], labels=labels))
-    return found
+    return [*found, Implementation("keys and values read once", Layer.read, "roofline")]
 
 
 def cases(size: Size, options: Options) -> list[Case]:
