@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers.growing import cache_argument, read, text
+from helpers.growing import cache_argument, family, read, text
 from helpers.model_families import model_of
 from helpers.stock import assert_stock
 from torch.nn.attention.flex_attention import create_block_mask
@@ -329,6 +329,28 @@ class TestTraining:
         for name, grad in expected.items():
             torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-6)
 
+    @pytest.mark.parametrize("kind", ["reentrant", "not reentrant"])
+    def test_checkpoints_keep_the_stage_of_their_call(self, kind):
+        """Run again after ``expect_length`` has ended, as on a GPU in another thread, where calls share positions."""
+        enabled, ids = model(), text(60, rows=1)
+        rope_dist.enable(enabled, window=WINDOW, **FORMS["dynamic plan"])
+        enabled.train()
+        positions, found = torch.arange(60)[None], []
+        for how in (None, kind):
+            enabled.zero_grad()
+            if how is not None:
+                enabled.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+            losses = []
+            for length in (TOKENS, 60):
+                with rope_dist.expect_length(length):
+                    logits = enabled(ids, position_ids=positions, use_cache=False).logits
+                    losses.append(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
+            assert abs(losses[0] - losses[1]) > 1e-3  # of two stages
+            (losses[0] + losses[1]).backward()
+            found.append({name: parameter.grad.clone() for name, parameter in enabled.named_parameters()})
+        for name, grad in found[0].items():
+            torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+
     def test_dropout_is_refused(self):
         enabled = model(attention_dropout=0.1).train()
         rope_dist.enable(enabled, window=WINDOW, **FORMS["plan"])
@@ -391,6 +413,22 @@ class TestEnabling:
         finally:
             rope_dist.disable()
 
+    def test_a_static_plan_where_a_dynamic_one_is_refused(self):
+        """Its tables are of more than frequencies: as without a window."""
+        enabled = family("phimoe")
+        done = rope_dist.enable(enabled, factor=4, window=WINDOW)
+        assert isinstance(done.plan, rope_dist.RopePlan)
+        assert "makes its tables of more than frequencies" in done.why_static
+        rope_dist.disable(enabled)
+        with pytest.raises(ValueError, match="makes its tables of more than frequencies"):
+            rope_dist.enable(enabled, factor=4, window=WINDOW, dynamic=True)
+
+    def test_supported(self):
+        found = rope_dist.supported("llama", "gemma2", "gpt_oss")
+        assert found["llama"].why_no_window == ""
+        assert "its logits are capped" in found["gemma2"].why_no_window
+        assert "its attention has sinks" in found["gpt_oss"].why_no_window
+
     def test_report(self):
         enabled = model("Gemma3")
         done = rope_dist.enable(enabled, factor=4, window=WINDOW, far_scaling="far")
@@ -431,6 +469,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=reason):
             rope_dist.enable(enabled, window=WINDOW, factor=4)
         assert [type(module) for module in enabled.modules()] == before
+
+    @pytest.mark.parametrize("index", [None, 2, -1])
+    def test_a_layer_that_does_not_say_which_it_is(self, index):
+        enabled = model("Gemma3")
+        enabled.model.layers[0].self_attn.layer_idx = index
+        with pytest.raises(ValueError, match=rf"which of 2 layers it is in \(layer_idx {index}\)"):
+            rope_dist.enable(enabled, factor=4, window=WINDOW)
+        assert windowing_of(enabled) is None
 
     def test_sinks(self):
         enabled = model("GptOss", rope_parameters={"rope_type": "default", "rope_theta": 1e4})

@@ -23,12 +23,13 @@ from typing import Any
 import triton
 from tabulate import tabulate
 
-from . import static_cache, static_compile, static_norm, static_projection, static_rotary
+from . import static_cache, static_compile, static_norm, static_projection, static_rotary, static_window
 from .static_case import Case
 from .static_compile import Report
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 CASES = (*static_rotary.CASES, *static_norm.CASES, *static_projection.CASES, *static_cache.CASES)
+CASES += static_window.CASES
 
 
 def numbers(report: Report) -> dict[str, int]:

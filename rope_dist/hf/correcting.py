@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Cache
 
 from .. import ops
+from ..ops.fixed_point import to_float64
 from .applying import pairs_of, sections_of
 from .cache_record import CacheRecord
 from .cached_keys import CachedKeys
@@ -103,24 +104,23 @@ def _difference(
         dtype: of the keys.
     """
     rotary = decoder.get_submodule(growth.rotary)
-    positions = record.positions(0, past)
+    positions, device = record.positions(0, past), rotary.stage_inv_freq.device
     numbers = []
     for number in stages:
-        device = rotary.stage_inv_freq.device
         tables = rotary.tables_at(number, positions.to(device), dtype, growth.layer_type)
         if growth.tables == "complex":
-            numbers.append(tables.to(torch.complex128))
+            numbers.append(torch.complex(to_float64(tables.real), to_float64(tables.imag)))
         else:
             if tables[0].ndim == 4:  # of three position axes, before transformers 5.17
                 sections = rotary.config.rope_parameters["mrope_section"]
                 cos, sin = (sections_of(table, sections) for table in tables)
             else:
                 cos, sin = (pairs_of(growth.tables, table) for table in tables)
-            numbers.append(torch.complex(cos.double(), sin.double()))
+            numbers.append(torch.complex(to_float64(cos), to_float64(sin)))
     turn = numbers[1] / numbers[0]
     if growth.negative:
         turn = turn.conj()
-    return turn.real.float().contiguous(), turn.imag.float().contiguous()
+    return turn.real.float().contiguous().to(device), turn.imag.float().contiguous().to(device)
 
 
 def _correct(how: CachedKeys, holder: Any, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -15,6 +15,8 @@ from ..planning import plan as make_plan
 from .finding import Found
 from .growing import find_growths
 from .stages import Growth
+from .window_calls import Window
+from .windowing import Windowed, find_windowings
 
 
 def plans_and_growths(
@@ -85,14 +87,27 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicP
     return plan
 
 
-def far_plans(found: Found, options: dict[str, Any]) -> tuple[list[RopePlan | DynamicPlan | None], str]:
-    """The far plan for each rotary embedding, and why it is not dynamic where it might be.
+def plans_and_windowings(
+    model: nn.Module, found: Found, options: dict[str, Any], window: Window
+) -> tuple[list[RopePlan | DynamicPlan | None], dict[nn.Module, Windowed], str]:
+    """The far plan of each rotary embedding, what decoders with a window have, and why there is no dynamic plan.
 
-    Cached keys have the trained frequencies at every stage, so any model may have a dynamic one.
+    Cached keys have the trained frequencies at every stage: a model may have a dynamic plan by a window only.
     """
+
+    def made(**changes: Any) -> tuple[list[RopePlan | DynamicPlan | None], dict[nn.Module, Windowed]]:
+        plans = _plans_for(found.rotaries, {**options, **changes})
+        return plans, find_windowings(model, found, plans, window)
+
     if options["dynamic"] is None and is_target(options) and options["stages"] is None:
         try:
-            return _plans_for(found.rotaries, {**options, "dynamic": True}), ""
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                plans, windowings = made(dynamic=True)
         except ValueError as error:
-            return _plans_for(found.rotaries, {**options, "dynamic": False}), str(error)
-    return _plans_for(found.rotaries, options), ""
+            # Raises what a static one is refused for too.
+            return *made(dynamic=False), str(error)
+        for warning in caught:
+            warnings.warn(warning.message, stacklevel=4)
+        return plans, windowings, ""
+    return *made(), ""

@@ -36,12 +36,12 @@ from .growing import (
     detach_compiled_call,
     detach_growth,
 )
-from .model_plans import far_plans, plans_and_growths
+from .model_plans import plans_and_growths, plans_and_windowings
 from .reporting import LayerReport, report, summary
 from .rotary_embedding import EnabledModule, EnabledRotaryEmbedding
 from .window_calls import Window, Windowing
 from .window_source import windowed_class
-from .windowing import attach_window, detach_window, find_windowings, refuse_saving, windowing_of
+from .windowing import attach_window, detach_window, refuse_saving, windowing_of
 
 _LOCK = threading.RLock()
 
@@ -318,8 +318,7 @@ def _enable_window(
     rounded: bool,
 ) -> Enabled:
     """The end of :func:`enable` with a window: the trained frequencies stay, and the plan is for far distances."""
-    plans, why_static = far_plans(found, options)
-    windowings = find_windowings(model, found, plans, window)
+    plans, windowings, why_static = plans_and_windowings(model, found, options, window)
     if previous is not None:
         disable(model)  # everything was checked
     _swap_rotaries(model, found, [None] * len(found.rotaries), rounded)

@@ -16,6 +16,7 @@ from .enabled import enabled_class, is_rotary_embedding, stock_class
 from .forms import Form, Unsupported
 from .reporting import FUSED, FUSED_NORM, JOINT, NORM, ROTARY
 from .rotary_embedding import check_tables, layer_types, new_stock, sample_tables
+from .window_source import windowed_class
 
 REFUSED = "refused"
 
@@ -31,12 +32,14 @@ class ModelSupport:
             projections and norms) or ``"refused"``.
         reason: why not the first; empty where it is.
         why_static: why its cached keys cannot be corrected, so that it has no dynamic plan; empty where they can.
+        why_no_window: why its attention cannot be computed with a window (``enable(window=)``); empty where it can.
     """
 
     model_type: str
     path: str
     reason: str = ""
     why_static: str = ""
+    why_no_window: str = ""
 
 
 def supported(*model_types: str) -> dict[str, ModelSupport]:
@@ -98,16 +101,25 @@ def _support(model_type: str, class_name: str) -> ModelSupport | None:
         for rotary in rotaries:
             _check_tables(model_type, rotary, {form for cls in enabled for form in cls.forms})
     except Unsupported as error:
-        return ModelSupport(model_type, REFUSED, str(error), str(error))
+        return ModelSupport(model_type, REFUSED, *[str(error)] * 3)
     found = [cached_keys(cls) for cls in attentions]
     why_static = next((keys for keys in found if isinstance(keys, str)), "")
+    without = why_static, next(filter(None, map(_why_no_window, attentions)), "")
     for cls in enabled:
         if cls.norms is not None:
             separate = cls.why_separate or (JOINT if cls.norms.joint else "")
-            return ModelSupport(model_type, NORM if separate else FUSED_NORM, separate, why_static)
+            return ModelSupport(model_type, NORM if separate else FUSED_NORM, separate, *without)
         if not cls.why_separate:
-            return ModelSupport(model_type, FUSED, why_static=why_static)
-    return ModelSupport(model_type, ROTARY, enabled[0].why_separate, why_static)
+            return ModelSupport(model_type, FUSED, "", *without)
+    return ModelSupport(model_type, ROTARY, enabled[0].why_separate, *without)
+
+
+def _why_no_window(attention: type[nn.Module]) -> str:
+    try:
+        windowed_class(attention)
+    except Unsupported as error:
+        return str(error)
+    return ""
 
 
 def _check_tables(model_type: str, rotary: type[nn.Module], forms: set[Form]) -> None:

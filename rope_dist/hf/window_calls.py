@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
 from ..dynamic import DynamicPlan
-from ..ops.window_blocks import WindowBlocks
+from ..ops.fixed_point import to_float64
+from ..ops.window_angles import WindowAngles
+from ..ops.window_blocks import WindowBlocks, visible_keys
+from ..ops.window_decode import has_window_decode, window_decode
 from ..ops.window_engines import flash_windowed, flex_windowed, has_flash
 from ..ops.windowed_attention import windowed_attention
 from ..planning import RopePlan
@@ -71,6 +75,8 @@ class Windowing:
         plan: the far plan.
         trained: ``[R/2]`` float32, the model's frequencies.
         far: ``[stages, R/2]`` float32, the frequencies beyond the window.
+        change_q64: ``[stages, 2, R/2]`` int32, ``far`` less the trained ones in fixed point; of ``far="grouped"`` the
+            trained ones, ``[1, 2, R/2]``.
         scalings: of the logits at each stage, relative to the trained model's; of the rotated dimensions, as tables do.
         keys: how queries and keys are rotated.
     """
@@ -79,6 +85,7 @@ class Windowing:
     plan: RopePlan | DynamicPlan
     trained: torch.Tensor
     far: torch.Tensor
+    change_q64: torch.Tensor
     scalings: tuple[float, ...]
     keys: CachedKeys
 
@@ -104,21 +111,22 @@ class Windowing:
 
         The trained angles are those that the model computes, a product rounded to float32: the far ones are exact.
         """
-        p = positions[..., None].double()
-        trained = self.trained.to(positions.device)
-        rounded = (positions[..., None].float() * trained).double()
+        device = positions.device
+        p = to_float64(positions[..., None])
+        trained = self.trained.to(p.device)
+        rounded = (p.float() * trained).double()
         theta, size = trained.double(), self.window.size
         if self.window.far == "grouped":
             angles = (p / stage).floor() * theta
             if of_queries:
                 angles = angles + (size - size // stage) * theta
         else:
-            far = self.far[stage].to(positions.device).double()
+            far = self.far[stage].to(p.device).double()
             angles = p * far
             if of_queries:
                 angles = angles + size * (theta - far)
         difference = angles - rounded
-        return difference.cos().float(), difference.sin().float()
+        return difference.cos().float().to(device), difference.sin().float().to(device)
 
 
 @dataclass
@@ -156,6 +164,8 @@ class WindowCall:
     stage: int
     positions: torch.Tensor | None = None
     _blocks: dict[int, tuple[Any, WindowBlocks]] = field(default_factory=dict)
+    _seen: dict[int, tuple[Any, torch.Tensor | None]] = field(default_factory=dict)
+    _angles: dict[torch.device, WindowAngles] = field(default_factory=dict)
     _rotations: tuple[torch.Tensor, ...] | None = None
     _flash_mask: torch.Tensor | None = None
     _is_stock: bool | None = None
@@ -168,6 +178,7 @@ class WindowCall:
             )
         if self.positions is None:
             self.positions = positions
+            _STAGES[positions] = self.stage
             if self.record is not None:
                 self.record.write(self.past, positions)
 
@@ -196,6 +207,34 @@ class WindowCall:
             made = WindowBlocks(self.positions, self.key_positions, self.windowing.window.size, mask)
             known = self._blocks[id(mask)] = (mask, made)  # with the mask, whose id is then no other's
         return known[1]
+
+    def seen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """``[B or 1, 1, S, T]`` bool: which keys the queries see; None: themselves and those before."""
+        if mask is None:
+            return None
+        if id(mask) not in self._seen:
+            tokens = self.positions.shape[-1], self.key_positions.shape[-1]
+            self._seen[id(mask)] = mask, visible_keys(mask, *tokens)
+        return self._seen[id(mask)][1]
+
+    def angles(self, device: torch.device, head_dim: int) -> WindowAngles:
+        """Those of a kernel that corrects keys as it reads them, on ``device``."""
+        if device not in self._angles:
+            windowing, stage = self.windowing, self.stage
+            window, keys, grouped = windowing.window, windowing.keys, windowing.window.far == "grouped"
+            scaling = 1.0 if window.scaling == "none" else windowing.scalings[stage]
+            tensors = self.positions, self.key_positions, windowing.trained
+            self._angles[device] = WindowAngles(
+                *(x.to(device) for x in tensors),
+                windowing.change_q64[0 if grouped else stage].to(device),
+                window.size,
+                group=stage if grouped else 0,
+                first=0 if keys.first else head_dim - 2 * windowing.trained.shape[0],
+                interleaved=keys.interleaved,
+                near_scaling=scaling if window.scaling == "all" else 1.0,
+                far_scaling=scaling,
+            )
+        return self._angles[device]
 
     def flash_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """``[B or 1, 1, S, T]`` bool of what flash attention is given: a mask of keys ``[B, T]``, or packed texts."""
@@ -248,6 +287,9 @@ class WindowCall:
 # --- the call of this thread ---------------------------------------------------------------------
 
 _LOCAL = threading.local()
+_STAGES = WeakTensorKeyDictionary()
+"""By the positions of a call the stage of its far angles, for a layer that is run again in a backward pass: in another
+thread, and after :func:`rope_dist.expect_length` has ended."""
 
 
 def begin_window_call(call: WindowCall) -> None:
@@ -286,7 +328,8 @@ def _call_of(
             f"{type(module).stock.__name__} has a window and runs outside of its model: it needs position_ids, and no "
             "cache"
         )
-    call = WindowCall(None, windowing, None, 0, windowing.stage(query.shape[2]))
+    stage = _STAGES.get(positions)
+    call = WindowCall(None, windowing, None, 0, windowing.stage(query.shape[2]) if stage is None else stage)
     call.note(positions)
     return call
 
@@ -330,6 +373,14 @@ def attend(
     if key.shape[2] < tokens:
         raise ValueError(f"the cache returned keys of {key.shape[2]} tokens where {tokens} were read")
     key, value = key[:, :, :tokens], value[:, :, :tokens]  # without the room of a static cache
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_flex, mask = hasattr(attention_mask, "mask_mod"), attention_mask
+    if implementation.startswith("flash"):
+        mask = call.flash_mask(attention_mask)
+    if not is_flex and has_window_decode(query, key, value):
+        angles = call.angles(query.device, query.shape[-1])
+        out = window_decode(query, key, value, angles, call.seen(mask), scale)
+        return out.transpose(1, 2).contiguous(), None
     # Of a model on several devices the layers elsewhere need copies.
     cos_q, sin_q, cos_k, sin_k = (table.to(query.device) for table in call.rotations())
     if windowing.window.scaling == "all":
@@ -339,9 +390,8 @@ def attend(
     else:
         near_query = query
     far_query = _rotated(query, cos_q, sin_q, windowing.keys)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     far_key = _rotated(key, cos_k, sin_k, windowing.keys)
-    if hasattr(attention_mask, "mask_mod"):
+    if is_flex:
         out = flex_windowed(
             near_query,
             key,
@@ -355,9 +405,6 @@ def attend(
             scale=scale,
         )
         return out.transpose(1, 2).contiguous(), None
-    mask = attention_mask
-    if implementation.startswith("flash"):
-        mask = call.flash_mask(attention_mask)
     blocks = call.blocks(mask)
     if blocks.contiguous and has_flash(query, key, value):
         out = flash_windowed(near_query, key, far_query, far_key, value, size, scale)

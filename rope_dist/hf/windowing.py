@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+from .. import ops
 from ..dynamic import DynamicPlan, trained_config
 from ..layer_types import extended_layers, rope_parameters
 from ..planning import RopePlan
@@ -22,10 +23,13 @@ from .rotary_embedding import far_frequencies
 from .window_calls import Window, WindowCall, Windowing, begin_window_call, end_window_call
 from .window_source import windowed_class
 
+Windowed = tuple[Windowing, list[nn.Module], list[nn.Module]]
+"""What a decoder shares with its attentions, its rotary embeddings, and the attentions that have the window."""
+
 
 def find_windowings(
     model: nn.Module, found: Found, plans: list[Any], window: Window
-) -> dict[nn.Module, tuple[Windowing, list[nn.Module], list[nn.Module]]]:
+) -> dict[nn.Module, Windowed]:
     """For each decoder what it shares with its attentions, its rotary embeddings, and the attentions that have it.
 
     Args:
@@ -84,8 +88,14 @@ def _seeing_all(attentions: list[nn.Module], config: PretrainedConfig) -> list[n
     chosen = []
     for attention in attentions:
         index = getattr(attention, "layer_idx", None)
-        if layer_type is not None and types is not None and types[index] != layer_type:
-            continue
+        if layer_type is not None and types is not None:
+            if not isinstance(index, int) or not 0 <= index < len(types):
+                raise Unsupported(
+                    f"a {type(attention).__name__} does not say which of {len(types)} layers it is in (layer_idx "
+                    f"{index!r}): whether it sees whole texts is not known, so it cannot have a window"
+                )
+            if types[index] != layer_type:
+                continue
         cls = windowed_class(getattr(type(attention), "stock", type(attention)))
         if not cls.sees_all(attention):
             continue
@@ -111,7 +121,8 @@ def _windowing(
     if len(kinds) != 1:
         raise Unsupported("the layers rotate in several forms: they cannot have a window")
     trained, far, scalings = far_frequencies(stock, config, plan)
-    return Windowing(window, plan, trained, far, scalings, forms.pop())
+    change = trained[None] if window.far == "grouped" else far.double() - trained.double()
+    return Windowing(window, plan, trained, far, ops.to_fixed_point(change), scalings, forms.pop())
 
 
 def attach_window(
@@ -161,8 +172,13 @@ def windowing_of(model: nn.Module) -> Windowing | None:
 
 
 @torch.compiler.disable(reason="a model with a window chooses its far angles by the tokens read")
-def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Choose the far angles of a call, and remember how many tokens its cache has."""
+def before_forward(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Choose the far angles of a call, and remember how many tokens its cache has.
+
+    A layer that is run again in a backward pass finds its stage by the tensor of its positions: each call has its own.
+    """
     windowing: Windowing = decoder._rope_dist_window
     inputs = inputs_of(decoder, args, kwargs)
     new, cache = tokens_of(inputs), cache_of(inputs)
@@ -178,6 +194,10 @@ def before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             )
         past, record.announced = cached_tokens(cache, record, new), 0
     begin_window_call(WindowCall(decoder, windowing, record, past, windowing.stage(past + new)))
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, torch.Tensor):
+        kwargs = {**kwargs, "position_ids": positions.view_as(positions)}
+    return args, kwargs
 
 
 @torch.compiler.disable(reason="a model with a window keeps the positions of the cached keys")

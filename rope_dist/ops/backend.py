@@ -11,6 +11,7 @@ import torch
 
 from . import reference, reference_cache, reference_norm
 from .arguments import Angles, KeyValueCache, Norms, Projections
+from .window_angles import WindowAngles
 
 Launch = Callable[..., None]
 """Called as :meth:`Backend.rotate`, for tensors of the same metadata as those it was made for."""
@@ -52,10 +53,12 @@ class Backend:
     Attributes:
         name: for ``ROPE_DIST_BACKEND`` and :func:`rope_dist.ops.use_backend`.
         projects: whether it has kernels that project and rotate; else :func:`reference.qkv_rotary` does.
+        decodes_windows: whether it has :meth:`window_decode`.
     """
 
     name: str
     projects = False
+    decodes_windows = False
 
     def supports(self, x: torch.Tensor, requested: bool = False) -> str | None:
         """Why heads of the dtype and device of ``x`` are not rotated here; None: they are.
@@ -236,6 +239,18 @@ class Backend:
                 run(q, None, q_out, None, norms and norms._replace(k_weight=None))
         reference_cache.write(rotated, v, cache, angles)
         return None
+
+    def window_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        angles: WindowAngles,
+        seen: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """:func:`rope_dist.ops.window_decode.window_decode`. Checks nothing."""
+        raise NotImplementedError
 
 
 class Reference(Backend):

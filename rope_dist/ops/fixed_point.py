@@ -15,6 +15,11 @@ from collections.abc import Sequence
 import torch
 
 
+def to_float64(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in float64; on the CPU where its device, Apple's MPS, has none."""
+    return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
+
+
 def to_fixed_point(inv_freq: torch.Tensor) -> torch.Tensor:
     """Frequencies in Q0.64 revolutions a token, as two int32 each.
 
@@ -31,13 +36,13 @@ def to_fixed_point(inv_freq: torch.Tensor) -> torch.Tensor:
     """
     if inv_freq.ndim == 0:
         raise ValueError("inv_freq must be [R/2] or [axes, R/2], got []")
-    fraction = inv_freq.detach().to(torch.float64) / (2 * math.pi)
+    fraction = to_float64(inv_freq.detach()) / (2 * math.pi)
     scaled = (fraction - fraction.round()) * 2.0**32
     upper = scaled.round()
     lower = ((scaled - upper) * 2.0**32).clamp(-(2.0**31), 2.0**31 - 1)
     # Half a revolution up and down are the same angle; int32 holds only the latter.
     upper = torch.where(upper >= 2.0**31, upper - 2.0**32, upper)
-    return torch.stack((upper, lower), dim=-2).to(torch.int64).to(torch.int32)
+    return torch.stack((upper, lower), dim=-2).to(torch.int64).to(torch.int32).to(inv_freq.device)
 
 
 def as_fixed_point(inv_freq: torch.Tensor) -> torch.Tensor:
@@ -86,8 +91,9 @@ def tables(
     Returns:
         Two tensors ``[*positions.shape, R/2]`` in ``dtype``.
     """
-    radians = angles(inv_freq_q64, positions).to(torch.float64) * (math.pi / 2**31)
-    return (radians.cos() * scaling).to(dtype), (radians.sin() * scaling).to(dtype)
+    radians = to_float64(angles(inv_freq_q64, positions)) * (math.pi / 2**31)
+    cos, sin = ((x * scaling).to(dtype).to(positions.device) for x in (radians.cos(), radians.sin()))
+    return cos, sin
 
 
 def mrope_frequencies(

@@ -69,6 +69,11 @@ def metadata(x: torch.Tensor | None) -> tuple[Any, ...]:
     return () if x is None else (x.shape, x.dtype, x.device, x.requires_grad)
 
 
+def get(key: Key) -> Callable[..., Any] | None:
+    """The launch that :func:`put` was given with a key that its caller made."""
+    return _LAUNCHES.get(key)
+
+
 def put(key: Key | None, launch: Callable[..., Any] | None) -> None:
     """Keep ``launch``, which must hold no tensor, for calls with ``key``; nothing is kept for None."""
     if key is not None and launch is not None:

@@ -11,6 +11,7 @@ from . import configurations
 from .arguments import Angles, Norms, Projections, present
 from .backend import Backend, Launch, packed_heads
 from .configurations import Configuration
+from .window_angles import WindowAngles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -23,6 +24,7 @@ class Triton(Backend):
 
     name = "triton"
     projects = True
+    decodes_windows = True
 
     def supports(self, x: torch.Tensor, requested: bool = False) -> str | None:
         if x.dtype not in DTYPES:
@@ -150,6 +152,28 @@ class Triton(Backend):
             return super().write_cache(q, k, v, q_out, cache, norms, angles)
         return triton_cache.launch(q, k, v, q_out, cache, norms, angles)
 
+    def window_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        angles: WindowAngles,
+        seen: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        from . import triton_window
+
+        angles = angles._replace(
+            positions=_whole_rows(angles.positions),
+            key_positions=_whole_rows(angles.key_positions),
+            inv_freq=angles.inv_freq.contiguous(),
+            change_q64=angles.change_q64.contiguous(),
+        )
+        rows = None if seen is None else _whole_rows(seen[:, 0].view(torch.uint8))
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        triton_window.run(q, k, v, out, rows, angles, scale)
+        return out.transpose(1, 2)
+
 
 def empty_heads(x: torch.Tensor, projections: Projections) -> list[torch.Tensor]:
     """What projections of ``x`` are written to: ``[B, S, heads, head_dim]`` for each weight that is there."""
@@ -188,6 +212,11 @@ def _side_by_side(x: torch.Tensor) -> torch.Tensor:
     """``x`` ``[B, S, K]`` with all its tokens equally far apart."""
     batch, length = x.shape[:2]
     return x if batch == 1 or length == 1 or x.stride(0) == length * x.stride(1) else x.contiguous()
+
+
+def _whole_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` whose last axis is contiguous; rows may lie anywhere."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _rows_of_16_bytes(table: torch.Tensor) -> bool:

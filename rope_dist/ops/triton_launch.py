@@ -31,7 +31,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 
 def launch(
     kernel: Any,
-    programs: int,
+    programs: int | Callable[..., int],
     device: torch.device,
     pack: Callable[..., tuple[Any, ...]],
     tensors: tuple[Any, ...],
@@ -41,7 +41,7 @@ def launch(
 
     Args:
         kernel: a function under ``triton.jit``.
-        programs: the grid, of one axis.
+        programs: the grid, of one axis; or ``programs(*tensors)`` gives it.
         pack: ``pack(*tensors)`` gives the arguments that are no constants of the compilation, in the kernel's order.
         options: its constants by name, and how it is compiled.
 
@@ -50,16 +50,18 @@ def launch(
         are interpreted.
     """
     arguments = pack(*tensors)
+    grid = programs(*tensors) if callable(programs) else programs
     with on_device(device):
-        compiled = kernel[(programs,)](*arguments, **options)
+        compiled = kernel[(grid,)](*arguments, **options)
     if not isinstance(compiled, CompiledKernel):
         return None
     constants = tuple(options[name] for name in kernel.arg_names[len(arguments) :])
-    run = compiled[(programs, 1, 1)]
+    run = compiled[(grid, 1, 1)]
 
     def again(*tensors: Any) -> None:
+        start = compiled[(programs(*tensors), 1, 1)] if callable(programs) else run
         with on_device(device):
-            run(*pack(*tensors), *constants)
+            start(*pack(*tensors), *constants)
 
     return again
 

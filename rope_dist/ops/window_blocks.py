@@ -65,7 +65,7 @@ class WindowBlocks:
         self.offset = self.keys - self.queries
         if self.offset < 0:
             raise ValueError(f"there are {self.queries} queries and only {self.keys} keys")
-        self.mask = None if mask is None else _visible(mask, self.queries, self.keys, self.offset)
+        self.mask = None if mask is None else visible_keys(mask, self.queries, self.keys)
         self.positions, self.key_positions = positions, key_positions
         on_cpu = positions.cpu(), key_positions.cpu()
         self.contiguous = self.mask is None and _contiguous(*on_cpu)
@@ -128,8 +128,12 @@ class WindowBlocks:
         return made
 
 
-def _visible(mask: torch.Tensor, queries: int, keys: int, offset: int) -> torch.Tensor | None:
-    """The mask as bool; None where it says no more than the order of the tokens."""
+def visible_keys(mask: torch.Tensor, queries: int, keys: int) -> torch.Tensor | None:
+    """A mask ``[B or 1, 1, S, T or more]`` as bool ``[B or 1, 1, S, T]``; None where it is the order of the tokens.
+
+    Raises:
+        ValueError: another shape, or a mask that is more than a choice of keys.
+    """
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2] != queries or mask.shape[3] < keys:
         raise ValueError(
             f"the mask must be [B, 1, {queries}, {keys}], the same for all heads, got {list(mask.shape)}"
@@ -140,7 +144,7 @@ def _visible(mask: torch.Tensor, queries: int, keys: int, offset: int) -> torch.
         seen = mask > torch.finfo(mask.dtype).min / 2
         if bool((mask.masked_fill(~seen, 0.0) != 0).any()):
             raise ValueError("the mask adds a bias to the logits: which distances it is for is not known")
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril_(offset)
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril_(keys - queries)
     return None if bool((seen == causal).all()) else seen
 
 

@@ -30,11 +30,24 @@ def _flex(compiled: bool) -> Callable[..., Any]:
     return function
 
 
+@functools.cache
+def _is_ampere(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def has_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether flash-attention takes them. Its gradient is not used: that of a log-sum-exp is not returned."""
+    """Whether flash-attention takes them. Its gradient is not used: that of a log-sum-exp is not returned.
+
+    It has one dtype of 16 bits, one head_dim of keys and values, a multiple of 8 up to 256, and GPUs from Ampere on.
+    """
     return (
         q.device.type == "cuda"
         and q.dtype in (torch.float16, torch.bfloat16)
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] == k.shape[-1] == v.shape[-1]
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and _is_ampere(q.device)
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
         and _flash() is not None
     )

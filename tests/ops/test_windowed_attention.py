@@ -245,14 +245,45 @@ def test_by_the_interface_of_flash_attention(queries, keys, window):
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-6)
 
 
+class OnCuda:
+    device, requires_grad = torch.device("cuda"), False
+
+    def __init__(self, head_dim=64, dtype=torch.bfloat16):
+        self.shape, self.dtype = torch.Size((1, 4, 9, head_dim)), dtype
+
+
+@pytest.fixture(autouse=True)
+def _forget_devices():
+    window_engines._is_ampere.cache_clear()
+    yield
+    window_engines._is_ampere.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("given", "capability", "taken"),
+    [
+        ([OnCuda(256)] * 3, (8, 0), True),
+        ([OnCuda(80, torch.float16)] * 3, (9, 0), True),
+        ([OnCuda(256)] * 3, (7, 5), False),  # flash-attention 2 begins with Ampere
+        ([OnCuda(264)] * 3, (9, 0), False),
+        ([OnCuda(60)] * 3, (9, 0), False),
+        ([OnCuda(192), OnCuda(192), OnCuda(128)], (9, 0), False),
+        ([OnCuda(), OnCuda(), OnCuda(dtype=torch.float16)], (9, 0), False),
+        ([OnCuda(dtype=torch.float32)] * 3, (9, 0), False),
+    ],
+)
+def test_what_flash_attention_does_not_take(given, capability, taken, monkeypatch):
+    monkeypatch.setattr(window_engines, "_flash", lambda: flash_attn_func)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert has_flash(*given) == taken
+
+
 @pytest.mark.parametrize("trained", [None, 0, 1, 2])
 def test_flash_attention_is_not_used_where_a_gradient_is_wanted(trained, monkeypatch):
     """Also that of the keys alone, as of an adapter of the first layer's keys: the log-sum-exp has none."""
 
-    class OnCuda:
-        device, dtype, requires_grad = torch.device("cuda"), torch.bfloat16, False
-
     monkeypatch.setattr(window_engines, "_flash", lambda: flash_attn_func)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     given = [OnCuda() for _ in range(3)]
     if trained is not None:
         given[trained].requires_grad = True
