@@ -5,16 +5,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rope_dist.evaluation.paired import percent
+
 from . import results
 from .benchmark import figure, find, machine_of
 from .figures import dynamic
 from .quality.growth import GROWN
-from .quality.readings import Readings, load, readings, trained_length
-from .results import DEVICES, ROOT, RESULTS
+from .quality.readings import Readings, load, path_of, readings, trained_length
+from .results import DEVICES, RESULTS, ROOT
 from .tables import markdown
-from rope_dist.evaluation.paired import percent
 
-AGAINST = "yarn"
+AGAINST, AGAINST_NAME = "yarn", "YaRN's"
 SCALES = (1.5, 2, 4)
 ROWS = {
     GROWN: "`auto`, dynamic (default of `enable`)",
@@ -22,14 +23,13 @@ ROWS = {
     "auto-yarn": "`auto-yarn`",
     "ntk": "`ntk`",
     "dprope": "`dprope`",
-    "pi": "`pi`",
     "stock": "no extension",
 }
 """Label -> its row in the README, in this order."""
 SPEEDS = (
     ("RoPE", "rotary", "Llama-3-8B, 8k, bf16"),
     ("RMS norm + RoPE", "norm_rotary", "Qwen3-8B, 8k, bf16"),
-    ("projection + RoPE, forward + backward", "projection", "TinyLlama-1.1B, 8k, bf16, forward + backward"),
+    ("projection + RoPE, with backward", "projection", "TinyLlama-1.1B, 8k, bf16, forward + backward"),
     ("attention without its matrix products", "attention_rest", "Qwen3-0.6B, 8k, bf16"),
     ("correction of cached keys", "rerotate", "Llama-3-8B, 8k, bf16"),
     ("projection + RoPE, one token", "decode", "Llama-3-8B, 1 token, bf16"),
@@ -37,13 +37,15 @@ SPEEDS = (
 """What, and which benchmark and case it is."""
 OURS = ("rope_dist, in place", "rope_dist.enable", "rope_dist")
 """What `enable()` runs, the first of these that was measured."""
+MODELS = ROOT / "docs" / "models.md"
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gpt_oss", "olmo2", "phi3")
+ENGINES = ("vLLM", "SGLang", "mlx-lm")
 OPERATORS = (
     ("`rotary`, `rotary_at`", "rotary", "yes"),
     ("`norm_rotary`, `norm_rotary_at`", "norm_rotary", "yes"),
     ("`qkv_rotary`, `qkv_norm_rotary`", "projection", "yes"),
     ("`decode_rotary`", "decode", "no"),
     ("`rotary_write_cache`", "cache_write", "no"),
-    ("`rerotate_`", "rerotate", "no"),
 )
 """Operators, the benchmark that times them, and whether they have gradients."""
 
@@ -58,18 +60,17 @@ def against_yarn(folder: Path, scale: float) -> tuple[Readings, list[str]]:
 
 
 def compared(mean: float, error: float, other: str) -> str:
-    """A difference of losses in words that are true of it."""
+    """A difference of losses as one of perplexities, in words that are true of it."""
     change, margin = 100 * math.expm1(mean), 100 * math.exp(mean) * error
-    if abs(mean) <= error:
-        return f"a perplexity within one standard error of {other} ({percent(mean, error)})"
-    which = "lower" if mean < 0 else "higher"
-    return f"a perplexity {abs(change):.1f} ± {margin:.1f} % {which} than {other}"
+    if not abs(mean) > error:
+        return f"within one standard error of {other} ({percent(mean, error)})"
+    return f"{abs(change):.1f} ± {margin:.1f} % {'lower' if mean < 0 else 'higher'} than {other}"
 
 
 def claim(folder: Path) -> tuple[str, str]:
-    """What the package is for, with its numbers and their errors."""
+    """What the package does, with its numbers and their errors: by the dynamic plan where it was measured."""
     record = load(folder, "perplexity")
-    parts, trained = [], trained_length(record)
+    parts, trained, labels = [], trained_length(record), set()
     for scale in (4, 2):
         found, texts = against_yarn(folder, scale)
         label = GROWN if GROWN in found.losses else "auto"
@@ -77,19 +78,20 @@ def claim(folder: Path) -> tuple[str, str]:
             both = found.both(label, AGAINST)
             mean, error = found.difference(label, AGAINST, both, *found.past)
             count = f"{len(both)} text{'s' * (len(both) != 1)}"
-            parts.append(f"at {scale}x {compared(mean, error, 'with YaRN')} ({count})")
-    sentence = f"**{'; '.join(parts)}**"
+            parts.append(f"{compared(mean, error, AGAINST_NAME)} at {scale}x ({count})")
+            labels.add(label)
+    unchanged = f" Up to {trained} tokens it is the trained model." if labels == {GROWN} else ""
     text = (
-        f"Extended without training, SmolLM2-135M has past its {trained} trained tokens {sentence}; up to "
-        f"{trained} tokens it is the trained model. On texts that nothing was tuned on; ± is one standard error."
+        f"**Perplexity past the trained length, without training, is {', '.join(parts)}**: SmolLM2-135M, trained to "
+        f"{trained} tokens, on texts that nothing was tuned on; ± is one standard error.{unchanged}"
     )
-    row, reference = _row("rotary", SPEEDS[0][2], "cpu")
-    if row and reference:
+    row, _ = _row("rotary", SPEEDS[0][2], "cpu")
+    if row:
         text += (
-            f" On a CPU the rotary embedding of a layer ({SPEEDS[0][2]}) is **{reference['seconds'] / row['seconds']:.0f} "
-            "times as fast as Hugging Face's**."
+            f" RoPE of a layer ({SPEEDS[0][2]}) runs **{1 / row['ratio']:.0f} times as fast as Hugging Face's** on a "
+            "CPU."
         )
-    return f"{text} {gpu()[0]}", ""
+    return text, ""
 
 
 def table(folder: Path) -> tuple[str, str]:
@@ -149,30 +151,58 @@ def operators() -> tuple[str, str]:
     rows = []
     for names, benchmark, gradients in OPERATORS:
         cells = []
-        for device, tested in (("cpu", "tested"), ("cuda", "compiled, interpreted")):
+        for device, tested in (("cpu", "tested"), ("cuda", "tested in Triton's interpreter")):
             timed = any("seconds" in row for row in results.of(benchmark, device))
             cells.append("tested, timed" if timed else tested)
         rows.append([names, *cells, gradients])
     return markdown(rows, ["operator of `rope_dist.ops`", "CPU (C++)", "GPU (Triton)", "gradients"]), ""
 
 
-def gpu() -> tuple[str, str]:
+def gpu() -> str:
     """Whether a GPU was measured."""
     rows = [row for row in results.read("cuda") if "seconds" in row]
     if not rows:
-        return "No GPU has run or timed it yet.", ""
-    return f"GPU timings are of: {'; '.join(dict.fromkeys(map(machine_of, rows)))}.", ""
+        return "No GPU has run or timed them yet."
+    return f"GPU timings are of: {'; '.join(dict.fromkeys(map(machine_of, rows)))}."
+
+
+def quality_limits(folder: Path) -> str:
+    """What the study of strategies has not measured."""
+    small, trained = (path_of(folder, kind).exists() for kind in ("perplexity_small", "after_training"))
+    models = "two small models" if small else "one small model"
+    rest = "; after training on a small model alone." if trained else "; training after an extension is not measured yet."
+    return f"Quality is measured on {models} without training{rest}"
+
+
+def model_rows() -> list[list[str]]:
+    """The table of docs/models.md, which `python -m tools.models_page` writes: cells of its header and of each type."""
+    text = MODELS.read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    rows = [rows[0], *(row for row in rows if re.fullmatch("`[^`]+`", row[0]))] if rows else []
+    if len(rows) < 2:
+        raise ValueError("docs/models.md has no table of model types: python -m tools.models_page")
+    return rows
+
+
+def models() -> tuple[str, str]:
+    """Well-known model types: what `enable()` does, and which engines read an extension; equal rows are one."""
+    heads, *rows = model_rows()
+    shown = [heads.index(head) for head in ("enable()", "dynamic")]
+    shown += [i for i, head in enumerate(heads) if head.startswith(ENGINES)]
+    of = {row[0].strip("`"): tuple(row[i] or "no" for i in shown) for row in rows}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in MODEL_TYPES:
+        groups.setdefault(of[name], []).append(f"`{name}`")
+    lines = [[", ".join(names), *cells] for cells, names in groups.items()]
+    return markdown(lines, ["model type", *(f"{heads[i]}" for i in shown)], text=len(shown) + 1), ""
 
 
 def model_types() -> dict[str, str]:
-    """Of docs/models.md: model types that can be enabled and the version of transformers."""
-    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    paths = re.findall(r"^\| `[^`]+` *\| ([^|]+?) *\|", text, re.MULTILINE)
-    version = re.search(r"transformers (\d+\.\d+)", text)
-    if not paths or not version:
-        raise ValueError("docs/models.md has no table of model types: python -m tools.models_page")
+    """How many model types there are and can be enabled, and the version of transformers."""
+    paths = [row[1] for row in model_rows()[1:]]
+    version = re.search(r"transformers (\d+\.\d+)", MODELS.read_text(encoding="utf-8"))
     known = {"model-types": len(paths), "enabled-types": sum(path != "refused" for path in paths)}
-    return {**{name: str(n) for name, n in known.items()}, "transformers": version[1]}
+    return {**{name: str(n) for name, n in known.items()}, "transformers": version[1] if version else "?"}
 
 
 KINDS = ("perplexity", "tuning")
@@ -198,7 +228,7 @@ def value(name: str, folder: Path = RESULTS) -> str:
             raise ValueError(f"no text was read by both {label!r} and {against!r} at {scale}x ({kind})")
         span = found.below if where == ["below"] else found.past
         return percent(*found.difference(label, against, both, *span))
-    types = model_types()
+    types = {**model_types(), "gpu": gpu(), "quality-limits": quality_limits(folder)}
     if name not in types:
         raise ValueError(f"a page marks an unknown value {name!r}; known: {', '.join(types)}, KIND:SCALE:LABEL:AGAINST")
     return types[name]

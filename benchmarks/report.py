@@ -68,7 +68,7 @@ def tables() -> dict[str, Table]:
         "claim": lambda: headline.claim(results.RESULTS),
         "headline": lambda: headline.table(results.RESULTS),
         "operators": headline.operators,
-        "gpu": headline.gpu,
+        "models": headline.models,
         "angle-error": angle_error.table,
         "auto-yarn": lambda: summary.auto_yarn(results.RESULTS),
         "perplexity": perplexity,
