@@ -212,16 +212,18 @@ def value(name: str, folder: Path = RESULTS) -> str:
     """One value of a sentence.
 
     Args:
-        name: ``KIND:SCALE:LABEL:AGAINST``, a difference in perplexity past the trained length (below it with a fifth
+        name: ``KIND/SCALE/LABEL/AGAINST``, a difference in perplexity past the trained length (below it with a fifth
             part ``below``), spaces of labels written as ``_``; or a name of :func:`model_types`.
 
     Raises:
         ValueError: no such value.
     """
-    kind, *parts = name.replace("_", " ").split(":")
+    kind, *parts = name.split("/")
     if kind in KINDS and len(parts) in (3, 4):
         record = load(folder, kind)
         scale, label, against, *where = parts
+        # A mark has no spaces; settings have underscores of their own.
+        label, against = (one if ":" in one else one.replace("_", " ") for one in (label, against))
         found = readings(record, int(float(scale) * trained_length(record)))
         both = found.both(label, against)
         if not both:
@@ -230,5 +232,5 @@ def value(name: str, folder: Path = RESULTS) -> str:
         return percent(*found.difference(label, against, both, *span))
     types = {**model_types(), "gpu": gpu(), "quality-limits": quality_limits(folder)}
     if name not in types:
-        raise ValueError(f"a page marks an unknown value {name!r}; known: {', '.join(types)}, KIND:SCALE:LABEL:AGAINST")
+        raise ValueError(f"a page marks an unknown value {name!r}; known: {', '.join(types)}, KIND/SCALE/LABEL/AGAINST")
     return types[name]
