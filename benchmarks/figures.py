@@ -181,7 +181,9 @@ def plots_of_results(folder: Path, devices: dict[str, str]) -> list[tuple[Path, 
     if curves:
         # Six decimals: another CPU's exp may differ in the last of a double.
         points = {
-            name: {label: [[b.start, b.end, round(b.perplexity, 6)] for b in of] for label, of in labels.items()}
+            name: {
+                label: [[b.start, b.end, round(b.perplexity, 6)] for b in of] for label, of in labels.items()
+            }
             for name, labels in curves.items()
         }
         shown = digest([points, json.loads(json.dumps(errors), parse_float=lambda x: round(float(x), 6))])

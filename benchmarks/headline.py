@@ -170,14 +170,20 @@ def quality_limits(folder: Path) -> str:
     """What the study of strategies has not measured."""
     small, trained = (path_of(folder, kind).exists() for kind in ("perplexity_small", "after_training"))
     models = "two small models" if small else "one small model"
-    rest = "; after training on a small model alone." if trained else "; training after an extension is not measured yet."
+    rest = (
+        "; after training on a small model alone."
+        if trained
+        else "; training after an extension is not measured yet."
+    )
     return f"Quality is measured on {models} without training{rest}"
 
 
 def model_rows() -> list[list[str]]:
     """The table of docs/models.md, which `python -m tools.models_page` writes: cells of its header and of each type."""
     text = MODELS.read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"
+    ]
     rows = [rows[0], *(row for row in rows if re.fullmatch("`[^`]+`", row[0]))] if rows else []
     if len(rows) < 2:
         raise ValueError("docs/models.md has no table of model types: python -m tools.models_page")
@@ -232,5 +238,7 @@ def value(name: str, folder: Path = RESULTS) -> str:
         return percent(*found.difference(label, against, both, *span))
     types = {**model_types(), "gpu": gpu(), "quality-limits": quality_limits(folder)}
     if name not in types:
-        raise ValueError(f"a page marks an unknown value {name!r}; known: {', '.join(types)}, KIND/SCALE/LABEL/AGAINST")
+        raise ValueError(
+            f"a page marks an unknown value {name!r}; known: {', '.join(types)}, KIND/SCALE/LABEL/AGAINST"
+        )
     return types[name]

@@ -114,7 +114,7 @@ def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str], note: st
         note: stored in the metadata (SVG only).
     """
     lengths = list(dict.fromkeys(p.target_length for p in plans))
-    figure, axes = _figure(2, len(lengths), 4.8 * len(lengths), 6.6)
+    figure, axes = _figure(2, len(lengths), 5.2 * len(lengths), 6.8)
     for column, length in enumerate(lengths):
         above, below = axes[0, column], axes[1, column]
         shown = [p for p in plans if p.target_length == length]
@@ -145,7 +145,7 @@ def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str], note: st
             title="mean disturbance, 1e-3 nats",
             title_fontsize=8,
             fontsize=8,
-            ncols=4,
+            ncols=3,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.16),
         )
@@ -270,7 +270,9 @@ def _draw_by_position(
         middles = [(b.start + b.end) / 2 for b in buckets]
         # The same strategy by a dynamic plan.
         style = {"linestyle": "--"} if "+dynamic" in label else {}
-        axis.plot(middles, values[label], marker="o", markersize=4, label=label, color=colours[label], **style)
+        axis.plot(
+            middles, values[label], marker="o", markersize=4, label=label, color=colours[label], **style
+        )
     end = max(b.end for buckets in curves.values() for b in buckets)
     if end > trained_length:
         axis.axvline(trained_length, color="black", linestyle=":", linewidth=1.2, label=_TRAINED)

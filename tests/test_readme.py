@@ -1,4 +1,4 @@
-"""README.md and docs/: one short page and the pages behind it, with numbers that are measured and links that lead somewhere."""
+"""README.md and docs/: one short page and the pages behind it; measured numbers, links that lead somewhere."""
 
 import json
 import math
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, headline, report, results
 from rope_dist.version import __version__
 
+ROOT = results.ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")] + DOCS
@@ -70,7 +70,9 @@ class TestReadme:
         wrong = README
         for match in marked:
             mark, content = match[0].split("-->", 1)
-            changed = re.sub(r"\d(?=.*-->)", lambda digit: str((int(digit[0]) + 1) % 10), content, flags=re.DOTALL)
+            changed = re.sub(
+                r"\d(?=.*-->)", lambda digit: str((int(digit[0]) + 1) % 10), content, flags=re.DOTALL
+            )
             wrong = wrong.replace(match[0], f"{mark}-->{changed}")
             assert changed != content
         assert wrong != README
@@ -78,7 +80,9 @@ class TestReadme:
 
     def test_constants(self):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        needed = " ".join([project["requires-python"], *project["dependencies"], *project["optional-dependencies"]["hf"]])
+        needed = " ".join(
+            [project["requires-python"], *project["dependencies"], *project["optional-dependencies"]["hf"]]
+        )
         for version in VERSIONS:
             assert f">={version}" in needed.replace(" ", ""), version
         code = "".join(match[0] for match in FENCE.finditer(README))
@@ -126,8 +130,12 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
 def test_pictures_and_scripts_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
-    for script, options in re.findall(r"^\s*(?:.*launch .*|python )(examples/\w+\.py)(.*)$", text, re.MULTILINE):
-        source = "".join((ROOT / name).read_text(encoding="utf-8") for name in (script, "rope_dist/cli/runner.py"))
+    for script, options in re.findall(
+        r"^\s*(?:.*launch .*|python )(examples/\w+\.py)(.*)$", text, re.MULTILINE
+    ):
+        source = "".join(
+            (ROOT / name).read_text(encoding="utf-8") for name in (script, "rope_dist/cli/runner.py")
+        )
         for option in re.findall(r" (--[\w-]+)", options):
             # An option has its own name, or that of the parameter.
             parameter = rf"\b{option[2:].replace('-', '_')}: "
@@ -146,11 +154,15 @@ def test_every_environment_variable_is_in_the_table():
     assert len(listed) == len(set(listed))
     files = [*ROOT.glob("*.py"), ROOT / "Makefile"]
     for folder in ("rope_dist", "benchmarks", "tools", "tests", "examples", "csrc"):
-        files += [file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".sh", ".h", ".cpp", ".cu")]
+        files += [
+            file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".sh", ".h", ".cpp", ".cu")
+        ]
     read = set()
     for file in files:
         # Also by a variable's name, and in shell: ${NAME:-...}.
-        for name in re.findall(r"[\"'{(]\$?(ROPE_DIST_[A-Z_]+)(?=[\"':)}])", file.read_text(encoding="utf-8")):
+        for name in re.findall(
+            r"[\"'{(]\$?(ROPE_DIST_[A-Z_]+)(?=[\"':)}])", file.read_text(encoding="utf-8")
+        ):
             read.add(name)
     assert len(read) > 10
     assert read - set(listed) == set()
@@ -216,7 +228,9 @@ class TestClaim:
         found = {}
         for m in data["measurements"]:
             if m["what"]["tokens"] == 4 * 8192:
-                found.setdefault(m["what"]["variant"], {})[m["what"]["text"]] = m["result"]["nll_by_position"][32:]
+                found.setdefault(m["what"]["variant"], {})[m["what"]["text"]] = m["result"][
+                    "nll_by_position"
+                ][32:]
         both = [(a, y) for text, y in found["yarn"].items() for a in [found["auto"][text]]]
         differences = [a - y for auto, yarn in both for a, y in zip(auto, yarn, strict=True)]
         mean = math.fsum(differences) / len(differences)
@@ -235,10 +249,20 @@ class TestClaim:
         assert "No GPU" in headline.gpu() or results.read("cuda")
         monkeypatch.setattr(results, "RESULTS", tmp_path)
         assert headline.gpu() == "No GPU has run or timed them yet."
-        row = {"benchmark": "rotary", "seconds": 1, "device": "cuda", "gpu": "H100", "torch": "2", "transformers": "5", "triton": "3"}
+        row = {
+            "benchmark": "rotary",
+            "seconds": 1,
+            "device": "cuda",
+            "gpu": "H100",
+            "torch": "2",
+            "transformers": "5",
+            "triton": "3",
+        }
         (tmp_path / "cuda.jsonl").write_text(json.dumps(row) + "\n")
         assert "H100" in headline.gpu()
-        assert "tested, timed" in next(line for line in headline.operators()[0].splitlines() if "`rotary`" in line)
+        assert "tested, timed" in next(
+            line for line in headline.operators()[0].splitlines() if "`rotary`" in line
+        )
 
 
 class TestPlots:
