@@ -1,8 +1,8 @@
 """How exact are cosine and sine of a position's angles? ``python -m benchmarks.angle_error``
 
-The largest error of cos and sin near a position, of all pairs, against float64: angles as the float32 product of position
-and frequency (Hugging Face's tables), by frequencies rounded to bfloat16 (as by
-``model.to(torch.bfloat16)``), and by ``ops.rotary_at``, which multiplies in fixed point.
+The largest error of cos and sin near a position, of all pairs, against float64. Angles are the float32 product of
+position and frequency (Hugging Face's tables), the same with frequencies rounded to bfloat16 (as by
+``model.to(torch.bfloat16)``), or made by ``ops.rotary_at``, which multiplies in fixed point.
 """
 
 import json

@@ -38,7 +38,7 @@ SPEEDS = (
 OURS = ("rope_dist, in place", "rope_dist.enable", "rope_dist")
 """What `enable()` runs, the first of these that was measured."""
 MODELS = ROOT / "docs" / "models.md"
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gpt_oss", "olmo2", "phi3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "gpt_oss", "phi3")
 ENGINES = ("vLLM", "SGLang", "mlx-lm")
 OPERATORS = (
     ("`rotary`, `rotary_at`", "rotary", "yes"),

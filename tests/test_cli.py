@@ -112,7 +112,7 @@ class TestPlan:
 
 
 def auto_factors(scale):
-    """The factors of ``auto`` for LLaMA2 by the formula of docs/strategies.md: ``s ** x``, x from 0 at 64 periods to 1 at one."""
+    """The factors of ``auto`` for LLaMA2 by docs/strategies.md: ``s ** x``, x from 0 at 64 periods to 1 at one."""
     factors = []
     for i in range(64):
         periods = 4096 * 10000 ** (-i / 64) / (2 * math.pi)
