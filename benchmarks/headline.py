@@ -80,10 +80,11 @@ def claim(folder: Path) -> tuple[str, str]:
             count = f"{len(both)} text{'s' * (len(both) != 1)}"
             parts.append(f"{compared(mean, error, AGAINST_NAME)} at {scale}x ({count})")
             labels.add(label)
+    which = "the default dynamic plan" if labels == {GROWN} else "the default strategy"
     unchanged = f" Up to {trained} tokens it is the trained model." if labels == {GROWN} else ""
     text = (
-        f"**Perplexity past the trained length, without training, is {', '.join(parts)}**: SmolLM2-135M, trained to "
-        f"{trained} tokens, on texts that nothing was tuned on; ± is one standard error.{unchanged}"
+        f"**Perplexity past the trained length, without training, is {', '.join(parts)}**: {which} beside YaRN "
+        f"for the target length, SmolLM2-135M, trained to {trained} tokens, on texts that nothing was tuned on; ± is one standard error.{unchanged}"
     )
     row, _ = _row("rotary", SPEEDS[0][2], "cpu")
     if row:
@@ -206,9 +207,11 @@ def models() -> tuple[str, str]:
 def model_types() -> dict[str, str]:
     """How many model types there are and can be enabled, and the version of transformers."""
     paths = [row[1] for row in model_rows()[1:]]
-    version = re.search(r"transformers (\d+\.\d+)", MODELS.read_text(encoding="utf-8"))
+    version = re.search(r"model types of transformers\s+(\d+\.\d+)", MODELS.read_text(encoding="utf-8"))
     known = {"model-types": len(paths), "enabled-types": sum(path != "refused" for path in paths)}
-    return {**{name: str(n) for name, n in known.items()}, "transformers": version[1] if version else "?"}
+    if not version:
+        raise ValueError("docs/models.md does not say of which transformers: python -m tools.models_page")
+    return {**{name: str(n) for name, n in known.items()}, "transformers": version[1]}
 
 
 KINDS = ("perplexity", "tuning")
