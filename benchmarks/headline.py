@@ -84,7 +84,8 @@ def claim(folder: Path) -> tuple[str, str]:
     unchanged = f" Up to {trained} tokens it is the trained model." if labels == {GROWN} else ""
     text = (
         f"**Perplexity past the trained length, without training, is {', '.join(parts)}**: {which} beside YaRN "
-        f"for the target length, SmolLM2-135M, trained to {trained} tokens, on texts that nothing was tuned on; ± is one standard error.{unchanged}"
+        f"for the target length, SmolLM2-135M, trained to {trained} tokens, on texts that nothing was tuned on; ± is "
+        f"one standard error.{unchanged}"
     )
     row, _ = _row("rotary", SPEEDS[0][2], "cpu")
     if row:

@@ -237,7 +237,7 @@ class TestClaim:
         assert f"{100 * math.expm1(mean):+.2f} ±" in README
 
     def test_values(self):
-        types = [line for line in headline.MODELS.read_text().splitlines() if re.match(r"\| `\w+` ", line)]
+        types = [line for line in headline.MODELS.read_text().splitlines() if re.match(r"\| `[\w-]+` ", line)]
         assert headline.value("model-types") == str(len(types))
         assert f"transformers {headline.value('transformers')}." in headline.MODELS.read_text()
         assert headline.value("tuning/2/yarn,_auto's_temperature/auto").endswith("%")
