@@ -39,10 +39,11 @@ import rope_dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4))
+plan = rope_dist.plan(model, factor=4)
 print(rope_dist.enable(model))  # the model's own frequencies, this package's kernels
 rope_dist.enable(model, factor=2)  # and new frequencies; config.max_position_embeddings is raised
 rope_dist.enable(model, factor=2, dynamic=False)  # the same frequencies for every text
-rope_dist.enable(model, plan=rope_dist.plan(model.config, factor=4))  # a RopePlan or a DynamicPlan
+rope_dist.enable(model, plan=plan)  # a RopePlan or a DynamicPlan
 print(rope_dist.report(model))  # per layer: which path runs, and why
 rope_dist.disable(model)  # restores the original classes, frequencies and config entries
 
