@@ -7,7 +7,7 @@
 # make lint   formatting, static checks and types
 # make docs   the site of docs/ into site/, offline; any warning is an error
 # make bench  timings of this machine into benchmarks/results/, nine minutes
-# make report the README's tables and plots, from those timings
+# make report the tables, numbers and plots of README.md and docs/, from those timings
 #
 # An interpreter that has torch is used as it is (PY=... chooses another); otherwise .venv is made with
 # the pinned torch, which has a build without CUDA, and with everything else that these commands need.

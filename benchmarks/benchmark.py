@@ -95,7 +95,6 @@ class Benchmark:
         baselines: names that ``--baselines`` knows.
         unit: of the table: ``"ms"``, ``"us"`` or ``"tokens/s"``.
         wide: whether its table has a column an implementation, else a row.
-        plot: whether time against length is drawn, of models with three lengths or more.
         layers: whether it has the option ``--layers``.
         threads: of torch; None: as it is.
         shapes: what ``--models`` knows.
@@ -111,7 +110,6 @@ class Benchmark:
     baselines: tuple[str, ...] = ()
     unit: str = "ms"
     wide: bool = True
-    plot: bool = False
     layers: bool = False
     threads: int | None = None
     shapes: Mapping[str, Shape] = field(default_factory=lambda: SHAPES)

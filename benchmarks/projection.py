@@ -206,5 +206,4 @@ BENCHMARK = Benchmark(
     },
     share={"cpu": 22, "cuda": 28},
     baselines=(COMPILED, LIGER, QUACK),
-    plot=True,
 )

@@ -1,16 +1,17 @@
-"""Make the tables of README.md, docs/quality.md and docs/integrations.md and the plots from ``benchmarks/results``.
+"""Make the tables, numbers and plots of README.md and docs/ from ``benchmarks/results``.
 
     python -m benchmarks.report            rewrite them
     python -m benchmarks.report --check    fail if one is not what the results say
     python -m benchmarks.report --compare FOLDER   whether the speedups of two runs agree
 
-No number is typed by hand. A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME is a
-benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``), ``roofline``, ``perplexity``, ``quality``,
-``strategies``, ``window``, ``longppl``, ``synthetic``, ``growth``, ``after-training``, ``tuning`` or ``rollout``. A
-table is marked where the code that it measured is not that of this tree any more.
+No number is typed by hand. A table or sentence stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, where NAME
+is a benchmark and a device (``rotary-cpu``, ``model_prefill-cuda``) or one of :func:`tables`; one value between
+``<!-- value: NAME -->`` and ``<!-- end -->`` (:func:`benchmarks.headline.value`). A table is marked where the code that
+it measured is not that of this tree any more.
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,37 +22,55 @@ import rope_dist
 from rope_dist.files import write_text
 from rope_dist.plots import plot_plans
 
-from . import results, rollout_distance, roofline
-from .benchmark import Parser, find, machine_of, names
-from .figures import PLOTS, digest, draw, path_of
+from . import angle_error, headline, results, rollout_distance, roofline
+from .benchmark import Parser, machine_of, names
+from .figures import PLOTS, digest, plots_of_results
 from .quality import after_training_summary, growth_summary, summary
 from .results import DEVICES, ROOT
 from .tables import markdown, section
 
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("quality.md", "integrations.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 Table = Callable[[], tuple[str, str]]
 """Its text, and the machine that it was measured on (empty: none, or in the text)."""
 
 
 def perplexity() -> tuple[str, str]:
-    """Perplexity by position of the demonstration."""
+    """Perplexity by position of the demonstration, as it prints it."""
     result = json.loads((results.RESULTS / "demo.json").read_text(encoding="utf-8"))
     trained, parts = result["trained_length"], result["by_position"]
+    labels = [reading["label"] for reading in result["readings"]]
+    below = [part for part in parts if part["end"] <= trained]
+    # Of a record that has several parts there: their mean loss by tokens, of which the first token has none.
+    tokens = [part["end"] - max(part["start"], 1) for part in below]
+    whole = {
+        label: math.exp(
+            sum(n * math.log(part["perplexity"][label]) for n, part in zip(tokens, below, strict=True))
+            / sum(tokens)
+        )
+        for label in labels
+    }
+    parts = [{"start": 0, "end": trained, "perplexity": whole}, *parts[len(below) :]]
     marked = [f"{p['start']}-{p['end']}{'*' if p['start'] >= trained else ''}" for p in parts]
-    rows = [[r["label"], *(f"{p['perplexity'][r['label']]:.2f}" for p in parts)] for r in result["readings"]]
+    rows = [[label, *(f"{p['perplexity'][label]:.2f}" for p in parts)] for label in labels]
     step = result["rotary_step_seconds"]
     return (
-        f"{markdown(rows, ['', *marked])}\n\n\\* past the {trained} tokens the model was trained on; every extension "
-        f"is to {result['target_length']}, without training. {result['tokens']} tokens of {result['text']}. In the "
-        f"same run this package's rotary step of a layer was {step['stock'] / step['rope_dist']:.1f} times as fast as "
-        "stock's."
+        f"{markdown(rows, ['perplexity by position', *marked])}\n\n\\* past the {trained} tokens the model was "
+        f"trained on; every extension is to {result['target_length']}, static, without training. {result['tokens']} "
+        f"tokens of {result['text']}. Rotary step of a layer: {step['stock'] / step['rope_dist']:.1f} times as fast as "
+        "Hugging Face's."
     ), machine_of(result["machine"])
 
 
 def tables() -> dict[str, Table]:
-    """By the name in the README's marks."""
+    """By the name in the pages' marks."""
     return {
+        "claim": lambda: headline.claim(results.RESULTS),
+        "headline": lambda: headline.table(results.RESULTS),
+        "operators": headline.operators,
+        "models": headline.models,
+        "angle-error": angle_error.table,
+        "auto-yarn": lambda: summary.auto_yarn(results.RESULTS),
         "perplexity": perplexity,
         "quality": lambda: summary.block(results.RESULTS),
         "strategies": lambda: summary.strategies(results.RESULTS),
@@ -63,12 +82,16 @@ def tables() -> dict[str, Table]:
         "growth": lambda: growth_summary.block(results.RESULTS),
         "rollout": rollout_distance.table,
         "roofline": lambda: (roofline.table(), ""),
+        **{f"speed-{device}": partial(headline.speed, device) for device in DEVICES},
         **{f"{name}-{device}": partial(section, name, device) for name in names() for device in DEVICES},
     }
 
 
 def fill(text: str) -> str:
-    """``text`` with every marked table made anew (``ValueError``: one that is not known) and each new machine named."""
+    """``text`` with every marked table and value made anew (``ValueError``: one that is not known).
+
+    A machine is named where it is another one than before.
+    """
     known, before = tables(), ""
 
     def made(match: re.Match[str]) -> str:
@@ -83,7 +106,13 @@ def fill(text: str) -> str:
             content, before = f"{content} Machine: {machine}.", machine
         return f"<!-- table: {name} -->\n\n{content}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- table: (?P<name>\S+) -->.*?<!-- end -->", made, text, flags=re.DOTALL)
+    text = re.sub(r"<!-- table: (?P<name>\S+) -->.*?<!-- end -->", made, text, flags=re.DOTALL)
+    return re.sub(
+        r"(?P<mark><!-- value: (?P<name>\S+) -->).*?<!-- end -->",
+        lambda match: f"{match['mark']}{headline.value(match['name'], results.RESULTS)}<!-- end -->",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def plots() -> Iterator[tuple[Path, str, Callable[[Path], None]]]:
@@ -93,11 +122,7 @@ def plots() -> Iterator[tuple[Path, str, Callable[[Path], None]]]:
     # Six decimals: another CPU's pow may differ in the last of a double.
     shown = digest([[p.strategy, p.target_length, [round(f, 6) for f in p.factors]] for p in plans])
     yield PLOTS / "factors.svg", shown, lambda path: plot_plans(plans, path, shown)
-    for name in names():
-        for device in DEVICES:
-            benchmark, rows = find(name), results.of(name, device)
-            if path := path_of(benchmark, device, rows):
-                yield path, digest(rows), partial(draw, benchmark=benchmark, rows=rows)
+    yield from plots_of_results(results.RESULTS, DEVICES)
 
 
 def renew(*, check: bool) -> list[Path]:

@@ -100,5 +100,4 @@ BENCHMARK = Benchmark(
     },
     share={"cpu": 32, "cuda": 23},
     baselines=ROTARY,
-    plot=True,
 )

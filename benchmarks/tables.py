@@ -6,7 +6,6 @@ from tabulate import tabulate
 
 from . import results
 from .benchmark import Benchmark, figure, find, machine_of, notes
-from .figures import path_of
 from .results import DEVICES, Rows, place
 
 ORDER = {"reference": 0, "ours": 1, "baseline": 2, "roofline": 3}
@@ -19,15 +18,12 @@ def markdown(rows: list[list[str]], headers: list[str], text: int = 1) -> str:
 
 
 def section(name: str, device: str) -> tuple[str, str]:
-    """Table, plot and footnote of one benchmark on ``cpu`` or ``cuda``, and the machine; says so without results."""
+    """Table and footnote of one benchmark on ``cpu`` or ``cuda``, and the machine; says so without results."""
     benchmark, rows = find(name), results.of(name, device)
     if not rows:
         return f"Not measured on a {DEVICES[device]} yet.", ""
-    parts = [(wide if benchmark.wide else long)(benchmark, rows)]
-    if path := path_of(benchmark, device, rows):
-        title = f"{benchmark.title} on a {DEVICES[device]}"
-        parts.append(f"![{title}]({path.relative_to(results.ROOT).as_posix()})")
-    return "\n\n".join([*parts, footnote(benchmark, rows)]), machine_of(rows[0])
+    table = (wide if benchmark.wide else long)(benchmark, rows)
+    return f"{table}\n\n{footnote(benchmark, rows)}", machine_of(rows[0])
 
 
 def wide(benchmark: Benchmark, rows: Rows) -> str:

@@ -1,11 +1,10 @@
-"""Longer contexts for LLaMA-like models, and rotary embeddings that cost next to nothing.
+"""Longer contexts for LLaMA-like models by rescaled rotary embeddings (RoPE), and fused RoPE kernels.
 
 >>> import rope_dist
 >>> plan = rope_dist.plan("llama2-7b", target_length=16384)
 >>> rope_dist.enable(model, plan=plan)  # doctest: +SKIP
 
-The public face: everything here is defined elsewhere and imported on first use, so that planning
-does not wait for transformers.
+Everything here is defined elsewhere and imported on first use, so that planning does not wait for transformers.
 """
 
 from __future__ import annotations

@@ -218,15 +218,14 @@ def _without_path(result: dict[str, Any], model_name: str) -> dict[str, Any]:
 
 
 def table_rows(results: Sequence[PerplexityResult], trained_length: int) -> list[dict[str, Any]]:
-    """Perplexity in parts of the text: the halves of the trained length, then steps of an eighth of it.
+    """Perplexity in parts of the text: the trained length, then steps of an eighth of it.
 
     Returns:
         For every part ``start`` and ``end`` (positions), and ``perplexity``, a dictionary by label.
     """
     tokens = results[0].nll.numel() + 1
-    half, eighth = max(trained_length // 2, 1), max(trained_length // 8, 1)
-    edges = [0, half, *range(trained_length, tokens, eighth)]
-    edges = [*(e for e in edges if e < tokens - 1), tokens]
+    eighth = max(trained_length // 8, 1)
+    edges = [*(e for e in (0, *range(trained_length, tokens, eighth)) if e < tokens - 1), tokens]
     return [
         {"start": start, "end": end, "perplexity": {r.label: r.perplexity_of(start, end) for r in results}}
         for start, end in itertools.pairwise(edges)

@@ -50,7 +50,7 @@ within the error, six slightly better. Each stage costs one correction of the ca
 
 @dataclass(frozen=True, repr=False)
 class DynamicPlan:
-    """A ladder of plans, of which each text is read by the first that covers it.
+    """A dynamic plan: extensions for rising lengths, of which each text is read by the first that covers it.
 
     Attributes:
         stages: at least two plans for rising lengths. The first is the trained model itself, up to its length; the
@@ -307,7 +307,7 @@ def dynamic_plan(
     stages: Sequence[int] | None = None,
     **options: Any,
 ) -> DynamicPlan:
-    """Plan an extension that grows with the text.
+    """Make a :class:`DynamicPlan`, an extension that grows with the text.
 
     Args:
         source, target_length, factor, strategy, **options: as in :func:`rope_dist.plan`. A model that a dynamic plan

@@ -79,7 +79,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, repr=False)
 class RopePlan:
-    """Factors of an extension with their provenance.
+    """An extension for one target length: a scaling factor per rotary pair, and how it was made.
 
     Attributes:
         strategy: name of the strategy.
@@ -474,7 +474,7 @@ def plan(  # noqa: PLR0913  (public)
     settings: Mapping[str, Any] | None = None,
     **more_settings: Any,
 ) -> RopePlan:
-    """Plan an extension: a model's config, or plain numbers, to a :class:`RopePlan`.
+    """Make a :class:`RopePlan`, an extension for one length, from a model, its config or plain numbers.
 
     Args:
         source: a preset (``"llama2-7b"``), a directory with a ``config.json``, a hub id, or a

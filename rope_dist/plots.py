@@ -67,6 +67,7 @@ COLOURS = {
     "dprope": "#1f77b4",
     "refined": "#ff7f0e",
     "auto": "#d62728",
+    "auto+dynamic": "#6b0f1a",
     "auto-yarn": "#e7969c",
 }
 """Every strategy has the same colour in all plots."""
@@ -113,7 +114,7 @@ def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str], note: st
         note: stored in the metadata (SVG only).
     """
     lengths = list(dict.fromkeys(p.target_length for p in plans))
-    figure, axes = _figure(2, len(lengths), 6.4 * len(lengths), 7.2)
+    figure, axes = _figure(2, len(lengths), 5.2 * len(lengths), 6.8)
     for column, length in enumerate(lengths):
         above, below = axes[0, column], axes[1, column]
         shown = [p for p in plans if p.target_length == length]
@@ -144,7 +145,7 @@ def plot_plans(plans: Sequence[RopePlan], path: str | os.PathLike[str], note: st
             title="mean disturbance, 1e-3 nats",
             title_fontsize=8,
             fontsize=8,
-            ncols=4,
+            ncols=3,
             loc="upper center",
             bbox_to_anchor=(0.5, -0.16),
         )
@@ -188,19 +189,25 @@ def plot_relative_perplexity(
     path: str | os.PathLike[str],
     *,
     baseline: str = "yarn",
+    errors: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    note: str = "",
 ) -> None:
     """Perplexity by position relative to a baseline, a panel per entry, e.g. per target length.
+
+    Two panels are as wide as the page of a repository, so that their text keeps its size there.
 
     Args:
         panels: curves by title, each with the baseline.
         trained_length: marked by a line if a curve goes past it.
         title: above the panels.
         baseline: a label.
+        errors: standard errors in percent, by panel and label, an entry a bucket: drawn as a band around the curve.
+        note: stored in the metadata (SVG only).
 
     Raises:
         ValueError: a panel has no curve of the baseline.
     """
-    figure, axes = _figure(1, len(panels), 3.8 * len(panels) + 1.8, 4.0, sharey=True)
+    figure, axes = _figure(1, len(panels), 4.4 * len(panels), 4.2, sharey=True)
     legend: dict[str, Any] = {}
     # Of all panels: a label that one of them lacks must not shift the colours of others.
     colours = _colours(dict.fromkeys(label for curves in panels.values() for label in curves))
@@ -208,15 +215,23 @@ def plot_relative_perplexity(
         if baseline not in curves:
             raise ValueError(f"{name} has no curve of the baseline {baseline}")
         _draw_relative(axis, curves, baseline, trained_length, colours)
+        for label, band in (errors or {}).get(name, {}).items():
+            (line,) = (line for line in axis.lines if line.get_label() == label)
+            xs, ys = line.get_data()
+            low, high = ([y + sign * error for y, error in zip(ys, band, strict=True)] for sign in (-1, 1))
+            axis.fill_between(xs, low, high, color=colours[label], alpha=0.18, linewidth=0)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("position, tokens")
         axis.label_outer()
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             legend.setdefault(label, handle)
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize=11)
     labels = sorted(legend, key=lambda label: label == _TRAINED)
-    figure.legend([legend[label] for label in labels], labels, fontsize=8, loc="outside right upper")
-    _save(figure, path)
+    columns = min(len(labels), 2 * len(panels) + 1)
+    figure.legend(
+        [legend[label] for label in labels], labels, fontsize=9, ncols=columns, loc="outside lower center"
+    )
+    _save(figure, path, note)
 
 
 def _relative(curves: Curves, baseline: str) -> dict[str, list[float]]:
@@ -253,10 +268,14 @@ def _draw_by_position(
     colours = colours or _colours(curves)
     for label, buckets in curves.items():
         middles = [(b.start + b.end) / 2 for b in buckets]
-        axis.plot(middles, values[label], marker="o", markersize=4, label=label, color=colours[label])
+        # The same strategy by a dynamic plan.
+        style = {"linestyle": "--"} if "+dynamic" in label else {}
+        axis.plot(
+            middles, values[label], marker="o", markersize=4, label=label, color=colours[label], **style
+        )
     end = max(b.end for buckets in curves.values() for b in buckets)
     if end > trained_length:
-        axis.axvline(trained_length, color="black", linestyle="--", linewidth=1, label=_TRAINED)
+        axis.axvline(trained_length, color="black", linestyle=":", linewidth=1.2, label=_TRAINED)
     # Three to five ticks, at the trained length times or divided by powers of two.
     step = trained_length
     while end > 4 * step:
@@ -314,72 +333,60 @@ def plot_passkey(
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One curve of a panel.
+class Bar:
+    """One bar of a panel.
 
     Attributes:
-        xs, ys: points.
-        lows, highs: of the band around the points.
-        limit: a bound such as the memory bandwidth, drawn black and dashed.
-        colour: ``#rrggbb``; None: the next of matplotlib's colours.
-        marker: of matplotlib.
+        label: left of it.
+        value: its length.
+        low, high: ends of the range that is drawn on it.
+        text: right of it.
+        colour: ``#rrggbb``.
     """
 
     label: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-    lows: Sequence[float]
-    highs: Sequence[float]
-    limit: bool = False
-    colour: str | None = None
-    marker: str = "o"
+    value: float
+    low: float
+    high: float
+    text: str
+    colour: str
 
 
-def plot_curves(
-    panels: dict[str, Sequence[Curve]],
+def plot_bars(
+    panels: Mapping[str, Sequence[Bar]],
     x_label: str,
-    y_label: str,
     path: str | os.PathLike[str],
     *,
     title: str = "",
     note: str = "",
 ) -> None:
-    """Curves on logarithmic axes, two panels a row with one legend.
+    """Horizontal bars, a panel below the other, each with a scale of its own.
 
     Args:
-        panels: curves by title.
-        x_label, y_label: with their units.
+        panels: bars by title, from above.
+        x_label: with its unit.
         title: above all panels.
         note: stored in the metadata (SVG only).
     """
-    columns = min(len(panels), 2)
-    rows = -(-len(panels) // columns)
-    figure, axes = _figure(rows, columns, 6.4 * columns, 3.6 * rows + 0.8)
-    legend: dict[str, Any] = {}
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (name, curves) in zip(axes.flat, panels.items(), strict=False):
-        dashes = cycle(("--", ":", "-."))
-        for curve in curves:
-            style = (
-                {"linestyle": next(dashes), "color": "black"}
-                if curve.limit
-                else {"marker": curve.marker, "markersize": 4, "color": curve.colour}
-            )
-            (line,) = axis.plot(curve.xs, curve.ys, label=curve.label, linewidth=1.4, **style)
-            legend.setdefault(curve.label, line)
-            axis.fill_between(curve.xs, curve.lows, curve.highs, color=line.get_color(), alpha=0.15)
-        ticks = sorted({x for curve in curves for x in curve.xs})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [f"{x // 1024}k" if x % 1024 == 0 else f"{x}" for x in ticks])
-        axis.set_xticks([], minor=True)
-        _log_y_axis(axis)
-        axis.set(xlabel=x_label, ylabel=y_label)
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
+    heights = [len(bars) + 1.2 for bars in panels.values()]
+    figure_module = require("matplotlib.figure", "plot", "a plot")
+    figure = figure_module.Figure(figsize=(8.8, 0.3 * sum(heights) + 0.9), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axis, (name, bars) in zip(axes[:, 0], panels.items(), strict=True):
+        for i, bar in enumerate(bars):
+            axis.barh(i, bar.value, color=bar.colour, height=0.7)
+            axis.plot((bar.low, bar.high), (i, i), color="black", linewidth=1)
+            axis.text(max(bar.value, bar.high), i, f"  {bar.text}", va="center", fontsize=9)
+        axis.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=9)
+        axis.invert_yaxis()
+        # Room for the text beside the longest bar.
+        axis.set_xlim(0, 1.25 * max(bar.value for bar in bars))
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(axis="x", labelsize=8)
+    axes[-1, 0].set_xlabel(x_label)
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.legend(legend.values(), legend, fontsize=8, ncols=2 * columns, loc="outside lower center")
     _save(figure, path, note)
 
 

@@ -1,4 +1,4 @@
-"""What is made of the benchmarks' results: tables, plots, the README, two runs compared."""
+"""What is made of the benchmarks' results: tables, plots, pages, two runs compared."""
 
 import os
 import re
@@ -113,19 +113,21 @@ class TestReport:
         ]
         benchmark = find("rotary")
         monkeypatch.setattr("rope_dist.timing.MOST_ROUNDS", 4)
+        monkeypatch.setattr(figures, "BARS", (("rotary", "tiny-256, 32, bf16"), ("decode", "not measured")))
         assert benchmark.main([*arguments, "--seconds", "60", "--output", str(folder), "--baselines"]) == 0
         found = results.of("rotary", "cpu")
-        path = figures.path_of(benchmark, "cpu", found)
-        figures.draw(path, benchmark, found)
-        assert figures.digest(found) in path.read_text()
+        panels, drawn = figures.bars("cpu")
+        assert list(panels) == [f"{benchmark.title}: tiny-256, 32, bf16"]
+        path = folder / "speed-cpu.svg"
+        figures.draw_bars(path, "cpu")
+        assert figures.digest(drawn) in path.read_text()
         text, machine = tables.section("rotary", "cpu")
-        assert f"]({path.name})" in text
         median = next(row["seconds"] for row in found if row["implementation"] == "huggingface")
         assert tables.figure(median, "ms", 16) in text
         assert "torch" in machine
         assert "Older than the code" not in text
-        found[0]["seconds"] *= 2
-        assert figures.digest(found) not in path.read_text()
+        drawn[0]["seconds"] *= 2
+        assert figures.digest(drawn) not in path.read_text()
 
     def test_without_a_result_there_is_no_number(self, folder):
         assert tables.section("rotary", "cuda") == ("Not measured on a GPU yet.", "")
@@ -204,10 +206,11 @@ class TestPlots:
     )
     def test_an_axis_has_numbers_whatever_its_range(self, tmp_path, low, high):
         """Within a decade none was written, or one."""
-        from rope_dist.plots import Curve, plot_curves
+        from rope_dist.evaluation.perplexity import Bucket
+        from rope_dist.plots import plot_perplexity
 
-        curve = Curve("a", (1024, 2048), (low, high), (low, high), (low, high))
-        plot_curves({"panel": [curve]}, "tokens", "ms", tmp_path / "a.svg")
+        curve = [Bucket(0, 256, low), Bucket(256, 512, high)]
+        plot_perplexity({"auto": curve}, 256, "title", tmp_path / "a.svg")
         found = self.ticks(tmp_path / "a.svg")
         assert 2 <= len(found) <= 13
         # The axis ends a little past its data.
@@ -224,47 +227,40 @@ class TestPlots:
         plot_perplexity(curves, 256, "title", tmp_path / "a.svg")
         assert len(self.ticks(tmp_path / "a.svg")) >= 3
 
-    @pytest.mark.parametrize(
-        ("name", "label"), [("rotary", "ms (lower"), ("model_prefill", "tokens/s (higher")]
-    )
-    def test_a_plot_names_unit_direction_and_machine(self, tmp_path, name, label):
-        for device, machine in (
-            ("cpu", "a processor, torch 2.13, transformers 5"),
-            ("cuda", "a GPU, torch 2.13"),
-        ):
-            figures.draw(tmp_path / "a.svg", find(name), rows(name=name, device=device))
-            text = (tmp_path / "a.svg").read_text()
-            assert f"median, {label} is better)" in text
-            assert machine in text
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_bars_have_times_speedups_and_the_machine(self, folder, monkeypatch, device):
+        bound = ("copy", "roofline", 0.25, {})
+        slow = ("huggingface", "reference", 1.0, {})
+        ours = ("rope_dist, in place", "ours", 0.5, {})
+        monkeypatch.setattr(figures, "BARS", (("rotary", "m, 4096"), ("norm_rotary", "not measured")))
+        results.replace("rotary", device, rows(ours, bound, slow, name="rotary", device=device), folder)
+        panels, drawn = figures.bars(device)
+        (bars,) = panels.values()
+        assert [bar.label for bar in bars] == ["huggingface", "rope_dist, in place", "roofline: copy"]
+        assert [bar.text for bar in bars] == ["1000 ms", "500 ms, 2.0x", "250 ms"]
+        assert [bar.value for bar in bars] == [1000, 500, 250]
+        assert bars[0].colour == figures.COLOURS["huggingface"]
+        figures.draw_bars(folder / "a.svg", device)
+        text = (folder / "a.svg").read_text()
+        assert "lower is better" in text
+        assert figures.digest(drawn) in text
+        assert {"cpu": "a processor, torch 2.13, transformers 5", "cuda": "a GPU, torch 2.13"}[device] in text
 
-    def test_the_legend_is_beside_the_curves(self, monkeypatch, tmp_path):
-        from rope_dist import plots
-
-        drawn = []
-        monkeypatch.setattr(plots, "_save", lambda figure, path, note="": drawn.append(figure))
-        figures.draw(tmp_path / "a.svg", find("rotary"), results.of("rotary", "cpu"))
-        (figure,) = drawn
-        figure.draw_without_rendering()
-        (legend,) = figure.legends
-        box = legend.get_window_extent()
-        assert box.x0 >= 0
-        assert box.x1 <= figure.bbox.x1
-        panels = [axes for axes in figure.axes if axes.get_visible()]
-        assert not any(box.overlaps(axes.get_window_extent()) for axes in panels)
-        labels = {line.get_label() for axes in panels for line in axes.get_lines()}
-        assert {text.get_text() for text in legend.get_texts()} == labels
+    def test_nothing_measured_is_not_drawn(self, folder):
+        assert figures.bars("cpu") == ({}, [])
 
     def test_an_implementation_has_one_colour_and_its_variants_differ(self):
-        drawn = [row for row in results.read("cpu") if find(row["benchmark"]).plot and "seconds" in row]
-        for name in [*(row["implementation"] for row in drawn if row["kind"] != "roofline"), *ROTARY]:
-            assert figures.style(name)[0], f"{name} has no colour of its own"
+        drawn = [row for device in results.DEVICES for row in figures.bars(device)[1]]
+        of_packages = [row["implementation"] for row in drawn if "package" in row or row["kind"] == "ours"]
+        for name in [*of_packages, *ROTARY]:
+            assert figures.style(name) != figures.OTHER, f"{name} has no colour of its own"
         assert figures.style("huggingface") == figures.style("huggingface, sdpa")
         assert figures.style("rope_dist") == figures.style("rope_dist, in place")
         variants = ("in place", "in place, no table", "new tensors", "native library")
         assert len({figures.style(f"rope_dist, {v}") for v in variants}) == len(variants)
         paths = ("rope_dist", *(f"rope_dist, {p}" for p in ("separate", "triton", "triton_tma", "decode")))
         assert len({figures.style(path) for path in paths}) == len(paths)
-        assert figures.style("something else") == (None, "o")
+        assert figures.style("something else") == figures.OTHER
         assert figures.mixed_with_white("#102030", 0.5) == "#889098"
 
 

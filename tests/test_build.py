@@ -379,7 +379,7 @@ class TestReadme:
         links = re.findall(r"(!?)\[[^]]*\]\(([^)\s]+)\)", text)
         assert [link for _, link in links if not link.startswith(("#", "https:"))] == []
         pictures = [link for mark, link in links if mark]
-        assert f"{here}/raw/v{__version__}/benchmarks/plots/factors.svg" in pictures
+        assert f"{here}/raw/v{__version__}/benchmarks/plots/perplexity.svg" in pictures
         assert f"{here}/blob/v{__version__}/CONTRIBUTING.md" in [link for _, link in links]
         for _, link in links:
             if link.startswith(here):

@@ -112,7 +112,7 @@ class TestPlan:
 
 
 def auto_factors(scale):
-    """The factors of ``auto`` for LLaMA2 by README's formula: ``s ** x``, x from 0 at 32 periods to 1 at one."""
+    """The factors of ``auto`` for LLaMA2 by docs/strategies.md: ``s ** x``, x from 0 at 32 periods to 1 at one."""
     factors = []
     for i in range(64):
         periods = 4096 * 10000 ** (-i / 64) / (2 * math.pi)
@@ -121,7 +121,7 @@ def auto_factors(scale):
 
 
 class TestDefaultStrategy:
-    """The strategy that the README advises, wherever none is named."""
+    """The strategy that the documentation advises, wherever none is named."""
 
     def test_plan(self, out):
         data = json.loads(out("plan", "llama2-7b", "--factor", 2, "--json"))

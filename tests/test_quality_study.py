@@ -294,7 +294,7 @@ class TestTables:
             f"ntk ({percent(*found.difference('ntk', 'auto', ['a'], 512, 1024))})."
         )
 
-    def test_the_readme_has_a_column_a_scale(self, tmp_path):
+    def test_the_page_has_a_column_a_scale(self, tmp_path):
         record = record_of(*AUTO, *YARN, reading("a", "ntk", (2, 2), (2, 2)))
         longer = [reading("a", label, (1, 1), (1, 2), tokens=2048) for label in ("auto", "yarn")]
         for m in longer:
@@ -336,24 +336,7 @@ class TestTables:
             assert filled == f"<!-- table: {name} -->\n\n<!-- end -->"
             assert report.fill(filled) == filled
         (tmp_path / "quality_perplexity.json").write_text(json.dumps(record_of(*AUTO, *YARN)))
-        block, _ = summary.strategies(tmp_path)
-        assert "small" not in block
-        assert "quality.png" not in block
-
-
-def test_the_plot_has_what_read_all_texts(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    monkeypatch.setattr(study, "SMOLLM2", replace(parts.SMOLLM2, trained=512))
-    record = record_of(*AUTO, *YARN, reading("a", "ntk", (2, 2), (2, 2)))
-    (tmp_path / "quality_perplexity.json").write_text(json.dumps(record))
-    drawn = {}
-    monkeypatch.setattr(study, "plot_relative_perplexity", lambda panels, *rest: drawn.update(panels))
-    study.draw(tmp_path)
-    assert list(drawn) == ["extended to 1024 (2x), 2 texts"]
-    assert list(drawn["extended to 1024 (2x), 2 texts"]) == ["auto", "yarn"]
-    assert [b.perplexity for b in drawn["extended to 1024 (2x), 2 texts"]["yarn"]] == pytest.approx(
-        [math.exp(x) for x in (2.05, 2.15, 2.2, 2.4)]
-    )
+        assert "small" not in summary.strategies(tmp_path)[0]
 
 
 def test_longppl_takes_the_losses_that_the_study_kept(tmp_path, model_directory, monkeypatch):
@@ -396,7 +379,7 @@ def test_a_label_has_one_colour_in_all_panels(tmp_path, monkeypatch):
     from rope_dist.evaluation import Bucket
 
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path, note: figures.append(figure))
     labels = ("mrrope-pro, auto's temperature", "yarn, auto's temperature", "yarn", "yarn:beta_fast=16")
     curve = [Bucket(0, 256, 2.0), Bucket(256, 512, 2.0)]
     panels = {"two": dict.fromkeys(labels[1:], curve), "all": dict.fromkeys(labels, curve)}

@@ -1,7 +1,7 @@
 """Logits scaled by the logarithm of the query's position, on top of a plan: what a study compares, and no feature.
 
 ``q`` is multiplied by ``max(1, ln(m + 1) / ln L)`` at position ``m`` of a model trained to ``L`` tokens, as Entropy-ABF
-does (Zhang et al. 2024; log n: Chiang and Cholak 2022). README.md has what came of it: with the temperature of ``auto``
+does (Zhang et al. 2024; log n: Chiang and Cholak 2022). docs/quality.md shows it: with the temperature of ``auto``
 it reads worse, so that no kernel and no plan has it.
 """
 

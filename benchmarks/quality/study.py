@@ -6,7 +6,7 @@ Reads four texts that nothing was tuned on to 1.5x, 2x and 4x of the trained len
 SmolLM2-135M (trained to 8192 tokens) and the directory of a small LLaMA (``benchmarks/quality/small_llama.py`` trains
 one). It takes hours on a CPU, so it may be stopped at any time, or by ``--seconds``: the same command goes on where it
 stopped. A text that is not installed is left out and named. Results: ``quality_perplexity.json``,
-``quality_perplexity_small.json`` and ``quality.png``; ``python -m benchmarks.report`` makes the tables of them.
+``quality_perplexity_small.json``; ``python -m benchmarks.report`` makes tables and plots of them.
 """
 
 import argparse
@@ -23,14 +23,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.benchmark import Parser, positive
-from benchmarks.quality.parts import CLOSEST, PARTS, QUICK, SMOLLM2, Part, StudyModel, planner, study_model
-from benchmarks.quality.readings import load, newest, path_of, readings, summarise, superseded
+from benchmarks.quality.parts import PARTS, QUICK, SMOLLM2, Part, StudyModel, planner, study_model
+from benchmarks.quality.readings import newest, path_of, summarise, superseded
 from rope_dist import evaluation
 from rope_dist.evaluation import Passage, Record, Variant, token_nll
 from rope_dist.evaluation.memory import check_memory
 from rope_dist.files import new_file
 from rope_dist.optional import MissingPackageError
-from rope_dist.plots import plot_relative_perplexity
 
 SEED = 0
 
@@ -64,7 +63,7 @@ def begin(name: str, doc: str | None, quick: str) -> tuple[bool, Path, float]:
 
 
 def main() -> None:
-    """Run what is not yet on record, and draw what is complete."""
+    """Run what is not yet on record."""
     parser = command_line("study", __doc__, "a few hundred tokens: does the study run?")
     add = parser.add_argument
     add(
@@ -95,25 +94,6 @@ def main() -> None:
             rest = "the same command goes on"
             break
     print(f"{done} measurements on record, {rest}")
-    if SMOLLM2 in models:
-        draw(output)
-
-
-def draw(folder: Path) -> None:
-    """The plot of SmolLM2 and the closest strategies, a panel a scale."""
-    record, panels = load(folder, SMOLLM2.kind), {}
-    for scale in sorted({part.scale for part in PARTS}):
-        target = int(scale * SMOLLM2.trained)
-        found = readings(record, target, CLOSEST)
-        # Those that have read as many texts as the baseline of the plot.
-        texts = list(found.losses.get("yarn", {}))
-        shown = [label for label in found.losses if len(found.both(label, "yarn")) == len(texts)]
-        if texts:
-            panel = f"extended to {target} ({scale:g}x), {len(texts)} text{'s' * (len(texts) > 1)}"
-            panels[panel] = {label: found.curve(label, texts) for label in shown}
-    if panels:
-        title = f"{SMOLLM2.name}, without training: perplexity (lower is better)"
-        plot_relative_perplexity(panels, SMOLLM2.trained, title, folder / "quality.png")
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,8 @@ def in_the_mean(found: Readings, label: str = BASELINE) -> str:
     return f"In the mean of the texts that both have read, past {found.trained}, {'; '.join(parts)}."
 
 
-def of_model(record: dict[str, Any], title: str, drawn: str = "") -> list[str]:
-    """The section of a model: of each scale the tables and sentences; ``drawn`` is its plot."""
+def of_model(record: dict[str, Any], title: str) -> list[str]:
+    """The section of a model: of each scale the tables and sentences."""
     trained = trained_length(record)
     parts = [f"### {title}, trained to {trained} tokens"]
     for scale in SCALES:
@@ -135,8 +135,6 @@ def of_model(record: dict[str, Any], title: str, drawn: str = "") -> list[str]:
             texts_table(found),
             where_others_lead(found),
         ]
-    if drawn:
-        parts.append(drawn)
     model = record["model"]
     parts.append(
         f"`python -m benchmarks.quality.study`: {model['name']}, {model['dtype']}, without training."
@@ -151,19 +149,13 @@ def strategies(folder: Path) -> tuple[str, str]:
     for kind, title in KINDS.items():
         if path_of(folder, kind).exists():
             record = load(folder, kind)
-            drawn = kind == "perplexity" and (folder / "quality.png").exists()
-            parts += of_model(record, title, picture("../") if drawn else "")
+            parts += of_model(record, title)
             machines |= dict.fromkeys(map(machine_of, record["machines"]))
     return "\n\n".join(filter(None, parts)), "; ".join(machines)
 
 
-def picture(root: str) -> str:
-    """The plot, in a page from which the repository is at ``root``."""
-    return f"![Perplexity by position, relative to YaRN]({root}benchmarks/results/quality.png)"
-
-
 def block(folder: Path, against: str = "yarn") -> tuple[str, str]:
-    """The README's table: differences from YaRN past the trained length of SmolLM2, a column a scale; and the plot."""
+    """Differences from YaRN past the trained length of SmolLM2, a column a scale."""
     record = load(folder, "perplexity")
     trained = trained_length(record)
     at = {scale: readings(record, int(scale * trained), STRATEGIES) for scale in SCALES}
@@ -186,15 +178,32 @@ def block(folder: Path, against: str = "yarn") -> tuple[str, str]:
     table = markdown(rows, [f"perplexity past {trained}", *(f"{scale:g}x" for scale in at)])
     read = ", ".join(f"{counts[scale]} at {scale:g}x" for scale in at)
     model = record["model"]
-    second = ", and a second model" if path_of(folder, "perplexity_small").exists() else ""
     note = (
         f"Against `{against}`, with standard errors of the paired difference; number of texts: {read}. "
-        f"{model['name']}, {model['dtype']}, without training, by `python -m benchmarks.quality.study`. "
-        f"Below the trained length, text by text{second}: [docs/quality.md](docs/quality.md)."
+        f"{model['name']}, {model['dtype']}, without training, by `python -m benchmarks.quality.study`."
     )
-    shown = picture("") if (folder / "quality.png").exists() else ""
     machines = dict.fromkeys(map(machine_of, record["machines"]))
-    return "\n\n".join(filter(None, [table, shown, note])), "; ".join(machines)
+    return f"{table}\n\n{note}", "; ".join(machines)
+
+
+def auto_yarn(folder: Path) -> tuple[str, str]:
+    """A sentence: ``auto-yarn`` beside ``auto`` and YaRN past the trained length of SmolLM2."""
+    record, parts = load(folder, "perplexity"), []
+    for scale in SCALES:
+        found = readings(record, int(scale * trained_length(record)))
+        both = {other: found.both("auto-yarn", other) for other in (BASELINE, "yarn")}
+        if all(both.values()):
+            of = {
+                other: percent(*found.difference("auto-yarn", other, texts, *found.past))
+                for other, texts in both.items()
+            }
+            texts = len(both[BASELINE])
+            parts.append(
+                f"at {scale:g}x {of[BASELINE]} against `auto` and {of['yarn']} against `yarn` ({texts} texts)"
+            )
+    return (
+        f"Perplexity of `auto-yarn` on SmolLM2-135M, past the trained length and without training: {'; '.join(parts)}."
+    ), ""
 
 
 def windows(folder: Path) -> tuple[str, str]:

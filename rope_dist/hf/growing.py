@@ -240,7 +240,7 @@ def cache_of(inputs: dict[str, Any]) -> Cache | None:
 
 
 def prepare_cache(model: nn.Module, cache: Cache, tokens: int) -> None:
-    """Make a cache and a model with a dynamic plan ready for a call with ``tokens`` more tokens a sequence.
+    """Prepare a cache and a model with a dynamic plan for a compiled call with ``tokens`` more tokens a sequence.
 
     Eager models and ``generate`` do it themselves, compiled models between two graphs. A graph of the whole model
     (``fullgraph=True``, CUDA graphs) reads whatever frequencies are set, so that it is never recorded again: call this

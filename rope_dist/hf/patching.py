@@ -135,7 +135,7 @@ def enable(  # noqa: PLR0913
     far_scaling: str = "none",
     **more_settings: Any,
 ) -> Enabled:
-    """Run a model's rotary embedding through this package, with new frequencies if asked for.
+    """Enable a model: its rotary embedding runs on this package's kernels, and reads longer texts if a length is given.
 
     With neither a target nor a plan the model keeps its own frequencies, recomputed in float32 from its
     config, and only the computation is swapped. With one, the frequencies become the plan's and
@@ -257,7 +257,7 @@ def enable(  # noqa: PLR0913
 
 
 def disable(model: nn.Module | None = None) -> None:
-    """Put the stock classes, frequencies and config back.
+    """Undo :func:`enable`: restore the original classes, frequencies and config.
 
     Args:
         model: an enabled model; one that is not enabled is left alone. None: stop swapping new models and

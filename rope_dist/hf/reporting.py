@@ -45,7 +45,7 @@ class LayerReport:
 def report(
     model: nn.Module, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> list[LayerReport]:
-    """Which path each attention layer of ``model`` takes at this moment, in the order of the model.
+    """List which kernels each attention layer of ``model`` runs now, and why, in the order of the model.
 
     An adapter that is attached, a layer that is quantised or a hook shows from then on, and no longer once it
     is gone. FSDP2 gathers weights only while their layer runs: it is fused then, though sharded when asked here.

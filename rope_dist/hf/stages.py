@@ -116,7 +116,7 @@ def expected_length() -> int:
 
 @contextlib.contextmanager
 def expect_length(length: int) -> Iterator[None]:
-    """Context manager: models with dynamic plans read what they are given as part of ``length`` tokens or more.
+    """Context manager that chooses the stage of dynamic plans for texts that will become ``length`` tokens long.
 
     Around ``generate`` with the length of the prompt and ``max_new_tokens`` together, it avoids a change of stage
     while new tokens are written. It is meant for this thread.

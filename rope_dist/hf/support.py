@@ -43,7 +43,7 @@ class ModelSupport:
 
 
 def supported(*model_types: str) -> dict[str, ModelSupport]:
-    """Every language model type of transformers with a rotary embedding, and what ``enable()`` does with it.
+    """List every rotary language model type of the installed transformers, and what ``enable()`` does with it.
 
     Nothing is built or downloaded: the model files of the installed transformers are imported and read, which takes
     some seconds for all of them. A model with parts (Llava) that has no attention of its own is what its language
