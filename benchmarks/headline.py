@@ -215,7 +215,7 @@ def model_types() -> dict[str, str]:
     return {**{name: str(n) for name, n in known.items()}, "transformers": version[1]}
 
 
-KINDS = ("perplexity", "tuning")
+KINDS = ("perplexity", "tuning", "tuning_small", "perplexity_small")
 
 
 def value(name: str, folder: Path = RESULTS) -> str:
