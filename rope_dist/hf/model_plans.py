@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -46,19 +47,42 @@ def is_target(options: dict[str, Any]) -> bool:
     return any(options[key] is not None for key in ("target_length", "factor", "stages"))
 
 
-def _plans_for(rotaries: list[nn.Module], options: dict[str, Any]) -> list[RopePlan | DynamicPlan | None]:
+def _plans_for(
+    rotaries: list[nn.Module], options: dict[str, Any], window: Window | None = None
+) -> list[RopePlan | DynamicPlan | None]:
     """The plan of each rotary embedding; those that have one config share it."""
     made: dict[int, RopePlan | DynamicPlan | None] = {}
     for rotary in rotaries:
         if id(rotary.config) not in made:
-            made[id(rotary.config)] = _plan_for(rotary, options)
+            made[id(rotary.config)] = _plan_for(rotary, options, window)
     return [made[id(rotary.config)] for rotary in rotaries]
 
 
 _NOT_OF_A_PLAN = ("plan", "dynamic", "stages", "tables", "window", "far", "far_scaling")
 
 
-def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicPlan | None:
+def _beyond(
+    window: Window, made: RopePlan | DynamicPlan, config: Any, options: dict[str, Any]
+) -> RopePlan | DynamicPlan:
+    """The far plan for the texts of ``made``: with the window before it no angle is larger than the trained ones."""
+    if isinstance(made, DynamicPlan):
+        return DynamicPlan(
+            (made.stages[0], *(_beyond(window, stage, config, options) for stage in made.stages[1:]))
+        )
+    length = window.far_length(made.target_length, made.original_length)
+    if length == made.target_length:
+        return made
+    # Beside a target it is the strategy's setting of that name.
+    factor = options["factor"] if options["target_length"] is not None else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said of ``made``
+        far = make_plan(config, **{**options, "target_length": length, "factor": factor})
+    return dataclasses.replace(far, target_length=made.target_length)
+
+
+def _plan_for(
+    rotary: nn.Module, options: dict[str, Any], window: Window | None = None
+) -> RopePlan | DynamicPlan | None:
     """The plan for one rotary embedding, made from or checked against its stock config, before any change."""
     swap = rotary.__dict__.get("_rope_dist_swap")
     plan = options["plan"]
@@ -67,11 +91,12 @@ def _plan_for(rotary: nn.Module, options: dict[str, Any]) -> RopePlan | DynamicP
     config = swap.config_before if swap and swap.plan else rotary.config
     if plan is None:
         own = {k: v for k, v in options.items() if k not in _NOT_OF_A_PLAN}
-        return (
+        made = (
             dynamic_plan(config, stages=options["stages"], **own)
             if options["dynamic"]
             else make_plan(config, **own)
         )
+        return _beyond(window, made, config, own) if window and window.far == "plan" else made
     last = plan
     if isinstance(plan, DynamicPlan):
         config, last = trained_config(config), plan.stages[-1]
@@ -96,7 +121,7 @@ def plans_and_windowings(
     """
 
     def made(**changes: Any) -> tuple[list[RopePlan | DynamicPlan | None], dict[nn.Module, Windowed]]:
-        plans = _plans_for(found.rotaries, {**options, **changes})
+        plans = _plans_for(found.rotaries, {**options, **changes}, window)
         return plans, find_windowings(model, found, plans, window)
 
     if options["dynamic"] is None and is_target(options) and options["stages"] is None:

@@ -60,6 +60,18 @@ class Window:
                 "far_scaling is of the plan's frequencies, and far='grouped' has the trained ones"
             )
 
+    def far_length(self, target_length: int, original_length: int) -> int:
+        """Tokens that a far plan is made for, so that a text of ``target_length`` has no angle past the trained ones.
+
+        At the largest distance T a far angle is that of ``w + (T - w) / s`` trained tokens, where the plan divides a
+        frequency by s. It is L at most, the trained length, for ``s = (T - w) / (L - w)``: Self-Extend's rule for its
+        group size (Jin et al. 2024, section 3.2). A window of L tokens or more leaves no such s.
+        """
+        target, trained, size = target_length, original_length, self.size
+        if target <= trained or size >= trained:
+            return target
+        return math.ceil(trained * (target - size) / (trained - size))
+
     @property
     def arguments(self) -> dict[str, Any]:
         """Those of :func:`rope_dist.enable`."""
@@ -94,8 +106,9 @@ class Windowing:
         length = max(length, expected_length(), 1)
         plan = self.plan
         if self.window.far == "grouped":
-            longest = length if isinstance(plan, DynamicPlan) else plan.target_length
-            return max(1, math.ceil(longest / plan.original_length))
+            if not isinstance(plan, DynamicPlan):
+                length = self.window.far_length(plan.target_length, plan.original_length)
+            return max(1, math.ceil(length / plan.original_length))
         return plan.stage(length) if isinstance(plan, DynamicPlan) else 0
 
     def is_trained(self, stage: int) -> bool:
