@@ -267,7 +267,7 @@ class TestTables:
         assert summary.windows(tmp_path) == ("", "")
         path.write_text(json.dumps(record_of(*AUTO, *YARN, *window)), encoding="utf-8")
         block, machine = summary.windows(tmp_path)
-        assert "### 2x: 1024 tokens" in block
+        assert "### SmolLM2-135M, 2x: 1024 tokens" in block
         assert "yarn" not in block
         assert "a processor" in machine
         by_position = next(t for t in block.split("\n\n") if "768-1024" in t)

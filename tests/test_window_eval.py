@@ -6,8 +6,9 @@ from helpers.growing import text
 from helpers.model_families import model_of
 from typer import BadParameter
 
+import rope_dist
 from rope_dist.cli.values import variant
-from rope_dist.evaluation import make_variants
+from rope_dist.evaluation import Variant, make_variants
 from rope_dist.hf import Window
 from rope_dist.variant_names import VariantName, split_variant
 
@@ -76,3 +77,11 @@ def test_variants_are_applied_and_told_apart():
 def test_the_stock_model_has_nothing_to_add_to():
     with pytest.raises(ValueError, match="the stock model has no plan"):
         make_variants(model_of("Llama"), ["stock+window=16"], 256)
+
+
+def test_groups_of_another_size_are_another_measurement():
+    """The factors of a plan say nothing of them: here they are the trained ones for both targets."""
+    model = model_of("Llama")
+    plans = [rope_dist.plan(model, target_length=n, strategy="extrapolation") for n in (128, 256)]
+    assert plans[0].factors == plans[1].factors
+    assert len({Variant("grouped", plan, Window(20, "grouped")).fingerprint for plan in plans}) == 2

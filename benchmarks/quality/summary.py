@@ -208,27 +208,30 @@ def auto_yarn(folder: Path) -> tuple[str, str]:
 
 def windows(folder: Path) -> tuple[str, str]:
     """Windows of trained frequencies beside the baseline, a table a scale; nothing while there is no reading by one."""
-    record = load(folder, "perplexity")
-    trained, parts = trained_length(record), []
-    for scale in SCALES:
-        found = readings(record, int(scale * trained), (BASELINE, *windowed(trained)))
-        if BASELINE in found.losses and len(found.losses) > 1:
-            texts = "; ".join(found.losses[BASELINE])
-            parts += [
-                f"### {scale:g}x: {found.tokens} tokens",
-                f"The first {found.tokens} tokens of {texts}; far plans are for {found.tokens} tokens.",
-                strategies_table(found),
-                "By position, against the single plan:",
-                positions_table(found),
-            ]
+    parts: list[str] = []
+    machines: dict[str, None] = {}
+    for kind in filter(lambda kind: path_of(folder, kind).exists(), KINDS):
+        record = load(folder, kind)
+        model, trained = record["model"], trained_length(record)
+        for scale in SCALES:
+            found = readings(record, int(scale * trained), (BASELINE, *windowed(trained)))
+            if BASELINE in found.losses and len(found.losses) > 1:
+                texts = "; ".join(found.losses[BASELINE])
+                parts += [
+                    f"### {KINDS[kind]}, {scale:g}x: {found.tokens} tokens",
+                    f"The first {found.tokens} tokens of passages of {texts}; far plans are for {found.tokens} tokens. "
+                    f"{model['dtype']}.",
+                    strategies_table(found),
+                    "By position, against the single plan:",
+                    positions_table(found),
+                ]
+                machines |= dict.fromkeys(map(machine_of, record["machines"]))
     if not parts:
         return "", ""
-    model = record["model"]
-    parts = ["## Exact near, extended far: a window", *parts]
-    parts.append(
-        f"`python -m benchmarks.quality.study`: {model['name']}, {model['dtype']}, without training."
+    title = "## Exact near, extended far: a window"
+    return "\n\n".join([title, *parts, "`python -m benchmarks.quality.study`, without training."]), "; ".join(
+        machines
     )
-    return "\n\n".join(parts), "; ".join(dict.fromkeys(map(machine_of, record["machines"])))
 
 
 def longppl(folder: Path) -> tuple[str, str]:

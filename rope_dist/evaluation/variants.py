@@ -48,6 +48,9 @@ class Variant:
             computed = _computed(self.plan)
         if self.window is not None:
             computed = [self.window.arguments, computed]
+            if self.window.far == GROUPED and isinstance(self.plan, RopePlan):
+                # The size of the groups, of which a plan says nothing.
+                computed.append(self.window.far_length(self.plan.target_length, self.plan.original_length))
         return hashlib.sha256(json.dumps(computed).encode()).hexdigest()[:12]
 
     @property
