@@ -24,7 +24,7 @@ parts, in order:
   tests       every kernel against float64, in CUDA graphs, the native kernel; enabled models, packed, cached, in 4 bits
   rotary      benchmarks of the rotation, alone, with norms and of cached keys, and of decoding's projection
   projection  benchmark of the projection with the rotation, forward and backward
-  models      benchmarks of whole models and of the attention block, without torch.compile
+  models      benchmarks of whole models, of the attention block and of windows, without torch.compile
   compile     prefill and training step at 8k with torch.compile
   baselines   rotation, projection and attention block beside the other packages that are installed
   sanitizer   the projection's and decoding's kernels under compute-sanitizer
@@ -111,7 +111,7 @@ case "$PART" in
         measure "$OUT" projection -- --baselines torch.compile
         ;;
     models)
-        measure "$OUT" model_prefill model_decode attention_block model_train_step -- --baselines
+        measure "$OUT" model_prefill model_decode attention_block window model_train_step -- --baselines
         ;;
     compile)
         measure "$OUT/compile" model_prefill model_train_step -- --baselines torch.compile --lengths 8192

@@ -122,7 +122,7 @@ def test_it_needs_a_gpu(tmp_path):
             "rotary norm_rotary attention_rest rerotate cache_write decode -- --baselines torch.compile",
         ),
         ("projection", "", "projection -- --baselines torch.compile"),
-        ("models", "", "model_prefill model_decode attention_block model_train_step -- --baselines"),
+        ("models", "", "model_prefill model_decode attention_block window model_train_step -- --baselines"),
         ("compile", "compile/", "model_prefill model_train_step -- --baselines torch.compile --lengths 8192"),
         ("baselines", "baselines/", "rotary norm_rotary cache_write projection attention_block"),
     ],

@@ -291,7 +291,7 @@ class TestDemo:
         for reading in written["readings"]:
             assert math.isfinite(reading["perplexity"])
             assert reading["by_position"][-1]["end"] == 100
-        assert [p["end"] for p in written["by_position"]] == [32, 64, 72, 80, 88, 96, 100]
+        assert [p["end"] for p in written["by_position"]] == [64, 72, 80, 88, 96, 100]
         assert written["rotary_step_seconds"].keys() == {"stock", "rope_dist"}
 
     def test_reads_by_default_what_shows_something(self, model_directory, tmp_path):
