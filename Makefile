@@ -59,7 +59,7 @@ lint: $(filter .venv/%,$(ENV))
 	$(PYTHON) -m mypy
 
 # Neither torch nor a native library is needed: names and docstrings are read from the sources.
-docs: $(ENV)
+docs: $(filter .venv/%,$(ENV))
 	@$(PYTHON) -c 'import material, mkdocstrings, typer, matplotlib' || \
 		{ echo "make docs needs: $(PYTHON) -m pip install '.[docs]'" >&2; exit 1; }
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet

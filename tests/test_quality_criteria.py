@@ -66,7 +66,7 @@ def test_of_neighbours_is_the_least_of_all_chains():
 def test_the_tuning_reads_and_goes_on(bfloat16_attention, model_directory, tmp_path, monkeypatch, capsys):
     entry = replace(tuning.SMOLLM2, source=str(model_directory), trained=64)
     monkeypatch.setattr(tuning, "SMOLLM2", entry)
-    monkeypatch.setattr(tuning, "study_model", lambda name: entry)
+    monkeypatch.setattr(tuning, "chosen_models", lambda *_: [entry])
     monkeypatch.setattr(tuning, "TEXT", "python")
     other = ("other", "auto", {"fast_periods": 32})
     monkeypatch.setattr(tuning, "CANDIDATES", {2: (("auto", "auto", {}), other), 4: (("auto", "auto", {}),)})

@@ -62,24 +62,30 @@ def begin(name: str, doc: str | None, quick: str) -> tuple[bool, Path, float]:
     return begun(command_line(name, doc, quick).parse_args())
 
 
+def add_models(parser: Parser) -> None:
+    """The option ``--model`` of a study that several models read: see :func:`chosen_models`."""
+    text = "packaged model or directories (default: %(default)s)"
+    parser.add_argument("--model", nargs="+", default=[SMOLLM2.name], help=text)
+
+
+def chosen_models(parser: Parser, arguments: argparse.Namespace) -> list[StudyModel]:
+    """Of the option ``--model``; one line and exit code 2 where one does not exist."""
+    try:
+        return list(map(study_model, arguments.model))
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     """Run what is not yet on record."""
     parser = command_line("study", __doc__, "a few hundred tokens: does the study run?")
+    add_models(parser)
     add = parser.add_argument
-    add(
-        "--model",
-        nargs="+",
-        default=[SMOLLM2.name],
-        help="packaged model or directories (default: %(default)s)",
-    )
     names = [part.name for part in PARTS]
     add("--parts", nargs="+", choices=names, default=names, help="(default: all, in this order)")
     add("--losses", type=Path, metavar="FOLDER", help="keep the losses of every token there, for LongPPL")
     arguments = parser.parse_args()
-    try:
-        models = list(map(study_model, arguments.model))
-    except ValueError as error:
-        parser.error(str(error))
+    models = chosen_models(parser, arguments)
     quick, output, deadline = begun(arguments)
     parts = [part for part in PARTS if part.name in arguments.parts]
     if quick:

@@ -23,9 +23,9 @@ import rope_dist
 from benchmarks.benchmark import Parser
 from benchmarks.quality.criteria import by_distance, of_neighbours
 from benchmarks.quality.logit_scaling import LogScaledVariant
-from benchmarks.quality.parts import OF_AUTO, SMOLLM2, TRAINED, StudyModel, study_model
+from benchmarks.quality.parts import OF_AUTO, SMOLLM2, TRAINED, StudyModel
 from benchmarks.quality.readings import path_of
-from benchmarks.quality.study import Reader, line
+from benchmarks.quality.study import Reader, add_models, chosen_models, line
 from rope_dist.evaluation import Record, Variant, describe, load_model, make_variants, passages
 from rope_dist.evaluation.variants import STOCK
 
@@ -118,12 +118,12 @@ def measurements(entry: StudyModel, output: Path) -> Iterator[str]:
     model, tokenizer = load_model(entry.source, dtype=entry.dtype)
     record = Record(path_of(output, f"tuning{entry.suffix}"), "perplexity", describe(model, entry.name))
     reader = Reader(entry, model, record)
+    (text,) = passages(tokenizer, [TEXT], max(CANDIDATES) * entry.trained * entry.passages)
     for scale in CANDIDATES:
         target = scale * entry.trained
-        (text,) = passages(tokenizer, [TEXT], max(CANDIDATES) * entry.trained * entry.passages)
         ids = text.ids.reshape(entry.passages, -1)[:, :target]
-        small = partial(of_small, model, entry.trained)
-        for variant in variants(model, scale) if entry == SMOLLM2 else small(scale):
+        own = variants(model, scale) if entry == SMOLLM2 else of_small(model, entry.trained, scale)
+        for variant in own:
             m, finished = reader.read(text.text, ids, variant)
             yield line(f"{TEXT}, {target} tokens, {variant.label}", m, finished)
 
@@ -131,19 +131,10 @@ def measurements(entry: StudyModel, output: Path) -> Iterator[str]:
 def main() -> None:
     """Read what is not yet on record."""
     parser = Parser("python -m benchmarks.quality.tuning", __doc__)
-    add = parser.add_argument
-    add(
-        "--model",
-        nargs="+",
-        default=[SMOLLM2.name],
-        help="packaged model or directories (default: %(default)s)",
-    )
-    add("--output", default="benchmarks/results", help="folder (default: %(default)s)")
+    add_models(parser)
+    parser.add_argument("--output", default="benchmarks/results", help="folder (default: %(default)s)")
     arguments = parser.parse_args()
-    try:
-        models = list(map(study_model, arguments.model))
-    except ValueError as error:
-        parser.error(str(error))
+    models = chosen_models(parser, arguments)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     transformers_logging.set_verbosity_error()
