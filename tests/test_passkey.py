@@ -192,10 +192,16 @@ class TestPrefixCachingModel:
 
     PROMPTS = ("abc" * 60, "abc" * 40 + "x" * 70, "abc" * 40 + "x" * 20, "q", "abc" * 60)
 
-    @pytest.fixture(params=["Llama", "Mistral", "Gemma3"])
+    @pytest.fixture(params=["Llama", "Llama, eager", "Llama, windowed", "Qwen3", "Mistral", "Gemma3"])
     def model(self, request):
         """Mistral's layers, and some of Gemma3's, see a sliding window of 16 tokens."""
-        return model_of(request.param, vocab_size=128)
+        architecture, _, how = request.param.partition(", ")
+        model = model_of(architecture, vocab_size=128)
+        if how == "eager":
+            model.set_attn_implementation("eager")
+        elif how:
+            rope_dist.enable(model, factor=4, window=8, dynamic=False)
+        return model
 
     def test_generates_what_the_model_generates(self, model, letters):
         reader = PrefixCachingModel(model, letters, chunk=50)

@@ -91,11 +91,14 @@ class TestPrompts:
         assert len({p.text for p in many}) == len(many) == 2 * 5 * 6
         assert not set(few) & set(prompts_of(letters, 3, ["variables"], seed=1))
 
-    def test_five_questions_share_a_context(self, letters):
+    def test_questions_share_a_context(self, letters):
         for task in SYNTHETIC_TASKS:
-            contexts = [p.text.rsplit("\n\n", 1)[0] for p in prompts_of(letters, 7, [task])]
-            assert len(set(contexts[:5])) == 1
+            n = 10 if task == "multi-key" else 5
+            prompts = prompts_of(letters, n + 2, [task])
+            contexts = [p.text.rsplit("\n\n", 1)[0] for p in prompts]
+            assert len(set(contexts[:n])) == 1
             assert len(set(contexts)) == 2
+            assert len({p.text for p in prompts}) == n + 2
 
     @pytest.mark.parametrize(
         ("options", "message"),

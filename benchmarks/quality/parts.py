@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -48,8 +48,10 @@ class StudyModel:
         return f"perplexity{self.suffix}"
 
 
-# bfloat16 is what models are run in, and half the time of float32.
+# bfloat16 is what models are run in, and half the time of float32 where a processor multiplies it.
 SMOLLM2 = StudyModel("smollm2-135m", "smollm2-135m", 8192, "bfloat16")
+SMOLLM2_FLOAT32 = replace(SMOLLM2, dtype="float32", suffix="_float32")
+"""For processors without bfloat16 products, which take fifty times as long."""
 MODEL, TRAINED, DTYPE = SMOLLM2.name, SMOLLM2.trained, SMOLLM2.dtype
 """Of the studies that read with this model alone."""
 SMALL_TOKENS = 32768

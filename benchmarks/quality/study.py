@@ -1,12 +1,13 @@
 """Does a model read longer texts? Every strategy, without training.
 
-    python -m benchmarks.quality.study [--model smollm2-135m DIR] [--parts 2x 4x] [--seconds 7200] [--quick]
+    python -m benchmarks.quality.study [--model smollm2-135m DIR] [--parts 2x 4x] [--strategies auto yarn]
+        [--dtype float32] [--seconds 7200] [--quick]
 
 Reads four texts that nothing was tuned on to 1.5x, 2x and 4x of the trained length: perplexity by position. Models are
 SmolLM2-135M (trained to 8192 tokens) and the directory of a small LLaMA (``benchmarks/quality/small_llama.py`` trains
 one). It takes hours on a CPU, so it may be stopped at any time, or by ``--seconds``: the same command goes on where it
-stopped. A text that is not installed is left out and named. Results: ``quality_perplexity.json``,
-``quality_perplexity_small.json``; ``python -m benchmarks.report`` makes tables and plots of them.
+stopped. A text that is not installed is left out and named. Results: ``quality_perplexity.json`` (``_float32.json``,
+``_small.json``); ``python -m benchmarks.report`` makes tables and plots of them.
 """
 
 import argparse
@@ -23,7 +24,16 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.benchmark import Parser, positive
-from benchmarks.quality.parts import PARTS, QUICK, SMOLLM2, Part, StudyModel, planner, study_model
+from benchmarks.quality.parts import (
+    PARTS,
+    QUICK,
+    SMOLLM2,
+    SMOLLM2_FLOAT32,
+    Part,
+    StudyModel,
+    planner,
+    study_model,
+)
 from benchmarks.quality.readings import newest, path_of, summarise, superseded
 from rope_dist import evaluation
 from rope_dist.evaluation import Passage, Record, Variant, token_nll
@@ -76,23 +86,54 @@ def chosen_models(parser: Parser, arguments: argparse.Namespace) -> list[StudyMo
         parser.error(str(error))
 
 
+def add_readings(parser: Parser) -> None:
+    """The options of the studies that read: which strategies, the dtype of SmolLM2, and where losses are kept."""
+    add = parser.add_argument
+    add("--strategies", nargs="+", metavar="NAME", help="only these of every part (default: all)")
+    text = "of SmolLM2-135M; float32 has a record of its own, and is faster on a CPU without bfloat16 products "
+    dtypes = SMOLLM2.dtype, SMOLLM2_FLOAT32.dtype
+    add("--dtype", choices=dtypes, default=SMOLLM2.dtype, help=text + "(default: %(default)s)")
+    add("--losses", type=Path, metavar="FOLDER", help="keep the losses of every token there, for LongPPL")
+
+
+def in_dtype(entry: StudyModel, dtype: str) -> StudyModel:
+    """SmolLM2 in ``dtype``; another model as it is."""
+    return SMOLLM2_FLOAT32 if entry == SMOLLM2 and dtype == SMOLLM2_FLOAT32.dtype else entry
+
+
+def only(part: Part, strategies: Sequence[str] | None, trained: int) -> Part:
+    """A part with those of its labels that are among ``strategies``; None: all."""
+    labels = part.labels(trained)
+    return replace(
+        part,
+        strategies=tuple(label for label in labels if strategies is None or label in strategies),
+        windows=False,
+    )
+
+
 def main() -> None:
     """Run what is not yet on record."""
     parser = command_line("study", __doc__, "a few hundred tokens: does the study run?")
     add_models(parser)
+    add_readings(parser)
     add = parser.add_argument
     names = [part.name for part in PARTS]
     add("--parts", nargs="+", choices=names, default=names, help="(default: all, in this order)")
-    add("--losses", type=Path, metavar="FOLDER", help="keep the losses of every token there, for LongPPL")
     arguments = parser.parse_args()
-    models = chosen_models(parser, arguments)
+    models = [in_dtype(model, arguments.dtype) for model in chosen_models(parser, arguments)]
     quick, output, deadline = begun(arguments)
     parts = [part for part in PARTS if part.name in arguments.parts]
     if quick:
         parts, models = QUICK, [replace(model, texts=("python",)) for model in models]
     done, rest = 0, "all there are"
     for what in itertools.chain.from_iterable(
-        measurements(model, parts, output, arguments.losses) for model in models
+        measurements(
+            model,
+            [only(part, arguments.strategies, model.trained) for part in parts],
+            output,
+            arguments.losses,
+        )
+        for model in models
     ):
         print(what, flush=True)
         done += 1

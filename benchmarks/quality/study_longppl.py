@@ -1,14 +1,15 @@
 """LongPPL of the study's strategies: perplexity of the tokens that need a long context.
 
-    python -m benchmarks.quality.study_longppl --losses FOLDER [--seconds 3600] [--quick]
+    python -m benchmarks.quality.study_longppl --losses FOLDER [--strategies auto yarn] [--dtype float32]
+        [--seconds 3600] [--quick]
 
 Key tokens are found once for all strategies, by the stock model in windows of its trained length. Their losses are
 taken from FOLDER, where ``study --losses FOLDER`` keeps those of all tokens; what is missing there is read. As the
-study, it resumes where it was stopped. Result: ``quality_longppl.json``.
+study, it resumes where it was stopped. Result: ``quality_longppl.json`` (``quality_longppl_float32.json``).
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,21 +19,24 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.parts import CLOSEST, QUICK, SMOLLM2, Part, StudyModel, planner
 from benchmarks.quality.readings import path_of
-from benchmarks.quality.study import Reader, begun, command_line, line, texts_of
+from benchmarks.quality.study import Reader, add_readings, begun, command_line, in_dtype, line, only, texts_of
 from rope_dist import evaluation
 from rope_dist.evaluation import Passage, Record, Variant
 from rope_dist.evaluation.longppl import Evaluator, key_tokens, longppl_result, make_evaluator, reading_key
 
-PARTS = (Part("2x", 2, CLOSEST), Part("4x", 4, CLOSEST))
+PARTS = (Part("2x", 2, CLOSEST, windows=True), Part("4x", 4, CLOSEST, windows=True))
 
 
 def main() -> None:
     """Measure what is not yet on record."""
     parser = command_line("study_longppl", __doc__, "the beginning of one text: does it run?")
-    parser.add_argument("--losses", type=Path, metavar="FOLDER", help="of the study")
+    add_readings(parser)
     arguments = parser.parse_args()
     quick, output, deadline = begun(arguments)
-    entry, parts = (replace(SMOLLM2, texts=("python",)), QUICK) if quick else (SMOLLM2, PARTS)
+    entry = in_dtype(SMOLLM2, arguments.dtype)
+    parts = [only(part, arguments.strategies, entry.trained) for part in (QUICK if quick else PARTS)]
+    if quick:
+        entry = replace(entry, texts=("python",))
     for what in measurements(entry, parts, output, arguments.losses):
         print(what, flush=True)
         if time.monotonic() > deadline:
@@ -42,13 +46,13 @@ def main() -> None:
 
 
 def measurements(
-    entry: StudyModel, parts: tuple[Part, ...], output: Path, losses: Path | None
+    entry: StudyModel, parts: Sequence[Part], output: Path, losses: Path | None
 ) -> Iterator[str]:
     """Measure what is not on record; yields a line a measurement."""
     transformers_logging.set_verbosity_error()
     model, tokenizer = evaluation.load_model(entry.source, dtype=entry.dtype)
     identity = evaluation.describe(model, entry.name)
-    record = Record(path_of(output, "longppl"), "longppl", identity)
+    record = Record(path_of(output, f"longppl{entry.suffix}"), "longppl", identity)
     reader = Reader(entry, model, record, losses and losses / identity["fingerprint"])
     variant, evaluator, text = planner(model), make_evaluator(model), texts_of(entry, tokenizer)
     for part in parts:
@@ -62,7 +66,7 @@ def measurements(
             yield line(f"{passage.text}, {tokens} tokens, key tokens", m, finished)
             keys = m["result"]["positions"]
             what = reading_key(passage, keys)
-            for label in part.strategies:
+            for label in part.labels(entry.trained):
                 one = variant(label, target)
                 read = partial(_losses, reader, passage, one, keys)
                 _, m, finished = record.measure(what, one, model, read, f"evaluating {tokens} tokens")

@@ -1,6 +1,6 @@
 """The tables of the study of strategies and of the tuning: perplexities, and paired differences with their errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from rope_dist.evaluation.variants import STOCK
 SCALES = tuple(sorted({part.scale for part in PARTS}))
 KINDS = {"perplexity": "SmolLM2-135M", "perplexity_small": "A small LLaMA"}
 """Record of a model -> its title."""
+WINDOW_KINDS = KINDS | {"perplexity_float32": KINDS["perplexity"]}
+"""Records of windows: on a CPU without bfloat16 products float32 is faster."""
 
 
 def names(found: Readings) -> list[str]:
@@ -210,7 +212,7 @@ def windows(folder: Path) -> tuple[str, str]:
     """Windows of trained frequencies beside the baseline, a table a scale; nothing while there is no reading by one."""
     parts: list[str] = []
     machines: dict[str, None] = {}
-    for kind in filter(lambda kind: path_of(folder, kind).exists(), KINDS):
+    for kind in filter(lambda kind: path_of(folder, kind).exists(), WINDOW_KINDS):
         record = load(folder, kind)
         model, trained = record["model"], trained_length(record)
         for scale in SCALES:
@@ -218,7 +220,7 @@ def windows(folder: Path) -> tuple[str, str]:
             if BASELINE in found.losses and len(found.losses) > 1:
                 texts = "; ".join(found.losses[BASELINE])
                 parts += [
-                    f"### {KINDS[kind]}, {scale:g}x: {found.tokens} tokens",
+                    f"### {WINDOW_KINDS[kind]}, {scale:g}x: {found.tokens} tokens",
                     f"The first {found.tokens} tokens of passages of {texts}; far plans are for {found.tokens} tokens. "
                     f"{model['dtype']}.",
                     strategies_table(found),
@@ -245,9 +247,9 @@ def longppl(folder: Path) -> tuple[str, str]:
         by_length = {n: [m for m in measurements if m["what"]["tokens"] == n] for n in lengths}
         return [longppl_tables(of, trained, n // 4, BASELINE) for n, of in by_length.items()]
 
-    return _if_measured(
-        folder, "longppl", "LongPPL: perplexity of the tokens that need a long context", tables
-    )
+    title = "LongPPL: perplexity of the tokens that need a long context"
+    command = "python -m benchmarks.quality.study_longppl"
+    return _if_measured(folder, ("longppl", "longppl_float32"), command, title, tables)
 
 
 def synthetic(folder: Path) -> tuple[str, str]:
@@ -259,20 +261,27 @@ def synthetic(folder: Path) -> tuple[str, str]:
         measurements = only_newest(record["measurements"], "length")
         return [synthetic_tables(measurements, trained_length(record), BASELINE)]
 
-    return _if_measured(folder, "synthetic", "Needles and other synthetic tasks", tables)
+    title = "Needles and other synthetic tasks"
+    return _if_measured(folder, ("synthetic",), "rope-dist eval synthetic", title, tables)
 
 
 def _if_measured(
-    folder: Path, kind: str, title: str, tables: Callable[[dict[str, Any]], list[str]]
+    folder: Path,
+    kinds: Iterable[str],
+    command: str,
+    title: str,
+    tables: Callable[[dict[str, Any]], list[str]],
 ) -> tuple[str, str]:
-    """A section with its title, which is left out with it."""
-    if not path_of(folder, kind).exists():
-        return "", ""
-    record = load(folder, kind)
-    model = record["model"]
-    parts = [f"## {title}", *(f"```text\n{table}\n```" for table in tables(record))]
-    parts.append(f"`rope-dist eval {kind}`: {model['name']}, {model['dtype']}, without training.")
-    return "\n\n".join(parts), "; ".join(dict.fromkeys(map(machine_of, record["machines"])))
+    """A section of the records that exist, with its title, which is left out if none does."""
+    parts: list[str] = []
+    machines: dict[str, None] = {}
+    for kind in filter(lambda kind: path_of(folder, kind).exists(), kinds):
+        record = load(folder, kind)
+        model = record["model"]
+        parts += [f"```text\n{table}\n```" for table in tables(record)]
+        parts.append(f"`{command}`: {model['name']}, {model['dtype']}, without training.")
+        machines |= dict.fromkeys(map(machine_of, record["machines"]))
+    return "\n\n".join([f"## {title}", *parts] if parts else parts), "; ".join(machines)
 
 
 def tuning(folder: Path) -> tuple[str, str]:

@@ -361,7 +361,7 @@ def _synthetic(
         option(
             values.whole(1),
             "N",
-            f"Questions per task and length, five about one context (default: {defaults.COMPARED_PROMPTS}).",
+            f"Questions per task and length, five or ten about one context (default: {defaults.COMPARED_PROMPTS}).",
         ),
     ] = None,
     text: options.Text = defaults.CORPUS_NAMES[0],

@@ -61,14 +61,42 @@ class PrefixCachingModel:
         # A tokenizer may merge the end of the prompt with the continuation: score from the first token that differs.
         shared = min(common_prefix(w, self._encode(prompt)) for w in whole)
         self._prefill(whole[0][: shared - 1], progress)
+        rests = [ids[shared - 1 :].to(self.model.device) for ids in whole]
         result = []
-        for ids in whole:
-            rest = ids[None, shared - 1 :].to(self.model.device)
-            with self._temporary_cache() as cache:
-                out = self.model(rest[:, :-1], **cache_option(self.model, cache), use_cache=True)
-            chosen = out.logits[0].float().log_softmax(-1).gather(1, rest[0, 1:, None])
+        for rest, logits in zip(rests, self._logits([rest[:-1] for rest in rests]), strict=True):
+            chosen = logits.float().log_softmax(-1).gather(1, rest[1:, None])
             result.append(chosen.double().sum().item())
         return result
+
+    def _logits(self, continuations: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Logits ``[S, vocabulary]`` of each continuation ``[S]`` of what is in the cache."""
+        if not self._takes_masks:
+            for ids in continuations:
+                with self._temporary_cache() as cache:
+                    out = self.model(ids[None], **cache_option(self.model, cache), use_cache=True)
+                yield out.logits[0]
+            return
+        # All in one pass, none of which sees another: a long cache, and not few tokens, is what takes the time.
+        past, sizes = len(self._ids), [len(ids) for ids in continuations]
+        tokens, device = torch.cat(list(continuations)), self.model.device
+        positions = torch.cat([torch.arange(past, past + size, device=device) for size in sizes])
+        own = torch.block_diag(*(torch.ones(size, size, device=device).tril() for size in sizes))
+        sees = torch.cat([own.new_ones(sum(sizes), past), own], 1).bool()
+        mask = torch.where(sees, 0.0, torch.finfo(self.model.dtype).min).to(self.model.dtype)
+        with self._temporary_cache() as cache:
+            out = self.model(
+                tokens[None],
+                attention_mask=mask[None, None],
+                position_ids=positions[None],
+                **cache_option(self.model, cache),
+                use_cache=True,
+            )
+        yield from out.logits[0].split(sizes)
+
+    @property
+    def _takes_masks(self) -> bool:
+        """Whether attention takes a mask of queries and keys; a sliding window would count other continuations."""
+        return not self._slides and self.model.config._attn_implementation in ("sdpa", "eager")
 
     def prefill_work(self, prompt: str) -> float:
         """The :func:`work` of the part of ``prompt`` that is not in the key/value cache."""

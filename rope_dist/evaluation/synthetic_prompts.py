@@ -1,8 +1,8 @@
 """Synthetic long-context tasks in the manner of RULER (Hsieh et al. 2024, arXiv 2404.06654), made offline.
 
 They are for small and base models, which rarely answer RULER's own prompts: every question has one short answer that
-continues the prompt, so that it can be scored by its likelihood as well. Five questions share a context, and with it
-the key/value cache. RULER itself, for chat models and with its data, is ``rope-dist eval tasks --tasks ruler``.
+continues the prompt, so that it can be scored by its likelihood as well. Five or ten questions share a context, and
+with it the key/value cache. RULER itself, for chat models and with its data, is ``rope-dist eval tasks --tasks ruler``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from ..defaults import COMPARED_PROMPTS
 from ..messages import unknown
 
 QUESTIONS = 5
-"""Questions about one context."""
+"""Questions about one context of most tasks."""
 DECOYS = 9
 """Wrong answers a question; chance is one in ten."""
 
 
+def questions_about_one_context(task: str) -> int:
+    """How many questions of ``task`` share a context: of many keys, one about each."""
+    return DECOYS + 1 if task == "multi-key" else QUESTIONS
+
+
 @dataclass(frozen=True)
 class SyntheticCase:
-    """One question: number ``trial % QUESTIONS`` about context ``trial // QUESTIONS``."""
+    """One question: with ``n`` about one context, number ``trial % n`` about context ``trial // n``."""
 
     task: str
     length: int
@@ -138,7 +143,7 @@ def _multi_key(draw: random.Random) -> _Context:
     return _Context(
         "Some access codes are hidden in the following text. Remember them.",
         tuple(zip(_depths(draw, DECOYS + 1), needles, strict=True)),
-        tuple(draw.sample(questions, QUESTIONS)),
+        tuple(draw.sample(questions, len(questions))),
     )
 
 
@@ -231,7 +236,7 @@ def make_synthetic_cases(
     Args:
         lengths: of the prompts, tokens.
         tasks: of :data:`SYNTHETIC_TASKS`.
-        trials: questions a task and length, :data:`QUESTIONS` of them about one context.
+        trials: questions a task and length, :func:`questions_about_one_context` of them about one context.
         seed: of the draw.
 
     Raises:
@@ -269,7 +274,7 @@ def synthetic_prompts(
     sentences = _sentences(text)
 
     def context_of(case: SyntheticCase) -> tuple[int, str, int, int]:
-        return case.length, case.task, case.seed, case.trial // QUESTIONS
+        return case.length, case.task, case.seed, case.trial // questions_about_one_context(case.task)
 
     ordered = sorted(cases, key=lambda c: (c.length, list(SYNTHETIC_TASKS).index(c.task), c.seed, c.trial))
     prompts = []
@@ -278,7 +283,7 @@ def synthetic_prompts(
         context = SYNTHETIC_TASKS[task](draw)
         filled = _filled(tokenizer, task, length, context, _filler(task, draw, sentences), title)
         for case in group:
-            question, answer, decoys = context.questions[case.trial % QUESTIONS]
+            question, answer, decoys = context.questions[case.trial % len(context.questions)]
             prompts.append(SyntheticPrompt(case, f"{filled}\n\n{question}", answer, decoys))
     return prompts
 
