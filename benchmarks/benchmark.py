@@ -94,7 +94,8 @@ class Benchmark:
         share: of the suite's time in percent, by device type; the suite leaves it out on the others.
         baselines: names that ``--baselines`` knows.
         unit: of the table: ``"ms"``, ``"us"`` or ``"tokens/s"``.
-        wide: whether its table has a column an implementation, else a row.
+        wide: whether its table has a row a case and a column an implementation, or the other way round where that
+            is too wide; else a row an implementation of each case.
         layers: whether it has the option ``--layers``.
         threads: of torch; None: as it is.
         shapes: what ``--models`` knows.

@@ -9,6 +9,8 @@ from .benchmark import Benchmark, figure, find, machine_of, notes
 from .results import DEVICES, Rows, place
 
 ORDER = {"reference": 0, "ours": 1, "baseline": 2, "roofline": 3}
+COLUMNS = 6
+"""What a page has room for."""
 
 
 def markdown(rows: list[list[str]], headers: list[str], text: int = 1) -> str:
@@ -27,7 +29,10 @@ def section(name: str, device: str) -> tuple[str, str]:
 
 
 def wide(benchmark: Benchmark, rows: Rows) -> str:
-    """A row a case, a column an implementation: medians with speedups, the roofline and how near the fastest is."""
+    """A row a case, a column an implementation: medians with speedups, the roofline and how near the fastest is.
+
+    The other way round where only that is narrow enough (:data:`COLUMNS`).
+    """
     timed, unit = sorted((row for row in rows if "seconds" in row), key=place), benchmark.unit
     names = {r["implementation"]: r["kind"] for r in sorted(timed, key=lambda row: ORDER[row["kind"]])}
     bounded = "roofline" in names.values()
@@ -47,6 +52,8 @@ def wide(benchmark: Benchmark, rows: Rows) -> str:
         memory = (found.get(n, {}).get("peak_bytes") for n in peaks)
         lines.append(line + [f"{peak / 2**20:.0f}" if peak else "" for peak in memory])
     headers = ["", *names, *["roofline"] * bounded, *(f"peak MiB, {n}" for n in peaks)]
+    if len(headers) > COLUMNS > len(lines):
+        headers, *lines = [list(row) for row in zip(headers, *lines, strict=True)]
     return markdown(lines, headers) if lines else ""
 
 

@@ -175,6 +175,21 @@ class TestTables:
         assert "2048 (2.00x)" in found, "tokens/s"
         assert "| rope_dist        |" in tables.long(find("host_time"), rows(name="host_time"))
 
+    def test_a_table_with_too_many_columns_is_turned(self):
+        """Five strategies and three cases: a row a strategy. Nothing is left out; eleven cases would not fit."""
+        others = [(f"strategy {n}", "baseline", 1 / n, {}) for n in (1, 2, 4, 5)]
+        found = rows(("two candidates", "reference", 1.0, {}), *others, ("angles", "roofline", 0.25, {}))
+        lines = tables.wide(find("planning"), found).splitlines()
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        assert cells[0] == ["", "m, 1024", "m, 4096", "m, 8192"]
+        assert cells[2] == ["two candidates", "1000", "1000", "1000"]
+        assert cells[5] == ["strategy 4", *["250 (4.00x)"] * 3]
+        assert cells[-1] == ["roofline", "250", "250", "250"]
+        assert len(cells) == 2 + len(others) + 2
+        assert len(tables.wide(find("planning"), found[1:]).splitlines()[0].split("|")) - 2 == 4
+        many = [row | {"case": f"{row['case']}, {n}"} for row in found for n in range(4)]
+        assert tables.wide(find("planning"), many).count("\n") == 1 + 12
+
     def test_peaks_of_memory_are_those_of_a_gpu(self):
         peak = (("rope_dist", "ours", 0.5, {"peak_bytes": 3 << 20}),)
         assert "peak MiB" not in tables.wide(find("model_prefill"), rows())
