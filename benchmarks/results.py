@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rope_dist.files import write_text
+from rope_dist.files import folder_lock, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,12 +36,14 @@ def of(benchmark: str, device: str, folder: Path | None = None) -> Rows:
 
 def replace(benchmark: str, device: str, rows: Rows, folder: Path) -> None:
     """Put ``rows`` in the place of those of that benchmark: whole or not at all, others stay as they are."""
-    kept = [row for row in read(device, folder) if row["benchmark"] != benchmark]
-    lines = []
-    for row in sorted(kept + rows, key=lambda row: row["benchmark"]):
-        rounded = {key: float(f"{value:.5g}") for key, value in row.items() if isinstance(value, float)}
-        lines.append(json.dumps(row | rounded) + "\n")
-    write_text(folder / f"{device}.jsonl", "".join(lines))
+    path = folder / f"{device}.jsonl"
+    with folder_lock(path):
+        kept = [row for row in read(device, folder) if row["benchmark"] != benchmark]
+        lines = []
+        for row in sorted(kept + rows, key=lambda row: row["benchmark"]):
+            rounded = {key: float(f"{value:.5g}") for key, value in row.items() if isinstance(value, float)}
+            lines.append(json.dumps(row | rounded) + "\n")
+        write_text(path, "".join(lines))
 
 
 def place(row: dict[str, Any]) -> tuple:

@@ -36,7 +36,7 @@ from rope_dist.cli.options import flag, option
 from rope_dist.cli.runner import quieten, run_script
 from rope_dist.defaults import DEFAULT_STRATEGY, PACKAGED_MODEL_NAMES
 from rope_dist.evaluation import load_model
-from rope_dist.evaluation.models import cache_option
+from rope_dist.evaluation.models import cache_option, packaged_model
 from rope_dist.optional import MissingPackageError
 from rope_dist.planning import load_config
 
@@ -115,7 +115,7 @@ def kept_conversation() -> Iterator[None]:
 
 def serve_dynamic(model: str, extension: dict[str, Any], host: str, port: int, dry_run: bool) -> int:
     """Serve ``model``, extended in this process."""
-    source = model if model in PACKAGED_MODEL_NAMES else load_config(model)
+    source = load_config(model) if packaged_model(model) is None else model
     plan = rope_dist.dynamic_plan(source, **extension)
     print(f"{plan!r}\n")
     if dry_run:
@@ -126,7 +126,7 @@ def serve_dynamic(model: str, extension: dict[str, Any], host: str, port: int, d
     from transformers.cli.serve import Serve
 
     with tempfile.TemporaryDirectory() as directory:
-        if model in PACKAGED_MODEL_NAMES:
+        if packaged_model(model) is not None:
             # The server reads no model out of a Python package.
             for part in load_model(model):
                 part.save_pretrained(directory)
@@ -166,7 +166,7 @@ def main(
     plan = rope_dist.plan(loaded, **extension)
     print(f"{plan!r}\n")
     if not dry_run:
-        if model not in PACKAGED_MODEL_NAMES:
+        if packaged_model(model) is None:
             # Loaded on a CPU the weights are float32: saved as they were, they keep their size.
             loaded.to(load_config(model).dtype or loaded.dtype)
         # An empty folder may be there.

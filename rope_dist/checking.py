@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .layer_types import too_short_a_window
 from .model_config import GIVEN, pretrained_rope
 from .strategies import PretrainedRope
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from .dynamic import DynamicPlan
     from .planning import RopePlan
 
 ROUNDING = 2e-6
@@ -49,6 +52,14 @@ def check_same_model(
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.allclose(a, b, rtol=ROUNDING, atol=0.0)
+
+
+def warn_of_window(plan: RopePlan | DynamicPlan, config: PretrainedConfig, stacklevel: int = 2) -> None:
+    """Warn where all layers of the model of ``config`` slide and the notes of the plan do not say so."""
+    stages: Any = getattr(plan, "stages", (plan,))
+    note = too_short_a_window(config, plan.original_length, plan.target_length)
+    if note is not None and note not in stages[-1].notes:
+        warnings.warn(note, stacklevel=stacklevel + 1)
 
 
 def check_plan(plan: RopePlan, config: PretrainedConfig, *, any_length: bool = False) -> None:

@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from .defaults import COMPARED_STRATEGIES as COMPARED
 from .distribution import DEFAULT_INTERVALS, Divergence, rotary_angle_distribution
-from .planning import RopePlan, plan
+from .model_names import known_name
+from .planning import RopePlan, load_config, plan
+from .presets import PRESETS
 from .tables import text_table
 
 PAPER_TABLE_3: dict[int, dict[str, float]] = {
@@ -68,10 +70,7 @@ def compare(
 
 
 def _load_once(source: str | os.PathLike[str]) -> Any:
-    from .planning import load_config
-    from .presets import PRESETS
-
-    return source if str(source) in PRESETS else load_config(source)
+    return known_name(source, PRESETS) or load_config(source)
 
 
 def table(plans: Sequence[RopePlan]) -> str:
@@ -108,6 +107,9 @@ def table(plans: Sequence[RopePlan]) -> str:
             "",
             f"dprope with threshold {', '.join(f'{t:g}' for t in sorted(thresholds))}.",
         ]
+    remarks = dict.fromkeys(note for p in plans for note in p.notes)
+    if remarks:
+        lines += ["", *(f"note: {note}" for note in remarks)]
     notes = [note for note in map(_largest_pair, plans) if note]
     if notes:
         lines += [

@@ -132,9 +132,10 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers.utils import logging as transformers_logging
 
-    from .evaluation import PACKAGED_MODELS, load_model
+    from .evaluation import load_model
+    from .evaluation.models import packaged_model
 
-    packaged = PACKAGED_MODELS.get(model_name)
+    packaged = packaged_model(model_name)
     log(f"\n2. {packaged.title if packaged else model_name}")
     transformers_logging.set_verbosity_error()  # no warnings between the tables
     return load_model(model_name, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)

@@ -25,6 +25,7 @@ from .files import write_text
 from .layer_types import rope_parameters, unextendable
 from .messages import one_line
 from .model_config import GIVEN
+from .model_names import known_name
 from .planning import RopePlan, load_config, plan, pretrained_rope
 from .presets import PRESETS
 from .strategies import DEFAULT_STRATEGY, PretrainedRope, check_length, check_number
@@ -372,8 +373,9 @@ def _trained_source(source: Any) -> Any:
         ValueError: the model has frequencies for long texts of its own.
     """
     if isinstance(source, (str, os.PathLike)):
-        if str(source) in PRESETS:
-            return source
+        name = known_name(source, PRESETS)
+        if name is not None:
+            return name
         source = load_config(source)
     config = getattr(source, "config", source)
     if not hasattr(config, "get_text_config"):

@@ -10,12 +10,16 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+if sys.platform != "win32":
+    import fcntl
 
 CHUNK = 16 << 20
 """Bytes copied at a time."""
@@ -52,6 +56,29 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """:func:`write_bytes` of ``text`` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
+
+
+@contextmanager
+def folder_lock(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other blocks with a lock of the folder of ``path`` waiting, in this process or another, until this one ends.
+
+    The lock is on the folder itself (``flock``), so that no file has to be made for it, and ends with the process. It
+    is advisory, and there is none on Windows and on file systems that cannot lock a folder.
+
+    Raises:
+        OSError: the folder is missing.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    with _report_path(Path(path)):
+        handle = os.open(Path(os.path.realpath(path)).parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

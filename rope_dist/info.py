@@ -13,6 +13,7 @@ from .export.stock import StockModel
 from .hf import enable, report, summary, supported
 from .hf.forms import Unsupported
 from .machine import describe
+from .model_names import known_name
 from .ops import autotune, dispatch, native
 from .planning import load_config
 from .presets import PRESETS
@@ -69,7 +70,7 @@ def _types() -> dict[str, str]:
 
 
 def _model(model: str) -> dict[str, str]:
-    if model in PRESETS:
+    if known_name(model, PRESETS) is not None:
         return _preset(model)
     config = load_config(model)
     return _layers(config, getattr(config.get_text_config(), "dtype", None) or torch.get_default_dtype())

@@ -29,6 +29,16 @@ ROTATES_WINDOWS_ONLY: dict[str, str] = {
 
 _WINDOWS = {"sliding_attention", "chunked_attention", "hybrid_sliding"}
 
+WINDOW_OF_ALL_LAYERS = frozenset((
+    "doge", "ministral3", "minimax", "mistral", "mixtral", "phi3", "phi4_multimodal", "phimoe", "qwen3_moe",
+    "starcoder2", "voxtral_realtime_text",
+))  # fmt: skip
+"""``model_type`` of families whose ``sliding_window``, where it is not None, is of every layer that attends, whatever
+``layer_types`` say."""
+
+_WITHOUT_ATTENTION = {"conv", "linear_attention", "mamba", "moe"}
+"""Types of layers that keep a state in place of keys, or none."""
+
 _EXTENDED_LABELS = {"deepseek_v4": "compress"}
 """``model_type`` whose rotary parameters have names of their own -> the one of the layers that see whole texts."""
 
@@ -78,6 +88,59 @@ def rope_parameters(config: PretrainedConfig) -> Mapping[str, Any]:
     """The rotary parameters of a transformers 5 config that a plan extends: the only ones, or the full layers'."""
     layers = extended_layers(config)
     return config.rope_parameters if layers is None else config.rope_parameters[layers]
+
+
+def attention_window(config: PretrainedConfig) -> tuple[str, int] | None:
+    """The key and the tokens of the window that every attention layer of a (text) config has; None where one has none.
+
+    Attention at a distance of so many tokens or more does not happen, in a text of whatever length.
+    """
+    types = set(getattr(config, "layer_types", None) or ()) - _WITHOUT_ATTENTION
+    if config.model_type in WINDOW_OF_ALL_LAYERS or (types and types <= _WINDOWS):
+        chunked = types == {"chunked_attention"}
+        key = "attention_chunk_size" if chunked else "sliding_window"
+        window = getattr(config, key, None)
+        return (key, window) if window else None
+    return None
+
+
+def too_short_a_window(config: PretrainedConfig, original_length: int, target_length: int) -> str | None:
+    """Why a plan to read ``target_length`` tokens is too long for a model whose layers all slide; None where it is not.
+
+    Args:
+        config: of a model, or of one with parts (then its language model is read).
+        original_length, target_length: tokens.
+    """
+    text = config.get_text_config(decoder=True)
+    found = attention_window(text)
+    if found is None or target_length <= original_length or found[1] >= target_length:
+        return None
+    key, window = found
+    seen = f"every attention layer of {type(text).__name__} sees the last {window} tokens only ({key})"
+    if window <= original_length:
+        return (
+            f"there is nothing to extend: {seen}, and was trained to read {original_length}, so that a longer text has "
+            "no distance that is new to it"
+        )
+    return f"{seen}: a plan for {window} tokens has every distance that a text of {target_length} has"
+
+
+def notes_of_windows(config: PretrainedConfig) -> list[str]:
+    """What a plan does to the sliding layers of a (text) config that has layers of both kinds: remarks for the user."""
+    types = set(getattr(config, "layer_types", None) or ())
+    layers = extended_layers(config)
+    if layers is not None:
+        others = [
+            kind
+            for kind, value in config.rope_parameters.items()
+            if isinstance(value, Mapping) and kind != layers and (kind not in _WINDOWS or kind in types)
+        ]
+        kept = f"only {layers} layers are extended: {' and '.join(others)} layers keep their own frequencies"
+        return [kept] if others else []
+    windows = sorted(types & _WINDOWS)
+    if not windows or attention_window(config) is not None or not types - _WINDOWS - _WITHOUT_ATTENTION:
+        return []
+    return [f"{' and '.join(windows)} layers share the frequencies of the others, and are extended with them"]
 
 
 def unextendable(config: PretrainedConfig) -> str | None:

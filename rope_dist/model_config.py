@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import stock_rotary
-from .layer_types import EXTENDED_LAYERS, extended_layers, rope_parameters, unextendable
+from .layer_types import EXTENDED_LAYERS, extended_layers, notes_of_windows, rope_parameters, unextendable
 from .messages import unknown
 from .presets import PRESETS
 from .strategies import (
@@ -172,7 +172,7 @@ def read_rope(config: PretrainedConfig, original_length: int | None = None) -> M
     # An extension by a change of base: factors are relative to the base that the model was trained with.
     theta = recorded_theta(text) or theta
     rope = _trained(text, parameters, layers, theta, length)
-    loss, notes = None, []
+    loss, notes = None, notes_of_windows(text)
     if kind == "dynamic" and not parameters.get("alpha"):
         notes.append(
             "the plan replaces the model's dynamic NTK scaling, which starts past the trained length"

@@ -31,7 +31,7 @@ from .distribution import (
     disturbances,
 )
 from .files import write_text
-from .layer_types import EXTENDED_LAYERS, rope_parameters
+from .layer_types import EXTENDED_LAYERS, rope_parameters, too_short_a_window
 from .messages import one_line
 from .model_config import (
     GIVEN,
@@ -41,6 +41,7 @@ from .model_config import (
     pretrained_rope,
     read_rope,
 )
+from .model_names import known_name
 from .presets import PRESETS
 from .strategies import (
     DEFAULT_STRATEGY,
@@ -382,12 +383,13 @@ def _resolve(
     if given:
         raise ValueError(f"{', '.join(given)} come from the model; give a model or plain numbers, not both")
     if isinstance(source, (str, os.PathLike)):
-        if str(source) in PRESETS:
-            rope = PRESETS[str(source)]
+        name = known_name(source, PRESETS)
+        if name is not None:
+            rope = PRESETS[name]
             if original_length is not None:
                 rope = replace(rope, length=check_length(original_length, "original_length"))
             length_from = None if original_length is None else GIVEN
-            return ModelRope(rope, rope.rotary_dim, length_from), str(source), None
+            return ModelRope(rope, rope.rotary_dim, length_from), name, None
         config = load_config(source)
         try:
             return read_rope(config, original_length), str(source), config
@@ -506,6 +508,9 @@ def plan(  # noqa: PLR0913  (public)
     if factor is not None:
         target_length = _target(found, factor)
     target_length = check_length(target_length, "the target length")
+    window = None if config is None else too_short_a_window(config, rope.length, target_length)
+    if window is not None:
+        warnings.warn(window, stacklevel=2)
     intervals = check_intervals(given.pop("intervals", intervals))
     divergence = check_divergence(given.pop("divergence", divergence))
     dtype = check_dtype(given.pop("dtype", dtype))
@@ -545,7 +550,7 @@ def plan(  # noqa: PLR0913  (public)
         base_factors=rope.factors,
         source=name,
         original_length_from=found.length_from,
-        notes=(*found.notes, *([found.loss] if found.loss else [])),
+        notes=(*found.notes, *(note for note in (found.loss, window) if note)),
     )
     if config is not None:
         made.config_overrides(config)  # raises where stock could not run it

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.exports import write_gguf
 from helpers.model_families import config_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import rope_dist
 from rope_dist import export
@@ -248,9 +248,35 @@ class TestLlamaServer:
         assert "trained with a scaling: write a file" in capsys.readouterr().err
 
     def test_an_architecture_with_other_layers(self, llama, tmp_path, capsys):
-        path = write_gguf(llama, tmp_path / "model.gguf", arch="gemma3")
+        path = write_gguf(llama, tmp_path / "model.gguf", arch="gemma2")
         assert self.flags(path, rope_dist.plan(llama, factor=2, strategy="pi"), tmp_path) == 2
-        assert "every layer of the architecture 'gemma3'" in capsys.readouterr().err
+        assert "every layer of the architecture 'gemma2'" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("strategy", ["pi", "ntk", "auto-yarn", "auto"])
+    @pytest.mark.parametrize("given", ["directory", "file", "file and plan"])
+    def test_a_model_with_a_base_per_layer_type(self, given, strategy, llama, tmp_path, capsys):
+        """Gemma 3 is refused by name, however it is given, and told what to do; never by another reason first."""
+        source, options = tmp_path / "gemma3", ["--factor", "2", "--strategy", strategy]
+        if given == "directory":
+            Gemma3TextConfig(num_hidden_layers=6).save_pretrained(source)
+        else:
+            source = write_gguf(llama, tmp_path / "model.gguf", arch="gemma3")
+        if given == "file and plan":
+            rope_dist.plan(llama, factor=2, strategy=strategy).save(tmp_path / "plan.json")
+            options = ["--plan", str(tmp_path / "plan.json")]
+        assert main(["export", "flags", "llama-server", str(source), *options]) == 2
+        (error,) = capsys.readouterr().err.splitlines()[-1:]
+        assert "gemma3" in error
+        assert "has a rotary embedding per layer type" in error
+        assert error.endswith("write the extended model with rope-dist export hf, and run it in transformers")
+
+    def test_an_architecture_does_not_hide_the_model(self):
+        config = Gemma3TextConfig(num_hidden_layers=6)
+        plan = rope_dist.plan(config, factor=2, strategy="pi")
+        with pytest.raises(ValueError, match="gemma3_text has a rotary embedding per layer type"):
+            export.flags("llama-server", plan, config, architecture="gemma")
+        with pytest.raises(ValueError, match="gemma3 has a rotary embedding per layer type"):
+            export.flags("llama-server", plan, architecture="gemma3")
 
     def test_names(self):
         assert set(GGUF_NAMES.values()) <= METADATA

@@ -42,7 +42,10 @@ class TestPairsThatDoNotRotate:
         assert (made.head_dim, made.rotary_dim) == (512, 512)
         torch.testing.assert_close(made.inv_freq.double(), trained / 2, rtol=3e-7, atol=0.0)
         assert made.factors[63:65] == (2.0, STILL)
-        assert made.notes == ("192 of the 256 pairs of a head do not rotate, and stay so",)
+        assert made.notes == (
+            "only full_attention layers are extended: sliding_attention layers keep their own frequencies",
+            "192 of the 256 pairs of a head do not rotate, and stay so",
+        )
         assert made.interpolated_dims == 128
         made.save(tmp_path / "plan.json")
         assert rope_dist.RopePlan.load(tmp_path / "plan.json") == made

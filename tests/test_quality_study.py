@@ -60,6 +60,13 @@ def test_a_study_that_ran_out_of_time_goes_on(run, tmp_path):
         assert own.shape == (2, 127)
         assert m["result"]["nll"] == pytest.approx(own.double().mean().item())
         assert m["result"]["nll_by_position"][3] == pytest.approx(own[1, 63:].mean().item(), abs=1e-4)
+    assert all("seconds" in m["result"] for m in record["measurements"])
+    # A reading that is made of kept losses takes no time, and says none.
+    path.unlink()
+    assert run("--losses", str(tmp_path / "losses")).out.count(": from kept losses") == 2
+    again = json.loads(path.read_text(encoding="utf-8"))
+    for m, before in zip(again["measurements"][1:], record["measurements"][1:], strict=True):
+        assert m["result"] == {key: value for key, value in before["result"].items() if key != "seconds"}
     block, machine = summary.strategies(tmp_path / "results")
     assert "### A small LLaMA, trained to 64 tokens" in block
     assert "2 passages of 128 tokens of the Python language reference" in block

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..defaults import DEFAULT_STRATEGY, FLAG_ENGINES, FORM_NAMES, PRESETS
+from ..model_names import known_name
 from . import options, values
 from .options import flag, option
 from .runner import Command, make_app
@@ -216,7 +217,7 @@ def _print_flags(
     if source is None and engine != "llama-server":
         print("not checked against a model: give MODEL too", file=sys.stderr)
     config = architecture = None
-    if source in PRESETS:
+    if source is not None and known_name(source, PRESETS) is not None:
         architecture = GGUF_NAMES.get(PRESETS[source][1])
     elif source is not None and not gguf:
         config = read_config(Path(source))
@@ -252,6 +253,9 @@ def _plan(
         loaded = load_plan(path)
         if dynamic and not isinstance(loaded, DynamicPlan):
             raise ValueError(f"{path} is a static plan: make a dynamic one with rope-dist plan --dynamic")
+        last = loaded.stages[-1] if isinstance(loaded, DynamicPlan) else loaded
+        for note in last.notes:
+            print(f"note: {note}", file=sys.stderr)
         return loaded
     rope = gguf_rope(source) if gguf else {"source": source}
     make: Callable[..., Any] = dynamic_plan if dynamic else plan

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from ..defaults import DEFAULT_STRATEGY, DYNAMIC
 from ..dynamic import load_plan
 from ..hf import enable
-from .models import PACKAGED_MODELS, load_model
+from .models import load_model, packaged_model
 
 
 @register_model("rope-dist")
@@ -45,7 +45,7 @@ class ExtendedLM(HFLM):
         interpolated_dims: int | None = None,
         **options: Any,
     ) -> None:
-        if isinstance(pretrained, str) and pretrained in PACKAGED_MODELS:
+        if isinstance(pretrained, str) and packaged_model(pretrained) is not None:
             pretrained, options["tokenizer"] = load_model(pretrained, options.get("device") or "cpu")
         super().__init__(pretrained=pretrained, **options)
         given: dict[str, Any] = {

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..messages import one_line
+from ..model_names import known_name
 from ..optional import MissingPackageError, require
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ PACKAGED_MODELS: dict[str, PackagedModel] = {
 }
 
 
+def packaged_model(name_or_path: str) -> PackagedModel | None:
+    """The packaged model of a name; None where it is none, or a directory of this name has a model."""
+    name = known_name(name_or_path, PACKAGED_MODELS, "packaged model")
+    return None if name is None else PACKAGED_MODELS[name]
+
+
 def load_model(
     name_or_path: str, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -65,7 +72,7 @@ def load_model(
     _check_device(device)
     source, tokenizer_options = name_or_path, {}
     options: dict[str, Any] = {}
-    packaged = PACKAGED_MODELS.get(name_or_path)
+    packaged = packaged_model(name_or_path)
     if packaged is not None:
         # Located, not imported: importing it needs llama.cpp.
         found = find_spec(packaged.package)

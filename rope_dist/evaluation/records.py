@@ -1,4 +1,4 @@
-"""Results in a JSON file, so that an interrupted run can be resumed."""
+"""Results in a JSON file, so that an interrupted run can be resumed, and several can write one file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..files import write_text
+from ..files import folder_lock, write_text
 from ..machine import describe
 from .memory import explain_out_of_memory
 from .variants import Variant
@@ -21,7 +21,8 @@ class Record:
     """Measurements of one kind on one model, keyed by their settings.
 
     The key ``what`` of a measurement is a mapping of JSON values with every setting that the result depends on, so
-    results of other settings are kept in the same file. The file is rewritten after every measurement.
+    results of other settings are kept in the same file. The file is rewritten after every measurement, with those that
+    other processes have put there meanwhile: under a lock of its folder, where the system has one.
 
     Args:
         path: the JSON file; loaded if it exists.
@@ -45,17 +46,23 @@ class Record:
             "plans": {},
             "measurements": [],
         }
-        if self.path.exists() and not restart:
-            self._data = self._read(kind, model)
+        self._discarded: bytes | None = None
+        if self.path.exists():
+            if restart:
+                self._discarded = self.path.read_bytes() if self.path.is_file() else None
+            else:
+                self._data = self._read(self.path.read_bytes())
         self._by_what = {_key(m["what"]): m for m in self._data["measurements"]}
         here = describe()
         if here not in self._data["machines"]:
             self._data["machines"].append(here)
 
-    def _read(self, kind: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    def _read(self, file: bytes) -> dict[str, Any]:
+        """The contents of the ``file``, checked to be of the kind and the model of this record."""
+        kind, model = self._data["kind"], self._data["model"]
         advice = "give another output, or --restart to begin anew"
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
+            data = json.loads(file.decode("utf-8"))
         except ValueError:
             raise ValueError(f"{self.path} is not JSON: {advice}") from None
         if not isinstance(data, dict) or data.get("kind") != kind or data.keys() != self._data.keys():
@@ -73,17 +80,41 @@ class Record:
         return found and found["result"]
 
     def put(self, what: Mapping[str, Any], result: Mapping[str, Any], variant: Variant) -> None:
-        """Add a result and the plan of its variant, in the place of one with the same key, and write the file."""
+        """Add a result and the plan of its variant, in the place of one with the same key, and write the file.
+
+        What another process has written since the file was read is kept, and part of the record from now on.
+
+        Raises:
+            ValueError: another process has put something else in the place of the file.
+            OSError: the folder of the file is missing or not writable.
+        """
         entry = {"what": dict(what), "result": dict(result)}
-        if (before := self._by_what.pop(_key(what), None)) is not None:
-            self._data["measurements"].remove(before)
-        self._by_what[_key(what)] = entry
-        self._data["measurements"].append(entry)
-        if variant.plan is not None:
-            # Without the local path of the model.
-            plan = variant.plan.with_source(self._data["model"].get("name"))
-            self._data["plans"][variant.fingerprint] = plan.to_dict()
-        write_text(self.path, _dump(self._data))
+        with folder_lock(self.path):
+            self._take_up_others()
+            self._by_what.pop(_key(what), None)
+            self._by_what[_key(what)] = entry
+            self._data["measurements"] = list(self._by_what.values())
+            if variant.plan is not None:
+                # Without the local path of the model.
+                plan = variant.plan.with_source(self._data["model"].get("name"))
+                self._data["plans"][variant.fingerprint] = plan.to_dict()
+            write_text(self.path, _dump(self._data))
+            self._discarded = None
+
+    def _take_up_others(self) -> None:
+        """Add what the file has and this record has not; of one key the file has the newest result."""
+        if not self.path.is_file():
+            return
+        file = self.path.read_bytes()
+        if file == self._discarded:
+            return
+        data = self._read(file)
+        written = {_key(m["what"]): m for m in data["measurements"]}
+        own = {key: m for key, m in self._by_what.items() if key not in written}
+        self._by_what = own | written
+        self._data["plans"] = data["plans"] | self._data["plans"]
+        machines = data["machines"]
+        self._data["machines"] = machines + [m for m in self._data["machines"] if m not in machines]
 
     def measure(
         self,

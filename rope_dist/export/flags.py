@@ -17,7 +17,7 @@ from ..planning import RopePlan
 from .architectures import reading, tabled_type
 from .forms import ROUNDING, Form, inexact_yarn, native_form, yarn_attention
 from .gguf_file import METADATA, check_file
-from .gguf_reading import read
+from .gguf_reading import BASES_OF_LAYERS, bases_of_layers, read
 from .hf_directory import check_model, config_entries, possible_forms
 from .stock import StockModel
 from .verification import Check, by_formula, compared
@@ -71,11 +71,16 @@ def flags(
     if engine == "llama-server":
         if gguf is not None and isinstance(plan, RopePlan):
             source = read(gguf)
+            if source.architecture in BASES_OF_LAYERS:
+                raise ValueError(bases_of_layers(source.architecture))
             check_file(source, plan, exported=False)
             architecture = architecture or source.architecture
-        if architecture is None and config is not None:
-            check_model(StockModel(config), plan)
-            architecture = GGUF_NAMES.get(config.get_text_config(decoder=True).model_type)
+        if config is not None:
+            model = StockModel(config)
+            check_model(model, plan)
+            if model.layer_typed:
+                raise ValueError(bases_of_layers(model.text.model_type))
+            architecture = architecture or GGUF_NAMES.get(model.text.model_type)
         return llama_server_arguments(plan, architecture)
     if engine == "transformers":
         raise ValueError(
@@ -191,6 +196,8 @@ def llama_server_arguments(plan: RopePlan | DynamicPlan, architecture: str | Non
     """
     if isinstance(plan, DynamicPlan):
         raise ValueError(_one_set("llama-server", plan))
+    if architecture in BASES_OF_LAYERS:
+        raise ValueError(bases_of_layers(architecture))
     form = native_form(plan)
     if plan.base_factors is not None:
         raise ValueError(

@@ -32,6 +32,9 @@ TAKES_FACTORS = frozenset((
     "llama", "llama4", "minicpm3", "mistral3", "nanbeige", "phi3", "phimoe", "step35",
 ))  # fmt: skip
 """Architectures whose graph in llama.cpp (0c1e57098) uses factor tensors: read."""
+BASES_OF_LAYERS = frozenset(("gemma3", "gemma3n", "gemma4", "laguna"))
+"""Architectures whose sliding layers have a base of their own and the scale 1 (``get_rope_freq_base`` and
+``get_rope_freq_scale`` of llama.cpp): a scaling changes nothing in them but the factor of cos and sin."""
 YARN_SETTINGS = {
     "ext_factor": ("grok",),
     "attn_factor": ("grok",),
@@ -46,6 +49,15 @@ VERSIONS = (2, 3)
 MAX_HEAD_DIM = 1 << 16  # A damaged number must not become an allocation.
 # struct's code by the number of a gguf.GGUFValueType: u8, i8, u16, i16, u32, i32, f32, bool, u64, i64, f64.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def bases_of_layers(name: str) -> str:
+    """Why there is no plan in llama.cpp for a model or an architecture (``name``) with a base per type of layer."""
+    return (
+        f"{name} has a rotary embedding per layer type, and it is not known that llama.cpp's flags or metadata extend "
+        "its full-attention layers alone (they scale cos and sin of every layer): write the extended model with "
+        "rope-dist export hf, and run it in transformers"
+    )
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,8 @@ class GgufFile:
 
     def check_slot(self) -> None:
         """``ValueError`` unless llama.cpp has a slot for factors in this architecture that is known to work."""
+        if self.architecture in BASES_OF_LAYERS:
+            raise ValueError(bases_of_layers(self.architecture))
         if self.architecture not in SLOTS:
             raise ValueError(
                 f"llama.cpp has no slot for factors in the architecture {self.architecture!r} that is known to work; "

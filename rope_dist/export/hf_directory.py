@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ..checking import warn_of_window
 from ..dynamic import DynamicPlan, check_trained, trained_config
 from ..files import check_target, copy_bytes, new_directory
 from ..layer_types import extended_layers, layer_typed, rope_parameters
@@ -281,7 +282,10 @@ def check_model(
     *,
     hint: str = "",
 ) -> None:
-    """``ValueError`` if ``plan`` is of another model, or no export for ``engines`` (or for any) can follow it."""
+    """``ValueError`` if ``plan`` is of another model, or no export for ``engines`` (or for any) can follow it.
+
+    A warning where the model has nothing to extend (:func:`rope_dist.layer_types.too_short_a_window`).
+    """
     text = model.text
     reason = unextendable(model)
     if reason is not None:
@@ -307,6 +311,7 @@ def check_model(
             )
         if found.how not in ("yes", "flag"):
             raise ValueError(f"{engine} cannot run {model.config.model_type} by a plan: {found.reason}{hint}")
+    warn_of_window(plan, text, stacklevel=3)
 
 
 def possible_forms(

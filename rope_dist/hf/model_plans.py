@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checking import check_plan, is_applied
+from ..checking import check_plan, is_applied, warn_of_window
 from ..dynamic import DynamicPlan, dynamic_plan, trained_config
 from ..model_config import GIVEN, pretrained_rope
 from ..planning import RopePlan
@@ -108,6 +108,7 @@ def _plan_for(
                 f"the plan takes {plan.original_length} tokens as trained, the model's config says {length}",
                 stacklevel=4,
             )
+    warn_of_window(plan, config, stacklevel=4)
     plan.config_overrides(config)
     return plan
 

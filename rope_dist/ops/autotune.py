@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from .. import timing
-from ..files import write_text
+from ..files import folder_lock, write_text
 from ..version import __version__
 from .backend import environment
 
@@ -116,12 +116,13 @@ class AutotuneCache:
         """
         choice = choice or min(times, key=lambda name: times[name])
         with self._lock:
-            entry = {"choice": choice, "milliseconds": times}
-            # Another process may have written since: keep its entries.
-            self._entries = {**self._read(), **self._entries, key.line(): entry}
+            self._entries = {**self._entries, key.line(): {"choice": choice, "milliseconds": times}}
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_text(self.path, json.dumps(self._entries, indent=1))
+                with folder_lock(self.path):
+                    # Another process may have written since: keep its entries.
+                    self._entries = {**self._read(), **self._entries}
+                    write_text(self.path, json.dumps(self._entries, indent=1))
             except OSError as error:
                 warnings.warn(f"the choice of kernels cannot be kept in {self.folder}: {error}", stacklevel=2)
         return choice
