@@ -90,7 +90,9 @@ def add_readings(parser: Parser) -> None:
     """The options of the studies that read: which strategies, the dtype of SmolLM2, and where losses are kept."""
     add = parser.add_argument
     add("--strategies", nargs="+", metavar="NAME", help="only these of every part (default: all)")
-    text = "of SmolLM2-135M; float32 has a record of its own, and is faster on a CPU without bfloat16 products "
+    text = (
+        "of SmolLM2-135M; float32 has a record of its own, and is faster on a CPU without bfloat16 products "
+    )
     dtypes = SMOLLM2.dtype, SMOLLM2_FLOAT32.dtype
     add("--dtype", choices=dtypes, default=SMOLLM2.dtype, help=text + "(default: %(default)s)")
     add("--losses", type=Path, metavar="FOLDER", help="keep the losses of every token there, for LongPPL")
