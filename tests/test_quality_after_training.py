@@ -1,5 +1,6 @@
 """The study of training after an extension, on a model and texts of seconds."""
 
+import argparse
 import itertools
 import json
 import math
@@ -97,6 +98,11 @@ class TestFirstTraining:
         with pytest.raises(ValueError, match=r"no trained model in .*benchmarks\.quality\.small_llama"):
             small_llama.trained(tmp_path)
 
+    def test_a_device_that_is_not_there_is_refused(self):
+        assert small_llama.device_option("cpu") == torch.device("cpu")
+        with pytest.raises(argparse.ArgumentTypeError, match="there is no device cuda:99"):
+            small_llama.device_option("cuda:99")
+
     def test_a_finished_training_is_not_taken_for_another(self, base):
         assert small_llama.train(base, RECIPE)
         with pytest.raises(ValueError, match="has another training"):
@@ -158,7 +164,7 @@ class TestStudy:
     def _two_strategies(self, monkeypatch):
         named = {"dprope": "dprope:threshold=paper-2x,intervals=11", "yarn": "yarn"}
         monkeypatch.setattr(after_training, "strategies", lambda *_: named)
-        monkeypatch.setattr(after_training, "bfloat16_pays", lambda: False)
+        monkeypatch.setattr(after_training, "bfloat16_pays", lambda device: False)
 
     @staticmethod
     def measured(folder):

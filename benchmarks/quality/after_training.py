@@ -1,7 +1,7 @@
 """Which strategy is best after training: a small LLaMA is extended 2x and 4x, and trained on as the paper does.
 
     python -m benchmarks.quality.small_llama FOLDER             # its first training
-    python -m benchmarks.quality.after_training FOLDER [--seconds 3600] [--quick]
+    python -m benchmarks.quality.after_training FOLDER [--seconds 3600] [--device cuda] [--quick]
 
 Every strategy trains on from the same weights, on the same texts in the same order: AdamW with a constant learning
 rate, no warm-up, no weight decay, packed texts of the new length (Wu et al. 2024, section 4.1). Before, during and
@@ -27,6 +27,7 @@ from benchmarks.quality.small_llama import (
     TOKENS,
     Recipe,
     bfloat16_pays,
+    device_option,
     loss_of,
     samples,
     token_losses,
@@ -136,13 +137,12 @@ class Reader:
     texts: dict[str, torch.Tensor]
     cases: tuple[Case, ...]
     trained_length: int
-    bfloat16: bool
 
     def evaluate(self, model: LlamaForCausalLM, passkeys: bool) -> dict[str, Any]:
         """``nll``: by text, a list a sample, the mean of every ``trained_length`` positions; and ``passkeys``."""
         nll = {}
         for title, ids in self.texts.items():
-            losses = token_losses(model, ids, self.bfloat16, batch=4)
+            losses = token_losses(model, ids, bfloat16_pays(model.device), batch=4)
             # The first position has no prediction.
             parts = losses.split(
                 [self.trained_length - 1, *[self.trained_length] * (ids.shape[1] // self.trained_length - 1)],
@@ -176,7 +176,7 @@ def reader(study: Study, tokenizer: Any, texts: dict[str, str], scale: int, trai
     }
     cases = make_cases([length], study.depths, trials=study.trials)
     cases.sort(key=lambda case: (-case.depth, case.trial))  # prompts then share the filler before their keys
-    return Reader(tokenizer, ids, tuple(cases), trained_length, bfloat16_pays())
+    return Reader(tokenizer, ids, tuple(cases), trained_length)
 
 
 def train_on(
@@ -196,8 +196,9 @@ def train_on(
     study = run.study
     optimizer = torch.optim.AdamW(model.parameters(), lr=study.rate, weight_decay=0.0, fused=True)
     step, losses, identity = 0, [], run.what(-1)
+    bfloat16 = bfloat16_pays(model.device)
     if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
         if state["run"] == identity:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -231,7 +232,7 @@ def train_on(
                 save()
                 return
             ids = torch.stack([stream[s : s + run.length] for s in starts[step].tolist()]).long()
-            loss = loss_of(model, ids, read.bfloat16)
+            loss = loss_of(model, ids.to(model.device), bfloat16)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -247,6 +248,7 @@ def measure(
     *,
     deadline: float = math.inf,
     texts: dict[str, str] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Iterator[str]:
     """Run what is not on record; yields a line a measurement.
 
@@ -256,9 +258,10 @@ def measure(
         study: what is measured.
         deadline: of ``time.monotonic()``; a training stops within a step of it.
         texts: held-out texts by title; None: those of :mod:`benchmarks.quality.training_text`.
+        device: of the model.
     """
     directory = trained(base)
-    model, tokenizer = load_model(str(directory))
+    model, tokenizer = load_model(str(directory), device, "float32")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     stream = torch.load(base / TOKENS, weights_only=True)
     record = Record(output / RECORD, KIND, describe(model, str(directory)))
@@ -295,6 +298,7 @@ def main() -> None:
         default=math.inf,
         help="stop after this time; the same command goes on",
     )
+    add("--device", type=device_option, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--scales", type=int, nargs="+", choices=(2, 4), default=Study.scales, help="(default: 2 4)")
     add("--quick", action="store_true", help="two steps of one strategy and dprope: does the study run?")
     add("--output", type=Path, help="folder (default: benchmarks/results; with --quick rope-dist-eval)")
@@ -305,7 +309,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + arguments.seconds
     try:
-        for line in measure(arguments.folder, output, study, deadline=deadline):
+        for line in measure(arguments.folder, output, study, deadline=deadline, device=arguments.device):
             print(line, flush=True)
     except (ValueError, MissingPackageError) as error:
         parser.error(str(error))

@@ -1,6 +1,6 @@
 """A small LLaMA trained from nothing on real text, for studies that need a model's first training.
 
-    nice python -m benchmarks.quality.small_llama FOLDER [--seconds 3600] [--quick]
+    nice python -m benchmarks.quality.small_llama FOLDER [--seconds 3600] [--device cuda] [--quick]
 
 Goes on where it was stopped, to the bit. FOLDER becomes a Hugging Face directory with a tokenizer, and
 ``losses.json`` beside it has the losses of training and, by position, of held-out text.
@@ -10,6 +10,7 @@ tokens): theta = 10000 * 256 / 4096. With LLaMA2's own theta more than half of t
 make one period.
 """
 
+import argparse
 import json
 import math
 import random
@@ -29,6 +30,7 @@ from benchmarks.quality import training_text
 from benchmarks.quality.training_text import REMEMBER_SHARE, Remember
 from rope_dist.evaluation import describe
 from rope_dist.files import new_directory, new_file, write_text
+from rope_dist.messages import one_line
 from rope_dist.optional import MissingPackageError
 
 CHECKPOINT_SECONDS = 120
@@ -103,9 +105,9 @@ def optimizer_of(model: LlamaForCausalLM, rate: float, decay: float) -> torch.op
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
-def bfloat16_pays() -> bool:
-    """Whether products in bfloat16 are faster than in float32: a CPU with AMX, or a GPU."""
-    return torch.cuda.is_available() or bool(torch.cpu._is_amx_tile_supported())
+def bfloat16_pays(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32 there: a CPU with AMX, or a GPU."""
+    return device.type != "cpu" or bool(torch.cpu._is_amx_tile_supported())
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, bfloat16: bool) -> torch.Tensor:
@@ -117,15 +119,15 @@ def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, bfloat16: bool) -> torch
 
 @torch.inference_mode()
 def token_losses(model: LlamaForCausalLM, ids: torch.Tensor, bfloat16: bool, batch: int = 16) -> torch.Tensor:
-    """Loss of every predicted token: ``ids [N, S]`` -> ``[N, S - 1]`` float32."""
+    """Loss of every predicted token: ``ids [N, S]`` -> ``[N, S - 1]`` float32, on the CPU."""
     model.eval()
     result = []
-    for part in ids.split(batch):
+    for part in ids.to(model.device).split(batch):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(input_ids=part, use_cache=False).logits[:, :-1]
         result.append(F.cross_entropy(logits.float().transpose(1, 2), part[:, 1:], reduction="none"))
     model.train()
-    return torch.cat(result)
+    return torch.cat(result).cpu()
 
 
 def samples(stream: torch.Tensor, length: int, count: int, seed: int) -> torch.Tensor:
@@ -173,6 +175,7 @@ def train(
     held_out: dict[str, str] | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     compiled: bool = False,
+    device: torch.device | str = "cpu",
 ) -> bool:
     """Train until the last step or for ``seconds``; returns whether the model is finished, in ``folder / MODEL``."""
     if (folder / MODEL).exists():
@@ -183,17 +186,17 @@ def train(
     began = saved = time.monotonic()
     tokenizer, stream = prepare(folder, recipe, texts)
     remember = Remember(tokenizer, recipe.length, stream)
-    model = build(recipe, tokenizer.eos_token_id).train()
+    model = build(recipe, tokenizer.eos_token_id).to(device).train()
     optimizer = optimizer_of(model, recipe.learning_rate, recipe.weight_decay)
     step, losses, used = 0, [], 0.0
     if (folder / STATE).exists():
-        state = torch.load(folder / STATE, weights_only=True)
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
         same_beginning(Recipe(**state["recipe"]), recipe, state["step"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, losses, used = state["step"], state["losses"], state["seconds"]
     starts = samples(stream, recipe.length, recipe.steps * recipe.batch, recipe.seed)
-    bfloat16, first = bfloat16_pays(), step
+    bfloat16, first = bfloat16_pays(model.device), step
     step_loss = torch.compile(loss_of) if compiled else loss_of
 
     def save() -> None:
@@ -209,7 +212,7 @@ def train(
             torch.save(state, temporary)
 
     while step < recipe.steps:
-        ids = batch_of(recipe, step, starts, stream, remember)
+        ids = batch_of(recipe, step, starts, stream, remember).to(device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step)
         loss = step_loss(model, ids, bfloat16)
@@ -274,6 +277,15 @@ def finish(
         tokenizer.save_pretrained(temporary)
 
 
+def device_option(text: str) -> torch.device:
+    """A device of the command line that is there; an error of argparse otherwise."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # A torch without CUDA asserts.
+        raise argparse.ArgumentTypeError(f"there is no device {text}: {one_line(error)}") from None
+    return torch.device(text)
+
+
 def trained(folder: str | Path) -> Path:
     """The Hugging Face directory, with tokenizer, of a finished training in ``folder``; ``ValueError`` if it is not."""
     directory = Path(folder) / MODEL
@@ -302,12 +314,13 @@ def main() -> None:
         help="of the whole training (default: %(default)s)",
     )
     add("--seed", type=int, default=0, help="of weights and order")
+    add("--device", type=device_option, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--quick", action="store_true", help="a tiny model, a few steps: does it run?")
     add("--compile", action="store_true", help="torch.compile the step: 1.3 times as fast, other roundings")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     recipe = QUICK if arguments.quick else Recipe(steps=arguments.steps, seed=arguments.seed)
-    options = {"seconds": arguments.seconds, "compiled": arguments.compile}
+    options = {"seconds": arguments.seconds, "compiled": arguments.compile, "device": arguments.device}
     try:
         if arguments.quick:
             options["texts"] = [text[:QUICK_CHARACTERS] for text in training_text.training_texts()]
