@@ -247,7 +247,11 @@ def longppl(folder: Path) -> tuple[str, str]:
         by_length = {n: [m for m in measurements if m["what"]["tokens"] == n] for n in lengths}
         return [longppl_tables(of, trained, n // 4, BASELINE) for n, of in by_length.items()]
 
-    title = "LongPPL: perplexity of the tokens that need a long context"
+    title = (
+        "LongPPL: perplexity of the tokens that need a long context",
+        "The trained model, in windows of its trained length, predicts these tokens much better from a long context "
+        "than from a short one ([evaluation.md](evaluation.md#longppl)).",
+    )
     command = "python -m benchmarks.quality.study_longppl"
     return _if_measured(folder, ("longppl", "longppl_float32"), command, title, tables)
 
@@ -261,7 +265,11 @@ def synthetic(folder: Path) -> tuple[str, str]:
         measurements = only_newest(record["measurements"], "length")
         return [synthetic_tables(measurements, trained_length(record), BASELINE)]
 
-    title = "Needles and other synthetic tasks"
+    title = (
+        "Needles and other synthetic tasks",
+        "Tasks: [evaluation.md](evaluation.md#synthetic-tasks). Chance among decoys is 10 %. What the trained model "
+        "finds within its trained length (`stock`) is what an extension could keep.",
+    )
     return _if_measured(folder, ("synthetic",), "rope-dist eval synthetic", title, tables)
 
 
@@ -269,10 +277,10 @@ def _if_measured(
     folder: Path,
     kinds: Iterable[str],
     command: str,
-    title: str,
+    title: tuple[str, str],
     tables: Callable[[dict[str, Any]], list[str]],
 ) -> tuple[str, str]:
-    """A section of the records that exist, with its title, which is left out if none does."""
+    """A section of the records that exist, with its title and first sentences, which are left out if none does."""
     parts: list[str] = []
     machines: dict[str, None] = {}
     for kind in filter(lambda kind: path_of(folder, kind).exists(), kinds):
@@ -281,7 +289,7 @@ def _if_measured(
         parts += [f"```text\n{table}\n```" for table in tables(record)]
         parts.append(f"`{command}`: {model['name']}, {model['dtype']}, without training.")
         machines |= dict.fromkeys(map(machine_of, record["machines"]))
-    return "\n\n".join([f"## {title}", *parts] if parts else parts), "; ".join(machines)
+    return "\n\n".join([f"## {title[0]}", title[1], *parts] if parts else parts), "; ".join(machines)
 
 
 def tuning(folder: Path) -> tuple[str, str]:
