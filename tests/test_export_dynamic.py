@@ -11,6 +11,7 @@ import transformers
 from conftest import llama_config
 from helpers.exports import LlamaCpp, stock_run, write_gguf
 from helpers.model_families import FAMILIES, SLIDING_THEN_FULL, SMALL, config_of
+from helpers.tensors import at_new_memory
 from packaging.version import Version
 from test_export_gguf import fields, tensors
 from test_export_hf import other_versions
@@ -95,8 +96,8 @@ class TestDirectory:
 
     def test_exactly_the_trained_model_up_to_its_length(self, llama, plan, tmp_path):
         """Bit for bit, also after a long text; and past the length the last stage."""
-        export.hf(llama, plan, tmp_path / "out")
-        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        out = export.hf(llama, plan, tmp_path / "out")
+        model = at_new_memory(transformers.AutoModelForCausalLM.from_pretrained(out).eval())
         for length in (1, 40, 64, 65, 128, 64, 2):
             if length <= 64:
                 assert torch.equal(logits(model, IDS[:, :length]), logits(llama, IDS[:, :length]))
@@ -154,9 +155,8 @@ class TestDirectory:
 
     def test_enabling_what_was_exported(self, llama, plan, tmp_path):
         """The trained model is found again, and cached keys are corrected."""
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            export.hf(llama, plan, tmp_path / "out")
-        ).eval()
+        out = export.hf(llama, plan, tmp_path / "out")
+        model = at_new_memory(transformers.AutoModelForCausalLM.from_pretrained(out).eval())
         with rope_dist.enable(model, factor=2, dynamic=True, attention_factor=1) as enabled:
             assert enabled.plan == plan
             got = logits(model, IDS[:, :64]), logits(model, IDS)

@@ -137,10 +137,14 @@ class TestRefusals:
 
     def test_an_architecture_that_was_not_read(self, tmp_path):
         model = tiny("llama")
-        source = write_gguf(model, tmp_path / "model.gguf", arch="gemma3")
-        assert "gemma3" not in METADATA
-        with pytest.raises(ValueError, match="'gemma3' that is known to work"):
-            export.gguf(source, rope_dist.plan(model, factor=2, strategy="pi"), tmp_path / "out.gguf")
+        for arch, reason in (
+            ("plamo2", "'plamo2' that is known to work"),
+            ("gemma3", "gemma3 has a rotary .* per"),
+        ):
+            source = write_gguf(model, tmp_path / f"{arch}.gguf", arch=arch)
+            assert arch not in METADATA
+            with pytest.raises(ValueError, match=reason):
+                export.gguf(source, rope_dist.plan(model, factor=2, strategy="pi"), tmp_path / "out.gguf")
 
     def test_a_llama_takes_factors_where_metadata_do_not_say_them(self, tmp_path):
         model = tiny("llama")

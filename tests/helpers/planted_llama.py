@@ -7,17 +7,24 @@ from rope_dist.evaluation.models import cache_option
 
 
 class PlantedLlama(LlamaForCausalLM):
-    """A LLaMA that reads and caches as any other, but whose logits are of ``next_letter(text so far)``."""
+    """A LLaMA that reads and caches as any other, but whose logits are of ``next_letter(text so far)``.
 
-    def forward(self, input_ids, cache=None, past_key_values=None, **options):
+    The text so far of a token is what the causal order, or a mask ``[1, 1, S, T]``, lets it see.
+    """
+
+    def forward(self, input_ids, cache=None, past_key_values=None, attention_mask=None, **options):
         cache = cache if cache is not None else past_key_values
         past = cache.get_seq_length()
+        options["attention_mask"] = attention_mask
         out = super().forward(input_ids, **cache_option(super(), cache), **options)
         self.seen = [*getattr(self, "seen", [])[:past], *input_ids[0].tolist()]
-        assert len(self.seen) == cache.get_seq_length()
-        kept = out.logits.shape[1]
+        tokens, kept = len(self.seen), out.logits.shape[1]
+        assert tokens == cache.get_seq_length()
+        sees = torch.ones(input_ids.shape[1], tokens, dtype=torch.bool).tril(past)
+        if attention_mask is not None and attention_mask.ndim == 4:
+            sees = attention_mask[0, 0] > -1
         out.logits = torch.zeros_like(out.logits)
-        for i in range(kept):
-            text = "".join(map(chr, self.seen[: len(self.seen) - kept + i + 1]))
+        for i, row in enumerate(sees[-kept:].tolist()):
+            text = "".join(chr(letter) for letter, seen in zip(self.seen, row, strict=True) if seen)
             out.logits[0, i, ord(self.next_letter(text))] = 10
         return out
