@@ -380,6 +380,27 @@ def test_longppl_takes_the_losses_that_the_study_kept(tmp_path, model_directory,
     assert "| auto" in text or "\nauto" in text
 
 
+class TestOptions:
+    def test_strategies_of_a_part(self):
+        windows = next(part for part in parts.PARTS if part.name == "window-2x")
+        chosen = study.only(windows, ["grouped+window=2048", "auto"], 8192)
+        assert chosen.labels(8192) == ("auto", "grouped+window=2048")
+        assert study.only(windows, None, 8192).labels(8192) == windows.labels(8192)
+
+    def test_an_unknown_strategy_is_named(self, monkeypatch, capsys, tmp_path):
+        options = ["--strategies", "auto", "ayto", "--output", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["study", *options])
+        with pytest.raises(SystemExit) as stopped:
+            study.main()
+        assert stopped.value.code == 2
+        assert "no part has ayto; they have " in capsys.readouterr().err
+
+    def test_float32_is_another_record(self):
+        entry = study.in_dtype(parts.SMOLLM2, "float32")
+        assert (entry.kind, entry.dtype) == ("perplexity_float32", "float32")
+        assert study.in_dtype(parts.SMOLLM2, "bfloat16") == parts.SMOLLM2
+
+
 def test_a_label_has_one_colour_in_all_panels(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from rope_dist import plots

@@ -14,7 +14,7 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,17 @@ def only(part: Part, strategies: Sequence[str] | None, trained: int) -> Part:
     )
 
 
+def check_strategies(
+    parser: Parser, strategies: Sequence[str] | None, parts: Sequence[Part], trained: Iterable[int]
+) -> None:
+    """One line and exit code 2 where ``--strategies`` names one that no part has, for models of these lengths."""
+    known = list(
+        dict.fromkeys(label for length in trained for part in parts for label in part.labels(length))
+    )
+    if missing := [name for name in strategies or () if name not in known]:
+        parser.error(f"--strategies: no part has {', '.join(missing)}; they have {', '.join(known)}")
+
+
 def main() -> None:
     """Run what is not yet on record."""
     parser = command_line("study", __doc__, "a few hundred tokens: does the study run?")
@@ -127,15 +138,11 @@ def main() -> None:
     parts = [part for part in PARTS if part.name in arguments.parts]
     if quick:
         parts, models = QUICK, [replace(model, texts=("python",)) for model in models]
+    check_strategies(parser, arguments.strategies, parts, [model.trained for model in models])
+    chosen = {model: [only(part, arguments.strategies, model.trained) for part in parts] for model in models}
     done, rest = 0, "all there are"
     for what in itertools.chain.from_iterable(
-        measurements(
-            model,
-            [only(part, arguments.strategies, model.trained) for part in parts],
-            output,
-            arguments.losses,
-        )
-        for model in models
+        measurements(model, own, output, arguments.losses) for model, own in chosen.items()
     ):
         print(what, flush=True)
         done += 1

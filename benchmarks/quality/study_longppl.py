@@ -19,7 +19,17 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.parts import CLOSEST, QUICK, SMOLLM2, Part, StudyModel, planner
 from benchmarks.quality.readings import path_of
-from benchmarks.quality.study import Reader, add_readings, begun, command_line, in_dtype, line, only, texts_of
+from benchmarks.quality.study import (
+    Reader,
+    add_readings,
+    begun,
+    check_strategies,
+    command_line,
+    in_dtype,
+    line,
+    only,
+    texts_of,
+)
 from rope_dist import evaluation
 from rope_dist.evaluation import Passage, Record, Variant
 from rope_dist.evaluation.longppl import Evaluator, key_tokens, longppl_result, make_evaluator, reading_key
@@ -34,7 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     quick, output, deadline = begun(arguments)
     entry = in_dtype(SMOLLM2, arguments.dtype)
-    parts = [only(part, arguments.strategies, entry.trained) for part in (QUICK if quick else PARTS)]
+    all_parts = QUICK if quick else PARTS
+    check_strategies(parser, arguments.strategies, all_parts, [entry.trained])
+    parts = [only(part, arguments.strategies, entry.trained) for part in all_parts]
     if quick:
         entry = replace(entry, texts=("python",))
     for what in measurements(entry, parts, output, arguments.losses):
