@@ -29,8 +29,8 @@ from benchmarks.benchmark import Parser, positive
 from benchmarks.quality import training_text
 from benchmarks.quality.training_text import REMEMBER_SHARE, Remember
 from rope_dist.evaluation import describe
+from rope_dist.evaluation.models import check_device
 from rope_dist.files import new_directory, new_file, write_text
-from rope_dist.messages import one_line
 from rope_dist.optional import MissingPackageError
 
 CHECKPOINT_SECONDS = 120
@@ -280,9 +280,9 @@ def finish(
 def device_option(text: str) -> torch.device:
     """A device of the command line that is there; an error of argparse otherwise."""
     try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:  # A torch without CUDA asserts.
-        raise argparse.ArgumentTypeError(f"there is no device {text}: {one_line(error)}") from None
+        check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return torch.device(text)
 
 

@@ -69,7 +69,7 @@ def load_model(
     import transformers
     from safetensors import SafetensorError
 
-    _check_device(device)
+    check_device(device)
     source, tokenizer_options = name_or_path, {}
     options: dict[str, Any] = {}
     packaged = packaged_model(name_or_path)
@@ -129,8 +129,8 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _check_device(device: torch.device | str) -> None:
-    # Before a large model is loaded.
+def check_device(device: torch.device | str) -> None:
+    """``ValueError`` unless the device is there: before a large model is loaded."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # A torch without CUDA asserts.
