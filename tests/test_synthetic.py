@@ -93,7 +93,7 @@ class TestPrompts:
 
     def test_questions_share_a_context(self, letters):
         for task in SYNTHETIC_TASKS:
-            n = 10 if task == "multi-key" else 5
+            n = 10 if task in ("single-key", "multi-key") else 5
             prompts = prompts_of(letters, n + 2, [task])
             contexts = [p.text.rsplit("\n\n", 1)[0] for p in prompts]
             assert len(set(contexts[:n])) == 1
@@ -128,11 +128,15 @@ class Solver(PlantedLlama):
         return solve(prompt)
 
 
+def last_word(prompt):
+    return re.findall(r"\w+", prompt.rsplit("\n\n", 1)[0])[-1]
+
+
 class Mistaken(Solver):
     """Always answers with the last number or name of the text."""
 
     def say(self, prompt):
-        return re.findall(r"\w+", prompt.rsplit("\n\n", 1)[0])[-1]
+        return last_word(prompt)
 
 
 @pytest.fixture
@@ -156,7 +160,10 @@ class TestGrader:
             assert m["result"]["log_probability"] > m["result"]["best_decoy"] + 5
 
     def test_a_mistaken_model_is_wrong(self, measure, letters):
-        found = list(measure(Mistaken, prompts_of(letters, 5, ["single-key", "multi-value"])))
+        prompts = prompts_of(letters, 5, ["single-key", "multi-value"])
+        prompts = [prompt for prompt in prompts if prompt.answer != last_word(prompt.text)]
+        assert len(prompts) >= 8
+        found = list(measure(Mistaken, prompts))
         assert not any(m["result"]["generated"] or m["result"]["decoys"] for _, m, _ in found)
 
     def test_the_log_probability_is_the_models(self, measure, letters):

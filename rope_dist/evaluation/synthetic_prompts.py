@@ -23,11 +23,13 @@ QUESTIONS = 5
 """Questions about one context of most tasks."""
 DECOYS = 9
 """Wrong answers a question; chance is one in ten."""
+KEYS = DECOYS + 1
+"""Needles of the tasks of keys: each is asked for."""
 
 
 def questions_about_one_context(task: str) -> int:
-    """How many questions of ``task`` share a context: of many keys, one about each."""
-    return DECOYS + 1 if task == "multi-key" else QUESTIONS
+    """How many questions of ``task`` share a context."""
+    return KEYS if task in ("single-key", "multi-key") else QUESTIONS
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ _THINGS = (
     "box number of the archive",
     "serial number of the engine",
     "room number of the choir",
+    "licence number of the pilot",
+    "weight of the anchor in grams",
+    "price of the painting in crowns",
+    "catalogue number of the comet",
+    "distance to the island in metres",
 )
 _PLACES = (
     *(
@@ -113,24 +120,24 @@ def _shuffled(draw: random.Random, items: Sequence[str]) -> list[str]:
 
 
 def _single_key(draw: random.Random) -> _Context:
-    """Five needles of five kinds: nothing in the text can be taken for the one that is asked for."""
-    values = _numbers(draw, QUESTIONS * (DECOYS + 1))
+    """Ten needles of ten kinds: nothing in the text can be taken for the one that is asked for."""
+    values = _numbers(draw, KEYS * (DECOYS + 1))
     things = _shuffled(draw, _THINGS)
     needles = [f"The {thing} is {value}." for thing, value in zip(things, values, strict=False)]
     questions = [
-        (f"What is the {thing}? The {thing} is", values[i], tuple(values[QUESTIONS + i :: QUESTIONS]))
+        (f"What is the {thing}? The {thing} is", values[i], tuple(values[KEYS + i :: KEYS]))
         for i, thing in enumerate(things)
     ]
     return _Context(
         "Some facts are hidden in the following text. Remember them.",
-        tuple(zip(_depths(draw, QUESTIONS), needles, strict=True)),
-        tuple(draw.sample(questions, QUESTIONS)),
+        tuple(zip(_depths(draw, KEYS), needles, strict=True)),
+        tuple(draw.sample(questions, KEYS)),
     )
 
 
 def _multi_key(draw: random.Random) -> _Context:
     """Ten needles of one kind: every decoy is the value of another key in the text."""
-    places, values = draw.sample(_PLACES, DECOYS + 1), _numbers(draw, DECOYS + 1)
+    places, values = draw.sample(_PLACES, KEYS), _numbers(draw, KEYS)
     needles = [f"The access code of the {p} is {v}." for p, v in zip(places, values, strict=True)]
     questions = [
         (
@@ -142,7 +149,7 @@ def _multi_key(draw: random.Random) -> _Context:
     ]
     return _Context(
         "Some access codes are hidden in the following text. Remember them.",
-        tuple(zip(_depths(draw, DECOYS + 1), needles, strict=True)),
+        tuple(zip(_depths(draw, KEYS), needles, strict=True)),
         tuple(draw.sample(questions, len(questions))),
     )
 
