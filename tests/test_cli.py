@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
 
 import pytest
 from conftest import llama_config
+from transformers import MistralConfig
 
 import rope_dist
 from rope_dist import defaults
@@ -273,6 +275,14 @@ def test_an_interrupt_is_one_line_and_exit_code_130(capsys, monkeypatch):
 
     monkeypatch.setattr("rope_dist.info.info", interrupted)
     assert run(capsys, "info") == (130, "", "rope-dist: interrupted\n")
+
+
+def test_a_warning_is_one_line(tmp_path):
+    MistralConfig(sliding_window=4096).save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "rope_dist", "plan", str(tmp_path), "--target", "262144"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert re.fullmatch(r"rope-dist: warning: there is nothing to extend: .*\n", done.stderr), done.stderr
 
 
 def test_names_that_the_terminal_cannot_print(tmp_path):

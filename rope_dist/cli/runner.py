@@ -7,8 +7,9 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _run(app: typer.Typer, arguments: list[str], name: str) -> Any:
         try:
             # Not app(): that exits, draws boxes around errors and hides that the disk is full.
             click_command = typer.main.get_command(app)
-            with click_command.make_context(name, arguments) as context:
+            with warnings_of_one_line(name), click_command.make_context(name, arguments) as context:
                 return click_command.invoke(context) or 0
         finally:
             if sys.stdout is not None:
@@ -131,6 +132,23 @@ def _run(app: typer.Typer, arguments: list[str], name: str) -> Any:
         about = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         _complain(f"{name}: error: {about}{one_line(error, LONGEST)}")
         return 2
+
+
+@contextlib.contextmanager
+def warnings_of_one_line(name: str) -> Iterator[None]:
+    """``rope-dist: warning: what is wrong``: without the line of Python that Python adds."""
+    usual = warnings.formatwarning
+
+    def line(message: Warning | str, category: type[Warning], *place: Any, **source: Any) -> str:
+        if category is not UserWarning:
+            return usual(message, category, *place, **source)
+        return f"{name}: warning: {one_line(UserWarning(str(message)), LONGEST)}\n"
+
+    warnings.formatwarning = line  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _usage(error: Any) -> str:
