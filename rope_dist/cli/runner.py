@@ -144,7 +144,7 @@ def warnings_of_one_line(name: str) -> Iterator[None]:
             return usual(message, category, *place, **source)
         return f"{name}: warning: {one_line(UserWarning(str(message)), LONGEST)}\n"
 
-    warnings.formatwarning = line  # type: ignore[assignment]
+    warnings.formatwarning = line
     try:
         yield
     finally:
