@@ -17,6 +17,7 @@ from benchmarks.quality import after_training_summary as summary
 from benchmarks.quality.after_training import Study
 from benchmarks.quality.small_llama import Recipe
 from benchmarks.quality.training_text import Remember
+from rope_dist.evaluation import describe as describe_model
 from rope_dist.evaluation import load_model, passkey, token_nll
 from rope_dist.machine import describe
 
@@ -51,6 +52,12 @@ def base(tmp_path_factory):
     finally:
         torch.set_num_threads(threads)
     return folder
+
+
+def load_base(folder):
+    """The fingerprint of the model in a folder."""
+    model, _ = load_model(str(small_llama.trained(folder)))
+    return describe_model(model, "")["fingerprint"]
 
 
 class Clock:
@@ -192,7 +199,8 @@ class TestStudy:
         assert record["model"]["name"] == small_llama.MODEL
         # The seeds are other orders: they differ after the first step, and training changes what is read.
         (scale,) = summary.scales(record)
-        assert (scale.steps, scale.seeds) == ((0, 1, 3), (0, 1))
+        assert scale.steps == (0, 1, 3)
+        assert scale.trainings == [(load_base(base), seed) for seed in (0, 1)]
         first, second = scale.loss("dprope", 3)
         assert first != second
         assert scale.loss("dprope", 0)[0] > max(first, second)
@@ -260,6 +268,7 @@ class TestSummary:
         for (label, losses), seed in itertools.product(past.items(), (0, 1)):
             for step, loss in zip((0, 10, 100), losses, strict=True):
                 what = {
+                    "base": "b",
                     "scale": 2,
                     "tokens": 512,
                     "step": step,
@@ -283,7 +292,7 @@ class TestSummary:
         measurements = [*({"what": what, "result": result} for what in earlier), *measurements]
         machine = describe()
         record = {
-            "model": {"name": "m", "fingerprint": "f"},
+            "model": {"name": "m"},
             "machines": [machine],
             "measurements": measurements,
         }
@@ -296,11 +305,8 @@ class TestSummary:
         return scale
 
     def test_numbers(self, scale):
-        assert (scale.trained, scale.seeds, set(scale.results)) == (
-            256,
-            (0, 1),
-            {"auto", "dprope", "dprope:threshold=0", "pi"},
-        )
+        assert (scale.trained, scale.trainings) == (256, [("b", 0), ("b", 1)])
+        assert set(scale.results) == {"auto", "dprope", "dprope:threshold=0", "pi"}
         assert statistics.fmean(scale.loss("pi", 0)) == pytest.approx(3.0)
         assert statistics.fmean(scale.loss("pi", 0, past=False)) == pytest.approx(1.0)
         mean, error = scale.difference("dprope", "auto", 100)
@@ -312,24 +318,51 @@ class TestSummary:
 
     def test_the_error_has_samples_and_seeds(self, scale):
         for label, step, seed in itertools.product(("dprope",), (100,), (0, 1)):
-            rows = scale.results[label][step][seed]["nll"]["a"]
+            results = scale.results[label]["b", seed]
+            rows = results[step]["nll"]["a"]
             # +-0.02 by sample, +-0.01 by seed
             changed = [[1.0, row[1] + 0.02 * (-1) ** i + 0.01 * (-1) ** seed] for i, row in enumerate(rows)]
-            scale.results[label][step][seed] = {"nll": {"a": changed}}
+            results[step] = {"nll": {"a": changed}}
         mean, error = scale.difference("dprope", "auto", 100)
         assert math.exp(mean) == pytest.approx(1.02)
         assert error == pytest.approx(
             math.hypot(0.02, 0.01)
         )  # s / sqrt(2) of two values is half their distance
 
+    def test_strategies_are_compared_on_the_bases_that_both_have(self, folder):
+        record = json.loads((folder / summary.RECORD).read_text())
+        for m in list(record["measurements"]):
+            if m["what"]["frequencies"] == "earlier" or m["what"]["variant"] == "pi" or m["what"]["seed"] == 1:
+                continue
+            # A base of twice the loss, on which dprope is 4 % behind at the end, not 2.
+            ahead = math.log(1.02) if m["what"]["variant"] == "dprope" else 0
+            rows = [[below, past + 2 + ahead] for below, past in m["result"]["nll"]["a"]]
+            result = m["result"] | {"nll": {"a": rows}}
+            record["measurements"].append({"what": m["what"] | {"base": "a"}, "result": result})
+        (scale,) = summary.scales(record)
+        assert scale.trainings == [("a", 0), ("b", 0), ("b", 1)]
+        mean, error = scale.difference("dprope", "auto", 100)
+        apart = [math.log(1.0404), math.log(1.02), math.log(1.02)]
+        assert mean == pytest.approx(statistics.fmean(apart))
+        assert error == pytest.approx(statistics.stdev(apart) / math.sqrt(3))
+        mean, _ = scale.difference("dprope", "auto", 0)  # of two bases
+        assert mean == pytest.approx((0.5 + 0.5 + math.log(1.02)) / 2)
+        assert scale.difference("pi", "auto", 100)[0] == pytest.approx(math.log(1.005))
+        del scale.results["pi"]["b", 0], scale.results["auto"]["b", 1]
+        assert scale.difference("pi", "auto", 100) is None
+        assert "`pi`" not in summary.table(scale) + summary.sentences(scale)
+        assert [curve.label for curve in summary.curves(scale)] == ["auto", "dprope:threshold=0", "dprope"]
+
     def test_block(self, folder):
         content, machine = summary.block(folder)
         content = re.sub(" +", " ", content)
         assert "torch" in machine
         assert (
-            "| `dprope` | 12.18 | 7.03 | 6.17 | +64.87 ± 0.00 % | +2.00 ± 0.00 % | 2.72 | 2/4, 4/4 |"
+            "| `dprope` | 2 | +64.87 ± 0.00 % | +5.13 ± 0.00 % | +2.00 ± 0.00 % | +0.00 ± 0.00 % | 2/4, 4/4 |"
             in content
         )
+        assert "| `auto` | 2 | 7.39 | 6.69 | 6.05 | 2.72 | 2/4, 4/4 |" in content
+        assert "Extended 2x, to 512 tokens (2 trainings of 1 base), perplexity" in content
         assert "After 100 steps `auto` has the lowest perplexity past 256." in content
         assert "`dprope` is behind the best other, `auto` (+2.00 ± 0.00 %)" in content
         assert "`dprope:threshold=0` has +0.98 ± 0.00 % against `dprope`." in content

@@ -1,12 +1,13 @@
 """Which strategy is best after training: a small LLaMA is extended 2x and 4x, and trained on as the paper does.
 
-    python -m benchmarks.quality.small_llama FOLDER             # its first training
+    python -m benchmarks.quality.small_llama FOLDER [--seed 1]  # its first training: the base
     python -m benchmarks.quality.after_training FOLDER [--seconds 3600] [--device cuda] [--quick]
 
 Every strategy trains on from the same weights, on the same texts in the same order: AdamW with a constant learning
 rate, no warm-up, no weight decay, packed texts of the new length (Wu et al. 2024, section 4.1). Before, during and
 after it reads held-out text and looks for passkeys of the new length. It resumes where it was stopped, within a
-training too. Result: ``quality_after_training.json``; ``python -m benchmarks.report`` makes the tables of it.
+training too. Result: ``quality_after_training.json``, which takes trainings of several bases, a folder each;
+``python -m benchmarks.report`` makes the tables of it.
 """
 
 import math
@@ -98,9 +99,10 @@ def strategies(scale: int, length: int, head_dim: int, others: Sequence[str] = O
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a strategy, a scale and a seed."""
+    """One training: of a base, with its fingerprint, by a strategy, a scale and a seed."""
 
     study: Study
+    base: str
     scale: int
     length: int
     seed: int
@@ -110,14 +112,14 @@ class Run:
     def what(self, step: int) -> dict[str, Any]:
         """The key of the measurement after ``step`` steps; before the first it is the same for every seed."""
         study = self.study
-        what: dict[str, Any] = {"scale": self.scale, "tokens": self.length, "step": step}
+        what: dict[str, Any] = {"base": self.base, "scale": self.scale, "tokens": self.length, "step": step}
         what |= {"seed": self.seed, "batch": study.batch, "rate": study.rate} if step else {"seed": None}
         what |= {"held_out": study.held_out, "depths": list(study.depths), "trials": study.trials}
         return what | {"settings": self.settings, **self.variant.identity}
 
 
-def runs(study: Study, model: LlamaForCausalLM) -> list[Run]:
-    """All trainings: those of the first seed first."""
+def runs(study: Study, model: LlamaForCausalLM, base: str) -> list[Run]:
+    """All trainings of a model with the fingerprint ``base``: those of the first seed first."""
     trained_length, head_dim = model.config.max_position_embeddings, model.config.head_dim
     made = []
     for seed in study.seeds:
@@ -125,7 +127,7 @@ def runs(study: Study, model: LlamaForCausalLM) -> list[Run]:
             length = scale * trained_length
             for label, settings in strategies(scale, trained_length, head_dim, study.others).items():
                 (variant,) = make_variants(model, [settings], length)
-                made.append(Run(study, scale, length, seed, Variant(label, variant.plan), settings))
+                made.append(Run(study, base, scale, length, seed, Variant(label, variant.plan), settings))
     return made
 
 
@@ -264,10 +266,12 @@ def measure(
     model, tokenizer = load_model(str(directory), device, "float32")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     stream = torch.load(base / TOKENS, weights_only=True)
-    record = Record(output / RECORD, KIND, describe(model, str(directory)))
+    identity = describe(model, str(directory))
+    # One file has the trainings of every base, and of every device.
+    record = Record(output / RECORD, KIND, {key: identity[key] for key in ("name", "dtype")})
     texts = texts or training_text.held_out_texts()
     readers: dict[int, Reader] = {}
-    for run in runs(study, model):
+    for run in runs(study, model, identity["fingerprint"]):
         if all(record.get(run.what(step)) for step in study.evaluate_at):
             continue
         if time.monotonic() > deadline:

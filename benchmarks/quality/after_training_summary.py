@@ -21,56 +21,79 @@ MEETS = 0.01
 
 Parts = list[float]
 """Mean losses past (or below) the trained length, one a held-out sample."""
+Training = tuple[str, int]
+"""The fingerprint of a base, and the seed of the order of the text that it was trained on with."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The trainings of one scale that every strategy has finished.
+    """The finished trainings of one scale.
 
     Attributes:
         steps: that were evaluated.
-        seeds: that all labels have.
-        results: by label, then by step, one of every seed.
+        results: by label, then by training, then by step. What comes before the first step is the same for every seed.
     """
 
     scale: int
     tokens: int
     steps: tuple[int, ...]
-    seeds: tuple[int, ...]
-    results: dict[str, dict[int, list[dict[str, Any]]]]
+    results: dict[str, dict[Training, dict[int, dict[str, Any]]]]
 
     @property
     def trained(self) -> int:
         """Length of the first training."""
         return self.tokens // self.scale
 
-    def parts(self, label: str, step: int, index: int, past: bool) -> Parts:
-        """Of the seed of this index."""
-        nll = self.results[label][step][index]["nll"]
+    @property
+    def reference(self) -> str:
+        """The label that the others are compared with."""
+        return BASELINE if BASELINE in self.results else next(iter(self.results))
+
+    @property
+    def trainings(self) -> list[Training]:
+        """All that some label has."""
+        return sorted({training for own in self.results.values() for training in own})
+
+    def parts(self, label: str, training: Training, step: int, past: bool) -> Parts:
+        """Of one training."""
+        nll = self.results[label][training][step]["nll"]
         chosen = slice(1, None) if past else slice(0, 1)
         return [statistics.fmean(row[chosen]) for rows in nll.values() for row in rows]
 
     def loss(self, label: str, step: int, past: bool = True) -> list[float]:
-        """Mean loss of every seed."""
-        return [statistics.fmean(self.parts(label, step, i, past)) for i in range(len(self.seeds))]
+        """Mean loss of every training of a label."""
+        return [statistics.fmean(self.parts(label, one, step, past)) for one in sorted(self.results[label])]
 
-    def difference(self, label: str, other: str, step: int, past: bool = True) -> tuple[float, float]:
-        """Mean difference of losses and its standard error.
+    def differences(self, label: str, other: str, step: int, past: bool = True) -> list[Parts]:
+        """Differences of the losses of every held-out sample, of each training that both labels have.
+
+        Before the first step, of each base.
+        """
+        both = sorted(self.results[label].keys() & self.results[other].keys())
+        if not step:
+            both = list({base: (base, seed) for base, seed in both}.values())
+        pairs = [(self.parts(label, one, step, past), self.parts(other, one, step, past)) for one in both]
+        return [[own - its for own, its in zip(*pair, strict=True)] for pair in pairs]
+
+    def difference(self, label: str, other: str, step: int, past: bool = True) -> tuple[float, float] | None:
+        """Mean difference of losses and its standard error; None where no training is of both labels.
 
         The error has two parts, added as squares: that of the held-out samples, whose losses are averaged over the
-        seeds, and that of the seeds.
+        trainings, and that of the trainings.
         """
-        pairs = [[self.parts(name, step, i, past) for i in range(len(self.seeds))] for name in (label, other)]
-        by_sample = [[statistics.fmean(values) for values in zip(*seeds, strict=True)] for seeds in pairs]
-        mean, error = paired_difference(*by_sample)
-        if len(self.seeds) > 1 and step:
-            by_seed = [[statistics.fmean(parts) for parts in seeds] for seeds in pairs]
-            error = math.hypot(error, paired_difference(*by_seed)[1])
+        found = self.differences(label, other, step, past)
+        if not found:
+            return None
+        by_sample = [statistics.fmean(values) for values in zip(*found, strict=True)]
+        mean, error = paired_difference(by_sample, [0.0] * len(by_sample))
+        if len(found) > 1:
+            by_training = [statistics.fmean(parts) for parts in found]
+            error = math.hypot(error, paired_difference(by_training, [0.0] * len(found))[1])
         return mean, error
 
     def passkeys(self, label: str, step: int, scoring: str) -> str:
-        """Found of all prompts of all seeds."""
-        answers = [answer for result in self.results[label][step] for answer in result[scoring]]
+        """Found of all prompts of all trainings."""
+        answers = [answer for of in self.results[label].values() for answer in of[step][scoring]]
         return f"{sum(answers)}/{len(answers)}"
 
 
@@ -79,29 +102,20 @@ def scales(record: dict[str, Any]) -> list[Scale]:
     found: dict[tuple[int, int], dict[str, dict[Any, dict[int, Any]]]] = {}
     for m in only_newest(record["measurements"]):
         what = m["what"]
-        by_seed = found.setdefault((what["scale"], what["tokens"]), {}).setdefault(what["variant"], {})
-        by_seed.setdefault(what["seed"], {})[what["step"]] = m["result"]
+        own = found.setdefault((what["scale"], what["tokens"]), {}).setdefault(what["variant"], {})
+        own.setdefault((what["base"], what["seed"]), {})[what["step"]] = m["result"]
     made = []
     for (scale, tokens), labels in sorted(found.items()):
-        steps = sorted({step for seeds in labels.values() for of_seed in seeds.values() for step in of_seed})
-        # Before the first step there is no seed.
-        finished = {
-            label: {
-                seed
-                for seed in seeds
-                if seed is not None and 1 + len(seeds[seed]) == len(steps) and None in seeds
-            }
-            for label, seeds in labels.items()
-        }
-        finished = {label: seeds for label, seeds in finished.items() if seeds}
-        shared = sorted(set.intersection(*finished.values())) if finished else []
-        if not shared:
-            continue
-        results = {
-            label: {step: [labels[label][seed if step else None][step] for seed in shared] for step in steps}
-            for label in finished
-        }
-        made.append(Scale(scale, tokens, tuple(steps), tuple(shared), results))
+        steps = sorted({step for own in labels.values() for results in own.values() for step in results})
+        finished: dict[str, dict[Training, dict[int, Any]]] = {}
+        for label, own in labels.items():
+            for (base, seed), results in own.items():
+                # Before the first step there is no seed.
+                whole = results | own.get((base, None), {})
+                if seed is not None and len(whole) == len(steps):
+                    finished.setdefault(label, {})[base, seed] = whole
+        if finished:
+            made.append(Scale(scale, tokens, tuple(steps), finished))
     return made
 
 
@@ -111,29 +125,32 @@ def finished(folder: Path) -> list[Scale]:
     return scales(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
 
 
+def ordered(scale: Scale, labels: Sequence[str] | None = None) -> list[str]:
+    """Labels that have a training in common with the reference, the lowest last loss first."""
+    found = {}
+    for label in labels or scale.results:
+        if against := scale.difference(label, scale.reference, scale.steps[-1]):
+            found[label] = against[0]
+    return sorted(found, key=found.__getitem__)
+
+
 def table(scale: Scale) -> str:
-    """A row a strategy: perplexity past the trained length after every number of steps, and the last against others."""
-    last = scale.steps[-1]
-    rows = []
-    labels = sorted(scale.results, key=lambda label: statistics.fmean(scale.loss(label, last)))
-    for label in labels:
-        cells = [f"{math.exp(statistics.fmean(scale.loss(label, step))):.2f}" for step in scale.steps]
-        compared = [
-            ""
-            if label == BASELINE or BASELINE not in scale.results
-            else percent(*scale.difference(label, BASELINE, step))
-            for step in (scale.steps[0], last)
-        ]
-        below = f"{math.exp(statistics.fmean(scale.loss(label, last, past=False))):.2f}"
+    """A row a strategy: perplexity past the trained length against the reference after every number of steps."""
+    last, reference, rows = scale.steps[-1], scale.reference, []
+
+    def cell(label: str, step: int, past: bool = True) -> str:
+        if label == reference:
+            return f"{math.exp(statistics.fmean(scale.loss(label, step, past))):.2f}"
+        return percent(*scale.difference(label, reference, step, past))
+
+    for label in ordered(scale):
+        cells = [cell(label, step) for step in scale.steps]
         found = f"{scale.passkeys(label, 0, 'decoys')}, {scale.passkeys(label, last, 'decoys')}"
-        rows.append([f"`{label}`", *cells, *compared, below, found])
-    heads = ["", *(f"step {step}" for step in scale.steps)]
-    heads += [
-        f"against {BASELINE}, before",
-        "after",
-        f"below {scale.trained}, after",
-        "passkeys, before, after",
-    ]
+        rows.append(
+            [f"`{label}`", f"{len(scale.results[label])}", *cells, cell(label, last, past=False), found]
+        )
+    heads = ["", "trainings", *(f"step {step}" for step in scale.steps)]
+    heads += [f"below {scale.trained}, step {last}", f"passkeys, steps 0, {last}"]
     return markdown(rows, heads)
 
 
@@ -141,7 +158,8 @@ def meeting(scale: Scale, label: str, other: str) -> int | None:
     """The first evaluated step from which on two strategies stay within :data:`MEETS`; None: they do not meet."""
     found = None
     for step in reversed(scale.steps):
-        if abs(math.expm1(scale.difference(label, other, step)[0])) > MEETS:
+        against = scale.difference(label, other, step)
+        if against is None or abs(math.expm1(against[0])) > MEETS:
             break
         found = step
     return found
@@ -149,20 +167,18 @@ def meeting(scale: Scale, label: str, other: str) -> int | None:
 
 def sentences(scale: Scale) -> str:
     """Whether dprope is ahead, whether its threshold matters, and where strategies meet."""
-    last, labels = scale.steps[-1], list(scale.results)
-    best = min(labels, key=lambda label: statistics.fmean(scale.loss(label, last)))
+    last, labels = scale.steps[-1], ordered(scale)
+    best = labels[0]
     made = [f"After {last} steps `{best}` has the lowest perplexity past {scale.trained}."]
     ours = [label for label in labels if label.partition(":")[0] == "dprope"]
     others = [label for label in labels if label not in ours]
-    if ours and others:
-        first = min(ours, key=lambda label: statistics.fmean(scale.loss(label, last)))
-        rest = min(others, key=lambda label: statistics.fmean(scale.loss(label, last)))
-        mean, error = scale.difference(first, rest, last)
+    if ours and others and (against := scale.difference(ours[0], others[0], last)):
+        mean, error = against
         verdict = "not separable from" if not abs(mean) > 2 * error else "ahead of" if mean < 0 else "behind"
-        made.append(f"`{first}` is {verdict} the best other, `{rest}` ({percent(mean, error)}).")
-        for label in ours[1:]:
-            against = percent(*scale.difference(label, ours[0], last))
-            made.append(f"`{label}` has {against} against `{ours[0]}`.")
+        made.append(f"`{ours[0]}` is {verdict} the best other, `{others[0]}` ({percent(mean, error)}).")
+    for label in ours:
+        if label != "dprope" and "dprope" in ours and (against := scale.difference(label, "dprope", last)):
+            made.append(f"`{label}` has {percent(*against)} against `dprope`.")
     met = [(label, meeting(scale, label, best)) for label in labels if label != best]
     near = [f"`{label}` from step {step} on" for label, step in met if step is not None]
     far = [f"`{label}`" for label, step in met if step is None]
@@ -187,44 +203,53 @@ def block(folder: Path) -> tuple[str, str]:
     texts = list(record["measurements"][0]["result"]["nll"])
     parts = []
     for scale in found:
-        parts.append(
-            f"Extended {scale.scale}x, to {scale.tokens} tokens ({_plural(len(scale.seeds), 'seed')}; perplexity of "
-            f"held-out tokens past {scale.trained}):"
-        )
+        parts.append(f"Extended {heading(scale)}, perplexity of held-out tokens past {scale.trained}:")
         parts += [table(scale), sentences(scale)]
     if (folder / PICTURE).exists():
         parts.append(f"![Perplexity after training](../benchmarks/results/{PICTURE})")
-    model, batch, rate = record["model"], whats[0]["batch"], whats[0]["rate"]
+    bases = sorted({base for scale in found for base, _ in scale.trainings})
+    batch, rate = whats[0]["batch"], whats[0]["rate"]
     parts.append(
-        f"`python -m benchmarks.quality.after_training`: a LLaMA of {found[0].trained} trained tokens "
-        f"(`benchmarks.quality.small_llama`, fingerprint {model['fingerprint']}), {batch} tokens a step, learning rate "
-        f"{rate:.2g} held constant. Read: {'; '.join(texts)}. Differences are paired by held-out sample and by seed. "
-        "Passkeys: likelier than each of nine decoys, prompts of the extended length."
+        f"The row of `{found[0].reference}` has perplexities, the others their differences from it, paired by base, "
+        "seed and held-out sample. `python -m benchmarks.quality.after_training`: each base is a LLaMA of "
+        f"{found[0].trained} trained tokens (`benchmarks.quality.small_llama`; {', '.join(bases)}), each seed an "
+        f"order of the text that it is trained on with: {batch} tokens a step, learning rate {rate:.2g} held "
+        f"constant. Read: {'; '.join(texts)}. Passkeys: likelier than each of nine decoys, prompts of the extended "
+        "length."
     )
     return "\n\n".join(parts), "; ".join(dict.fromkeys(map(machine_of, record["machines"])))
 
 
+def heading(scale: Scale) -> str:
+    """``2x, to 512 tokens (4 trainings of 2 bases)``"""
+    trainings = scale.trainings
+    bases = _plural(len({base for base, _ in trainings}), "base")
+    return f"{scale.scale}x, to {scale.tokens} tokens ({_plural(len(trainings), 'training')} of {bases})"
+
+
 def curves(scale: Scale) -> list[TrainingCurve]:
-    """Perplexity past the trained length against steps, with the range of the seeds."""
+    """Perplexity past the trained length against steps, with the range of the trainings.
+
+    Bases differ more than strategies, and not every strategy has trained every base: a curve is the reference's with
+    the difference of the trainings that both have.
+    """
     made = []
-    for label in scale.results:
-        losses = [scale.loss(label, step) for step in scale.steps]
-        made.append(
-            TrainingCurve(
-                label,
-                list(scale.steps),
-                [math.exp(statistics.fmean(of_step)) for of_step in losses],
-                [math.exp(min(of_step)) for of_step in losses],
-                [math.exp(max(of_step)) for of_step in losses],
-            )
-        )
+    for label in ordered(scale):
+        curve = TrainingCurve(label, list(scale.steps), [], [], [])
+        for step in scale.steps:
+            of_reference = statistics.fmean(scale.loss(scale.reference, step))
+            apart = [statistics.fmean(parts) for parts in scale.differences(label, scale.reference, step)]
+            for values, chosen in (
+                (curve.perplexity, statistics.fmean(apart)),
+                (curve.lows, min(apart)),
+                (curve.highs, max(apart)),
+            ):
+                values.append(math.exp(of_reference + chosen))
+        made.append(curve)
     return made
 
 
 def draw(folder: Path, found: Sequence[Scale]) -> None:
     """The picture, beside the record."""
-    panels = {
-        f"{s.scale}x, {s.tokens} tokens ({_plural(len(s.seeds), 'seed')})": (s.trained, curves(s))
-        for s in found
-    }
+    panels = {heading(scale): (scale.trained, curves(scale)) for scale in found}
     plot_training(panels, "Perplexity past the trained length while training on", folder / PICTURE)
