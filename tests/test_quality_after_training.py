@@ -332,7 +332,11 @@ class TestSummary:
     def test_strategies_are_compared_on_the_bases_that_both_have(self, folder):
         record = json.loads((folder / summary.RECORD).read_text())
         for m in list(record["measurements"]):
-            if m["what"]["frequencies"] == "earlier" or m["what"]["variant"] == "pi" or m["what"]["seed"] == 1:
+            if (
+                m["what"]["frequencies"] == "earlier"
+                or m["what"]["variant"] == "pi"
+                or m["what"]["seed"] == 1
+            ):
                 continue
             # A base of twice the loss, on which dprope is 4 % behind at the end, not 2.
             ahead = math.log(1.02) if m["what"]["variant"] == "dprope" else 0
