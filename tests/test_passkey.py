@@ -22,6 +22,7 @@ from rope_dist.evaluation import (
     passkey_tables,
 )
 from rope_dist.evaluation import passkey as passkey_module
+from rope_dist.evaluation.models import cache_option
 from rope_dist.evaluation.passkey import answered_key, passkey_prompt
 from rope_dist.evaluation.prefix_cache import PrefixCachingModel
 from rope_dist.evaluation.tables import Score, grids, scores, total
@@ -203,8 +204,9 @@ class TestPrefixCachingModel:
             rope_dist.enable(model, factor=4, window=8, dynamic=False)
         return model
 
-    def test_generates_what_the_model_generates(self, model, letters):
-        reader = PrefixCachingModel(model, letters, chunk=50)
+    @pytest.mark.parametrize("chunk", [50, 1000])
+    def test_generates_what_the_model_generates(self, model, letters, chunk):
+        reader = PrefixCachingModel(model, letters, chunk=chunk)
         for prompt in self.PROMPTS:
             ids = letters(prompt, return_tensors="pt").input_ids
             whole = model.generate(
@@ -213,8 +215,9 @@ class TestPrefixCachingModel:
             expected = letters.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
             assert reader.generate(prompt, 8) == expected
 
-    def test_log_probabilities_are_the_models(self, model, letters):
-        reader = PrefixCachingModel(model, letters, chunk=50)
+    @pytest.mark.parametrize("chunk", [50, 1000])
+    def test_log_probabilities_are_the_models(self, model, letters, chunk):
+        reader = PrefixCachingModel(model, letters, chunk=chunk)
         for prompt in self.PROMPTS:
             candidates = ["12345", "99999", "7"]
             found = reader.log_probabilities(prompt, candidates)
@@ -225,6 +228,21 @@ class TestPrefixCachingModel:
                 begin = len(prompt)
                 expected = sum(log_p[i - 1, ids[0, i]].item() for i in range(begin, ids.shape[1]))
                 assert value == pytest.approx(expected, abs=1e-4)
+
+    def test_a_prompt_that_shares_little_is_read_in_one_pass(self, letters):
+        """Behind a few cached tokens it would need a mask, with which attention takes twice the time."""
+        passes = []
+
+        class Counted(LlamaForCausalLM):
+            def forward(self, input_ids, cache=None, past_key_values=None, **options):
+                cache = cache if cache is not None else past_key_values
+                passes.append((cache.get_seq_length(), input_ids.shape[1]))
+                return super().forward(input_ids, **cache_option(super(), cache), **options)
+
+        reader = PrefixCachingModel(Counted(llama_config(vocab_size=128)).eval(), letters, chunk=1000)
+        for prompt in ("abc" * 60, "abc" * 40 + "x" * 70, "abc" * 20 + "y" * 70):
+            reader.generate(prompt, 1)
+        assert passes == [(0, 179), (179, 1), (120, 69), (189, 1), (0, 129), (129, 1)]
 
 
 class TestRuns:

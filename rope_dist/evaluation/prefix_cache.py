@@ -123,9 +123,12 @@ class PrefixCachingModel:
                 progress.update(work(self.model, start, start + len(part)))
 
     def _reusable(self, ids: torch.Tensor) -> int:
-        """Number of tokens of ``ids`` whose keys and values are in the cache."""
+        """Number of tokens of ``ids`` whose keys and values in the cache are taken."""
         common = common_prefix(self._ids, ids)
-        return 0 if self._slides and common < len(self._ids) else common
+        # Tokens behind others that are cached need a mask, and then attention computes what it hides too. All of them
+        # in one pass need none: twice as fast for half of a long prompt and more.
+        anew = common < len(ids) / 2 and len(ids) <= self.chunk
+        return 0 if anew or (self._slides and common < len(self._ids)) else common
 
     def _crop(self, length: int) -> None:
         if length == len(self._ids):
