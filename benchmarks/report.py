@@ -75,6 +75,7 @@ def tables() -> dict[str, Table]:
         "quality": lambda: summary.block(results.RESULTS),
         "strategies": lambda: summary.strategies(results.RESULTS),
         "window": lambda: summary.windows(results.RESULTS),
+        "window-needles": lambda: summary.needles(results.RESULTS),
         "longppl": lambda: summary.longppl(results.RESULTS),
         "synthetic": lambda: summary.synthetic(results.RESULTS),
         "tuning": lambda: summary.tuning(results.RESULTS),

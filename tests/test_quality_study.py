@@ -284,6 +284,24 @@ class TestTables:
         assert row[1] == percent(*paired_difference([1.9, 2.0], [2.0, 2.0]))
         assert row[4] == percent(*paired_difference([2.3, 2.3], [2.4, 2.4]))
 
+    def test_needles_of_windows(self, tmp_path):
+        def answer(label, length, trial, generated, task="single-key"):
+            what = {"variant": label, "length": length, "task": task, "trial": trial, "frequencies": label}
+            return {"what": what, "result": {"generated": generated, "decoys": True}}
+
+        answers = [answer("stock", 512, trial, trial > 0) for trial in range(3)]
+        answers += [answer(label, 1024, 0, False) for label in ("yarn", "auto+window=64", "auto")]
+        answers += [answer("auto", 1024, 1, True, "multi-key")]
+        assert summary.needles(tmp_path) == ("", "")
+        (tmp_path / "quality_synthetic.json").write_text(json.dumps(record_of(*answers)))
+        head, *rows = cells(summary.needles(tmp_path)[0])
+        assert head == ["", "512 tokens", "1024 tokens"]
+        assert rows == [
+            ["`stock`", "2/3, 3/3", ""],
+            ["`auto`", "", "0/1, 1/1"],
+            ["`auto+window=64`", "", "0/1, 1/1"],
+        ]
+
     def test_who_leads_is_decided_by_errors(self):
         close = reading("a", "ntk", (2, 2), (2.3, 2.31))  # +0.1 and -0.09
         found = readings.readings(record_of(*AUTO, *YARN, close), 1024)
@@ -338,7 +356,7 @@ class TestTables:
 
     def test_what_is_not_measured_yet_is_left_out(self, tmp_path, monkeypatch):
         monkeypatch.setattr(results, "RESULTS", tmp_path)
-        for name in ("longppl", "synthetic"):
+        for name in ("longppl", "synthetic", "window-needles"):
             filled = report.fill(f"<!-- table: {name} -->old<!-- end -->")
             assert filled == f"<!-- table: {name} -->\n\n<!-- end -->"
             assert report.fill(filled) == filled
