@@ -12,7 +12,6 @@ from .benchmark import figure, find, machine_of
 from .figures import dynamic
 from .quality.growth import GROWN
 from .quality.readings import Readings, load, path_of, readings, trained_length
-from .quality.summary import found_needles
 from .results import DEVICES, RESULTS, ROOT
 from .tables import markdown
 
@@ -224,8 +223,7 @@ def value(name: str, folder: Path = RESULTS) -> str:
 
     Args:
         name: ``KIND/SCALE/LABEL/AGAINST``, a difference in perplexity past the trained length (below it with a fifth
-            part ``below``), spaces of labels written as ``_``; ``needles/TOKENS/LABEL``, single needles that SmolLM2
-            writes; or a name of :func:`model_types`.
+            part ``below``), spaces of labels written as ``_``; or a name of :func:`model_types`.
 
     Raises:
         ValueError: no such value.
@@ -242,15 +240,9 @@ def value(name: str, folder: Path = RESULTS) -> str:
             raise ValueError(f"no text was read by both {label!r} and {against!r} at {scale}x ({kind})")
         span = found.below if where == ["below"] else found.past
         return percent(*found.difference(label, against, both, *span))
-    if kind == "needles" and len(parts) == 2:
-        answers = found_needles(folder).get((parts[1], int(parts[0])))
-        if not answers:
-            raise ValueError(f"{parts[1]!r} was not asked for single needles in {parts[0]} tokens")
-        return f"{sum(answer['generated'] for answer in answers)} of {len(answers)}"
     types = {**model_types(), "gpu": gpu(), "quality-limits": quality_limits(folder)}
     if name not in types:
         raise ValueError(
-            f"a page marks an unknown value {name!r}; known: {', '.join(types)}, KIND/SCALE/LABEL/AGAINST, "
-            "needles/TOKENS/LABEL"
+            f"a page marks an unknown value {name!r}; known: {', '.join(types)}, KIND/SCALE/LABEL/AGAINST"
         )
     return types[name]

@@ -273,30 +273,26 @@ def synthetic(folder: Path) -> tuple[str, str]:
     return _if_measured(folder, ("synthetic",), "rope-dist eval synthetic", title, tables)
 
 
-def found_needles(folder: Path) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """The answers of SmolLM2 about single needles, by label and length; ``ValueError`` where there is no record."""
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for m in only_newest(load(folder, "synthetic")["measurements"], "length"):
-        if m["what"]["task"] == "single-key":
-            found.setdefault((m["what"]["variant"], m["what"]["length"]), []).append(m["result"])
-    return found
-
-
 def needles(folder: Path) -> tuple[str, str]:
     """Single needles that SmolLM2 finds with and without a window, a column a length; nothing without a record."""
-    found = found_needles(folder) if path_of(folder, "synthetic").exists() else {}
-    if not found:
+    if not path_of(folder, "synthetic").exists():
         return "", ""
+    record = load(folder, "synthetic")
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for m in only_newest(record["measurements"], "length"):
+        if m["what"]["task"] == "single-key":
+            found.setdefault((m["what"]["variant"], m["what"]["length"]), []).append(m["result"])
     lengths = sorted({length for _, length in found})
-    labels = [STOCK, BASELINE, *windowed(trained_length(load(folder, "synthetic")))]
 
     def cell(label: str, length: int) -> str:
         answers = found.get((label, length), [])
         counts = (sum(answer[scoring] for answer in answers) for scoring in ("generated", "decoys"))
         return ", ".join(f"{count}/{len(answers)}" for count in counts) if answers else ""
 
+    labels = (STOCK, BASELINE, *windowed(trained_length(record)))
     rows = [[f"`{label}`", *(cell(label, length) for length in lengths)] for label in labels]
-    return markdown([row for row in rows if any(row[1:])], ["", *(f"{n} tokens" for n in lengths)]), ""
+    rows = [row for row in rows if any(row[1:])]
+    return (markdown(rows, ["", *(f"{n} tokens" for n in lengths)]), "") if rows else ("", "")
 
 
 def _if_measured(
