@@ -248,6 +248,9 @@ class TestRuns:
         table = synthetic_tables(found, 100)
         assert re.search(r"all tasks +stock +81% ", table)
         assert not re.search(r"all tasks +pi", table)  # it has not answered one of them
+        table = synthetic_tables(found, 100, "pi")
+        assert re.search(r"multi-key +stock .*-0.30 ± 0.05", table)
+        assert re.search(r"all tasks +stock .* -\d+\.\d+ *\n", table)  # and is not compared with
         with pytest.raises(ValueError, match="'yarn' is not one of stock, pi"):
             synthetic_tables(found, 100, "yarn")
         assert "against" not in synthetic_tables(found[:20], 100)

@@ -104,13 +104,15 @@ def synthetic_tables(
     tasks = list(dict.fromkeys(m["what"]["task"] for m in measurements))
     parts = []
     for length in sorted({length for length, *_ in found}):
-        rows, answered = [], {key[1:] for key in found if key[0] == length}
-        asked = [task for task in tasks if any((task, label) in answered for label in labels)]
+        rows = []
+        asked = [task for task in tasks if any((length, task, label) in found for label in labels)]
+        for label in labels:
+            if not all((length, task, label) in found for task in asked):
+                found.pop((length, ALL_TASKS, label), None)  # the mean of some tasks is no mean of all
         for task in [*asked, ALL_TASKS] if len(asked) > 1 else asked:
             for label in labels:
                 own, other = found.get((length, task, label), {}), found.get((length, task, base), {})
-                # The mean of some tasks is no mean of all.
-                if own and (task != ALL_TASKS or all((one, label) in answered for one in asked)):
+                if own:
                     compared = [] if len(labels) == 1 else [_compared(own, other) if label != base else ""]
                     rows.append([task, label, *_answers(own), *compared])
         marked = f"{length}{'*' if length > trained_length else ''} tokens"
