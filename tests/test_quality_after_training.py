@@ -54,7 +54,7 @@ def base(tmp_path_factory):
     return folder
 
 
-def load_base(folder):
+def fingerprint_of(folder):
     """The fingerprint of the model in a folder."""
     model, _ = load_model(str(small_llama.trained(folder)))
     return describe_model(model, "")["fingerprint"]
@@ -200,7 +200,7 @@ class TestStudy:
         # The seeds are other orders: they differ after the first step, and training changes what is read.
         (scale,) = summary.scales(record)
         assert scale.steps == (0, 1, 3)
-        assert scale.trainings == [(load_base(base), seed) for seed in (0, 1)]
+        assert scale.trainings == [(fingerprint_of(base), seed) for seed in (0, 1)]
         first, second = scale.loss("dprope", 3)
         assert first != second
         assert scale.loss("dprope", 0)[0] > max(first, second)

@@ -125,10 +125,10 @@ def finished(folder: Path) -> list[Scale]:
     return scales(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
 
 
-def ordered(scale: Scale, labels: Sequence[str] | None = None) -> list[str]:
+def ordered(scale: Scale) -> list[str]:
     """Labels that have a training in common with the reference, the lowest last loss first."""
     found = {}
-    for label in labels or scale.results:
+    for label in scale.results:
         if against := scale.difference(label, scale.reference, scale.steps[-1]):
             found[label] = against[0]
     return sorted(found, key=found.__getitem__)
