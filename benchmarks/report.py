@@ -76,6 +76,7 @@ def tables() -> dict[str, Table]:
         "strategies": lambda: summary.strategies(results.RESULTS),
         "window": lambda: summary.windows(results.RESULTS),
         "window-needles": lambda: summary.needles(results.RESULTS),
+        "window-passkeys": lambda: summary.passkeys(results.RESULTS),
         "longppl": lambda: summary.longppl(results.RESULTS),
         "synthetic": lambda: summary.synthetic(results.RESULTS),
         "tuning": lambda: summary.tuning(results.RESULTS),

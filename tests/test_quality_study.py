@@ -299,8 +299,33 @@ class TestTables:
         assert rows == [
             ["`stock`", "2/3, 3/3", ""],
             ["`auto`", "", "0/1, 1/1"],
+            ["`yarn`", "", "0/1, 1/1"],
             ["`auto+window=64`", "", "0/1, 1/1"],
         ]
+
+    def test_passkeys_of_windows(self, tmp_path):
+        def answer(label, trial, scoring, correct):
+            what = {
+                "variant": label,
+                "length": 512,
+                "depth": 0.5,
+                "trial": trial,
+                "seed": 0,
+                "scoring": scoring,
+            }
+            return {"what": what | {"frequencies": label}, "result": {"correct": correct}}
+
+        answers = [
+            answer(label, trial, scoring, scoring == "decoys" or (label == "auto" and trial == 1))
+            for label in ("grouped+window=64", "auto")
+            for trial in range(2)
+            for scoring in ("generate", "decoys")
+        ]
+        answers.append(answer("auto", 2, "generate", True))  # the other scoring was not reached
+        (tmp_path / "quality_passkey_small.json").write_text(json.dumps(record_of(*answers)))
+        head, *rows = cells(summary.passkeys(tmp_path)[0])
+        assert head == ["", "512 tokens"]
+        assert rows == [["`auto`", "1/2, 2/2"], ["`grouped+window=64`", "0/2, 2/2"]]
 
     def test_who_leads_is_decided_by_errors(self):
         close = reading("a", "ntk", (2, 2), (2.3, 2.31))  # +0.1 and -0.09
@@ -356,7 +381,7 @@ class TestTables:
 
     def test_what_is_not_measured_yet_is_left_out(self, tmp_path, monkeypatch):
         monkeypatch.setattr(results, "RESULTS", tmp_path)
-        for name in ("longppl", "synthetic", "window-needles"):
+        for name in ("longppl", "synthetic", "window-needles", "window-passkeys"):
             filled = report.fill(f"<!-- table: {name} -->old<!-- end -->")
             assert filled == f"<!-- table: {name} -->\n\n<!-- end -->"
             assert report.fill(filled) == filled
@@ -385,6 +410,7 @@ def test_longppl_takes_the_losses_that_the_study_kept(tmp_path, model_directory,
         lines = list(study_longppl.measurements(entry, (part,), tmp_path, losses))
         assert len(lines) == 3
         assert [one.endswith(": on record") for one in lines] == [again] * 3
+        assert [one.endswith(": from kept losses") for one in lines[1:]] == [not again] * 2
     record = json.loads((tmp_path / "quality_longppl.json").read_text())
     found, *read = record["measurements"]
     positions = found["result"]["positions"]

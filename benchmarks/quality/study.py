@@ -190,6 +190,28 @@ class Reader:
                 torch.save(nll, temporary)
         return nll
 
+    def measure(
+        self,
+        what: dict[str, Any],
+        text: str,
+        ids: torch.Tensor,
+        variant: Variant,
+        result_of: Callable[[torch.Tensor], dict[str, Any]],
+    ) -> tuple[dict[str, Any], bool]:
+        """The measurement of a reading, as ``result_of(losses)``, and whether it was on record."""
+        kept = self.kept(text, ids, variant)
+        if kept and kept.exists() and self.record.get(what | variant.identity) is None:
+            # Without seconds: nothing is read.
+            result = result_of(self.nll(text, ids, variant))
+            self.record.put(what | variant.identity, result, variant)
+            return {"what": what | variant.identity, "result": result}, False
+
+        def compute() -> dict[str, Any]:
+            return result_of(self.nll(text, ids, variant))
+
+        doing = f"evaluating {ids.shape[1]} tokens"
+        return self.record.measure(what, variant, self.model, compute, doing)[1:]
+
     def read(self, text: str, ids: torch.Tensor, variant: Variant) -> tuple[dict[str, Any], bool]:
         """The measurement of ``ids [passages, S]``, and whether it was on record under whatever label."""
         what = {"method": "whole", **Passage(text, 0, ids).identity}
@@ -203,18 +225,7 @@ class Reader:
             if current != variant.fingerprint:
                 self.record.put(own, same[-1], variant)
             return {"what": own, "result": same[-1]}, True
-        kept = self.kept(text, ids, variant)
-        if kept and kept.exists():
-            # Without seconds: nothing is read.
-            result = summarise(self.nll(text, ids, variant), self.entry.width)
-            self.record.put(own, result, variant)
-            return {"what": own, "result": result}, False
-
-        def compute() -> dict[str, Any]:
-            return summarise(self.nll(text, ids, variant), self.entry.width)
-
-        doing = f"evaluating {ids.shape[1]} tokens"
-        return self.record.measure(what, variant, self.model, compute, doing)[1:]
+        return self.measure(what, text, ids, variant, functools.partial(summarise, width=self.entry.width))
 
 
 def texts_of(entry: StudyModel, tokenizer: Any) -> Callable[[str], Passage | None]:

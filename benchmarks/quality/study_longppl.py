@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.quality.parts import CLOSEST, QUICK, SMOLLM2, Part, StudyModel, planner
@@ -31,7 +32,7 @@ from benchmarks.quality.study import (
     texts_of,
 )
 from rope_dist import evaluation
-from rope_dist.evaluation import Passage, Record, Variant
+from rope_dist.evaluation import Passage, Record
 from rope_dist.evaluation.longppl import Evaluator, key_tokens, longppl_result, make_evaluator, reading_key
 
 PARTS = (Part("2x", 2, CLOSEST, windows=True), Part("4x", 4, CLOSEST, windows=True))
@@ -77,11 +78,10 @@ def measurements(
             _, m, finished = record.measure(what, evaluator.variant, model, find, "finding key tokens")
             yield line(f"{passage.text}, {tokens} tokens, key tokens", m, finished)
             keys = m["result"]["positions"]
-            what = reading_key(passage, keys)
+            what, of_keys = reading_key(passage, keys), partial(_of_keys, keys=keys)
             for label in part.labels(entry.trained):
                 one = variant(label, target)
-                read = partial(_losses, reader, passage, one, keys)
-                _, m, finished = record.measure(what, one, model, read, f"evaluating {tokens} tokens")
+                m, finished = reader.measure(what, passage.text, passage.ids, one, of_keys)
                 yield line(f"{passage.text}, {tokens} tokens, {label}", m, finished)
 
 
@@ -89,8 +89,8 @@ def _positions(model: Any, passage: Passage, evaluator: Evaluator, chunk: int) -
     return {"positions": key_tokens(model, passage.ids, evaluator, chunk=chunk).tolist()}
 
 
-def _losses(reader: Reader, passage: Passage, variant: Variant, keys: list[int]) -> dict[str, Any]:
-    return longppl_result(reader.nll(passage.text, passage.ids, variant)[0], keys)
+def _of_keys(nll: torch.Tensor, keys: list[int]) -> dict[str, Any]:
+    return longppl_result(nll[0], keys)
 
 
 if __name__ == "__main__":
