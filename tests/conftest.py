@@ -15,6 +15,10 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     kept = Path(tempfile.gettempdir()) / f"torchinductor_{capability}_{getattr(os, 'getuid', int)()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
 
+# Workers share the processors: with all of them each, the threads of one wait for those of another.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // int(workers), 1)))
+
 # Nothing in the suite may wait for a hub that is not there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
