@@ -48,7 +48,8 @@ PAPER_TRAINED = 4096
 PAPER_SHARE = {2: 80 / 128, 4: 64 / 128}
 """Interpolated dimensions of the paper's plans, by scale."""
 PAPER_SHARE_LABEL = "the paper's share of pairs"
-OTHERS = ("extrapolation", "pi", "ntk", "yarn", "auto", "auto-yarn", "mrrope-pro")
+OTHERS = ("auto", "yarn", "auto-yarn", "mrrope-pro", "ntk", "pi", "extrapolation")
+"""What a study that is stopped should have comes first."""
 
 
 @dataclass(frozen=True)
