@@ -7,6 +7,7 @@ import math
 import random
 import re
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -204,6 +205,13 @@ class TestStudy:
         first, second = scale.loss("dprope", 3)
         assert first != second
         assert scale.loss("dprope", 0)[0] > max(first, second)
+
+    def test_chosen_strategies(self, base, tmp_path):
+        study = replace(STUDY, seeds=(0,))
+        lines = list(after_training.measure(base, tmp_path, study, texts=HELD_OUT, labels=["yarn"]))
+        assert [line.split(", ")[2] for line in lines] == ["yarn"] * 3
+        with pytest.raises(ValueError, match="no strategy is called nope; there are dprope, yarn"):
+            list(after_training.measure(base, tmp_path, study, texts=HELD_OUT, labels=["yarn", "nope"]))
 
     def test_step_0_is_the_untrained_extended_model(self, base, tmp_path):
         list(after_training.measure(base, tmp_path, STUDY, texts=HELD_OUT))

@@ -1,7 +1,8 @@
 """Which strategy is best after training: a small LLaMA is extended 2x and 4x, and trained on as the paper does.
 
     python -m benchmarks.quality.small_llama FOLDER [--seed 1]  # its first training: the base
-    python -m benchmarks.quality.after_training FOLDER [--seconds 3600] [--device cuda] [--quick]
+    python -m benchmarks.quality.after_training FOLDER [--strategies auto yarn] [--seconds 3600] [--device cuda]
+        [--quick]
 
 Every strategy trains on from the same weights, on the same texts in the same order: AdamW with a constant learning
 rate, no warm-up, no weight decay, packed texts of the new length (Wu et al. 2024, section 4.1). Before, during and
@@ -119,14 +120,25 @@ class Run:
         return what | {"settings": self.settings, **self.variant.identity}
 
 
-def runs(study: Study, model: LlamaForCausalLM, base: str) -> list[Run]:
-    """All trainings of a model with the fingerprint ``base``: those of the first seed first."""
+def runs(study: Study, model: LlamaForCausalLM, base: str, labels: Sequence[str] | None = None) -> list[Run]:
+    """Trainings of a model with the fingerprint ``base``, by the strategies with these labels (None: all).
+
+    Those of the first seed come first.
+
+    Raises:
+        ValueError: a label that no strategy has.
+    """
     trained_length, head_dim = model.config.max_position_embeddings, model.config.head_dim
     made = []
     for seed in study.seeds:
         for scale in study.scales:
             length = scale * trained_length
-            for label, settings in strategies(scale, trained_length, head_dim, study.others).items():
+            known = strategies(scale, trained_length, head_dim, study.others)
+            if unknown := [label for label in labels or () if label not in known]:
+                raise ValueError(f"no strategy is called {', '.join(unknown)}; there are {', '.join(known)}")
+            for label, settings in known.items():
+                if labels is not None and label not in labels:
+                    continue
                 (variant,) = make_variants(model, [settings], length)
                 made.append(Run(study, base, scale, length, seed, Variant(label, variant.plan), settings))
     return made
@@ -252,6 +264,7 @@ def measure(
     deadline: float = math.inf,
     texts: dict[str, str] | None = None,
     device: torch.device | str = "cpu",
+    labels: Sequence[str] | None = None,
 ) -> Iterator[str]:
     """Run what is not on record; yields a line a measurement.
 
@@ -262,6 +275,7 @@ def measure(
         deadline: of ``time.monotonic()``; a training stops within a step of it.
         texts: held-out texts by title; None: those of :mod:`benchmarks.quality.training_text`.
         device: of the model.
+        labels: of the strategies; None: all.
     """
     directory = trained(base)
     model, tokenizer = load_model(str(directory), device, "float32")
@@ -272,7 +286,7 @@ def measure(
     record = Record(output / RECORD, KIND, {key: identity[key] for key in ("name", "dtype")})
     texts = texts or training_text.held_out_texts()
     readers: dict[int, Reader] = {}
-    for run in runs(study, model, identity["fingerprint"]):
+    for run in runs(study, model, identity["fingerprint"], labels):
         if all(record.get(run.what(step)) for step in study.evaluate_at):
             continue
         if time.monotonic() > deadline:
@@ -303,6 +317,7 @@ def main() -> None:
         default=math.inf,
         help="stop after this time; the same command goes on",
     )
+    add("--strategies", nargs="+", metavar="NAME", help="only these (default: all)")
     add("--device", type=device_option, default="cpu", help="cpu, cuda or cuda:N (default: %(default)s)")
     add("--scales", type=int, nargs="+", choices=(2, 4), default=Study.scales, help="(default: 2 4)")
     add("--quick", action="store_true", help="two steps of one strategy and dprope: does the study run?")
@@ -314,7 +329,8 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + arguments.seconds
     try:
-        for line in measure(arguments.folder, output, study, deadline=deadline, device=arguments.device):
+        options = {"deadline": deadline, "device": arguments.device, "labels": arguments.strategies}
+        for line in measure(arguments.folder, output, study, **options):
             print(line, flush=True)
     except (ValueError, MissingPackageError) as error:
         parser.error(str(error))
