@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rope_dist.plots import Bar, mixed_with_white, plot_bars, plot_relative_perp
 
 from . import results
 from .benchmark import figure, find, machine_of
-from .quality import growth_summary
+from .quality import after_training_summary, growth_summary
 from .quality.growth import GROWN
 from .quality.readings import Readings, load, readings, trained_length
 from .results import ROOT, Rows
@@ -179,14 +180,21 @@ def plots_of_results(folder: Path, devices: dict[str, str]) -> list[tuple[Path, 
             found.append((PLOTS / f"speed-{device}.svg", digest(rows), partial(draw_bars, device=device)))
     (curves, errors), _ = relative_perplexity(folder)
     if curves:
-        # Six decimals: another CPU's exp may differ in the last of a double.
         points = {
-            name: {
-                label: [[b.start, b.end, round(b.perplexity, 6)] for b in of] for label, of in labels.items()
-            }
+            name: {label: [[b.start, b.end, b.perplexity] for b in of] for label, of in labels.items()}
             for name, labels in curves.items()
         }
-        shown = digest([points, json.loads(json.dumps(errors), parse_float=lambda x: round(float(x), 6))])
+        shown = digest(_six_decimals([points, errors]))
         draw = partial(draw_relative_perplexity, folder=folder, note=shown)
         found.append((PLOTS / "perplexity.svg", shown, draw))
+    if trained := after_training_summary.finished(folder):
+        panels = after_training_summary.panels(trained)
+        shown = digest(_six_decimals({title: list(map(asdict, of)) for title, (_, of) in panels.items()}))
+        draw = partial(after_training_summary.draw, found=trained, note=shown)
+        found.append((PLOTS / "after_training.svg", shown, draw))
     return found
+
+
+def _six_decimals(values: Any) -> Any:
+    """JSON values with rounded numbers: another CPU's exp may differ in the last of a double."""
+    return json.loads(json.dumps(values), parse_float=lambda text: round(float(text), 6))

@@ -417,29 +417,35 @@ def plot_training(
     path: str | os.PathLike[str],
     *,
     baseline: str = "auto",
+    note: str = "",
 ) -> None:
     """Perplexity against training steps on a logarithmic axis, a panel per entry, e.g. per scale.
 
-    Below each panel that has the baseline, the perplexities relative to it.
+    Below each panel that has the baseline, the perplexities relative to it: linear within one percent, beyond it
+    logarithmic. A label has the same colour and marker in every panel.
 
     Args:
         panels: the trained length and the curves, by title.
         title: above the panels.
         baseline: a label.
+        note: stored in the metadata (SVG only).
     """
     figure, axes = _figure(2, len(panels), 5.2 * len(panels) + 2.6, 7.2, sharex="col")
     legend: dict[str, Any] = {}
+    # A label looks the same in every panel.
+    colours = _colours(dict.fromkeys(curve.label for _, curves in panels.values() for curve in curves))
+    markers = dict(zip(colours, cycle("osD^vPX*<>"), strict=False))
     for (above, below), (name, (trained_length, curves)) in zip(axes.T, panels.items(), strict=True):
         base = next((curve.perplexity for curve in curves if curve.label == baseline), None)
-        markers = cycle("osD^vPX*<>")
-        for (label, colour), curve in zip(_colours(c.label for c in curves).items(), curves, strict=True):
-            style = {"color": colour, "marker": next(markers), "markersize": 4, "linewidth": 1.4}
+        for curve in curves:
+            label, colour = curve.label, colours[curve.label]
+            style = {"color": colour, "marker": markers[label], "markersize": 4, "linewidth": 1.4}
             (line,) = above.plot(curve.steps, curve.perplexity, label=label, **style)
             above.fill_between(curve.steps, curve.lows, curve.highs, color=colour, alpha=0.15, linewidth=0)
             legend.setdefault(label, line)
             if base:
                 percent = [100 * (own / other - 1) for own, other in zip(curve.perplexity, base, strict=True)]
-                below.plot(curve.steps, [v if v <= MOST_RELATIVE else math.nan for v in percent], **style)
+                below.plot(curve.steps, percent, **style)
         steps = sorted({step for curve in curves for step in curve.steps})
         for axis in (above, below):
             # Linear below the first step that is above 0, so that 0 has a place.
@@ -453,12 +459,18 @@ def plot_training(
         above.set_ylim(lowest / 1.01, top * 1.01)
         _log_y_axis(above)
         if highest > top:
-            note = f"above {top:.0f} not drawn"
-            above.text(0.98, 0.98, note, transform=above.transAxes, va="top", ha="right", fontsize=8)
+            text = f"above {top:.0f} not drawn"
+            above.text(0.98, 0.98, text, transform=above.transAxes, va="top", ha="right", fontsize=8)
         above.set_ylabel(f"perplexity past {trained_length} tokens")
         above.set_title(name, fontsize=10)
         below.set(xlabel="training steps after the extension", ylabel=f"relative to {baseline}, %")
+        # After training the differences are of a percent, before it of tens of them.
+        below.set_yscale("symlog", linthresh=1)
+        low, high = below.get_ylim()
+        ticks = [tick for tick in (-10, -3, -1, -0.5, 0, 0.5, 1, 3, 10, 30, 100) if low <= tick <= high]
+        below.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        below.set_yticks([], minor=True)
         below.set_visible(base is not None)
     figure.suptitle(title)
     figure.legend(legend.values(), legend, fontsize=8, loc="outside right upper")
-    _save(figure, path)
+    _save(figure, path, note)

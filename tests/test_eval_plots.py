@@ -153,3 +153,21 @@ def test_passkey_scores_are_readable_on_their_cells(figure):
     assert accuracies.tolist()[0] == pytest.approx([1, 2 / 3])
     assert accuracies.tolist()[1][0] == 0
     assert not math.isfinite(accuracies.filled(math.nan)[1][1])  # not measured
+
+
+def test_a_training_looks_the_same_in_every_panel(figure):
+    def curve(label, *perplexity):
+        return plots.TrainingCurve(label, (0, 10), perplexity, perplexity, perplexity)
+
+    first = curve("dprope", 30.0, 10.1), curve("auto", 20.0, 10.0), curve("dprope:threshold=0", 90.0, 10.2)
+    second = curve("auto", 20.0, 10.0), curve("dprope:threshold=0", 21.0, 9.9)
+    drawn = figure(plots.plot_training, {"2x": (256, first), "4x": (256, second)}, "title")
+    above, above_4x, below, below_4x = (axis.get_lines() for axis in drawn.axes)
+    looks = [
+        [(line.get_color(), line.get_marker()) for line in of] for of in (above, above_4x, below, below_4x)
+    ]
+    assert looks[0] == looks[2]
+    assert looks[1] == looks[3] == looks[0][1:]
+    assert len(set(looks[0])) == 3
+    assert list(below[0].get_ydata()) == pytest.approx([50, 1])  # percent above auto's
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == [c.label for c in first]

@@ -8,7 +8,7 @@ Every strategy trains on from the same weights, on the same texts in the same or
 rate, no warm-up, no weight decay, packed texts of the new length (Wu et al. 2024, section 4.1). Before, during and
 after it reads held-out text and looks for passkeys of the new length. It resumes where it was stopped, within a
 training too. Result: ``quality_after_training.json``, which takes trainings of several bases, a folder each;
-``python -m benchmarks.report`` makes the tables of it.
+``python -m benchmarks.report`` makes the tables and the plot of it.
 """
 
 import math
@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.benchmark import Parser, positive
 from benchmarks.quality import small_llama, training_text
-from benchmarks.quality.after_training_summary import RECORD, draw, finished
+from benchmarks.quality.after_training_summary import RECORD
 from benchmarks.quality.small_llama import (
     TOKENS,
     Recipe,
@@ -334,8 +334,6 @@ def main() -> None:
             print(line, flush=True)
     except (ValueError, MissingPackageError) as error:
         parser.error(str(error))
-    if found := finished(output):
-        draw(output, found)
     print("the same command goes on" if time.monotonic() > deadline else "all there are")
 
 

@@ -1,4 +1,4 @@
-"""Tables and picture of the study of training after an extension."""
+"""Tables and plot of the study of training after an extension."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from benchmarks.tables import markdown
 from rope_dist.evaluation.paired import paired_difference, percent
 from rope_dist.plots import TrainingCurve, plot_training
 
-RECORD, PICTURE = "quality_after_training.json", "quality_after_training.png"
+RECORD = "quality_after_training.json"
 BASELINE = "auto"
 MEETS = 0.01
 """Strategies have met where their perplexities are within one percent."""
@@ -205,8 +205,9 @@ def block(folder: Path) -> tuple[str, str]:
     for scale in found:
         parts.append(f"Extended {heading(scale)}, perplexity of held-out tokens past {scale.trained}:")
         parts += [table(scale), sentences(scale)]
-    if (folder / PICTURE).exists():
-        parts.append(f"![Perplexity after training](../benchmarks/results/{PICTURE})")
+    parts.append(
+        "![Perplexity past the trained length while training on](../benchmarks/plots/after_training.svg)"
+    )
     bases = sorted({base for scale in found for base, _ in scale.trainings})
     batch, rate = whats[0]["batch"], whats[0]["rate"]
     parts.append(
@@ -215,7 +216,7 @@ def block(folder: Path) -> tuple[str, str]:
         f"{found[0].trained} trained tokens (`benchmarks.quality.small_llama`; {', '.join(bases)}), each seed an "
         f"order of the text that it is trained on with: {batch} tokens a step, learning rate {rate:.2g} held "
         f"constant. Read: {'; '.join(texts)}. Passkeys: likelier than each of nine decoys, prompts of the extended "
-        "length."
+        "length. Errors are of the held-out samples, and of the trainings too where there are several."
     )
     return "\n\n".join(parts), "; ".join(dict.fromkeys(map(machine_of, record["machines"])))
 
@@ -249,7 +250,11 @@ def curves(scale: Scale) -> list[TrainingCurve]:
     return made
 
 
-def draw(folder: Path, found: Sequence[Scale]) -> None:
-    """The picture, beside the record."""
-    panels = {heading(scale): (scale.trained, curves(scale)) for scale in found}
-    plot_training(panels, "Perplexity past the trained length while training on", folder / PICTURE)
+def panels(found: Sequence[Scale]) -> dict[str, tuple[int, list[TrainingCurve]]]:
+    """Of the plot, by title: the trained length and the curves."""
+    return {heading(scale): (scale.trained, curves(scale)) for scale in found}
+
+
+def draw(path: Path, found: Sequence[Scale], note: str) -> None:
+    """Write the plot, a panel a scale."""
+    plot_training(panels(found), "Perplexity past the trained length while training on", path, note=note)
