@@ -163,6 +163,7 @@ BENCHMARK = Benchmark(
         "quick": ["tiny-256: 1k"],
     },
     share={"cpu": 12, "cuda": 11},
+    products=True,
     baselines=ATTENTION[1:],
     sources=MODELS,
 )

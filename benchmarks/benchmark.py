@@ -97,6 +97,8 @@ class Benchmark:
         wide: whether its table has a row a case and a column an implementation, or the other way round where that
             is too wide; else a row an implementation of each case.
         layers: whether it has the option ``--layers``.
+        products: whether its cases multiply matrices: they are in float32, where no dtype is named, on a processor
+            that has no products in bfloat16.
         threads: of torch; None: as it is.
         shapes: what ``--models`` knows.
         sources: patterns of the files whose code is measured, besides its own.
@@ -112,6 +114,7 @@ class Benchmark:
     unit: str = "ms"
     wide: bool = True
     layers: bool = False
+    products: bool = False
     threads: int | None = None
     shapes: Mapping[str, Shape] = field(default_factory=lambda: SHAPES)
     sources: tuple[str, ...] = OPERATORS
@@ -223,8 +226,10 @@ class Benchmark:
 
     def _sizes(self, parsed: argparse.Namespace, device: torch.device) -> list[Size]:
         sizes: dict[Size, None] = {}
+        slow = self.products and device.type == "cpu" and not machine.has_bfloat16_products()
+        default = "fp32" if slow else "bf16"
         for line in self.sizes["quick" if parsed.quick else device.type]:
-            models, lengths, dtypes = (part.split() for part in f"{line}:bf16".split(":")[:3])
+            models, lengths, dtypes = (part.split() for part in f"{line}:{default}".split(":")[:3])
             lengths = [int(n.removesuffix("k")) * (1024 if n.endswith("k") else 1) for n in lengths]
             asked = parsed.models or models, parsed.dtypes or dtypes, parsed.lengths or lengths
             sizes |= dict.fromkeys(Size(self.shapes[m], n, dtype) for m, dtype, n in product(*asked))

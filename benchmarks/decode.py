@@ -59,6 +59,7 @@ BENCHMARK = Benchmark(
         "quick": ["SmolLM2-135M: 1"],
     },
     share={"cpu": 4, "cuda": 10},
+    products=True,
     baselines=(COMPILED, projection.LIGER, projection.QUACK),
     sources=(*OPERATORS, "benchmarks/projection.py"),
 )

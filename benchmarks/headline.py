@@ -90,7 +90,7 @@ def claim(folder: Path) -> tuple[str, str]:
     row, _ = _row("rotary", SPEEDS[0][2], "cpu")
     if row:
         text += (
-            f" RoPE of a layer ({SPEEDS[0][2]}) runs **{1 / row['ratio']:.0f} times as fast as Hugging Face's** on a "
+            f" RoPE of a layer ({row['case']}) runs **{1 / row['ratio']:.0f} times as fast as Hugging Face's** on a "
             "CPU."
         )
     return text, ""
@@ -127,7 +127,7 @@ def _listed(counts: dict[float, int]) -> str:
 
 def _row(name: str, case: str, device: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """What `enable()` runs in a case of a benchmark, and Hugging Face's; None: not measured."""
-    rows = [row for row in results.of(name, device) if row["case"] == case and "seconds" in row]
+    rows = results.timed(name, device, case)
     ours = (row for known in OURS for row in rows if row["implementation"] == known)
     return next(ours, None), next((row for row in rows if row["kind"] == "reference"), None)
 
@@ -140,7 +140,9 @@ def speed(device: str) -> tuple[str, str]:
         if row and reference:
             unit = find(name).unit
             times = [figure(one["seconds"], unit, one.get("tokens")) + f" {unit}" for one in (reference, row)]
-            rows.append([f"{title}: {case.partition(', forward')[0]}", *times, f"{1 / row['ratio']:.1f}x"])
+            rows.append(
+                [f"{title}: {row['case'].partition(', forward')[0]}", *times, f"{1 / row['ratio']:.1f}x"]
+            )
             machine, stale = machine_of(row), stale or row["code"] != find(name).code
     if not rows:
         return f"Not measured on a {DEVICES[device]} yet.", ""

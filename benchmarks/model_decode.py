@@ -64,4 +64,5 @@ BENCHMARK = models.benchmark(
         "quick": ["tiny-256: 256"],
     },
     share={"cuda": 7},
+    products=True,
 )

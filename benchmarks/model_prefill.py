@@ -35,4 +35,5 @@ BENCHMARK = models.benchmark(
         "quick": ["tiny-256: 1k"],
     },
     share={"cpu": 10, "cuda": 14},
+    products=True,
 )

@@ -59,4 +59,5 @@ BENCHMARK = models.benchmark(
         "quick": ["tiny-256: 512"],
     },
     share={"cpu": 14, "cuda": 7},
+    products=True,
 )

@@ -205,5 +205,6 @@ BENCHMARK = Benchmark(
         "quick": ["SmolLM2-135M: 1k"],
     },
     share={"cpu": 22, "cuda": 28},
+    products=True,
     baselines=(COMPILED, LIGER, QUACK),
 )

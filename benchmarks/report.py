@@ -25,7 +25,7 @@ from rope_dist.plots import plot_plans
 from . import angle_error, headline, results, rollout_distance, roofline
 from .benchmark import Parser, machine_of, names
 from .figures import PLOTS, digest, plots_of_results
-from .quality import after_training_summary, growth_summary, summary
+from .quality import after_training_summary, answers, growth_summary, summary
 from .results import DEVICES, ROOT
 from .tables import markdown, section
 
@@ -75,8 +75,8 @@ def tables() -> dict[str, Table]:
         "quality": lambda: summary.block(results.RESULTS),
         "strategies": lambda: summary.strategies(results.RESULTS),
         "window": lambda: summary.windows(results.RESULTS),
-        "window-needles": lambda: summary.needles(results.RESULTS),
-        "window-passkeys": lambda: summary.passkeys(results.RESULTS),
+        "window-needles": lambda: answers.needles(results.RESULTS),
+        "passkeys": lambda: answers.passkeys(results.RESULTS),
         "longppl": lambda: summary.longppl(results.RESULTS),
         "synthetic": lambda: summary.synthetic(results.RESULTS),
         "tuning": lambda: summary.tuning(results.RESULTS),

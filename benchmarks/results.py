@@ -34,6 +34,13 @@ def of(benchmark: str, device: str, folder: Path | None = None) -> Rows:
     return [row for row in read(device, folder) if row["benchmark"] == benchmark]
 
 
+def timed(benchmark: str, device: str, case: str) -> Rows:
+    """The rows with a time of one case; of the same in float32 where the processor has no products in bfloat16."""
+    rows = [row for row in of(benchmark, device) if "seconds" in row]
+    found = [row for row in rows if row["case"] == case]
+    return found or [row for row in rows if row["case"] == case.replace("bf16", "fp32")]
+
+
 def replace(benchmark: str, device: str, rows: Rows, folder: Path) -> None:
     """Put ``rows`` in the place of those of that benchmark: whole or not at all, others stay as they are."""
     path = folder / f"{device}.jsonl"

@@ -173,5 +173,6 @@ BENCHMARK = Benchmark(
         "quick": ["SmolLM2-135M: 2k"],
     },
     share={"cpu": 6, "cuda": 3},
+    products=True,
     sources=MODELS,
 )

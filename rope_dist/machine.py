@@ -48,6 +48,14 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def has_bfloat16_products() -> bool:
+    """Whether PyTorch multiplies matrices in bfloat16 by instructions of this processor.
+
+    Without them (AVX2 alone) a product takes many times as long as in float32.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def last_level_cache_bytes(device: torch.device | str) -> int:
     """Bytes of the last level of cache; 64 MiB where the system does not say."""
     device = torch.device(device)

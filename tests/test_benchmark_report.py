@@ -97,6 +97,17 @@ class TestReport:
         assert texts == ["A. Machine: first.", "N.", "B.", "C. Machine: other.", "A. Machine: first."]
         assert report.fill(filled) == filled
 
+    def test_a_case_in_float32_stands_where_there_is_none_in_bfloat16(self, folder):
+        rows = [
+            {"benchmark": "decode", "case": "a, bf16", "seconds": 1.0},
+            {"benchmark": "decode", "case": "a, fp32", "seconds": 2.0},
+            {"benchmark": "decode", "case": "b, bf16", "note": "skipped: not begun within 3 s"},
+            {"benchmark": "decode", "case": "b, fp32", "seconds": 3.0},
+        ]
+        results.replace("decode", "cpu", rows, folder)
+        found = {case: results.timed("decode", "cpu", f"{case}, bf16") for case in "abc"}
+        assert found == {"a": rows[:1], "b": rows[3:], "c": []}
+
     def test_a_result_becomes_a_table_and_a_plot(self, folder, monkeypatch):
         pytest.importorskip("matplotlib", reason="matplotlib is not installed")
         arguments = [

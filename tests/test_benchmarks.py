@@ -437,6 +437,22 @@ class TestScripts:
         chosen = parse("--models", "tiny-256", "--lengths", "5", "2048", "--dtypes", "fp16")
         assert [str(size) for size in chosen] == ["tiny-256, 5, fp16", "tiny-256, 2k, fp16"]
 
+    @pytest.mark.parametrize(
+        ("name", "bfloat16", "device", "dtype"),
+        [
+            ("projection", True, "cpu", "bf16"),
+            ("projection", False, "cpu", "fp32"),
+            ("projection", False, "cuda", "bf16"),
+            ("rotary", False, "cpu", "bf16"),
+        ],
+    )
+    def test_products_are_in_a_dtype_that_the_processor_has(self, monkeypatch, name, bfloat16, device, dtype):
+        monkeypatch.setattr(machine, "has_bfloat16_products", lambda: bfloat16)
+        sizes = find(name)._sizes(find(name).parser().parse_args([]), torch.device(device))
+        assert sizes[0].dtype == dtype
+        asked = find(name).parser().parse_args(["--dtypes", "bf16"])
+        assert {size.dtype for size in find(name)._sizes(asked, torch.device(device))} == {"bf16"}
+
     @pytest.mark.parametrize("name", ["rotary", "projection", "decode", "model_prefill", "model_train_step"])
     def test_whatever_torch_compiles_is_late(self, name):
         """Of a model of 32 layers it takes minutes: first the times that need none of it."""

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rope_dist
 from benchmarks.quality import growth, growth_passkeys, growth_summary, readings
+from benchmarks.quality.answers import answers_table, passkey_answers
 from rope_dist.evaluation import Variant, token_nll
 
 
@@ -114,7 +115,7 @@ def test_passkeys_are_counted_where_every_prompt_was_answered(tmp_path):
         return [
             {
                 "what": {"length": length, "variant": variant, "scoring": scoring, "depth": d, "trial": t}
-                | {"frequencies": frequencies},
+                | {"seed": 0, "frequencies": frequencies},
                 "result": {"correct": i < correct},
             }
             for i, (d, t) in enumerate(prompts[:of])
@@ -128,11 +129,12 @@ def test_passkeys_are_counted_where_every_prompt_was_answered(tmp_path):
         *answers("auto for 32768", 12288, "decoys", 4, of=7),
     ]
     (tmp_path / "quality_growth_passkey.json").write_text(json.dumps({"measurements": measurements}))
+    found = passkey_answers(tmp_path, "growth_passkey")
     rows = [
         [cell.strip() for cell in row.strip("|").split("|")]
-        for row in growth_summary.passkeys(tmp_path).splitlines()
+        for row in answers_table(found, growth_summary.NAMES, "passkeys found").splitlines()
     ]
-    assert rows[0] == ["passkeys found", "12288"]
+    assert rows[0] == ["passkeys found", "12288 tokens"]
     assert ["dynamic", f"17/{len(prompts)}, 19/{len(prompts)}"] in rows
     assert ["static, for 32768", ""] not in rows  # a row without a cell is left out
     assert len(rows) == 3  # with the line below the head

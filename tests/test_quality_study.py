@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report, results
-from benchmarks.quality import parts, readings, small_llama, study, summary
+from benchmarks.quality import answers, parts, readings, small_llama, study, summary
 from rope_dist.evaluation import CORPORA, Record, Variant, describe, token_nll
 from rope_dist.evaluation.paired import paired_difference, percent
 from rope_dist.strategies import STRATEGIES
@@ -285,25 +285,30 @@ class TestTables:
         assert row[4] == percent(*paired_difference([2.3, 2.3], [2.4, 2.4]))
 
     def test_needles_of_windows(self, tmp_path):
-        def answer(label, length, trial, generated, task="single-key"):
-            what = {"variant": label, "length": length, "task": task, "trial": trial, "frequencies": label}
-            return {"what": what, "result": {"generated": generated, "decoys": True}}
+        def answered(label, length, right, task="single-key", of=answers.PROMPTS):
+            same = {"variant": label, "length": length, "task": task, "frequencies": label}
+            return [
+                {"what": same | {"trial": trial}, "result": {"generated": trial < right, "decoys": True}}
+                for trial in range(of)
+            ]
 
-        answers = [answer("stock", 512, trial, trial > 0) for trial in range(3)]
-        answers += [answer(label, 1024, 0, False) for label in ("yarn", "auto+window=64", "auto")]
-        answers += [answer("auto", 1024, 1, True, "multi-key")]
-        assert summary.needles(tmp_path) == ("", "")
-        (tmp_path / "quality_synthetic.json").write_text(json.dumps(record_of(*answers)))
-        head, *rows = cells(summary.needles(tmp_path)[0])
+        measured = answered("stock", 512, 19)
+        for label in ("yarn", "auto+window=64", "auto"):
+            measured += answered(label, 1024, 0)
+        measured += answered("auto", 1024, 20, "multi-key")
+        measured += answered("ntk", 1024, 3, of=19)  # one is not asked yet
+        assert answers.needles(tmp_path) == ("", "")
+        (tmp_path / "quality_synthetic.json").write_text(json.dumps(record_of(*measured)))
+        head, *rows = cells(answers.needles(tmp_path)[0])
         assert head == ["", "512 tokens", "1024 tokens"]
         assert rows == [
-            ["`stock`", "2/3, 3/3", ""],
-            ["`auto`", "", "0/1, 1/1"],
-            ["`yarn`", "", "0/1, 1/1"],
-            ["`auto+window=64`", "", "0/1, 1/1"],
+            ["`stock`", "19/20, 20/20", ""],
+            ["`auto`", "", "0/20, 20/20"],
+            ["`yarn`", "", "0/20, 20/20"],
+            ["`auto+window=64`", "", "0/20, 20/20"],
         ]
 
-    def test_passkeys_of_windows(self, tmp_path):
+    def test_passkeys(self, tmp_path):
         def answer(label, trial, scoring, correct):
             what = {
                 "variant": label,
@@ -315,17 +320,22 @@ class TestTables:
             }
             return {"what": what | {"frequencies": label}, "result": {"correct": correct}}
 
-        answers = [
+        measured = [
             answer(label, trial, scoring, scoring == "decoys" or (label == "auto" and trial == 1))
             for label in ("grouped+window=64", "auto")
-            for trial in range(2)
+            for trial in range(answers.PROMPTS)
             for scoring in ("generate", "decoys")
         ]
-        answers.append(answer("auto", 2, "generate", True))  # the other scoring was not reached
-        (tmp_path / "quality_passkey_small.json").write_text(json.dumps(record_of(*answers)))
-        head, *rows = cells(summary.passkeys(tmp_path)[0])
+        measured.append(answer("auto", 20, "generate", True))  # the other scoring was not reached
+        assert answers.passkeys(tmp_path) == ("", "")
+        (tmp_path / "quality_passkey_small.json").write_text(json.dumps(record_of(*measured)))
+        text, machines = answers.passkeys(tmp_path)
+        assert text.startswith("A small LLaMA, trained to 256 tokens, float32:")
+        assert "SmolLM2" not in text
+        assert machines
+        head, *rows = cells(text.split("\n\n")[1])
         assert head == ["", "512 tokens"]
-        assert rows == [["`auto`", "1/2, 2/2"], ["`grouped+window=64`", "0/2, 2/2"]]
+        assert rows == [["`auto`", "1/20, 20/20"], ["`grouped+window=64`", "0/20, 20/20"]]
 
     def test_who_leads_is_decided_by_errors(self):
         close = reading("a", "ntk", (2, 2), (2.3, 2.31))  # +0.1 and -0.09
@@ -381,7 +391,7 @@ class TestTables:
 
     def test_what_is_not_measured_yet_is_left_out(self, tmp_path, monkeypatch):
         monkeypatch.setattr(results, "RESULTS", tmp_path)
-        for name in ("longppl", "synthetic", "window-needles", "window-passkeys"):
+        for name in ("longppl", "synthetic", "window-needles", "passkeys"):
             filled = report.fill(f"<!-- table: {name} -->old<!-- end -->")
             assert filled == f"<!-- table: {name} -->\n\n<!-- end -->"
             assert report.fill(filled) == filled

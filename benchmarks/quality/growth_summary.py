@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.benchmark import machine_of
+from benchmarks.quality.answers import answers_table, passkey_answers
 from benchmarks.quality.growth import GROWN, RATIOS, STALE, STRATEGY
 from benchmarks.quality.growth_passkeys import DEPTHS, TRIALS
 from benchmarks.quality.parts import TRAINED
@@ -13,7 +14,6 @@ from benchmarks.quality.study import SEED
 from benchmarks.tables import markdown
 from rope_dist.dynamic import ladder
 from rope_dist.evaluation.paired import paired_difference, percent
-from rope_dist.evaluation.passkey import SCORINGS
 from rope_dist.evaluation.variants import STOCK
 
 NAMES = {
@@ -145,30 +145,6 @@ def looking_ahead(folder: Path) -> str:
     )
 
 
-def passkeys(folder: Path) -> str:
-    """A row a variant, per length the keys that were found; empty cells where not every prompt was answered."""
-    asked: dict[str, dict[tuple[int, str], list[bool]]] = {}
-    measurements = load(folder, "growth_passkey")["measurements"]
-    current = {m["what"]["variant"]: m["what"]["frequencies"] for m in measurements}
-    for m in measurements:
-        if m["what"]["frequencies"] != current[m["what"]["variant"]]:
-            continue
-        cell = m["what"]["length"], m["what"]["scoring"]
-        asked.setdefault(m["what"]["variant"], {}).setdefault(cell, []).append(m["result"]["correct"])
-    prompts = len(DEPTHS) * TRIALS
-    lengths = sorted({length for cells in asked.values() for length, _ in cells})
-    rows = []
-    for label, name in NAMES.items():
-        cells = []
-        for length in lengths:
-            both = [asked.get(label, {}).get((length, scoring), []) for scoring in SCORINGS]
-            answered = all(len(answers) == prompts for answers in both)
-            cells.append(", ".join(f"{sum(answers)}/{prompts}" for answers in both) if answered else "")
-        if any(cells):
-            rows.append([name, *cells])
-    return markdown(rows, ["passkeys found", *map(str, lengths)])
-
-
 def block(folder: Path) -> tuple[str, str]:
     """The tables, and the machines that measured them."""
     to_2x, to_4x = (f"{STRATEGY} for {n * TRAINED}" for n in (2, 4))
@@ -201,7 +177,7 @@ def block(folder: Path) -> tuple[str, str]:
         f"{', '.join(map(str, DEPTHS))}; seed {SEED}): in the greedy continuation, and likelier than each of nine "
         f"decoys. Prompts are read at once, by the stage for their length "
         f"(`python -m benchmarks.quality.growth_passkeys`):",
-        passkeys(folder),
+        answers_table(passkey_answers(folder, "growth_passkey"), NAMES, "passkeys found"),
     ]
     record = load(folder, "growth")
     parts.append(

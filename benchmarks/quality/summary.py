@@ -9,7 +9,6 @@ from benchmarks.quality.parts import BASELINE, PARTS, STRATEGIES, windowed
 from benchmarks.quality.readings import Readings, load, only_newest, path_of, readings, trained_length
 from benchmarks.tables import markdown
 from rope_dist.evaluation.paired import percent
-from rope_dist.evaluation.passkey import SCORINGS
 from rope_dist.evaluation.perplexity import WIDTH
 from rope_dist.evaluation.variants import STOCK
 
@@ -272,59 +271,6 @@ def synthetic(folder: Path) -> tuple[str, str]:
         "finds within its trained length (`stock`) is what an extension could keep.",
     )
     return _if_measured(folder, ("synthetic",), "rope-dist eval synthetic", title, tables)
-
-
-def needles(folder: Path) -> tuple[str, str]:
-    """Single needles that SmolLM2 finds with and without a window, a column a length; nothing without a record."""
-    found: Answers = {}
-    for m in _newest_prompts(folder, "synthetic"):
-        if m["what"]["task"] == "single-key":
-            result = m["result"]
-            found.setdefault((m["what"]["variant"], m["what"]["length"]), []).append(
-                (result["generated"], result["decoys"])
-            )
-    return _right_answers(found)
-
-
-def passkeys(folder: Path) -> tuple[str, str]:
-    """Passkeys that a small LLaMA finds with and without a window, as :func:`needles`."""
-    found: Answers = {}
-    both: dict[tuple[Any, ...], dict[str, bool]] = {}
-    for m in _newest_prompts(folder, "passkey_small"):
-        what = m["what"]
-        prompt = what["variant"], what["length"], what["depth"], what["trial"], what["seed"]
-        both.setdefault(prompt, {})[what["scoring"]] = m["result"]["correct"]
-    for (label, length, *_), correct in both.items():
-        if len(correct) == len(SCORINGS):
-            found.setdefault((label, length), []).append(tuple(correct[scoring] for scoring in SCORINGS))
-    return _right_answers(found)
-
-
-def _newest_prompts(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Answers to prompts by the newest plan of every label; none without a record."""
-    if not path_of(folder, kind).exists():
-        return []
-    return only_newest(load(folder, kind)["measurements"], "length")
-
-
-Answers = dict[tuple[str, int], list[tuple[bool, ...]]]
-"""By label and length of the prompts: of each whether it was written, and likelier than every decoy."""
-
-
-def _right_answers(answers: Answers) -> tuple[str, str]:
-    """Right answers of all, a row a label, windows last, and a column a length."""
-    lengths = sorted({length for _, length in answers})
-
-    def cell(label: str, length: int) -> str:
-        asked = answers.get((label, length), [])
-        return ", ".join(f"{sum(right)}/{len(asked)}" for right in zip(*asked, strict=True))
-
-    def order(label: str) -> tuple[bool, bool, bool, str]:
-        return label != STOCK, label != BASELINE, "+window=" in label, label
-
-    labels = sorted({label for label, _ in answers}, key=order)
-    rows = [[f"`{label}`", *(cell(label, length) for length in lengths)] for label in labels]
-    return (markdown(rows, ["", *(f"{n} tokens" for n in lengths)]), "") if rows else ("", "")
 
 
 def _if_measured(
