@@ -66,8 +66,8 @@ DYNAMIC = "+dynamic"
 """What follows the name of a strategy whose plan is to grow with the text, where models are evaluated."""
 WINDOW, SCALING = "+window=", "+scaling="
 """What follows it where distances below so many tokens are to stay the trained model's, and whose logits are scaled."""
-GROUPED = "grouped"
-"""In place of a strategy's name: positions beyond the window in groups."""
+GROUPED = ("grouped", "jet-long")
+"""In place of a strategy's name: positions beyond the window in groups, whose size is by either of two rules."""
 TABLES = ("float32", "model")
 """Dtypes of the values of cos and sin that an enabled model rotates by."""
 EVALUATED_STRATEGIES = ("stock", "pi", "yarn", "dprope", "auto")

@@ -14,7 +14,7 @@ class VariantName:
     """The parts of a name.
 
     Attributes:
-        strategy: or ``"grouped"``.
+        strategy: or ``"grouped"`` or ``"jet-long"``.
         dynamic: the plan grows with the text.
         window: distances below it are the trained model's; 0 where there is no window.
         scaling: whose logits beyond or of a window the plan's attention scaling multiplies.
@@ -32,8 +32,8 @@ def split_variant(name: str) -> VariantName:
     """The parts of ``STRATEGY[+dynamic][+window=TOKENS[+scaling=far|all]][:SETTINGS]``.
 
     Raises:
-        ValueError: a window that is not a positive whole number, a scaling that is not known, ``grouped`` without a
-            window or with settings.
+        ValueError: a window that is not a positive whole number, a scaling that is not known, ``grouped`` or
+            ``jet-long`` without a window or with settings.
     """
     start, _, settings = name.partition(":")
     start, windowed, size = start.partition(WINDOW)
@@ -45,6 +45,6 @@ def split_variant(name: str) -> VariantName:
         )
     if scaled and scaling not in _SCALINGS:
         raise ValueError(f"the scaling of {name!r} must be {' or '.join(_SCALINGS)}, got {scaling!r}")
-    if strategy == GROUPED and (not windowed or scaled or settings):
-        raise ValueError(f"{name!r} must be {GROUPED}[{DYNAMIC}]{WINDOW}TOKENS, without settings")
+    if strategy in GROUPED and (not windowed or scaled or settings):
+        raise ValueError(f"{name!r} must be {strategy}[{DYNAMIC}]{WINDOW}TOKENS, without settings")
     return VariantName(strategy, dynamic, int(size) if windowed else 0, scaling or "none", settings)

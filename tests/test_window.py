@@ -32,13 +32,11 @@ def angles(window, plan, inv_freq, far_inv_freq, positions, key_positions, token
     p, k = positions[..., :, None].double(), key_positions[..., None, :].double()
     distance, theta, far = (p - k)[..., None], inv_freq.double(), far_inv_freq.double()
     size = window.size
-    if window.far == "grouped":
-        # Jet-Long's rule by the text, and Self-Extend's, whose largest text has (L - w) G + w tokens.
-        dynamic, reach = (
-            isinstance(plan, rope_dist.DynamicPlan),
-            (plan.target_length - size) / (LENGTH - size),
-        )
-        group = max(1, math.ceil(tokens / LENGTH if dynamic else reach))
+    if window.far in ("grouped", "jet-long"):
+        length = tokens if isinstance(plan, rope_dist.DynamicPlan) else plan.target_length
+        # Self-Extend's rule, whose largest text has (L - w) G + w tokens, and Jet-Long's.
+        reach = (length - size) / (LENGTH - size)
+        group = max(1, math.ceil(reach if window.far == "grouped" else length / LENGTH))
         beyond = ((p // group + size - size // group) - k // group)[..., None] * theta
     else:
         beyond = size * theta + (distance - size) * far
@@ -94,7 +92,8 @@ FORMS = {
     "dynamic plan": {"factor": 4},
     "pi": {"factor": 4, "dynamic": False, "strategy": "pi"},  # Leaky ReRoPE
     "grouped": {"factor": 4, "dynamic": False, "far": "grouped"},  # Self-Extend
-    "dynamic grouped": {"factor": 4, "far": "grouped"},  # Jet-Long
+    "dynamic grouped": {"factor": 4, "far": "grouped"},
+    "jet-long": {"factor": 4, "far": "jet-long"},
     "far scaling": {"factor": 4, "dynamic": False, "strategy": "yarn", "far_scaling": "far"},
     "scaling": {"factor": 4, "dynamic": False, "strategy": "yarn", "far_scaling": "all"},
 }
@@ -142,6 +141,23 @@ class TestFarPlans:
         stock = model()
         plan = rope_dist.plan(stock.config, factor=4)
         assert rope_dist.enable(stock, factor=4, window=window, dynamic=False).plan == plan
+
+
+class TestGroups:
+    """Sizes by Self-Extend's rule, of which (L - w) G + w tokens are the largest text, and by Jet-Long's."""
+
+    @pytest.mark.parametrize("window", [1, 2048, 4096, 8191])
+    def test_no_angle_is_past_the_trained_ones_and_no_size_is_larger_than_needed(self, window):
+        trained, chosen = 8192, Window(window, "grouped")
+        for tokens in (1, trained, trained + 1, 2 * trained - window, 2 * trained - window + 1, 32768, 10**6):
+            size = chosen.group_size(tokens, trained)
+            largest = (trained - window) * size + window
+            assert tokens <= largest
+            assert size == 1 or tokens > largest - (trained - window)
+
+    @pytest.mark.parametrize(("tokens", "size"), [(1, 1), (8192, 1), (8193, 2), (16384, 2), (32768, 4)])
+    def test_jet_longs(self, tokens, size):
+        assert Window(2048, "jet-long").group_size(tokens, 8192) == size
 
 
 class TestAgainstAllPairs:
@@ -213,7 +229,7 @@ class TestEqualsStock:
         rope_dist.enable(enabled, window=60, **FORMS[form])
         torch.testing.assert_close(enabled(ids).logits, stock(ids).logits, rtol=0, atol=1e-5)
 
-    @pytest.mark.parametrize("form", ["dynamic plan", "dynamic grouped"])
+    @pytest.mark.parametrize("form", ["dynamic plan", "dynamic grouped", "jet-long"])
     @torch.no_grad()
     def test_dynamic_plans_within_the_trained_length(self, form):
         stock, ids = model(), text(LENGTH)
@@ -289,7 +305,7 @@ class TestCaches:
     def test_a_growing_text_goes_from_stage_to_stage(self):
         """With one layer keys are of no stage, so that the last token is that of the whole text."""
         enabled, ids = model(num_hidden_layers=1), text(TOKENS)
-        for form in ("dynamic plan", "dynamic grouped"):
+        for form in ("dynamic plan", "dynamic grouped", "jet-long"):
             rope_dist.enable(enabled, window=WINDOW, **FORMS[form])
             _, cache = read(enabled, ids[:, :50])
             for token in range(50, TOKENS):
@@ -538,7 +554,10 @@ class TestRefusals:
             ({"window": 2.5, "factor": 4}, "positive whole number"),
             ({"window": 9}, "a window needs a far plan"),
             ({"factor": 4, "far": "grouped"}, "far and far_scaling are of a window"),
-            ({"window": 9, "factor": 4, "far": "leaky"}, "far must be 'plan' or 'grouped', got 'leaky'"),
+            (
+                {"window": 9, "factor": 4, "far": "leaky"},
+                "far must be 'plan' or 'grouped' or 'jet-long', got 'leaky'",
+            ),
             (
                 {"window": 9, "factor": 4, "far_scaling": "both"},
                 "far_scaling must be 'none' or 'far' or 'all'",

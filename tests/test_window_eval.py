@@ -23,7 +23,8 @@ from rope_dist.variant_names import VariantName, split_variant
             "yarn+dynamic+window=9+scaling=far:beta_fast=16",
             VariantName("yarn", True, 9, "far", "beta_fast=16"),
         ),
-        ("grouped+dynamic+window=2048", VariantName("grouped", True, 2048, "none", "")),
+        ("grouped+window=2048", VariantName("grouped", False, 2048, "none", "")),
+        ("jet-long+dynamic+window=2048", VariantName("jet-long", True, 2048, "none", "")),
     ],
 )
 def test_names(name, parts):
@@ -40,6 +41,7 @@ def test_names(name, parts):
         ("auto+window=9+scaling=near", "must be far or all, got 'near'"),
         ("grouped", "must be grouped"),
         ("grouped+window=9:factor=4", "without settings"),
+        ("jet-long+dynamic", "must be jet-long"),
         ("outo+window=9", "outo"),
     ],
 )
@@ -57,6 +59,7 @@ def test_variants_are_applied_and_told_apart():
         "auto+window=30",
         "auto+dynamic+window=20",
         "grouped+window=20",
+        "jet-long+dynamic+window=20",
     ]
     names += ["auto+window=20+scaling=far", "auto+window=20+scaling=all"]
     variants = make_variants(model, names, 256)

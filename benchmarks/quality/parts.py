@@ -109,11 +109,11 @@ def _known(label: str) -> bool:
 def windowed(trained: int) -> tuple[str, ...]:
     """Labels with trained frequencies within a window of an eighth or a quarter of ``trained`` tokens.
 
-    Beyond a quarter by ``pi`` they are Leaky ReRoPE's, ``grouped`` Self-Extend's, or with ``+dynamic`` Jet-Long's.
+    Beyond a quarter by ``pi`` they are Leaky ReRoPE's, ``grouped`` Self-Extend's.
     """
     eighth, quarter = trained // 8, trained // 4
     plans = f"auto+window={eighth}", f"auto+window={quarter}", f"auto+window={quarter}+scaling=far"
-    grouped = f"grouped+window={quarter}", f"grouped+dynamic+window={quarter}"
+    grouped = f"grouped+window={quarter}", f"jet-long+dynamic+window={quarter}"
     return *plans, f"pi+window={quarter}", *grouped
 
 

@@ -115,7 +115,7 @@ def variant(text: str) -> str:
     except ValueError as error:
         raise BadParameter(str(error)) from None
     name, settings = parts.strategy, parts.settings
-    if name == defaults.GROUPED:
+    if name in defaults.GROUPED:
         return text
     if text != "stock" and name not in STRATEGY_NAMES:
         raise BadParameter(unknown("strategy", name, ("stock", *STRATEGY_NAMES), ", or a plan (PATH.json)"))

@@ -48,9 +48,12 @@ class Variant:
             computed = _computed(self.plan)
         if self.window is not None:
             computed = [self.window.arguments, computed]
-            if self.window.far == GROUPED and isinstance(self.plan, RopePlan):
-                # The size of the groups, of which a plan says nothing.
-                computed.append(self.window.far_length(self.plan.target_length, self.plan.original_length))
+            # The size of the groups, of which a plan says nothing.
+            plan, window = self.plan, self.window
+            if window.grouped and isinstance(plan, DynamicPlan):
+                computed.append([window.group_size(length, plan.original_length) for length in plan.lengths])
+            elif window.grouped:
+                computed.append(window.far_length(plan.target_length, plan.original_length))
         return hashlib.sha256(json.dumps(computed).encode()).hexdigest()[:12]
 
     @property
@@ -71,8 +74,8 @@ def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: i
         names: ``stock``; a name of :data:`rope_dist.strategies.STRATEGIES`; the same with settings,
             ``dprope:threshold=0`` (comma-separated, values are JSON or plain strings); a name followed by
             ``+dynamic``, ``auto+dynamic:fast_periods=32``, for a plan that grows with the text, then
-            ``+window=1024`` for one that is for distances beyond a window; ``grouped`` with a window, for far positions
-            in groups (Self-Extend, with ``+dynamic`` Jet-Long); or the path of a plan, ending in ``.json``.
+            ``+window=1024`` for one that is for distances beyond a window; ``grouped`` or ``jet-long`` with a window,
+            for far positions in groups; or the path of a plan, ending in ``.json``.
             Duplicates are ignored.
         target_length: tokens that strategies are planned for.
 
@@ -97,7 +100,7 @@ def make_variants(model: PreTrainedModel, names: Iterable[str], target_length: i
             options = {"target_length": target_length, "dynamic": parts.dynamic}
             if parts.window:
                 options |= {"window": parts.window, "far_scaling": parts.scaling}
-            options |= {"far": GROUPED} if parts.strategy == GROUPED else {"strategy": parts.strategy}
+            options |= {"far": parts.strategy} if parts.strategy in GROUPED else {"strategy": parts.strategy}
             options |= _settings(name, parts.settings)
             label = name
         with enable(model, **options) as enabled:

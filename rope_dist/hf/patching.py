@@ -168,8 +168,9 @@ def enable(  # noqa: PLR0913
             attention of layers that see whole texts is computed in two parts. The config is left as it was, and
             ``save_pretrained`` refuses: no engine reads such a model from one.
         far: of a window: ``"plan"``, beyond it angles grow by the plan's frequencies; ``"grouped"``, by the trained
-            ones over positions divided by the scale and rounded down (Self-Extend; by the length of the text where the
-            plan is dynamic, Jet-Long). It needs no strategy.
+            ones over positions in groups, divided by a size and rounded down (Self-Extend), no text longer than its
+            groups can reach; ``"jet-long"``, the same by Jet-Long's size, the length over the trained length. A dynamic
+            plan takes the size for each text. Neither has a strategy.
         far_scaling: of a window: which logits the plan's attention scaling multiplies: ``"none"``, as in the published
             methods, the ``"far"`` ones, or ``"all"`` of texts longer than the window.
 
@@ -207,8 +208,8 @@ def enable(  # noqa: PLR0913
     chosen = _window_of(window, far, far_scaling)
     if chosen is not None and not targeted and plan is None:
         raise ValueError("a window needs a far plan: give target_length, factor or plan too")
-    if chosen is not None and far == "grouped" and (given or strategy != DEFAULT_STRATEGY):
-        raise ValueError("far='grouped' has the trained frequencies: it takes no strategy and no settings")
+    if chosen is not None and chosen.grouped and (given or strategy != DEFAULT_STRATEGY):
+        raise ValueError(f"far={far!r} has the trained frequencies: it takes no strategy and no settings")
     options = {
         "target_length": target_length,
         "factor": factor,

@@ -71,7 +71,7 @@ def _window(attention: nn.Module) -> str:
     if windowing is None:
         return ""
     window, plan = windowing.window, windowing.plan
-    far = f"by {plan.strategy} {plan.scale:g}x" if window.far == "plan" else f"grouped, {plan.scale:g}x"
+    far = f"by {plan.strategy} {plan.scale:g}x" if window.far == "plan" else f"{window.far}, {plan.scale:g}x"
     scaled = "" if window.scaling == "none" else f", attention scaling of {window.scaling} logits"
     return f"distances below {window.size} as trained, beyond {far}{scaled}"
 

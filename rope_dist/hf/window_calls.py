@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
+from ..defaults import GROUPED
 from ..dynamic import DynamicPlan
 from ..ops.fixed_point import to_float64
 from ..ops.window_angles import WindowAngles
@@ -29,7 +30,7 @@ from .cache_record import CacheRecord
 from .cached_keys import CachedKeys
 from .stages import expected_length
 
-FARS = ("plan", "grouped")
+FARS = ("plan", *GROUPED)
 SCALINGS = ("none", "far", "all")
 
 
@@ -39,8 +40,8 @@ class Window:
 
     Attributes:
         size: distances below it are the trained model's, in tokens.
-        far: ``"plan"``: beyond it angles grow by the plan's frequencies; ``"grouped"``: by the trained ones, over
-            positions that are divided by the scale and rounded down (Self-Extend).
+        far: ``"plan"``: beyond it angles grow by the plan's frequencies; ``"grouped"`` or
+            ``"jet-long"``: by the trained ones, over positions that are divided by :meth:`group_size` and rounded down.
         scaling: where the plan's attention scaling multiplies: ``"none"`` of the logits, the ``"far"`` ones or
             ``"all"`` in a text that is longer than the window.
     """
@@ -55,10 +56,15 @@ class Window:
         for name, value, known in (("far", self.far, FARS), ("far_scaling", self.scaling, SCALINGS)):
             if value not in known:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r:.80}")
-        if self.far == "grouped" and self.scaling != "none":
+        if self.grouped and self.scaling != "none":
             raise ValueError(
-                "far_scaling is of the plan's frequencies, and far='grouped' has the trained ones"
+                f"far_scaling is of the plan's frequencies, and far={self.far!r} has the trained ones"
             )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether far positions are in groups."""
+        return self.far in GROUPED
 
     def far_length(self, target_length: int, original_length: int) -> int:
         """Tokens that a far plan is made for, so that a text of ``target_length`` has no angle past the trained ones.
@@ -71,6 +77,16 @@ class Window:
         if target <= trained or size >= trained:
             return target
         return math.ceil(trained * (target - size) / (trained - size))
+
+    def group_size(self, length: int, original_length: int) -> int:
+        """Positions of a group in a text of ``length`` tokens: 1 up to the trained length.
+
+        ``"grouped"``: the least that leaves no angle past the trained ones (:meth:`far_length`), Self-Extend's.
+        ``"jet-long"``: the length over the trained length (Tang et al. 2026, arXiv 2607.07740), which leaves some.
+        """
+        if self.far == "grouped":
+            length = self.far_length(length, original_length)
+        return max(1, math.ceil(length / original_length))
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -87,7 +103,7 @@ class Windowing:
         plan: the far plan.
         trained: ``[R/2]`` float32, the model's frequencies.
         far: ``[stages, R/2]`` float32, the frequencies beyond the window.
-        change_q64: ``[stages, 2, R/2]`` int32, ``far`` less the trained ones in fixed point; of ``far="grouped"`` the
+        change_q64: ``[stages, 2, R/2]`` int32, ``far`` less the trained ones in fixed point; of groups the
             trained ones, ``[1, 2, R/2]``.
         scalings: of the logits at each stage, relative to the trained model's; of the rotated dimensions, as tables do.
         keys: how queries and keys are rotated.
@@ -102,18 +118,18 @@ class Windowing:
     keys: CachedKeys
 
     def stage(self, length: int) -> int:
-        """Row of ``far`` for a text of ``length`` tokens, or the group size of ``far="grouped"``."""
+        """Row of ``far`` for a text of ``length`` tokens, or the size of groups."""
         length = max(length, expected_length(), 1)
         plan = self.plan
-        if self.window.far == "grouped":
+        if self.window.grouped:
             if not isinstance(plan, DynamicPlan):
-                length = self.window.far_length(plan.target_length, plan.original_length)
-            return max(1, math.ceil(length / plan.original_length))
+                length = plan.target_length
+            return self.window.group_size(length, plan.original_length)
         return plan.stage(length) if isinstance(plan, DynamicPlan) else 0
 
     def is_trained(self, stage: int) -> bool:
         """Whether the far angles of a stage are the trained ones."""
-        if self.window.far == "grouped":
+        if self.window.grouped:
             return stage == 1
         return bool(torch.equal(self.far[stage], self.trained)) and self.scalings[stage] == 1.0
 
@@ -129,7 +145,7 @@ class Windowing:
         trained = self.trained.to(p.device)
         rounded = (p.float() * trained).double()
         theta, size = trained.double(), self.window.size
-        if self.window.far == "grouped":
+        if self.window.grouped:
             angles = (p / stage).floor() * theta
             if of_queries:
                 angles = angles + (size - size // stage) * theta
@@ -234,7 +250,7 @@ class WindowCall:
         """Those of a kernel that corrects keys as it reads them, on ``device``."""
         if device not in self._angles:
             windowing, stage = self.windowing, self.stage
-            window, keys, grouped = windowing.window, windowing.keys, windowing.window.far == "grouped"
+            window, keys, grouped = windowing.window, windowing.keys, windowing.window.grouped
             scaling = 1.0 if window.scaling == "none" else windowing.scalings[stage]
             tensors = self.positions, self.key_positions, windowing.trained
             self._angles[device] = WindowAngles(

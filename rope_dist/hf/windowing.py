@@ -121,7 +121,7 @@ def _windowing(
     if len(kinds) != 1:
         raise Unsupported("the layers rotate in several forms: they cannot have a window")
     trained, far, scalings = far_frequencies(stock, config, plan)
-    change = trained[None] if window.far == "grouped" else far.double() - trained.double()
+    change = trained[None] if window.grouped else far.double() - trained.double()
     return Windowing(window, plan, trained, far, ops.to_fixed_point(change), scalings, forms.pop())
 
 
