@@ -112,6 +112,14 @@ def in_the_mean(found: Readings, label: str = BASELINE) -> str:
     return f"In the mean of the texts that both have read, past {found.trained}, {'; '.join(parts)}."
 
 
+def read_of(found: Readings) -> str:
+    """What the baseline has read, in words: tokens and texts."""
+    texts = found.losses[BASELINE]
+    passages = len(next(iter(texts.values())))
+    of = f"{passages} passages of" if passages > 1 else "The first"
+    return f"{of} {found.tokens} tokens of {'; '.join(texts)}"
+
+
 def of_model(record: dict[str, Any], title: str) -> list[str]:
     """The section of a model: of each scale the tables and sentences."""
     trained = trained_length(record)
@@ -120,16 +128,9 @@ def of_model(record: dict[str, Any], title: str) -> list[str]:
         found = readings(record, int(scale * trained), STRATEGIES)
         if BASELINE not in found.losses or len(found.losses) < 2:
             continue
-        texts = list(found.losses[BASELINE])
-        passages = len(found.losses[BASELINE][texts[0]])
-        of = (
-            f"{passages} passages of {found.tokens} tokens"
-            if passages > 1
-            else f"The first {found.tokens} tokens"
-        )
         parts += [
             f"#### {scale:g}x: {found.tokens} tokens",
-            f"{of} of {'; '.join(texts)}; every plan is for {found.tokens} tokens. Errors are over parts of "
+            f"{read_of(found)}; every plan is for {found.tokens} tokens. Errors are over parts of "
             f"{found.width} positions.",
             strategies_table(found),
             in_the_mean(found),
@@ -218,11 +219,9 @@ def windows(folder: Path) -> tuple[str, str]:
         for scale in SCALES:
             found = readings(record, int(scale * trained), (BASELINE, *windowed(trained)))
             if BASELINE in found.losses and len(found.losses) > 1:
-                texts = "; ".join(found.losses[BASELINE])
                 parts += [
                     f"### {WINDOW_KINDS[kind]}, {scale:g}x: {found.tokens} tokens",
-                    f"The first {found.tokens} tokens of passages of {texts}; far plans are for {found.tokens} tokens. "
-                    f"{model['dtype']}.",
+                    f"{read_of(found)}; far plans are for {found.tokens} tokens. {model['dtype']}.",
                     strategies_table(found),
                     "By position, against the single plan:",
                     positions_table(found),
