@@ -37,9 +37,11 @@ def wide(benchmark: Benchmark, rows: Rows) -> str:
     names = {r["implementation"]: r["kind"] for r in sorted(timed, key=lambda row: ORDER[row["kind"]])}
     bounded = "roofline" in names.values()
     names = {name: kind for name, kind in names.items() if kind != "roofline"}
-    # A GPU's memory is known of each call, and what a model adds to it is worth a column.
-    models = unit == "tokens/s" and any(row["device"] == "cuda" for row in timed)
-    peaks = [n for n, kind in names.items() if models and kind in ("reference", "ours")]
+    # A GPU's memory is known of each call, and what a model adds to it is worth a column; so is what a case measures.
+    shown = [row for row in timed if unit == "tokens/s" or row["device"] == "cpu"]
+    peaks = {
+        row["implementation"] for row in shown if row["kind"] in ("reference", "ours") and "peak_bytes" in row
+    }
     lines = []
     for case in dict.fromkeys(row["case"] for row in timed):
         found = {row["implementation"]: row for row in timed if row["case"] == case}
@@ -49,9 +51,9 @@ def wide(benchmark: Benchmark, rows: Rows) -> str:
             least = _cell(min(bounds, key=lambda row: row["seconds"], default=None), unit)
             shares = [r["roofline"] for r in found.values() if r["kind"] == "ours" and "roofline" in r]
             line.append(least + (f" ({max(shares):.0%})" if least and shares else ""))
-        memory = (found.get(n, {}).get("peak_bytes") for n in peaks)
-        lines.append(line + [f"{peak / 2**20:.0f}" if peak else "" for peak in memory])
-    headers = ["", *names, *["roofline"] * bounded, *(f"peak MiB, {n}" for n in peaks)]
+        memory = (found.get(n, {}).get("peak_bytes") for n in names if n in peaks)
+        lines.append(line + ["" if peak is None else f"{peak / 2**20:.1f}" for peak in memory])
+    headers = ["", *names, *["roofline"] * bounded, *(f"peak MiB, {n}" for n in names if n in peaks)]
     if len(headers) > COLUMNS > len(lines):
         headers, *lines = [list(row) for row in zip(headers, *lines, strict=True)]
     return markdown(lines, headers) if lines else ""

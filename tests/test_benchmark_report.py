@@ -201,10 +201,12 @@ class TestTables:
         many = [row | {"case": f"{row['case']}, {n}"} for row in found for n in range(4)]
         assert tables.wide(find("planning"), many).count("\n") == 1 + 12
 
-    def test_peaks_of_memory_are_those_of_a_gpu(self):
+    def test_peaks_of_memory_are_those_of_a_model_on_a_gpu_and_those_that_a_case_measured(self):
         peak = (("rope_dist", "ours", 0.5, {"peak_bytes": 3 << 20}),)
         assert "peak MiB" not in tables.wide(find("model_prefill"), rows())
         assert "peak MiB, rope_dist" in tables.wide(find("model_prefill"), rows(*peak, device="cuda"))
+        assert "peak MiB" not in tables.wide(find("rotary"), rows(*peak, device="cuda"))
+        assert "peak MiB, rope_dist" in tables.wide(find("window"), rows(*peak))
 
     def test_the_footnote_names_spread_packages_and_what_was_skipped(self):
         liger = ("Liger", "baseline", 2.0, {"package": "liger-kernel 0.8.5", "kernel": "nvidia-triton"})
