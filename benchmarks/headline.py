@@ -10,6 +10,7 @@ from rope_dist.evaluation.paired import percent
 from . import results
 from .benchmark import figure, find, machine_of
 from .figures import dynamic
+from .quality import after_training_summary
 from .quality.growth import GROWN
 from .quality.readings import Readings, load, path_of, readings, trained_length
 from .results import DEVICES, RESULTS, ROOT
@@ -225,7 +226,8 @@ def value(name: str, folder: Path = RESULTS) -> str:
 
     Args:
         name: ``KIND/SCALE/LABEL/AGAINST``, a difference in perplexity past the trained length (below it with a fifth
-            part ``below``), spaces of labels written as ``_``; or a name of :func:`model_types`.
+            part ``below``), spaces of labels written as ``_``; ``after_training/SCALE/LABEL/AGAINST/STEP``, the same
+            after so many steps of training; or a name of :func:`model_types`.
 
     Raises:
         ValueError: no such value.
@@ -242,6 +244,8 @@ def value(name: str, folder: Path = RESULTS) -> str:
             raise ValueError(f"no text was read by both {label!r} and {against!r} at {scale}x ({kind})")
         span = found.below if where == ["below"] else found.past
         return percent(*found.difference(label, against, both, *span))
+    if kind == after_training_summary.KIND and len(parts) == 4:
+        return after_training_summary.value(folder, *parts)
     types = {**model_types(), "gpu": gpu(), "quality-limits": quality_limits(folder)}
     if name not in types:
         raise ValueError(

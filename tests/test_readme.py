@@ -242,6 +242,11 @@ class TestClaim:
         assert f"transformers {headline.value('transformers')}." in headline.MODELS.read_text()
         assert headline.value("tuning/2/yarn,_auto's_temperature/auto").endswith("%")
         assert headline.value("tuning/2/auto:attention_factor=1/auto/below").startswith("+")
+        share = "after_training/2/dprope:the_paper's_share_of_pairs/auto"
+        assert headline.value(f"{share}/300").endswith("%")
+        assert headline.value(f"{share}/300") != headline.value(f"{share}/0")
+        with pytest.raises(ValueError, match="no training at 2x has step 299 of both"):
+            headline.value(f"{share}/299")
         with pytest.raises(ValueError, match="unknown value 'magic'"):
             report.fill("<!-- value: magic --><!-- end -->")
         with pytest.raises(ValueError, match="no text was read by both 'magic' and 'auto'"):

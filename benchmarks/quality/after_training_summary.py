@@ -14,7 +14,8 @@ from benchmarks.tables import markdown
 from rope_dist.evaluation.paired import paired_difference, percent
 from rope_dist.plots import TrainingCurve, plot_training
 
-RECORD = "quality_after_training.json"
+KIND = "after_training"
+RECORD = f"quality_{KIND}.json"
 BASELINE = "auto"
 MEETS = 0.01
 """Strategies have met where their perplexities are within one percent."""
@@ -123,6 +124,22 @@ def finished(folder: Path) -> list[Scale]:
     """Of the record in a folder; empty where there is none."""
     path = folder / RECORD
     return scales(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+
+
+def value(folder: Path, scale: str, label: str, against: str, step: str) -> str:
+    """A difference in perplexity past the trained length after ``step`` steps; spaces of labels written as ``_``.
+
+    Raises:
+        ValueError: no training of the scale has both labels and the step.
+    """
+    for one in finished(folder):
+        names = {name.replace(" ", "_"): name for name in one.results}
+        known = {label, against} <= names.keys() and step in map(str, one.steps)
+        if str(one.scale) == scale and known:
+            found = one.difference(names[label], names[against], int(step))
+            if found is not None:
+                return percent(*found)
+    raise ValueError(f"no training at {scale}x has step {step} of both {label!r} and {against!r}")
 
 
 def ordered(scale: Scale) -> list[str]:
