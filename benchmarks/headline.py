@@ -218,7 +218,14 @@ def model_types() -> dict[str, str]:
     return {**{name: str(n) for name, n in known.items()}, "transformers": version[1]}
 
 
-KINDS = ("perplexity", "perplexity_float32", "perplexity_small", "tuning", "tuning_small")
+KINDS = (
+    "perplexity",
+    "perplexity_float32",
+    "perplexity_small",
+    "perplexity_small_2",
+    "tuning",
+    "tuning_small",
+)
 
 
 def value(name: str, folder: Path = RESULTS) -> str:

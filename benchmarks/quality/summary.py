@@ -15,8 +15,11 @@ from rope_dist.evaluation.variants import STOCK
 SCALES = tuple(sorted({part.scale for part in PARTS}))
 KINDS = {"perplexity": "SmolLM2-135M", "perplexity_small": "A small LLaMA"}
 """Record of a model -> its title."""
-WINDOW_KINDS = KINDS | {"perplexity_float32": KINDS["perplexity"]}
-"""Records of windows: on a CPU without bfloat16 products float32 is faster."""
+WINDOW_KINDS = KINDS | {
+    "perplexity_small_2": "Another small LLaMA",
+    "perplexity_float32": KINDS["perplexity"],
+}
+"""Records of windows: on a CPU without bfloat16 products float32 is faster; a second base read with windows alone."""
 
 
 def names(found: Readings) -> list[str]:
