@@ -13,6 +13,7 @@ from .figures import dynamic
 from .quality import after_training_summary
 from .quality.growth import GROWN
 from .quality.readings import Readings, load, path_of, readings, trained_length
+from .quality.summary import WINDOW_KINDS
 from .results import DEVICES, RESULTS, ROOT
 from .tables import markdown
 
@@ -218,14 +219,7 @@ def model_types() -> dict[str, str]:
     return {**{name: str(n) for name, n in known.items()}, "transformers": version[1]}
 
 
-KINDS = (
-    "perplexity",
-    "perplexity_float32",
-    "perplexity_small",
-    "perplexity_small_2",
-    "tuning",
-    "tuning_small",
-)
+KINDS = (*WINDOW_KINDS, "tuning", "tuning_small")
 
 
 def value(name: str, folder: Path = RESULTS) -> str:

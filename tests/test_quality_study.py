@@ -330,7 +330,7 @@ class TestTables:
         assert answers.passkeys(tmp_path) == ("", "")
         (tmp_path / "quality_passkey_small.json").write_text(json.dumps(record_of(*measured)))
         text, machines = answers.passkeys(tmp_path)
-        assert text.startswith("A small LLaMA, trained to 256 tokens, float32:")
+        assert text.startswith("Another small LLaMA, trained to 256 tokens, float32:")
         assert "SmolLM2" not in text
         assert machines
         head, *rows = cells(text.split("\n\n")[1])

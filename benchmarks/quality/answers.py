@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.benchmark import machine_of
 from benchmarks.quality.parts import BASELINE
 from benchmarks.quality.readings import load, only_newest, path_of
+from benchmarks.quality.summary import WINDOW_KINDS
 from benchmarks.tables import markdown
 from rope_dist.evaluation.passkey import SCORINGS
 from rope_dist.evaluation.variants import STOCK
@@ -15,7 +16,7 @@ Answers = dict[tuple[str, int], list[tuple[bool, ...]]]
 """By label and length of the prompts: of each whether it was written, and likelier than every decoy."""
 KINDS = {
     "passkey": "SmolLM2-135M, trained to 8192 tokens",
-    "passkey_small": "A small LLaMA, trained to 256 tokens",
+    "passkey_small": f"{WINDOW_KINDS['perplexity_small_2']}, trained to 256 tokens",
 }
 """Record of passkeys -> the title of its model."""
 PROMPTS = 20
