@@ -13,7 +13,8 @@ from .figures import dynamic
 from .quality import after_training_summary
 from .quality.growth import GROWN
 from .quality.readings import Readings, load, path_of, readings, trained_length
-from .quality.summary import WINDOW_KINDS
+from .quality.summary import KINDS as MODELS_READ
+from .quality.summary import WINDOW_KINDS, lead
 from .results import DEVICES, RESULTS, ROOT
 from .tables import markdown
 
@@ -174,11 +175,11 @@ def gpu() -> str:
 
 def quality_limits(folder: Path) -> str:
     """What the study of strategies has not measured."""
-    small, trained = (path_of(folder, kind).exists() for kind in ("perplexity_small", "after_training"))
-    models = "two small models" if small else "one small model"
+    count = sum(path_of(folder, kind).exists() for kind in MODELS_READ)
+    models = f"{count} small model{'s' * (count != 1)}"
     rest = (
-        "; after training on a small model alone."
-        if trained
+        "; after training on small models alone."
+        if path_of(folder, "after_training").exists()
         else "; training after an extension is not measured yet."
     )
     return f"Quality is measured on {models} without training{rest}"
@@ -247,7 +248,7 @@ def value(name: str, folder: Path = RESULTS) -> str:
         return percent(*found.difference(label, against, both, *span))
     if kind == after_training_summary.KIND and len(parts) == 4:
         return after_training_summary.value(folder, *parts)
-    types = {**model_types(), "gpu": gpu(), "quality-limits": quality_limits(folder)}
+    types = {**model_types(), "gpu": gpu(), "quality-limits": quality_limits(folder), "lead": lead(folder)}
     if name not in types:
         raise ValueError(
             f"a page marks an unknown value {name!r}; known: {', '.join(types)}, KIND/SCALE/LABEL/AGAINST"

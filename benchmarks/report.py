@@ -73,6 +73,7 @@ def tables() -> dict[str, Table]:
         "auto-yarn": lambda: summary.auto_yarn(results.RESULTS),
         "perplexity": perplexity,
         "quality": lambda: summary.block(results.RESULTS),
+        "every-model": lambda: summary.every_model(results.RESULTS),
         "strategies": lambda: summary.strategies(results.RESULTS),
         "window": lambda: summary.windows(results.RESULTS),
         "window-needles": lambda: answers.needles(results.RESULTS),

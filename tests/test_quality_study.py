@@ -370,6 +370,25 @@ class TestTables:
         assert "number of texts: 2 at 2x, 1 at 4x" in note
         assert "a processor" in machine
 
+    def test_a_column_a_model_and_scale(self, tmp_path):
+        assert summary.every_model(tmp_path)[0] == ""
+        ntk = reading("a", "ntk", (2, 2), (2, 2))  # has not read text b
+        (tmp_path / "quality_perplexity.json").write_text(json.dumps(record_of(*AUTO, *YARN, ntk)))
+        (tmp_path / "quality_perplexity_small.json").write_text(json.dumps(record_of(AUTO[0], YARN[0], ntk)))
+        table, note = summary.every_model(tmp_path)[0].split("\n\n")
+        head, *rows = cells(table)
+        assert head == ["against auto", "SmolLM2-135M, 2x", "A small LLaMA, 2x"]
+        whole = percent(*paired_difference([2.3, 2.6, 2.1, 2.2], [2.2, 2.4, 2.2, 2.4]))
+        first = percent(*paired_difference([2.3, 2.6], [2.2, 2.4]))
+        of_ntk = percent(*paired_difference([2, 2], [2.2, 2.4]))
+        assert {row[0]: row[1:] for row in rows} == {"yarn": [whole, first], "ntk": ["", of_ntk]}
+        assert [row[0] for row in rows] == ["ntk", "yarn"]
+        assert note == (
+            "`auto` is ahead of the other extensions by more than one standard error in 1 of 3 comparisons; not of "
+            f"yarn on SmolLM2-135M, 2x ({whole}), ntk on A small LLaMA, 2x ({of_ntk}). "
+            "Number of texts: SmolLM2-135M, 2x: 2; A small LLaMA, 2x: 1."
+        )
+
     def test_the_tuning_is_against_auto(self, tmp_path):
         (tmp_path / "quality_tuning.json").write_text(json.dumps(record_of(AUTO[0], YARN[0])))
         (tmp_path / "quality_tuning_small.json").write_text(json.dumps(record_of(AUTO[1], YARN[1])))

@@ -13,13 +13,14 @@ from rope_dist.evaluation.perplexity import WIDTH
 from rope_dist.evaluation.variants import STOCK
 
 SCALES = tuple(sorted({part.scale for part in PARTS}))
-KINDS = {"perplexity": "SmolLM2-135M", "perplexity_small": "A small LLaMA"}
-"""Record of a model -> its title."""
-WINDOW_KINDS = KINDS | {
+KINDS = {
+    "perplexity": "SmolLM2-135M",
+    "perplexity_small": "A small LLaMA",
     "perplexity_small_2": "Another small LLaMA",
-    "perplexity_float32": KINDS["perplexity"],
 }
-"""Records of windows: on a CPU without bfloat16 products float32 is faster; a second base read with windows alone."""
+"""Record of a model -> its title."""
+WINDOW_KINDS = KINDS | {"perplexity_float32": KINDS["perplexity"]}
+"""Records of windows: on a CPU without bfloat16 products float32 is faster."""
 
 
 def names(found: Readings) -> list[str]:
@@ -190,6 +191,74 @@ def block(folder: Path, against: str = "yarn") -> tuple[str, str]:
     )
     machines = dict.fromkeys(map(machine_of, record["machines"]))
     return f"{table}\n\n{note}", "; ".join(machines)
+
+
+Cells = dict[str, dict[str, tuple[float, float]]]
+"""By label, then by the name of a column: a mean difference and its standard error."""
+
+
+def _against_baseline(folder: Path, scales: tuple[float, ...]) -> tuple[dict[str, Readings], Cells]:
+    """Readings of every model and scale by the name of their column, and differences past the trained length.
+
+    A strategy that has not read all texts of the baseline has no cell.
+    """
+    columns: dict[str, Readings] = {}
+    for kind, title in KINDS.items():
+        if path_of(folder, kind).exists():
+            record = load(folder, kind)
+            for scale in scales:
+                found = readings(record, int(scale * trained_length(record)), STRATEGIES)
+                if BASELINE in found.losses and len(found.losses) > 1:
+                    columns[f"{title}, {scale:g}x"] = found
+    cells: Cells = {}
+    for head, found in columns.items():
+        for label in names(found):
+            texts = found.both(label, BASELINE)
+            if label != BASELINE and len(texts) == len(found.losses[BASELINE]):
+                cells.setdefault(label, {})[head] = found.difference(label, BASELINE, texts, *found.past)
+    return columns, cells
+
+
+def every_model(folder: Path, scales: tuple[float, ...] = (2, 4)) -> tuple[str, str]:
+    """Differences from the baseline, a column a model and scale, in the order of the largest.
+
+    Nothing without a record.
+    """
+    columns, cells = _against_baseline(folder, scales)
+    if not cells:
+        return "", ""
+    rows = [
+        [label, *(percent(*cells[label][head]) if head in cells[label] else "" for head in columns)]
+        for label in sorted(cells, key=lambda label: max(mean for mean, _ in cells[label].values()))
+    ]
+    table = markdown(rows, [f"against {BASELINE}", *columns])
+    read = "; ".join(f"{head}: {len(found.losses[BASELINE])}" for head, found in columns.items())
+    others = [
+        f"{label} on {head} ({percent(*cells[label][head])})"
+        for label, head in _compared(cells)
+        if not _ahead(*cells[label][head])
+    ]
+    but = f"; not of {', '.join(others)}" if others else ""
+    return (
+        f"{table}\n\n`{BASELINE}` is ahead of the other extensions by more than one standard error in "
+        f"{lead(folder, scales)} comparisons{but}. Number of texts: {read}."
+    ), ""
+
+
+def lead(folder: Path, scales: tuple[float, ...] = (2, 4)) -> str:
+    """In how many cells of :func:`every_model` the baseline is ahead of an extension, "N of M"."""
+    _, cells = _against_baseline(folder, scales)
+    compared = _compared(cells)
+    return f"{sum(_ahead(*cells[label][head]) for label, head in compared)} of {len(compared)}"
+
+
+def _compared(cells: Cells) -> list[tuple[str, str]]:
+    return [(label, head) for label in cells if label != STOCK for head in cells[label]]
+
+
+def _ahead(mean: float, error: float) -> bool:
+    """Whether the baseline is ahead of a strategy with this difference."""
+    return mean > error
 
 
 def auto_yarn(folder: Path) -> tuple[str, str]:
