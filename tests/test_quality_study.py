@@ -449,6 +449,8 @@ def test_longppl_takes_the_losses_that_the_study_kept(tmp_path, model_directory,
         expected = [nll[position - 1].item() for position in positions]
         assert m["result"]["key_nll"] == pytest.approx(expected, abs=1e-4)
     text, _ = summary.longppl(tmp_path)
+    assert text.count("SmolLM2-135M:\n") == 1
+    assert "small LLaMA" not in text
     assert "## LongPPL" in text
     assert "| auto" in text or "\nauto" in text
 

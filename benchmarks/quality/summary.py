@@ -1,6 +1,6 @@
 """The tables of the study of strategies and of the tuning: perplexities, and paired differences with their errors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +308,7 @@ def windows(folder: Path) -> tuple[str, str]:
 
 
 def longppl(folder: Path) -> tuple[str, str]:
-    """LongPPL of SmolLM2, a table a length; nothing while there is no record of it."""
+    """LongPPL of every model, a table a length; nothing while there is no record of it."""
 
     def tables(record: dict[str, Any]) -> list[str]:
         from rope_dist.evaluation.long_context_tables import longppl_tables
@@ -316,15 +316,20 @@ def longppl(folder: Path) -> tuple[str, str]:
         measurements, trained = only_newest(record["measurements"]), trained_length(record)
         lengths = sorted({m["what"]["tokens"] for m in measurements})
         by_length = {n: [m for m in measurements if m["what"]["tokens"] == n] for n in lengths}
-        return [longppl_tables(of, trained, n // 4, BASELINE) for n, of in by_length.items()]
+        return [longppl_tables(of, trained, max(n // 4, WIDTH), BASELINE) for n, of in by_length.items()]
 
     title = (
         "LongPPL: perplexity of the tokens that need a long context",
         "The trained model, in windows of its trained length, predicts these tokens much better from a long context "
         "than from a short one ([evaluation.md](evaluation.md#longppl)).",
     )
-    command = "python -m benchmarks.quality.study_longppl"
-    return _if_measured(folder, ("longppl", "longppl_float32"), command, title, tables)
+    study = "python -m benchmarks.quality.study_longppl"
+    of = {
+        "longppl": (study, KINDS["perplexity"]),
+        "longppl_float32": (study, KINDS["perplexity"]),
+        "longppl_small": ("rope-dist eval longppl --pieces 32", KINDS["perplexity_small_2"]),
+    }
+    return _if_measured(folder, of, title, tables)
 
 
 def synthetic(folder: Path) -> tuple[str, str]:
@@ -341,24 +346,28 @@ def synthetic(folder: Path) -> tuple[str, str]:
         "Tasks: [evaluation.md](evaluation.md#synthetic-tasks). Chance among decoys is 10 %. What the trained model "
         "finds within its trained length (`stock`) is what an extension could keep.",
     )
-    return _if_measured(folder, ("synthetic",), "rope-dist eval synthetic", title, tables)
+    return _if_measured(
+        folder, {"synthetic": ("rope-dist eval synthetic", KINDS["perplexity"])}, title, tables
+    )
 
 
 def _if_measured(
     folder: Path,
-    kinds: Iterable[str],
-    command: str,
+    kinds: dict[str, tuple[str, str]],
     title: tuple[str, str],
     tables: Callable[[dict[str, Any]], list[str]],
 ) -> tuple[str, str]:
-    """A section of the records that exist, with its title and first sentences, which are left out if none does."""
+    """A section of the records that exist, with its title and first sentences, which are left out if none does.
+
+    ``kinds`` has for each the command that measures it, and its model.
+    """
     parts: list[str] = []
     machines: dict[str, None] = {}
     for kind in filter(lambda kind: path_of(folder, kind).exists(), kinds):
-        record = load(folder, kind)
-        model = record["model"]
+        record, (command, model) = load(folder, kind), kinds[kind]
+        parts.append(f"{model}:")
         parts += [f"```text\n{table}\n```" for table in tables(record)]
-        parts.append(f"`{command}`: {model['name']}, {model['dtype']}, without training.")
+        parts.append(f"`{command}`: {record['model']['dtype']}, without training.")
         machines |= dict.fromkeys(map(machine_of, record["machines"]))
     return "\n\n".join([f"## {title[0]}", title[1], *parts] if parts else parts), "; ".join(machines)
 
