@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.benchmark import machine_of
-from benchmarks.quality.parts import BASELINE, PARTS, STRATEGIES, windowed
+from benchmarks.quality.parts import BASELINE, PARTS, STRATEGIES, TEXTS, windowed
 from benchmarks.quality.readings import Readings, load, only_newest, path_of, readings, trained_length
 from benchmarks.tables import markdown
 from rope_dist.evaluation.paired import percent
@@ -171,13 +171,10 @@ def block(folder: Path, against: str = "yarn") -> tuple[str, str]:
     order: dict[str, tuple[float, float]] = {}
     counts = {scale: len(found.losses[against]) for scale, found in at.items()}
     for scale, found in at.items():
-        for label in found.losses:
-            texts = found.both(label, against)
-            # Only those that have read all texts can be compared down a column.
-            if len(texts) == counts[scale] and label != against:
-                mean, error = found.difference(label, against, texts, *found.past)
-                cells.setdefault(label, {})[scale] = percent(mean, error)
-                order[label] = min(order.get(label, (9.0, 0.0)), (abs(scale - 2), mean))
+        # Only those that have read all texts can be compared down a column.
+        for label, (mean, error) in _of_all_texts(found, against).items():
+            cells.setdefault(label, {})[scale] = percent(mean, error)
+            order[label] = min(order.get(label, (9.0, 0.0)), (abs(scale - 2), mean))
     rows = [
         [label, *(cells[label].get(scale, "") for scale in at)]
         for label in sorted(cells, key=order.__getitem__)
@@ -197,34 +194,39 @@ Cells = dict[str, dict[str, tuple[float, float]]]
 """By label, then by the name of a column: a mean difference and its standard error."""
 
 
-def _against_baseline(folder: Path, scales: tuple[float, ...]) -> tuple[dict[str, Readings], Cells]:
-    """Readings of every model and scale by the name of their column, and differences past the trained length.
+def _of_all_texts(found: Readings, against: str) -> dict[str, tuple[float, float]]:
+    """By label the difference past the trained length, of those that have read every text of ``against``."""
+    read = {label: found.both(label, against) for label in found.losses if label != against}
+    return {
+        label: found.difference(label, against, texts, *found.past)
+        for label, texts in read.items()
+        if len(texts) == len(found.losses[against])
+    }
 
-    A strategy that has not read all texts of the baseline has no cell.
-    """
+
+def _against_baseline(folder: Path) -> tuple[dict[str, Readings], Cells]:
+    """Readings of every model at 2x and 4x by the name of their column, and differences past the trained length."""
     columns: dict[str, Readings] = {}
     for kind, title in KINDS.items():
         if path_of(folder, kind).exists():
             record = load(folder, kind)
-            for scale in scales:
-                found = readings(record, int(scale * trained_length(record)), STRATEGIES)
+            for scale in (2, 4):
+                found = readings(record, scale * trained_length(record), STRATEGIES)
                 if BASELINE in found.losses and len(found.losses) > 1:
-                    columns[f"{title}, {scale:g}x"] = found
+                    columns[f"{title}, {scale}x"] = found
     cells: Cells = {}
     for head, found in columns.items():
-        for label in names(found):
-            texts = found.both(label, BASELINE)
-            if label != BASELINE and len(texts) == len(found.losses[BASELINE]):
-                cells.setdefault(label, {})[head] = found.difference(label, BASELINE, texts, *found.past)
+        for label, difference in _of_all_texts(found, BASELINE).items():
+            cells.setdefault(label, {})[head] = difference
     return columns, cells
 
 
-def every_model(folder: Path, scales: tuple[float, ...] = (2, 4)) -> tuple[str, str]:
+def every_model(folder: Path) -> tuple[str, str]:
     """Differences from the baseline, a column a model and scale, in the order of the largest.
 
     Nothing without a record.
     """
-    columns, cells = _against_baseline(folder, scales)
+    columns, cells = _against_baseline(folder)
     if not cells:
         return "", ""
     rows = [
@@ -241,13 +243,16 @@ def every_model(folder: Path, scales: tuple[float, ...] = (2, 4)) -> tuple[str, 
     but = f"; not of {', '.join(others)}" if others else ""
     return (
         f"{table}\n\n`{BASELINE}` is ahead of the other extensions by more than one standard error in "
-        f"{lead(folder, scales)} comparisons{but}. Number of texts: {read}."
+        f"{_lead(cells)} comparisons{but}. Number of texts: {read}."
     ), ""
 
 
-def lead(folder: Path, scales: tuple[float, ...] = (2, 4)) -> str:
+def lead(folder: Path) -> str:
     """In how many cells of :func:`every_model` the baseline is ahead of an extension, "N of M"."""
-    _, cells = _against_baseline(folder, scales)
+    return _lead(_against_baseline(folder)[1])
+
+
+def _lead(cells: Cells) -> str:
     compared = _compared(cells)
     return f"{sum(_ahead(*cells[label][head]) for label, head in compared)} of {len(compared)}"
 
@@ -307,6 +312,9 @@ def windows(folder: Path) -> tuple[str, str]:
     )
 
 
+_LONGPPL = f"rope-dist eval longppl --text {' '.join(TEXTS)} --pieces 32 --target N --lengths N"
+
+
 def longppl(folder: Path) -> tuple[str, str]:
     """LongPPL of every model, a table a length; nothing while there is no record of it."""
 
@@ -327,7 +335,7 @@ def longppl(folder: Path) -> tuple[str, str]:
     of = {
         "longppl": (study, KINDS["perplexity"]),
         "longppl_float32": (study, KINDS["perplexity"]),
-        "longppl_small": ("rope-dist eval longppl --pieces 32", KINDS["perplexity_small_2"]),
+        "longppl_small": (_LONGPPL, KINDS["perplexity_small_2"]),
     }
     return _if_measured(folder, of, title, tables)
 
